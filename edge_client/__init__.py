@@ -1,0 +1,1 @@
+"""The agent of one device and the trainer it starts."""

@@ -1,0 +1,1 @@
+"""Averaging partial updates per parameter, tensor by tensor from files."""

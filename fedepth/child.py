@@ -1,0 +1,110 @@
+"""A child process that speaks JSON lines over its standard streams, and ends when its standard input closes.
+
+The agent starts its trainer and the coordinator its model worker this way: memory that Python and torch have taken is
+given back for certain only when a process ends. Standard error is passed on, so that nothing a child says is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from fedepth.errors import ChildError
+
+LINE_LIMIT_BYTES = 4 << 20
+
+
+class Child:
+    """A running child. Not safe for use by two tasks at once."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self._process = process
+
+    @classmethod
+    async def start(cls, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        """Starts `argv` with `environment` added to ours, in a session of its own.
+
+        A session of its own keeps Ctrl-C from reaching the child before its parent has decided what to do; it still
+        cannot outlive us, since its standard input closes when we end.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            limit=LINE_LIMIT_BYTES,
+            start_new_session=True,
+        )
+        return cls(name, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def send(self, message: Any) -> None:
+        """Writes one JSON line.
+
+        Raises:
+            ChildError: the child is gone.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            await self._process.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            raise await self._gone() from None
+
+    async def receive(self) -> Any:
+        """Reads one JSON line.
+
+        Raises:
+            ChildError: the child ended, or wrote something else.
+        """
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise await self._gone()
+        try:
+            return msgspec.json.decode(line)
+        except msgspec.DecodeError as error:
+            raise ChildError(f"{self.name} (pid {self.pid}) wrote {line[:80]!r}, which is not JSON: {error}") from None
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Every message until the child ends, which raises ChildError."""
+        while True:
+            yield await self.receive()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Closes the child's standard input, and kills it if it has not ended after `grace_s`."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), grace_s)
+        except asyncio.TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def _gone(self) -> ChildError:
+        returncode = await self._process.wait()
+        how = f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
+        return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
+
+
+def module_argv(module: str) -> list[str]:
+    """The command line that runs `module` in this interpreter."""
+    return [sys.executable, "-m", module]

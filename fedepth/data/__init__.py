@@ -1,0 +1,1 @@
+"""Datasets on disk, their transforms, and label-skewed partitions of them."""

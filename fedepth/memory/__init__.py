@@ -1,0 +1,1 @@
+"""Predicting what a stage needs, and metering what a process really used."""

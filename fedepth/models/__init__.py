@@ -1,0 +1,1 @@
+"""The model zoo, and how any model is split into units and a head."""

@@ -1,0 +1,389 @@
+"""The frozen types that travel between processes. No torch, no numpy: an idle agent loads this module.
+
+Sizes are bytes, times are seconds unless the name says otherwise. Shapes exclude the batch dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Policy(str, Enum):
+    """How the planner chooses among the plans that fit."""
+
+    PAPER = "paper"  # fixed batch, fewest blocks (arXiv 2303.04887, section 4.1)
+    AUTO = "auto"  # fewest depth splits first, by micro-batching where that fits
+
+
+class CachePlace(str, Enum):
+    """Where a stage keeps the inputs of its block."""
+
+    RAM = "ram"
+    DISK = "disk"
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """One bound on what a process may take.
+
+    Attributes:
+        origin: where the bound comes from, such as "MemAvailable" or "/sys/fs/cgroup/user.slice".
+        available_bytes: what is left under it now.
+        limit_bytes: the bound itself; 0 where there is none besides what is left.
+    """
+
+    origin: str
+    available_bytes: int
+    limit_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training may add on a device, and how that follows from what was measured.
+
+    budget = min(cap, available × fraction − reserve − start), never below 0.
+
+    Attributes:
+        total_bytes: physical memory of the device.
+        available_bytes: the smallest of `limits`.
+        limits: every bound that was found.
+        start_bytes: what starting the trainer costs before it holds weights or data.
+        reserve_bytes: left to others by the operator's wish.
+        fraction: part of the available memory that may be used at all.
+        cap_bytes: the operator's cap on the budget; 0 for none.
+        budget_bytes: the result.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    limits: tuple[MemoryLimit, ...]
+    start_bytes: int
+    reserve_bytes: int
+    fraction: float
+    cap_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a device says of itself when it asks for work."""
+
+    device_id: str
+    name: str
+    budget: Budget
+    sample_count: int
+    class_counts: tuple[int, ...]
+    hardware: str = ""
+    accelerator: str = ""
+    software: str = ""
+    fedepth_version: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a job trains.
+
+    Attributes:
+        name: a name from the zoo ("digits-cnn", "preresnet20", …) or "module:function".
+        classes: class names in label order.
+        input_shape: (channels, height, width).
+        mean: per channel, for pixel values in 0..1.
+        std: per channel, for pixel values in 0..1.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How a client trains in one round."""
+
+    batch: int
+    local_epochs: int
+    optimizer: str  # "sgd" or "adamw"
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    proximal_mu: float  # FedProx term; 0 switches it off
+    augmentation: str  # "none" or "crop-flip"
+    seed: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number of bytes that grows with the batch: `fixed + per_sample · n`."""
+
+    fixed: int
+    per_sample: int
+
+    def at(self, samples: int) -> int:
+        return self.fixed + self.per_sample * samples
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit (or an exit: the skip connection and the head behind a unit) costs, traced under fake tensors.
+
+    Attributes:
+        name: the unit's name.
+        parameter_bytes: its trainable parameters.
+        buffer_bytes: its buffers, such as running statistics.
+        largest_parameter_bytes: the largest single parameter.
+        input_bytes: its input, per sample.
+        output_bytes: its output, per sample.
+        saved: what autograd keeps for the backward pass, by unique storage, without parameters and without the
+            unit's input; includes the output if the unit itself keeps it.
+        saves_input: the backward pass needs the unit's input.
+        saves_output: `saved` includes the output.
+        forward: the most that lives at once in a training forward pass beyond input, output and `saved`.
+        backward: the most that lives at once in the backward pass beyond input, output and `saved`, with the
+            gradients of input and output counted, parameter gradients not.
+        inference: the most that lives at once in a forward pass without autograd beyond input and output.
+        largest_activation_bytes: the largest single activation, per sample.
+        flops: floating point operations of one forward pass, per sample.
+    """
+
+    name: str
+    parameter_bytes: int
+    buffer_bytes: int
+    largest_parameter_bytes: int
+    input_bytes: int
+    output_bytes: int
+    saved: Size
+    saves_input: bool
+    saves_output: bool
+    forward: Size
+    backward: Size
+    inference: Size
+    largest_activation_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """The cost table of a model.
+
+    Attributes:
+        model: the model's name.
+        units: one entry per unit, in order.
+        exits: `exits[i]` is the skip connection from unit i's output and the head behind it. Its parameters are
+            the head's, the same in every entry.
+        input_bytes: one input sample as float32.
+        raw_input_bytes: one input sample as stored (uint8).
+        smallest_micro_batch: 2 where BatchNorm needs more than one value per channel, else 1.
+    """
+
+    model: str
+    units: tuple[UnitCost, ...]
+    exits: tuple[UnitCost, ...]
+    input_bytes: int
+    raw_input_bytes: int
+    smallest_micro_batch: int
+
+
+@dataclass(frozen=True)
+class PeakComponents:
+    """A predicted peak by component; the peak is the sum."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    temporaries: int
+    scratch: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer_state
+            + self.activations
+            + self.temporaries
+            + self.scratch
+            + self.cache
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The training of one block: units `first..last`, both included.
+
+    Attributes:
+        micro_batch: samples per forward pass; gradients accumulate up to the job's batch.
+        cache: where the block's inputs are kept.
+        build_batch: samples per forward pass while the inputs are computed from the stage before.
+        predicted: the predicted peak by component.
+    """
+
+    first: int
+    last: int
+    micro_batch: int
+    cache: CachePlace
+    build_batch: int
+    predicted: PeakComponents
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return self.predicted.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The block plan of one client for one round.
+
+    Attributes:
+        stages: in the order of training.
+        untrained: indices of units that keep their global value.
+        policy: what chose it.
+        budget_bytes: what it was made for.
+    """
+
+    stages: tuple[Stage, ...]
+    untrained: tuple[int, ...]
+    policy: Policy
+    budget_bytes: int
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return max(stage.predicted_peak_bytes for stage in self.stages)
+
+    @property
+    def blocks(self) -> str:
+        """For people: "1-3 | 4-6 (untrained: 0)"."""
+        text = " | ".join(
+            f"{stage.first}-{stage.last}" if stage.last > stage.first else str(stage.first) for stage in self.stages
+        )
+        return text + (f" (untrained: {', '.join(map(str, self.untrained))})" if self.untrained else "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a client is asked to do in one round.
+
+    Attributes:
+        task_id: names this task for ever; uploads are idempotent under it.
+        attempt: counts how often this task was handed to the same device.
+        weights_digest: sha256 (hex) of the global weights' safetensors file.
+        deadline_ms: milliseconds from now until the round may close without this update.
+    """
+
+    task_id: str
+    attempt: int
+    job: str
+    round: int
+    model: ModelSpec
+    training: TrainingSpec
+    policy: Policy
+    costs: ModelCosts
+    plan: Plan
+    weights_digest: str
+    weights_bytes: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage needed and did.
+
+    Attributes:
+        measured_peak_bytes: VmHWM of the trainer above the task's baseline, while this stage ran.
+        measured_anonymous_bytes: sampled anonymous part of it, a lower bound.
+        steps: optimizer steps.
+        samples_seen: samples times epochs.
+    """
+
+    first: int
+    last: int
+    micro_batch: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    measured_anonymous_bytes: int
+    budget_bytes: int
+    loss_first: float
+    loss_last: float
+    steps: int
+    samples_seen: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """One immutable piece of an update: a safetensors file."""
+
+    part: int
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained update, without its tensors: those lie in the parts.
+
+    Attributes:
+        plan: the plan that was really trained (smaller than the task's if memory shrank).
+        trained_units: indices of the units in the parts; the head is always among them.
+        allocator: name and version of the memory allocator of the trainer.
+        baseline_bytes: resident memory of the trainer before weights and data.
+    """
+
+    task_id: str
+    attempt: int
+    device_id: str
+    round: int
+    sample_count: int
+    plan: Plan
+    trained_units: tuple[int, ...]
+    stages: tuple[StageResult, ...]
+    parts: tuple[PartInfo, ...]
+    seconds: float
+    allocator: str
+    baseline_bytes: int
+
+
+class Outcome(str, Enum):
+    """Why a task ended without an update."""
+
+    DECLINED = "declined"  # no plan fits what is free now
+    OVER_BUDGET = "over_budget"  # met its limit and no smaller plan fits
+    TRAINER_DIED = "trainer_died"
+    DATA = "data"
+    MODEL_NOT_ALLOWED = "model_not_allowed"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that ended without an update, told to the coordinator."""
+
+    task_id: str
+    attempt: int
+    device_id: str
+    outcome: Outcome
+    message: str
+    needed_bytes: int = 0
+    budget_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a device is in its task. Sent at least every few seconds while it works: it renews the lease."""
+
+    task_id: str
+    attempt: int
+    device_id: str
+    activity: str  # "downloading", "training", "uploading"
+    stage: int = 0
+    stage_count: int = 0
+    first: int = 0
+    last: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    loss: float = 0.0
+    bytes_moved: int = 0

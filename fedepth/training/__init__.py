@@ -1,0 +1,1 @@
+"""The depth-wise trainer: stages, cached prefix outputs, optimizers."""

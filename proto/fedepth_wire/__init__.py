@@ -1,0 +1,1 @@
+"""The wire format: messages, chunk streams, channels and status codes."""

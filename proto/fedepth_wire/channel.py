@@ -1,0 +1,34 @@
+"""Channels and their settings, in one place: message limits, keepalive, reconnection."""
+
+from __future__ import annotations
+
+import grpc
+
+MESSAGE_LIMIT_BYTES = 4 << 20
+
+# A device behind NAT must keep its path open: a ping every 30 s, dead after 20 s without an answer.
+_COMMON: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+]
+CLIENT_OPTIONS = [
+    *_COMMON,
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.enable_http_proxy", 0),
+]
+SERVER_OPTIONS = [
+    *_COMMON,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A plain-text channel to `address` ("host:port")."""
+    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)

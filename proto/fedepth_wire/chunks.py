@@ -1,0 +1,74 @@
+"""Files ↔ chunk streams: 1 MiB pieces with offsets, bounded before they are written, checked by sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterable, Iterator
+from pathlib import Path
+
+from fedepth.errors import ProtocolError
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+CHUNK_BYTES = 1 << 20
+
+
+def file_chunks(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The file from `offset` on, as chunks of `size` bytes."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while data := file.read(size):
+            yield Chunk(offset=offset, data=data)
+            offset += len(data)
+
+
+def append_chunk(path: Path, chunk: Chunk, expected_offset: int, total_bytes: int) -> int:
+    """Appends a chunk to `path` and returns the new length.
+
+    Raises:
+        ProtocolError: wrong offset, too much data, or more than `total_bytes` in all. Nothing is written then.
+    """
+    if chunk.offset != expected_offset:
+        raise ProtocolError(f"chunk at offset {chunk.offset}, expected {expected_offset}")
+    if not 0 < len(chunk.data) <= CHUNK_BYTES:
+        raise ProtocolError(f"chunk of {len(chunk.data)} bytes, allowed are 1 to {CHUNK_BYTES}")
+    end = expected_offset + len(chunk.data)
+    if end > total_bytes:
+        raise ProtocolError(f"chunk ends at {end}, the file has {total_bytes} bytes")
+    with open(path, "ab") as file:
+        if file.tell() != expected_offset:
+            raise ProtocolError(f"{path.name} holds {file.tell()} bytes, expected {expected_offset}")
+        file.write(chunk.data)
+    return end
+
+
+async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, total_bytes: int, digest: str) -> int:
+    """Appends a chunk stream to `path`, makes it durable, and compares the digest of the whole file.
+
+    Returns the number of bytes received. A file that came whole but has another digest is deleted, so that the next
+    try starts anew; a stream that ends early leaves what came, so that the next try resumes.
+
+    Raises:
+        ProtocolError: see `append_chunk`; or the stream ended early; or the digest differs.
+    """
+    start = offset
+    async for chunk in chunks:
+        offset = append_chunk(path, chunk, offset, total_bytes)
+    if offset != total_bytes:
+        raise ProtocolError(f"{path.name}: the stream ended at {offset} of {total_bytes} bytes")
+    got = file_digest(path)
+    if got != digest:
+        path.unlink()
+        raise ProtocolError(f"{path.name}: sha256 is {got[:12]}…, expected {digest[:12]}…")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return offset - start
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
