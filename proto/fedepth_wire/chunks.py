@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 
 from fedepth.errors import ProtocolError
+from fedepth.files import file_digest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 CHUNK_BYTES = 1 << 20
@@ -42,7 +42,9 @@ def append_chunk(path: Path, chunk: Chunk, expected_offset: int, total_bytes: in
     return end
 
 
-async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, total_bytes: int, digest: str) -> int:
+async def receive_file(
+    path: Path, chunks: AsyncIterable[Chunk], offset: int, total_bytes: int, digest: str
+) -> int:
     """Appends a chunk stream to `path`, makes it durable, and compares the digest of the whole file.
 
     Returns the number of bytes received. A file that came whole but has another digest is deleted, so that the next
@@ -63,12 +65,3 @@ async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, to
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return offset - start
-
-
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            digest.update(data)
-    return digest.hexdigest()

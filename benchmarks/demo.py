@@ -1,0 +1,231 @@
+"""The demo: a coordinator and six devices with unequal memory train a digit classifier and export it as ONNX.
+
+    python -m benchmarks.demo --json FILE             what `make demo` runs
+    python -m benchmarks.demo --compare --json FILE   three seeds, each also with full memory for every device
+
+Every device is an agent process of its own with a hard limit for training; the tiers are so small that training the
+whole model at the job's batch fails on the lower ones, which is shown before the rounds begin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from benchmarks.federation import Federation, Shard, run_federation
+from benchmarks.full_training import fails_in_full
+from benchmarks.show import curve, device_table
+from fedepth.data.read import open_images
+from fedepth.data.idx import write_idx
+from fedepth.data.partition import dirichlet
+from fedepth.errors import FedepthError
+from fedepth.sizes import format_size
+from fedepth.task import ModelSpec, Policy
+
+MIB = 1 << 20
+TIERS = {"small": 72 * MIB, "medium": 100 * MIB, "large": 140 * MIB}
+DEVICES = ("small", "small", "medium", "medium", "large", "large")
+SIZE = 48  # pixels; digits are 8×8 and are scaled up, so that tiers differ by tens of MiB
+BATCH = 128
+ROUNDS = 12
+ALPHA = 0.3
+LAST_ROUNDS = 5
+EXPECTED = Path(__file__).parent / "results" / "demo.json"
+SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, SIZE, SIZE), (0.3,), (0.35,))
+
+JOB = """\
+[job]
+name = "demo-digits"
+rounds = {rounds}
+devices_per_round = {devices}
+quorum = {quorum}
+round_deadline_s = 60
+gather_s = 2
+seed = {seed}
+policy = "{policy}"
+
+[model]
+name = "{model}"
+classes = 10
+input_shape = [1, {size}, {size}]
+mean = [0.3]
+std = [0.35]
+
+[training]
+batch = {batch}
+local_epochs = 3
+learning_rate = 0.08
+schedule = "cosine"
+momentum = 0.9
+weight_decay = 5e-4
+
+[test]
+data = "digits"
+"""
+
+app = typer.Typer(add_completion=False)
+console = Console(stderr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the demo came to."""
+
+    seed: int
+    accuracy: float
+    seconds: float
+    federation: Federation
+
+
+def job_file(folder: Path, seed: int, policy: Policy) -> Path:
+    """Writes the demo's job file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.toml"
+    path.write_text(
+        JOB.format(
+            rounds=ROUNDS,
+            devices=len(DEVICES),
+            quorum=len(DEVICES) - 1,
+            seed=seed,
+            policy=policy.value,
+            model=SPEC.name,
+            size=SIZE,
+            batch=BATCH,
+        )
+    )
+    return path
+
+
+def write_shards(folder: Path, seed: int) -> list[Shard]:
+    """Label-skewed shards of the digits' training images, one folder of IDX files per device."""
+    digits = open_images("digits", SPEC, "train")
+    shards: list[Shard] = []
+    parts = dirichlet(digits.labels, clients=len(DEVICES), alpha=ALPHA, seed=seed, minimum=BATCH)
+    for number, (tier, indices) in enumerate(zip(DEVICES, parts, strict=True), 1):
+        name = f"{tier}-{number}"
+        data = folder / "data" / name
+        data.mkdir(parents=True, exist_ok=True)
+        write_idx(data / "train-images-idx3-ubyte", np.ascontiguousarray(digits.read(indices)[:, 0]))
+        write_idx(data / "train-labels-idx1-ubyte", digits.labels[indices].astype("uint8"))
+        shards.append(Shard(name, tier, data, len(indices)))
+    return shards
+
+
+def run_once(folder: Path, seed: int, policy: Policy, *, full_memory: bool) -> Outcome:
+    """One federation in a fresh folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    job = job_file(folder, seed, policy)
+    caps = {tier: 0 if full_memory else cap for tier, cap in TIERS.items()}
+    started = time.monotonic()
+    federation = asyncio.run(run_federation(folder, job, write_shards(folder, seed), caps, console))
+    last = federation.accuracies[-LAST_ROUNDS:]
+    return Outcome(seed, sum(last) / len(last), time.monotonic() - started, federation)
+
+
+def expected() -> dict[str, Any]:
+    """The last comparison with full memory that was recorded; empty if there is none."""
+    recorded: dict[str, Any] = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    return recorded
+
+
+def report(outcome: Outcome, failing: list[str], accuracy_full: float | None) -> dict[str, Any]:
+    """The figures as `--json` writes them."""
+    federation = outcome.federation
+    return {
+        "accuracy": outcome.accuracy,
+        "accuracy_full_memory": accuracy_full,
+        "rounds": len(federation.accuracies),
+        "seconds": outcome.seconds,
+        "devices": [asdict(device) for device in federation.devices],
+        "onnx_path": federation.onnx_path,
+        "parity_max_abs": federation.parity_max_abs,
+        "idle_agent_rss_bytes": federation.idle_agent_rss_bytes,
+        "full_training_fails_on": failing,
+        "accuracies": federation.accuracies,
+        "bytes_moved": federation.bytes_moved,
+        "seed": outcome.seed,
+    }
+
+
+def show(outcome: Outcome, accuracy_full: float | None) -> None:
+    """The closing tables, for people."""
+    federation = outcome.federation
+    console.print(device_table(federation.devices))
+    console.print(curve(federation.accuracies))
+    console.print(
+        f"accuracy {outcome.accuracy:.1%} (mean of the last {LAST_ROUNDS} rounds), "
+        f"{outcome.seconds:.0f} s, {format_size(federation.bytes_moved)} moved"
+    )
+    if accuracy_full is not None:
+        recorded = expected()
+        console.print(
+            f"to expect: {recorded['accuracy']:.1%} under these limits and {accuracy_full:.1%} with full memory "
+            f"(mean of {len(recorded['pairs'])} seeds; paired difference {recorded['paired_difference']:+.1%})"
+        )
+    console.print(f"model: {federation.onnx_path}")
+    console.print(
+        f"parity with torch on {federation.parity_samples} real test images: "
+        f"largest difference {federation.parity_max_abs:.1e}, top-1 equal"
+    )
+
+
+@app.command()
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where state, logs and the model go.")] = Path("runs/demo"),
+    policy: Annotated[Policy, typer.Option(help="paper splits in depth; auto takes smaller micro-batches.")] = Policy.PAPER,
+    seed: Annotated[int, typer.Option(help="Of the split, the initial weights and the training.")] = 1,
+    compare: Annotated[bool, typer.Option(help="Three seeds, each also with full memory for all.")] = False,
+) -> None:
+    """Runs a federation of six devices with unequal memory, from nothing to an ONNX model."""
+    folder = folder.resolve()
+    console.print(f"[bold]fedepth demo[/bold]: {len(DEVICES)} devices, {ROUNDS} rounds, policy {policy.value}")
+    failing = fails_in_full(folder / "full", SPEC, job_file(folder / "full", seed, policy), TIERS, console)
+    if compare:
+        figures = _compare(folder, seed, policy, failing)
+    else:
+        recorded = expected()
+        full = recorded.get("accuracy_full_memory")
+        outcome = run_once(folder / "run", seed, policy, full_memory=False)
+        show(outcome, full)
+        figures = report(outcome, failing, full)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        console.print(f"figures: {json_file}")
+
+
+def _compare(folder: Path, seed: int, policy: Policy, failing: list[str]) -> dict[str, Any]:
+    pairs: list[dict[str, float]] = []
+    for number in range(3):
+        limited = run_once(folder / "run", seed + number, policy, full_memory=False)
+        show(limited, None)
+        figures = report(limited, failing, None) if number == 0 else figures
+        full = run_once(folder / "full-memory", seed + number, policy, full_memory=True)
+        pairs.append({"seed": seed + number, "accuracy": limited.accuracy, "accuracy_full_memory": full.accuracy})
+        console.print(f"seed {seed + number}: {limited.accuracy:.1%} limited, {full.accuracy:.1%} full memory")
+    mean = {key: sum(pair[key] for pair in pairs) / len(pairs) for key in ("accuracy", "accuracy_full_memory")}
+    difference = mean["accuracy"] - mean["accuracy_full_memory"]
+    console.print(f"paired difference over {len(pairs)} seeds: {difference:+.2%}")
+    return {**figures, **mean, "paired_difference": difference, "pairs": pairs}
+
+
+if __name__ == "__main__":
+    try:
+        app(standalone_mode=False)
+    except FedepthError as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("stopped; every process is ended")
+        sys.exit(130)

@@ -1,0 +1,154 @@
+"""The server process: opens the state, binds the port, drives the job, and ends in order.
+
+It imports neither torch nor onnx: what needs a model is done by the model worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from fedepth_wire.channel import SERVER_OPTIONS
+from fedepth_wire.v1 import federation_pb2
+from fedepth_wire.v1.federation_pb2_grpc import add_FederationServicer_to_server
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from coordinator.config import JobConfig, model_spec
+from coordinator.driver import Driver, prepare
+from coordinator.service import FederationService
+from coordinator.store import Store
+from coordinator.worker import Models
+from fedepth.errors import TransportError
+
+GRACE_S = 2.0
+FAREWELL_S = 10.0
+
+_SERVICE = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which."""
+
+    state: Path
+    host: str = "127.0.0.1"
+    port: int = 8970
+    port_file: Path | None = None
+    exit_when_done: bool = False
+
+
+async def serve(config: JobConfig, options: ServeOptions, models: Models) -> None:
+    """Runs a job's coordinator until SIGINT or SIGTERM, or until the job is done if that was asked for.
+
+    Raises:
+        TransportError: the port cannot be bound.
+        StateError: the state directory is in use, damaged, or another job's.
+        FedepthError: the model cannot be built, or a round cannot be averaged.
+    """
+    store = Store.open(options.state, config.job.name, model_spec(config))
+    stop = _stop_on_signals()
+    try:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        port = _bind(server, options.host, options.port)
+        driver = await _prepared_driver(config, store, models, stop)
+        if driver is not None:
+            await _serve_driver(driver, server, port, options, stop)
+    finally:
+        await models.stop()
+        store.close()
+
+
+async def _prepared_driver(
+    config: JobConfig, store: Store, models: Models, stop: asyncio.Event
+) -> Driver | None:
+    """None if a signal came while the model was being prepared."""
+    preparing = asyncio.ensure_future(prepare(config, store, models))
+    if not await _first(preparing, stop):
+        return None
+    return Driver(config, store, models, preparing.result())
+
+
+async def _serve_driver(
+    driver: Driver, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event
+) -> None:
+    health = HealthServicer()
+    add_FederationServicer_to_server(FederationService(driver), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+        server,
+    )
+    await server.start()
+    for name in ("", _SERVICE):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    address = f"{options.host}:{port}"
+    if options.port_file is not None:
+        partial = options.port_file.with_name(options.port_file.name + ".partial")
+        partial.write_text(f"{port}\n", encoding="ascii")
+        partial.replace(options.port_file)
+    _log.info("serving", address=address, job=driver.config.job.name, state=str(options.state))
+    running = asyncio.ensure_future(_run(driver, options.exit_when_done))
+    try:
+        await _first(running, stop)
+    finally:
+        await health.enter_graceful_shutdown()
+        driver.events.close()
+        await server.stop(GRACE_S)
+        _log.info("stopped", address=address, round=driver.state.round, phase=driver.state.phase.value)
+
+
+async def _run(driver: Driver, exit_when_done: bool) -> None:
+    """Ends when the job is done and every live device knows; without `exit_when_done` only by an error."""
+    if not exit_when_done:
+        await driver.run()
+    elif not await _first(asyncio.ensure_future(driver.run()), driver.finished):
+        await _farewell(driver)
+
+
+async def _farewell(driver: Driver) -> None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + FAREWELL_S
+    while driver.unaware_devices() and loop.time() < end:
+        await asyncio.sleep(0.05)
+
+
+async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
+    """Waits for either. True if the work is done (raises its error); else the event came: it is cancelled."""
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({work, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+            return True
+        return False
+    finally:
+        waiter.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise TransportError(
+            f"cannot listen on {host}:{port}: {error}; another program may use the port: stop it, "
+            "or choose another with --port (0 lets the system choose)"
+        ) from None
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return stop

@@ -1,0 +1,182 @@
+"""The servicer: messages in, calls of the driver, messages out; it decides only how long a call may wait."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+from fedepth_wire.chunks import file_chunks
+from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
+
+from coordinator.driver import Driver
+from coordinator.intake import PartHeader
+from fedepth.errors import PlanError, ProtocolError, TransportError, UpdateError
+from fedepth.task import DeviceReport, Failure, Progress, Result
+
+LONGEST_WAIT_MS = 60_000
+SPREAD_MS = 1_000  # reconnects of many devices are spread over this
+REJECTED_RETRY_MS = 30_000
+
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def objection(report: DeviceReport, classes: tuple[str, ...]) -> str:
+    """Why this device cannot take part as it is; empty if it can."""
+    if not _DEVICE_ID.fullmatch(report.device_id):
+        return f"device id {report.device_id[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'"
+    if not 0 < len(report.name) <= 200:
+        return f"a device name has 1 to 200 characters, this one has {len(report.name)}"
+    if len(report.class_counts) != len(classes):
+        return (
+            f"the data has {len(report.class_counts)} classes, the job has {len(classes)}: "
+            f"{', '.join(classes)}; give the device data with the job's classes"
+        )
+    if report.sample_count <= 0:
+        return "the device has no training samples; add data and ask again"
+    return ""
+
+
+class FederationService(FederationServicer):
+    """Serves one job."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
+        try:
+            report = from_message(request.device, DeviceReport)
+        except ProtocolError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        driver = self._driver
+        problem = objection(report, driver.model.classes)
+        if problem:
+            return _rejected(problem)
+        driver.see(report)
+        if driver.finished.is_set():
+            return self._finished(report.device_id)
+        try:
+            plan = driver.plan_for(report)
+        except PlanError as error:
+            driver.events.tell("log", message=f"{report.name} cannot take part: {error}", device=report.name)
+            return _rejected(str(error))
+        answer = driver.start_waiting(report, plan)
+        try:
+            await asyncio.wait({answer}, timeout=min(max(request.wait_ms, 0), LONGEST_WAIT_MS) / 1000)
+        finally:  # also when the device hangs up
+            driver.stop_waiting(report.device_id, answer)
+        task = answer.result() if answer.done() else None
+        if task is not None:
+            return pb.NextTaskReply(task=to_message(task, pb.Task))
+        if driver.finished.is_set():
+            return self._finished(report.device_id)
+        return pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=random.randrange(SPREAD_MS)))
+
+    def _finished(self, device_id: str) -> pb.NextTaskReply:
+        self._driver.told_finished.add(device_id)
+        job = self._driver.config.job
+        return pb.NextTaskReply(finished=pb.JobFinished(job=job.name, rounds=job.rounds))
+
+    async def FetchWeights(
+        self, request: pb.FetchWeightsRequest, context: Context
+    ) -> AsyncIterator[pb.Chunk]:
+        record = self._driver.store.find_weights(request.digest)
+        if record is None:
+            missing = ProtocolError(f"no weights with sha256 {request.digest[:12]}… here; ask for a new task")
+            await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
+        if not 0 <= request.offset <= record.size_bytes:
+            beyond = ProtocolError(f"offset {request.offset} in weights of {record.size_bytes} bytes")
+            await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
+        for chunk in file_chunks(self._driver.store.weights_path(record.round), request.offset):
+            yield chunk
+
+    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
+        intake = self._driver.intake
+        held = await intake.offset(request.task_id, request.attempt, request.part, request.digest)
+        return pb.UploadOffsetReply(offset=held)
+
+    async def UploadPart(
+        self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
+    ) -> pb.UploadPartReply:
+        try:
+            first = await anext(request_iterator, None)
+            if first is None or first.WhichOneof("content") != "header":
+                raise ProtocolError("an upload begins with its header")
+            sent = first.header
+            header = PartHeader(
+                sent.task_id,
+                sent.attempt,
+                sent.device_id,
+                sent.part,
+                sent.offset,
+                sent.size_bytes,
+                sent.digest,
+            )
+            chunks = self._chunks(request_iterator, header.task_id)
+            held = await self._driver.intake.receive(header, chunks)
+        except UpdateError as error:
+            self._driver.refuse(sent.task_id, sent.device_id, error)
+            return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
+        except ProtocolError as error:  # to be tried again from the offset that is held
+            await _abort(context, grpc.StatusCode.ABORTED, error)
+        return pb.UploadPartReply(held_bytes=held)
+
+    async def _chunks(
+        self, requests: AsyncIterator[pb.UploadPartRequest], task_id: str
+    ) -> AsyncIterator[pb.Chunk]:
+        async for request in requests:
+            if request.WhichOneof("content") != "chunk":
+                raise ProtocolError("only the first message of an upload is a header")
+            self._driver.touch(task_id)
+            yield request.chunk
+
+    async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
+        try:
+            result = from_message(request.result, Result)
+        except ProtocolError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        try:
+            round_number = await self._driver.commit(result)
+        except UpdateError as error:
+            return pb.CommitUpdateReply(refused=pb.Refused(reason=error.reason, message=str(error)))
+        return pb.CommitUpdateReply(accepted=pb.Accepted(round=round_number))
+
+    async def ReportFailure(self, request: pb.Failure, context: Context) -> pb.Ack:
+        try:
+            failure = from_message(request, Failure)
+        except ProtocolError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        return pb.Ack(wanted=self._driver.failed(failure))
+
+    async def ReportProgress(self, request: pb.Progress, context: Context) -> pb.Ack:
+        try:
+            progress = from_message(request, Progress)
+        except ProtocolError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        return pb.Ack(wanted=self._driver.progressed(progress))
+
+    async def JobStatus(self, request: pb.JobStatusRequest, context: Context) -> pb.JobStatusReply:
+        return pb.JobStatusReply(**self._driver.status())
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
+        try:
+            async for line in self._driver.events.watch(self._driver.state_event()):
+                yield pb.Event(json=line)
+        except TransportError as error:
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+
+
+def _rejected(message: str) -> pb.NextTaskReply:
+    return pb.NextTaskReply(rejected=pb.Rejected(message=message, retry_after_ms=REJECTED_RETRY_MS))
+
+
+async def _abort(context: Context, code: grpc.StatusCode, error: Exception) -> NoReturn:
+    await context.abort(code, str(error))
+    raise error  # not reached: abort raises

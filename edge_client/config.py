@@ -1,0 +1,227 @@
+"""The agent's settings: one TOML file, a few of them overridden on the command line.
+
+coordinator = "192.168.1.10:50051"
+data = "/srv/fedepth/data"
+state = "/var/lib/fedepth"
+name = "kitchen"
+[memory]
+cap = "300MiB"        # what training may add; 0 for no cap
+reserve = "64MiB"     # left to others
+fraction = 0.9        # part of the available memory that may be used at all
+[trainer]
+linger_s = 60         # how long an idle trainer stays in memory
+threads = 0           # 0 leaves the choice to torch
+enforce = true        # stop a stage that goes over its budget
+[models]
+allow = ["mypackage.models:make"]
+[retry]
+first_s = 1
+longest_s = 300
+remind_s = 180
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedepth.errors import ConfigError
+from fedepth.sizes import parse_size
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
+_AT = re.compile(r"(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`")
+
+
+class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of the device's memory training may use. Sizes are bytes or text such as "300MiB"."""
+
+    cap: str | int = 0
+    reserve: str | int = "64MiB"
+    fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        for field in ("cap", "reserve"):
+            try:
+                parse_size(getattr(self, field))
+            except ConfigError as error:
+                raise ValueError(f"{field}: {error}") from None
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}, allowed is above 0 up to 1")
+
+    @property
+    def cap_bytes(self) -> int:
+        return parse_size(self.cap)
+
+    @property
+    def reserve_bytes(self) -> int:
+        return parse_size(self.reserve)
+
+
+class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the trainer process runs."""
+
+    linger_s: float = 60.0
+    threads: int = 0
+    enforce: bool = True
+
+    def __post_init__(self) -> None:
+        if self.linger_s < 0:
+            raise ValueError(f"linger_s is {self.linger_s}, allowed is 0 and more")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}, allowed is 0 (torch decides) and more")
+
+
+class ModelsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which models outside the zoo a job may name on this device."""
+
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.allow:
+            if not _FACTORY.fullmatch(name):
+                raise ValueError(f'allow holds "{name}", expected "module:function"')
+
+
+class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Pauses between attempts to reach the coordinator, and how often the log says that it is away."""
+
+    first_s: float = 1.0
+    longest_s: float = 300.0
+    remind_s: float = 180.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first_s <= self.longest_s:
+            raise ValueError(
+                f"first_s is {self.first_s}, allowed is above 0 up to longest_s ({self.longest_s})"
+            )
+        if self.remind_s <= 0:
+            raise ValueError(f"remind_s is {self.remind_s}, allowed is above 0")
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything an operator can set. See the module's docstring for the file."""
+
+    coordinator: str = ""
+    data: str = ""
+    state: str = ""
+    name: str = ""
+    memory: MemoryConfig = MemoryConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    models: ModelsConfig = ModelsConfig()
+    retry: RetryConfig = RetryConfig()
+
+    def __post_init__(self) -> None:
+        if self.coordinator:
+            match = _ADDRESS.fullmatch(self.coordinator)
+            if match is None or not 0 < int(match["port"]) < 65536:
+                raise ValueError(
+                    f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:50051'
+                )
+
+    @property
+    def state_dir(self) -> Path:
+        return Path(self.state) if self.state else default_state_dir()
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.data)
+
+
+def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The settings in `path`, with `overrides` ("memory.cap" and so on) put over them.
+
+    Relative paths in the file count from the file's folder, those in `overrides` from the working directory.
+
+    Raises:
+        ConfigError: unreadable, not TOML, an unknown field (names the closest one), or a value out of range.
+    """
+    origin = str(path) if path else "the command line"
+    settings = _read(path) if path else {}
+    for field, value in (overrides or {}).items():
+        section, _, name = field.rpartition(".")
+        table = settings.setdefault(section, {}) if section else settings
+        if not isinstance(table, dict):
+            raise ConfigError(f"{origin}: {section} must be a table")
+        table[name] = value
+    try:
+        return msgspec.convert(settings, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(str(error))}") from None
+
+
+def check_runnable(config: Config) -> None:
+    """What `run` needs and `probe` does not.
+
+    Raises:
+        ConfigError: no coordinator, or no data directory.
+    """
+    if not config.coordinator:
+        raise ConfigError(
+            'coordinator is missing: give --coordinator HOST:PORT, or set coordinator = "HOST:PORT"'
+        )
+    if not config.data:
+        raise ConfigError('data is missing: give --data DIR, or set data = "DIR"')
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/fedepth-client`, else below ~/.local/state (XDG Base Directory Specification 0.8)."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    # The specification: a relative path in the variable is invalid and must be ignored.
+    home = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
+    return home / "fedepth-client"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for field in ("data", "state"):
+        if isinstance(settings.get(field), str):
+            settings[field] = str((path.parent / Path(settings[field]).expanduser()).resolve())
+    return settings
+
+
+def _explain(message: str) -> str:
+    unknown = _UNKNOWN.search(message)
+    if unknown:
+        section = unknown["path"] or ""
+        field = f"{section}.{unknown['field']}" if section else unknown["field"]
+        return f'unknown setting "{field}"' + _suggest(field)
+    at = _AT.fullmatch(message)
+    if at is None or not at["path"]:
+        return at["what"] if at else message
+    # Our own messages begin with the field's name, those of msgspec with a capital letter.
+    return f"{at['path']}{': ' if at['what'][:1].isupper() else '.'}{at['what']}"
+
+
+def _suggest(field: str) -> str:
+    """The closest known field, by its last word (it may merely stand in the wrong section)."""
+    known = list(_fields(Config))
+    last_words = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(field.rpartition(".")[2], last_words, n=1)
+    return f'; did you mean "{last_words[close[0]]}"?' if close else f"; known are {', '.join(known)}"
+
+
+def _fields(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name

@@ -1,0 +1,77 @@
+"""Losing and finding the coordinator: growing pauses, and what the log says meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import structlog
+
+from edge_client.config import RetryConfig
+from fedepth.errors import FedepthError
+
+_log = structlog.get_logger()
+
+
+class Clock:
+    """Time, as a seam for tests."""
+
+    def now(self) -> float:
+        """Seconds that never jump."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Link:
+    """Counts failed attempts in a row. Says that the coordinator is away, at once and every `remind_s`."""
+
+    def __init__(self, address: str, config: RetryConfig, clock: Clock, seed: str) -> None:
+        self._address = address
+        self._config = config
+        self._clock = clock
+        # Seeded by the device, so that a thousand devices do not return in step after an outage.
+        self._random = random.Random(seed)
+        self._tries = 0
+        self._since = 0.0
+        self._said = 0.0
+
+    async def lost(self, error: FedepthError) -> None:
+        """Pauses after a failed attempt: first_s · 2^tries up to longest_s, times 0.5 to 1.5."""
+        now = self._clock.now()
+        self._tries += 1
+        pause = min(self._config.longest_s, self._config.first_s * 2.0 ** min(self._tries - 1, 30))
+        pause *= 0.5 + self._random.random()
+        if self._tries == 1:
+            self._since = now
+            self._say(error, pause)
+        end = now + pause
+        while (now := self._clock.now()) < end:
+            due = self._said + self._config.remind_s
+            if now >= due:
+                self._say(error, end - now)
+                due = now + self._config.remind_s
+            await self._clock.sleep(min(end, due) - now)
+
+    def back(self) -> None:
+        """Notes an attempt that worked."""
+        if self._tries:
+            away = self._clock.now() - self._since
+            _log.info(
+                "coordinator is back", coordinator=self._address, away_s=round(away, 1), tries=self._tries
+            )
+        self._tries = 0
+
+    def _say(self, error: FedepthError, pause: float) -> None:
+        now = self._clock.now()
+        self._said = now
+        _log.warning(
+            "coordinator cannot be reached; trying on until it answers",
+            coordinator=self._address,
+            error=str(error),
+            away_s=round(now - self._since, 1),
+            tries=self._tries,
+            next_try_s=round(pause, 1),
+        )

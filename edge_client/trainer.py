@@ -1,0 +1,192 @@
+"""The trainer: a child process of the agent that trains one task at a time, inside its budget.
+
+It speaks JSON lines over its standard streams and ends when its standard input closes. Nothing that it does can take
+the agent down; its memory goes back for certain when it ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+import torch
+
+from fedepth.data.read import open_images
+from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.memory.meter import Meter, allocator, status_bytes
+from fedepth.models.split import split_spec
+from fedepth.task import Budget, Outcome, PartInfo, Plan, Result, Stage, StageResult, Task
+from fedepth.training.depthwise import Work, train
+from fedepth.training.warmup import prefers_channels_last, warm_up
+from fedepth.files import file_digest
+from fedepth.weights import open_weights
+
+_OUTCOMES: dict[type[FedepthError], Outcome] = {
+    PlanError: Outcome.DECLINED,
+    OverBudgetError: Outcome.OVER_BUDGET,
+    DataError: Outcome.DATA,
+    ModelError: Outcome.MODEL_NOT_ALLOWED,
+}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the agent asks for. Paths are on this device."""
+
+    task: Task
+    plan: Plan
+    budget: Budget
+    weights: str
+    data: str
+    output: str
+    cache: str
+    device_id: str
+    allowed_models: tuple[str, ...] = ()
+    enforce: bool = True
+
+
+class Lines:
+    """The agent's end of the standard streams, as the trainer's hooks."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self._source = source
+        self._sink = sink
+        self.epochs = 0
+
+    def tell(self, **message: Any) -> None:
+        self._sink.write(msgspec.json.encode(message).decode() + "\n")
+        self._sink.flush()
+
+    def hear(self) -> Any:
+        line = self._source.readline()
+        if not line:
+            sys.exit(0)  # the agent is gone
+        return msgspec.json.decode(line)
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        self.tell(event="measure", stage=stage, held_bytes=held_bytes)
+        budget = msgspec.convert(self.hear()["budget"], Budget).budget_bytes
+        return min(budget, _cuda_free_bytes()) if torch.cuda.is_available() else budget
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None:
+        self.tell(
+            event="stage_started",
+            stage=index,
+            stage_count=count,
+            first=stage.first,
+            last=stage.last,
+            predicted_peak_bytes=stage.predicted_peak_bytes,
+        )
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None:
+        self.tell(
+            event="progress",
+            stage=index,
+            stage_count=count,
+            first=stage.first,
+            last=stage.last,
+            epoch=epoch,
+            epochs=self.epochs,
+            loss=loss,
+        )
+
+    def stage_done(self, result: StageResult) -> None:
+        self.tell(event="stage_done", result=result)
+
+
+def main() -> None:
+    # The protocol keeps the real standard output; whatever a library prints goes to standard error.
+    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _start(device)
+    lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator())
+    while True:
+        message = lines.hear()
+        request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
+        try:
+            result = run(request, lines, device)
+        except FedepthError as error:
+            lines.tell(
+                event="failed",
+                outcome=_OUTCOMES.get(type(error), Outcome.ERROR),
+                message=str(error),
+                needed_bytes=getattr(error, "needed_bytes", 0),
+                budget_bytes=getattr(error, "budget_bytes", request.budget.budget_bytes),
+                stage=getattr(error, "stage", 0),
+                miss_bytes=getattr(error, "miss_bytes", 0),
+            )
+        else:
+            lines.tell(event="done", result=result)
+        gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
+
+
+def run(request: TrainRequest, lines: Lines, device: torch.device) -> Result:
+    """One task, from warm-up to its parts on disk."""
+    started = time.monotonic()
+    task = request.task
+    lines.epochs = task.training.local_epochs
+    split = split_spec(task.model, request.allowed_models)
+    channels_last = prefers_channels_last(split, device)
+    warm_up(split, device, channels_last)
+    meter = Meter()
+    output, cache = Path(request.output), Path(request.cache)
+    for folder in (output, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    with open_weights(Path(request.weights)) as weights:
+        work = Work(
+            task=task,
+            plan=request.plan,
+            split=split,
+            weights=weights,
+            images=open_images(Path(request.data), task.model, "train"),
+            output=output,
+            cache=cache,
+            device_id=request.device_id,
+            device=device,
+            channels_last=channels_last,
+            enforce=request.enforce,
+        )
+        trained = train(work, meter, lines)
+    return Result(
+        task_id=task.task_id,
+        attempt=task.attempt,
+        device_id=request.device_id,
+        round=task.round,
+        sample_count=len(work.images),
+        plan=trained.plan,
+        trained_units=tuple(
+            unit for stage in trained.plan.stages for unit in range(stage.first, stage.last + 1)
+        ),
+        stages=trained.stages,
+        parts=tuple(
+            PartInfo(number, path.stat().st_size, file_digest(path))
+            for number, path in enumerate(trained.parts)
+        ),
+        seconds=time.monotonic() - started,
+        allocator=allocator(),
+        baseline_bytes=meter.baseline.resident_bytes,
+    )
+
+
+def _start(device: torch.device) -> None:
+    """One forward and backward pass, so that what torch loads at first use counts as the trainer's start."""
+    layer = torch.nn.Conv2d(1, 8, 3).to(device)
+    layer(torch.rand(2, 1, 8, 8, device=device)).sum().backward()
+
+
+def _cuda_free_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    budget = int(free * 0.9) + torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    return budget
+
+
+if __name__ == "__main__":
+    main()

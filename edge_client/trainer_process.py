@@ -1,0 +1,272 @@
+"""The trainer as the agent sees it: a child process with a fitting environment and typed events.
+
+The protocol is JSON lines (fedepth.child). The child writes `ready` once; after each `train` request it
+writes any number of `measure`, `stage_started`, `progress` and `stage_done`, and then `done` or `failed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import msgspec
+import structlog
+
+from edge_client.config import TrainerConfig
+from edge_client.probe import anonymous_bytes
+from fedepth.child import Child, module_argv
+from fedepth.errors import ChildError, ConfigError
+from fedepth.task import Budget, Outcome, Plan, Result, StageResult, Task
+
+TRAINER_ARGV = tuple(module_argv("edge_client.trainer"))
+START_S = 600.0  # importing torch from an SD card takes a minute
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the trainer is asked to do. Paths are absolute."""
+
+    task: Task
+    plan: Plan
+    budget: Budget
+    weights: str
+    data: str
+    output: str
+    cache: str
+    device_id: str
+    allowed_models: tuple[str, ...]
+    enforce: bool
+
+
+class _Event(msgspec.Struct, frozen=True, tag_field="event"):
+    """Fields that a newer trainer adds are ignored."""
+
+
+class Ready(_Event, tag="ready", frozen=True):
+    """The trainer is warm. `start_bytes`: what it holds before weights and data."""
+
+    start_bytes: int
+    allocator: str
+
+
+class Measure(_Event, tag="measure", frozen=True):
+    """Asks for the budget as it is now. `held_bytes`: what the trainer holds beyond its start."""
+
+    stage: int
+    held_bytes: int
+
+
+class StageStarted(_Event, tag="stage_started", frozen=True):
+    """A stage begins, perhaps with a smaller plan than it was asked for."""
+
+    stage: int
+    stage_count: int
+    first: int
+    last: int
+    predicted_peak_bytes: int
+
+
+class StageProgress(_Event, tag="progress", frozen=True):
+    """Where a stage stands."""
+
+    stage: int
+    stage_count: int
+    first: int
+    last: int
+    epoch: int
+    epochs: int
+    loss: float
+
+
+class StageDone(_Event, tag="stage_done", frozen=True):
+    """A stage has ended well."""
+
+    result: StageResult
+
+
+class Done(_Event, tag="done", frozen=True):
+    """The task is trained, and its parts lie in the output folder."""
+
+    result: Result
+
+
+class Failed(_Event, tag="failed", frozen=True):
+    """The task ended without an update; the trainer lives on."""
+
+    outcome: Outcome
+    message: str
+    needed_bytes: int = 0
+    budget_bytes: int = 0
+    stage: int = 0
+    miss_bytes: int = 0
+
+
+Event = Measure | StageStarted | StageProgress | StageDone | Done | Failed
+
+
+class TrainerProcess:
+    """One running trainer.
+
+    Attributes:
+        start_bytes: what it costs before weights and data, as it says itself.
+        allocator: its memory allocator's name and version.
+        idle_anonymous_bytes: the part of its start that the kernel cannot drop, seen from outside.
+    """
+
+    def __init__(self, child: Child, ready: Ready) -> None:
+        self._child = child
+        self.start_bytes = ready.start_bytes
+        self.allocator = ready.allocator
+        self.idle_anonymous_bytes = anonymous_bytes(child.pid)
+
+    @classmethod
+    async def start(cls, config: TrainerConfig, argv: Sequence[str] = TRAINER_ARGV) -> TrainerProcess:
+        """Starts a trainer and waits until it is warm.
+
+        Raises:
+            ChildError: it ended, said something else than `ready`, or was silent for START_S.
+        """
+        child = await Child.start("trainer", argv, environment(config))
+        try:
+            first = await asyncio.wait_for(child.receive(), START_S)
+            return cls(child, msgspec.convert(first, Ready))
+        except asyncio.TimeoutError:
+            child.kill()
+            raise ChildError(f"the trainer (pid {child.pid}) was not ready after {START_S:g} s") from None
+        except msgspec.ValidationError as error:
+            child.kill()
+            raise ChildError(f"the trainer (pid {child.pid}) did not say that it is ready: {error}") from None
+        except asyncio.CancelledError:
+            child.kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._child.alive
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds now that would be free without it."""
+        return anonymous_bytes(self.pid) if self.alive else 0
+
+    async def train(self, request: TrainRequest) -> AsyncIterator[Event]:
+        """Every event of one task; the last one is `Done` or `Failed`. Each `Measure` wants an `answer`.
+
+        Raises:
+            ChildError: the trainer died or broke its protocol.
+        """
+        await self._child.send({"do": "train", **msgspec.to_builtins(request)})
+        while True:
+            message = await self._child.receive()
+            try:
+                event: Event = msgspec.convert(message, Event)
+            except msgspec.ValidationError as error:
+                raise ChildError(
+                    f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}"
+                ) from None
+            yield event
+            if isinstance(event, (Done, Failed)):
+                return
+
+    async def answer(self, budget: Budget) -> None:
+        await self._child.send({"budget": budget})
+
+    async def stop(self) -> None:
+        await self._child.stop()
+
+    async def kill(self) -> None:
+        """At once, whatever it is doing."""
+        self._child.kill()
+        await self._child.stop()
+
+
+class TrainerKeeper:
+    """Holds at most one trainer, and stops it when it was idle for `linger_s`."""
+
+    def __init__(self, config: TrainerConfig, argv: Sequence[str] = TRAINER_ARGV) -> None:
+        self._config = config
+        self._argv = argv
+        self._trainer: TrainerProcess | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What a running trainer holds; 0 if none runs."""
+        return self._trainer.held_bytes if self._trainer else 0
+
+    async def take(self) -> TrainerProcess:
+        """A warm trainer: the one that lingers, or a new one. Give it back with `rest` or `drop`."""
+        await self._settle()
+        if self._trainer is None or not self._trainer.alive:
+            self._trainer = await TrainerProcess.start(self._config, self._argv)
+            _log.info(
+                "trainer started",
+                pid=self._trainer.pid,
+                start_bytes=self._trainer.start_bytes,
+                allocator=self._trainer.allocator,
+            )
+        return self._trainer
+
+    def rest(self) -> None:
+        """The trainer is idle from now on."""
+        if self._trainer and not self._timer:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._config.linger_s, self._idle_long_enough)
+
+    async def drop(self) -> None:
+        """Ends the trainer at once."""
+        await self._settle()
+        trainer, self._trainer = self._trainer, None
+        if trainer:
+            await trainer.kill()
+
+    def _idle_long_enough(self) -> None:
+        trainer, self._trainer, self._timer = self._trainer, None, None
+        if trainer:
+            _log.info("trainer stopped after being idle", pid=trainer.pid, idle_s=self._config.linger_s)
+            self._stopping = asyncio.create_task(trainer.stop())
+
+    async def _settle(self) -> None:
+        """Two trainers at a time need twice the memory, so one that is stopping must have ended first."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._stopping:
+            await self._stopping
+            self._stopping = None
+
+
+def environment(config: TrainerConfig, platform: str = sys.platform) -> dict[str, str]:
+    """What a trainer's environment needs so that its memory follows its tensors."""
+    settings = {
+        # Arenas of 1 GiB of address space would defeat RLIMIT_DATA (torch's aarch64 wheels bring mimalloc).
+        "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    }
+    if platform.startswith("linux"):
+        # glibc raises both as it runs, and then keeps what was freed; other C libraries ignore these.
+        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    if config.threads:
+        settings["OMP_NUM_THREADS"] = str(config.threads)
+    return settings
+
+
+def torch_version() -> str:
+    """The installed torch, without importing it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        raise ConfigError("torch is not installed here: pip install 'fedepth[train]'") from None

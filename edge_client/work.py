@@ -1,0 +1,299 @@
+"""One task on this device: check it, fetch its weights, plan for what is free now, train, keep the update."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from edge_client.allowance import Allowance
+from edge_client.config import Config
+from edge_client.link import Link
+from edge_client.outbox import Outbox
+from edge_client.trainer_process import (
+    Done,
+    Failed,
+    Measure,
+    StageDone,
+    StageProgress,
+    StageStarted,
+    TrainerKeeper,
+    TrainerProcess,
+    TrainRequest,
+)
+from edge_client.transport import Transport, UnreachableError
+from fedepth.data.scan import scan
+from fedepth.errors import (
+    ChildError,
+    DataError,
+    FedepthError,
+    ModelError,
+    OverBudgetError,
+    PlanError,
+    ProtocolError,
+)
+from fedepth.planning.planner import make_plan
+from fedepth.sizes import format_size
+from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Task
+
+SMALLER_PLANS = 4
+FETCHES = 3  # of weights that come damaged
+_SMALLEST_STEP = 0.05
+_log = structlog.get_logger()
+
+_OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
+    (DataError, Outcome.DATA),
+    (ModelError, Outcome.MODEL_NOT_ALLOWED),
+    (PlanError, Outcome.DECLINED),
+    (OverBudgetError, Outcome.OVER_BUDGET),
+    (ChildError, Outcome.TRAINER_DIED),
+)
+
+
+class Worker:
+    """Carries out tasks, one at a time. Cancelling `run` ends the trainer."""
+
+    def __init__(
+        self,
+        config: Config,
+        device_id: str,
+        transport: Transport,
+        keeper: TrainerKeeper,
+        allowance: Allowance,
+        outbox: Outbox,
+        link: Link,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._config = config
+        self._device_id = device_id
+        self._transport = transport
+        self._keeper = keeper
+        self._allowance = allowance
+        self._outbox = outbox
+        self._link = link
+        self._report = report
+        self._folder = config.state_dir / "work"
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an agent that was killed
+
+    async def run(self, task: Task, planned_samples: int) -> Result | Failure:
+        """The task, to its end. A result lies in the outbox already.
+
+        Args:
+            planned_samples: the number of samples that the coordinator made its plan for.
+        """
+        folder = self._folder / f"{task.task_id}-{task.attempt}"
+        progress = Progress(task.task_id, task.attempt, self._device_id, "downloading")
+        self._report(progress)
+        try:
+            self._check_model(task)
+            summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
+            weights = await self._weights(task)
+            self._report(replace(progress, activity="training"))
+            request = TrainRequest(
+                task=task,
+                plan=task.plan,
+                budget=self._allowance.budget(self._keeper.held_bytes),
+                weights=str(weights.resolve()),
+                data=str(self._config.data_dir.resolve()),
+                output=str((folder / "output").resolve()),
+                cache=str((folder / "cache").resolve()),
+                device_id=self._device_id,
+                allowed_models=self._config.models.allow,
+                enforce=self._config.trainer.enforce,
+            )
+            same_data = summary.sample_count == planned_samples  # more samples need a larger cache
+            done = await self._train(request, summary.sample_count, keep_plan=same_data)
+            self._outbox.put(done.result, folder / "output")
+        except asyncio.CancelledError:
+            await self._keeper.drop()
+            raise
+        except FedepthError as error:
+            return _failure(task, self._device_id, error)
+        else:
+            self._allowance.succeeded()
+            return done.result
+        finally:
+            self._keeper.rest()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_model(self, task: Task) -> None:
+        name = task.model.name
+        if ":" in name and name not in self._config.models.allow:
+            raise ModelError(
+                f'this device does not allow the model "{name}": '
+                "its operator may add it to models.allow, or give --allow-model"
+            )
+
+    async def _weights(self, task: Task) -> Path:
+        """Tries on while the coordinator is away; what has come so far is kept."""
+        damaged = 0
+        while True:
+            try:
+                path = await self._transport.fetch_weights(task)
+            except UnreachableError as error:
+                await self._link.lost(error)
+            except ProtocolError as error:
+                damaged += 1
+                if damaged == FETCHES:
+                    raise
+                _log.warning("weights came damaged; fetching them again", error=str(error))
+            else:
+                self._link.back()
+                return path
+
+    async def _train(self, request: TrainRequest, samples: int, *, keep_plan: bool) -> Done:
+        """Trains with smaller and smaller plans until one stays inside its budget."""
+        limit: int | None = None
+        deaths = smaller = 0
+        while True:
+            for folder in (request.output, request.cache):
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(folder).mkdir(parents=True)
+            try:
+                trainer = await self._keeper.take()
+                self._allowance.learn_start(trainer.start_bytes)
+                budget = self._allowance.budget(trainer.held_bytes)
+                plan = await self._plan(request.task, budget, samples, limit, keep_plan)
+                end, peak = await self._train_once(trainer, replace(request, plan=plan, budget=budget))
+            except ChildError as error:
+                await self._keeper.drop()
+                self._allowance.died()
+                deaths += 1
+                _log.error("the trainer died", error=str(error), deaths=deaths, task=request.task.task_id)
+                if deaths == 2:
+                    raise
+                continue
+            if isinstance(end, Done):
+                return end
+            if end.outcome is not Outcome.OVER_BUDGET:
+                raise _Told(end)
+            smaller += 1
+            # The stage was predicted to need `peak` and missed its budget by `miss`: a stage that is
+            # mispredicted alike fits if it is predicted to need that much less.
+            step = max(end.miss_bytes, int(peak * _SMALLEST_STEP))
+            limit = max(0, peak - step)
+            _log.warning(
+                "a stage went over its budget",
+                message=end.message,
+                stage=end.stage,
+                miss=format_size(end.miss_bytes),
+                next_plan_at_most=format_size(limit),
+                try_number=smaller,
+            )
+            if smaller > SMALLER_PLANS:
+                raise OverBudgetError(
+                    f"{SMALLER_PLANS} smaller plans went over their budget too; the last: {end.message}",
+                    stage=end.stage,
+                    miss_bytes=end.miss_bytes,
+                )
+
+    async def _plan(self, task: Task, budget: Budget, samples: int, limit: int | None, keep: bool) -> Plan:
+        """The coordinator's plan if it still holds, or one for what is free now.
+
+        Raises:
+            PlanError: nothing fits what is free.
+            OverBudgetError: nothing fits below `limit`, which plans that went over have set.
+        """
+        free = budget.budget_bytes
+        enough = free >= max(task.plan.budget_bytes, task.plan.predicted_peak_bytes)
+        if enough and keep and limit is None:
+            return task.plan
+        allowed = free if limit is None else min(free, limit)
+        try:
+            # In a thread: a deep model takes a second on a small board, and the lease must be renewed.
+            plan = await asyncio.to_thread(
+                make_plan,
+                task.costs,
+                budget_bytes=allowed,
+                training=task.training,
+                sample_count=samples,
+                policy=task.policy,
+            )
+        except PlanError as error:
+            if limit is None or limit > free:
+                raise
+            raise _NothingSmaller(error) from None
+        _log.info(
+            "planned again on the device",
+            blocks=plan.blocks,
+            predicted_peak=format_size(plan.predicted_peak_bytes),
+            budget=format_size(allowed),
+            was_made_for=format_size(task.plan.budget_bytes),
+        )
+        return plan
+
+    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest) -> tuple[Done | Failed, int]:
+        """One request to the trainer. Also gives the predicted peak of the stage that came last."""
+        task = request.task
+        progress = Progress(task.task_id, task.attempt, self._device_id, "training")
+        peak = request.plan.predicted_peak_bytes
+        async for event in trainer.train(request):
+            if isinstance(event, Measure):
+                # The trainer counts from its start on; the budget needs all that it holds.
+                held = trainer.idle_anonymous_bytes + event.held_bytes
+                await trainer.answer(self._allowance.budget(held))
+            elif isinstance(event, StageStarted):
+                peak = event.predicted_peak_bytes
+                progress = replace(
+                    progress,
+                    stage=event.stage,
+                    stage_count=event.stage_count,
+                    first=event.first,
+                    last=event.last,
+                    epoch=0,
+                )
+                self._report(progress)
+                _log.info(
+                    "stage started",
+                    stage=f"{event.stage + 1}/{event.stage_count}",
+                    units=f"{event.first}-{event.last}",
+                    predicted_peak=format_size(peak),
+                )
+            elif isinstance(event, StageProgress):
+                progress = replace(progress, epoch=event.epoch, epochs=event.epochs, loss=event.loss)
+                self._report(progress)
+            elif isinstance(event, StageDone):
+                result = event.result
+                _log.info(
+                    "stage done",
+                    units=f"{result.first}-{result.last}",
+                    predicted_peak=format_size(result.predicted_peak_bytes),
+                    measured_peak=format_size(result.measured_peak_bytes),
+                    loss=round(result.loss_last, 4),
+                    seconds=round(result.seconds, 1),
+                )
+            else:
+                return event, peak
+        raise ChildError("the trainer ended its events without done or failed")
+
+
+class _Told(FedepthError):
+    """The trainer gave up and said why."""
+
+    def __init__(self, end: Failed) -> None:
+        super().__init__(end.message)
+        self.end = end
+
+
+class _NothingSmaller(OverBudgetError):
+    """Plans went over their budget until none smaller was left."""
+
+    def __init__(self, error: PlanError) -> None:
+        super().__init__(f"went over its budget, and {error}", stage=0, miss_bytes=0)
+        self.needed_bytes = error.needed_bytes
+        self.budget_bytes = error.budget_bytes
+
+
+def _failure(task: Task, device_id: str, error: FedepthError) -> Failure:
+    if isinstance(error, _Told):
+        end = error.end
+        outcome, needed, budget = end.outcome, end.needed_bytes, end.budget_bytes
+    else:
+        outcome = next((name for kind, name in _OUTCOMES if isinstance(error, kind)), Outcome.ERROR)
+        needed = error.needed_bytes if isinstance(error, (PlanError, _NothingSmaller)) else 0
+        budget = error.budget_bytes if isinstance(error, (PlanError, _NothingSmaller)) else 0
+    return Failure(task.task_id, task.attempt, device_id, outcome, str(error), needed, budget)

@@ -1,0 +1,152 @@
+"""IDX files, the format of MNIST (http://yann.lecun.com/exdb/mnist/), read by ranges. No numpy.
+
+Two zero bytes, the element type (8: unsigned byte, the only one read here), the number of dimensions, each
+extent as 4 bytes big-endian, then the elements in row-major order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedepth.errors import DataError
+from fedepth.files import replacing
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_UNSIGNED_BYTE = 8
+_DIMENSIONS_LIMIT = 4
+_EXTENT_LIMIT = 1 << 31
+_GZIP_RATIO = 1032  # deflate cannot do better (zlib's technical notes), so that a larger claim is false
+_PIECE_BYTES = 1 << 20
+
+
+def write_idx(path: Path, array: Buffer) -> None:
+    """Writes a C-contiguous array of unsigned bytes as an IDX file; gzipped if the name ends with ".gz".
+
+    Raises:
+        ValueError: the array is not of unsigned bytes, or not contiguous, or has more than 4 dimensions.
+    """
+    view = memoryview(array)
+    if view.format != "B" or not view.c_contiguous or not 1 <= view.ndim <= _DIMENSIONS_LIMIT:
+        raise ValueError(f"an IDX file takes contiguous unsigned bytes, got {view.format!r} of {view.shape}")
+    extents = view.shape or ()
+    data = struct.pack(f">HBB{len(extents)}I", 0, _UNSIGNED_BYTE, len(extents), *extents) + view.tobytes()
+    with replacing(path) as file:
+        # Without a time stamp, so that equal data gives equal files.
+        file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+class IdxFile:
+    """An IDX file of unsigned bytes.
+
+    A plain file is read where it is asked for. A gzipped one cannot be: the first read of items
+    decompresses all of it into memory, where it stays.
+
+    Attributes:
+        shape: (items, …).
+        item_bytes: bytes per item.
+    """
+
+    def __init__(self, path: Path, dimensions: int) -> None:
+        """Reads the header.
+
+        Raises:
+            DataError: the file is no IDX file of unsigned bytes in `dimensions` dimensions, or too short or
+                too long for what its header says (a gzipped file: only if no compression could explain it).
+        """
+        self.path = path
+        self._zipped = path.suffix == ".gz"
+        self._start = 4 + 4 * dimensions
+        self._data: bytes | None = None
+        size = path.stat().st_size
+        self.shape = self._parse(self._read_start(), dimensions)
+        self.item_bytes = math.prod(self.shape[1:])
+        self._size = self._start + math.prod(self.shape)
+        if self._size > size * _GZIP_RATIO if self._zipped else self._size != size:
+            raise DataError(
+                f"{path} is damaged: its header says {self.shape}, {self._size} bytes in all, it has {size}"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read_items(self, indices: Iterable[int]) -> bytes:
+        """The items at `indices`, one after the other.
+
+        Raises:
+            IndexError: there is no such item.
+            DataError: the file is damaged, or has shrunk since it was opened.
+        """
+        return b"".join(self._items(indices))
+
+    def _items(self, indices: Iterable[int]) -> Iterator[bytes]:
+        if self._zipped and self._data is None:
+            self._data = self._decompress()
+        descriptor = os.open(self.path, os.O_RDONLY) if self._data is None else -1
+        try:
+            for index in indices:
+                if not 0 <= index < self.shape[0]:
+                    raise IndexError(f"item {index} of {self.shape[0]} in {self.path}")
+                start = self._start + index * self.item_bytes
+                if self._data is None:
+                    item = os.pread(descriptor, self.item_bytes, start)
+                else:
+                    item = self._data[start : start + self.item_bytes]
+                if len(item) != self.item_bytes:
+                    raise DataError(f"{self.path} ends within item {index}; was it changed? Start again")
+                yield item
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def pieces(self) -> Iterator[bytes]:
+        """All items in pieces of at most 1 MiB, in order, in little memory even for a gzipped file.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        left = self._size - self._start
+        try:
+            with gzip.open(self.path) if self._zipped else open(self.path, "rb") as file:
+                file.read(self._start)
+                while left and (data := file.read(min(left, _PIECE_BYTES))):
+                    left -= len(data)
+                    yield data
+                surplus = bool(file.read(1))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{self.path} is damaged: {error}") from None
+        if left or surplus:
+            raise DataError(
+                f"{self.path} is damaged: its header says {self.shape}, it has "
+                + ("more bytes than that" if surplus else f"{left} bytes less")
+            )
+
+    def _decompress(self) -> bytes:
+        return bytes(self._start) + b"".join(self.pieces())
+
+    def _read_start(self) -> bytes:
+        try:
+            with gzip.open(self.path) if self._zipped else open(self.path, "rb") as file:
+                return file.read(self._start)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{self.path} is damaged: {error}") from None
+
+    def _parse(self, start: bytes, dimensions: int) -> tuple[int, ...]:
+        expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
+        if len(start) < self._start or start[:4] != expected:
+            raise DataError(
+                f"{self.path} is damaged or of another kind: it begins with "
+                f"{start[:4].hex(' ') or 'nothing'}, an IDX file of unsigned bytes in {dimensions} dimensions with {expected.hex(' ')}"
+            )
+        shape = struct.unpack_from(f">{dimensions}I", start, 4)
+        if min(shape[1:], default=1) < 1 or max(shape) >= _EXTENT_LIMIT:
+            raise DataError(f"{self.path} is damaged: its header says {shape}")
+        return shape

@@ -1,0 +1,152 @@
+"""Images of any supported source as uint8 batches in a model's shape. numpy and PIL, no torch.
+
+A batch is read when it is asked for: a data set never lies in memory as a whole, except a gzipped one and the
+small set of digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fedepth.data.digits import load_digits
+from fedepth.data.idx import IdxFile
+from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
+from fedepth.errors import DataError
+from fedepth.task import ModelSpec
+
+Bytes = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+DIGITS = "digits"
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Images(Protocol):
+    """Labelled images in the shape of a model's input."""
+
+    @property
+    def labels(self) -> Labels:
+        """The label of every image; shape (n,)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[Any]) -> Bytes:
+        """The images at `indices` (shape (k,)), as a fresh C-contiguous array of shape (k, C, H, W).
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+
+
+def open_images(source: Path | str, spec: ModelSpec, split: str = "train") -> Images:
+    """Opens a data directory (see fedepth.data.scan), or "digits" for the set that comes with scikit-learn.
+
+    Images of another size are resized (bilinear; the digits bicubic), colours become gray or gray becomes
+    RGB as `spec.input_shape` asks. Class folders are labelled by their place in `spec.classes`; IDX labels
+    are such places.
+
+    Args:
+        source: the directory, or "digits"; a folder of that name needs its absolute path.
+        spec: the model; its input shape must be (1 or 3, height, width).
+        split: "train" or "test".
+
+    Raises:
+        DataError: the data cannot be used, or the model takes no images.
+    """
+    shape = spec.input_shape
+    if len(shape) != 3 or shape[0] not in _MODES or min(shape) < 1:
+        raise DataError(f"model {spec.name} takes {shape}; images are read as (1 or 3, height, width)")
+    if str(source) == DIGITS:
+        images, labels = load_digits(split)
+        check_labels(Path(DIGITS), np.unique(labels).tolist(), spec.classes)
+        return _GrayImages(lambda indices: images[indices], labels, shape, Image.Resampling.BICUBIC)
+    directory = Path(source)
+    idx = find_idx(directory, split)
+    return (
+        _FileImages(find_folders(directory, spec.classes, split), shape)
+        if idx is None
+        else _open_idx(*idx, spec)
+    )
+
+
+class _GrayImages:
+    """Gray images of one size, fetched by index as (k, h, w)."""
+
+    def __init__(
+        self,
+        fetch: Callable[[npt.NDArray[Any]], Bytes],
+        labels: Labels,
+        shape: tuple[int, ...],
+        resampling: Image.Resampling,
+    ) -> None:
+        self.labels = labels
+        self._fetch = fetch
+        self._shape = shape
+        self._resampling = resampling
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: npt.NDArray[Any]) -> Bytes:
+        gray = self._fetch(indices)
+        batch = np.empty((len(gray), *self._shape), np.uint8)
+        if gray.shape[1:] == self._shape[1:]:
+            batch[:] = gray[:, None]
+        else:
+            for place, pixels in enumerate(gray):
+                batch[place] = np.asarray(_resized(Image.fromarray(pixels), self._shape, self._resampling))
+        return batch
+
+
+class _FileImages:
+    """One image file per sample, in one folder per class."""
+
+    def __init__(self, files: dict[str, list[Path]], shape: tuple[int, ...]) -> None:
+        counts = [len(paths) for paths in files.values()]
+        self.labels: Labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self._files = [path for paths in files.values() for path in paths]
+        self._shape = shape
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, indices: npt.NDArray[Any]) -> Bytes:
+        batch = np.empty((len(indices), *self._shape), np.uint8)
+        for place, index in enumerate(indices.tolist()):
+            pixels = self._decode(self._files[index])
+            batch[place] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+        return batch
+
+    def _decode(self, path: Path) -> Bytes:
+        mode = _MODES[self._shape[0]]
+        try:
+            with Image.open(path) as image:
+                # A JPEG is then decoded near its final size: a 12-megapixel photo would take 36 MB otherwise.
+                image.draft(mode, (self._shape[2], self._shape[1]))
+                return np.asarray(_resized(image.convert(mode), self._shape, Image.Resampling.BILINEAR))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} cannot be read as an image: {error}; repair or remove it") from error
+
+
+def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec) -> Images:
+    images, labels_file = IdxFile(images_path, 3), IdxFile(labels_path, 1)
+    check_pair(images, labels_file)
+    labels = np.frombuffer(b"".join(labels_file.pieces()), np.uint8).astype(np.int64)
+    check_labels(labels_path, np.unique(labels).tolist(), spec.classes)
+
+    def fetch(indices: npt.NDArray[Any]) -> Bytes:
+        data = images.read_items(indices.tolist())
+        return np.frombuffer(data, np.uint8).reshape(-1, *images.shape[1:])
+
+    return _GrayImages(fetch, labels, spec.input_shape, Image.Resampling.BILINEAR)
+
+
+def _resized(image: Image.Image, shape: Sequence[int], resampling: Image.Resampling) -> Image.Image:
+    size = (shape[2], shape[1])
+    return image if image.size == size else image.resize(size, resampling)

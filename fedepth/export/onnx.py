@@ -1,0 +1,171 @@
+"""The trained model as an ONNX file that has been compared with the trained model, on real images.
+
+Runs on the CPU: other devices compute float32 less exactly, and the comparison would show that instead of a
+fault of the export.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from fedepth.errors import ExportError
+from fedepth.files import write_atomically
+from fedepth.models.load import load_model
+from fedepth.task import ModelSpec
+
+PARITY_LIMIT = 1e-4
+# Two logits that each differ by no more than PARITY_LIMIT can change places if they are closer than this.
+TIE = 2 * PARITY_LIMIT
+COMPARED_AT_ONCE = 64
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An exported model, compared.
+
+    Attributes:
+        path: the ONNX file.
+        parity_max_abs: the largest absolute difference of a logit between ONNX Runtime and torch.
+        samples: images compared.
+        top1_equal: images with the same class first in both, ties not among them.
+        ties: images whose two best logits are too close to be ranked.
+        size_bytes: of the file.
+        opset: version of the default operator set.
+    """
+
+    path: str
+    parity_max_abs: float
+    samples: int
+    top1_equal: int
+    ties: int
+    size_bytes: int
+    opset: int
+
+
+def export(
+    spec: ModelSpec,
+    weights: Path,
+    output: Path,
+    *,
+    job: str,
+    round: int,
+    weights_digest: str,
+    images: Floats,
+) -> ExportReport:
+    """Writes `output`, if the exported model gives what the trained one gives.
+
+    The batch size of the exported model is free. Job, round, classes, normalisation and the digest of the
+    weights are in the file's metadata, so that it explains itself.
+
+    Args:
+        spec: the model.
+        weights: a safetensors file.
+        output: appears whole or not at all.
+        job: the job's name.
+        round: the round that gave the weights.
+        weights_digest: sha256 (hex) of `weights`.
+        images: (N, C, H, W) normalised real images to compare on.
+
+    Raises:
+        ExportError: torch cannot export the model; or a logit differs by more than 1e-4, or an image gets
+            another class, ties excepted. The message has the figures, and `output` is as it was.
+        ModelError: see `load_model`.
+        StateError: see `load_model`.
+    """
+    if len(images) == 0:
+        raise ExportError(f"{spec.name}: no images to compare the export on. Give the job test data.")
+    model = load_model(spec, weights).model
+    proto = _to_onnx(model, spec)
+    for key, value in _metadata(spec, job, round, weights_digest).items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(proto, full_check=True)
+    data = proto.SerializeToString(deterministic=True)
+    expected, found = compare(model, data, images)
+    largest = float(np.abs(expected - found).max())
+    best = np.sort(expected, axis=1)
+    tied = best[:, -1] - best[:, -2] < TIE if expected.shape[1] > 1 else np.zeros(len(images), bool)
+    equal = expected.argmax(axis=1) == found.argmax(axis=1)
+    other = int((~equal & ~tied).sum())
+    if not largest <= PARITY_LIMIT or other:
+        raise ExportError(
+            f"The ONNX export of {spec.name} differs from the trained model: by up to {largest:.3g} in a "
+            f"logit (limit {PARITY_LIMIT:g}), and in the first class of {other} of {len(images)} images. "
+            "Nothing was written. If the weights are sound (finite, logits of ordinary size), report this "
+            "with the model's name."
+        )
+    write_atomically(output, data)
+    return ExportReport(
+        path=str(output),
+        parity_max_abs=largest,
+        samples=len(images),
+        top1_equal=int((equal & ~tied).sum()),
+        ties=int(tied.sum()),
+        size_bytes=len(data),
+        opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+    )
+
+
+def compare(model: nn.Module, data: bytes, images: Floats) -> tuple[Floats, Floats]:
+    """Logits of torch and of ONNX Runtime for the same images, each (N, classes)."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    expected, found = [], []
+    for start in range(0, len(images), COMPARED_AT_ONCE):
+        batch = np.ascontiguousarray(images[start : start + COMPARED_AT_ONCE], np.float32)
+        with torch.inference_mode():
+            expected.append(model(torch.from_numpy(batch)).numpy())
+        found.append(session.run(["logits"], {"images": batch})[0])
+    return np.concatenate(expected), np.concatenate(found)
+
+
+def _to_onnx(model: nn.Module, spec: ModelSpec) -> Any:
+    argument = next(iter(inspect.signature(model.forward).parameters))
+    with warnings.catch_warnings():
+        # torch.export and onnxscript warn about each other's deprecations; nothing that a user could act on.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        try:
+            program = torch.onnx.export(
+                model,
+                (torch.zeros((2, *spec.input_shape)),),
+                dynamo=True,
+                dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"torch cannot export {spec.name} to ONNX: {error}. Train on; the weights are unharmed."
+            ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def _metadata(spec: ModelSpec, job: str, round: int, weights_digest: str) -> dict[str, str]:
+    return {
+        "job": job,
+        "round": str(round),
+        "classes": json.dumps(spec.classes, ensure_ascii=False),
+        "input_shape": json.dumps(spec.input_shape),
+        "mean": json.dumps(spec.mean),
+        "std": json.dumps(spec.std),
+        "weights_digest": weights_digest,
+        "fedepth_version": version("fedepth"),
+    }

@@ -1,0 +1,61 @@
+"""Files that survive a crash, whole or not at all, and their digests. No numpy: idle agents load this."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PIECE_BYTES = 1 << 20
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Puts `data` into `path`, durably: a crash leaves there either what it held before, or all of `data`.
+
+    Raises:
+        OSError: the disk is full, or the folder is missing or read-only. `path` is as it was.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path`, durably, once the block has ended without an error.
+
+    What is written goes to `.NAME.RANDOM.tmp` in the same folder. An error removes that file and leaves
+    `path` as it was; a crash leaves it behind, to be deleted by whoever owns the folder.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable: a new or renamed file can be lost in a power cut until then."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(PIECE_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

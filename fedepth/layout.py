@@ -1,0 +1,83 @@
+"""Which tensors a model consists of, unit by unit. No torch, no numpy: the server process averages by it.
+
+The names are the names of the model's own state dict, so that a global weights file is an ordinary
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a model.
+
+    Attributes:
+        name: its name in the model's state dict.
+        shape: its shape; () for a scalar.
+        dtype: its type as safetensors names it, such as "F32" or "I64".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """The tensors of one unit, parameters first, then buffers, both in state-dict order."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Every tensor of a model, each in exactly one unit or in the head.
+
+    Attributes:
+        units: in the order of the forward pass.
+        head: the tensors of the head, which every update carries.
+    """
+
+    units: tuple[UnitLayout, ...]
+    head: tuple[TensorInfo, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """All tensors: units in order, then the head."""
+        return tuple(tensor for unit in self.units for tensor in unit.tensors) + self.head
+
+    @property
+    def by_name(self) -> dict[str, TensorInfo]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    def trained_tensors(self, trained_units: tuple[int, ...]) -> tuple[TensorInfo, ...]:
+        """The tensors of an update: those of the trained units, by index, and the head's."""
+        return tuple(tensor for index in trained_units for tensor in self.units[index].tensors) + self.head

@@ -1,0 +1,109 @@
+"""What a process really used, from /proc/self, above one baseline per task.
+
+VmHWM after a reset is the exact total, file pages included. Its anonymous part can only be sampled, so that figure is a
+lower bound. `ru_maxrss` is of no use: a child inherits it from its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_MAPS = Path("/proc/self/maps")
+_ALLOCATORS = re.compile(r"(tcmalloc_minimal|tcmalloc|jemalloc|mimalloc)[^/\s]*\.so[.\d]*")
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as "VmRSS" or "VmData", in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise KeyError(f"{_STATUS} has no field {field}")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the process held before weights and data.
+
+    Attributes:
+        resident_bytes: VmRSS.
+        anonymous_bytes: RssAnon.
+        data_bytes: VmData, what RLIMIT_DATA counts.
+    """
+
+    resident_bytes: int
+    anonymous_bytes: int
+    data_bytes: int
+
+
+class Meter:
+    """Peaks above one baseline. Reset it at the start of every stage; sample it between batches."""
+
+    def __init__(self) -> None:
+        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), status_bytes("VmData"))
+        self._anonymous = 0
+
+    def reset(self) -> None:
+        """Sets the kernel's high-water mark back to what is resident now."""
+        Path("/proc/self/clear_refs").write_text("5")
+        self._anonymous = 0
+        self.sample()
+
+    def sample(self) -> None:
+        self._anonymous = max(self._anonymous, status_bytes("RssAnon") - self.baseline.anonymous_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """VmHWM above the baseline since the last reset; exact."""
+        return max(0, status_bytes("VmHWM") - self.baseline.resident_bytes)
+
+    @property
+    def anonymous_peak_bytes(self) -> int:
+        """The anonymous part of it as far as it was sampled; a lower bound."""
+        return max(0, self._anonymous)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the process holds now above the baseline."""
+        return max(0, status_bytes("VmRSS") - self.baseline.resident_bytes)
+
+
+class DataLimit:
+    """RLIMIT_DATA as a soft limit around a task; the hard limit stays, so that the next task may have another.
+
+    Address space runs ahead of what is resident; `overhead_bytes` is by how much it may.
+    """
+
+    def __init__(self, data_bytes: int, budget_bytes: int, overhead_bytes: int) -> None:
+        self._before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = data_bytes + budget_bytes + overhead_bytes
+        self.limit_bytes = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+
+    def __enter__(self) -> DataLimit:
+        self._set(self.limit_bytes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._before)
+
+    @staticmethod
+    def _set(soft: int) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def allocator() -> str:
+    """Name of the memory allocator that this process runs with, as its mapped files tell."""
+    found = _ALLOCATORS.search(_MAPS.read_text())
+    if found:
+        return found.group(0)
+    library = re.search(r"(libc\.so\.6|ld-musl[^\s]*)", _MAPS.read_text())
+
+    thresholds = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    name = " ".join(platform.libc_ver()) if library else "unknown"
+    return f"{name}, thresholds {thresholds}" if thresholds else name

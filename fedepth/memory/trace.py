@@ -1,0 +1,322 @@
+"""What training costs in memory, unit by unit, traced without allocating anything.
+
+The model runs on fake tensors, which have shapes and storages but no data, while a ledger writes down when
+each storage comes and goes. Storages, not tensors, are counted: autograd keeps many views of one storage, and
+adding up tensors overstates a convolutional network by more than half. Only what kernels take inside one
+operation is out of sight; the prediction adds a calibrated term for that.
+
+A trace imports sympy and torch._dynamo (over 150 MiB), so it runs in the coordinator's model worker, never in
+a trainer. Optimizer state is no part of it: it follows from the parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedepth.models.skip import skip
+from fedepth.models.split import SplitModel, Unit, assign, split_spec
+from fedepth.task import ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
+
+FLOAT_BYTES = 4
+SMALL_BATCH = 2
+SMALLEST_LARGE_BATCH = 16
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One forward and backward pass at one batch size, in bytes, without parameters and their gradients.
+
+    Attributes:
+        saved: what lives after the forward pass, without input and output; with the output if autograd keeps
+            it.
+        saves_input: autograd keeps the input.
+        saves_output: autograd keeps the output.
+        forward: the peak of the forward pass above what lives after it.
+        backward: the peak of the backward pass above what lives before it, gradients of input and output
+            counted.
+        inference: the peak of a forward pass without autograd above its output.
+        largest: the largest storage that the forward pass makes.
+    """
+
+    saved: int
+    saves_input: bool
+    saves_output: bool
+    forward: int
+    backward: int
+    inference: int
+    largest: int
+
+
+def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
+    """The cost table of a model.
+
+    Every unit, and every exit behind a unit, is traced at two batch sizes, 2 and the job's batch (at least
+    16). A peak is the largest of several sums that grow with the batch, a convex function, so the line
+    through these two points is never below it between them.
+
+    Args:
+        spec: the model.
+        training: its batch is the larger batch size.
+        allowed: see `zoo.build`.
+
+    Raises:
+        ModelError: the model cannot be built or split, or a unit has no skip connection to the head.
+    """
+    split_model = split_spec(spec, allowed)
+    batches = (SMALL_BATCH, max(training.batch, SMALLEST_LARGE_BATCH))
+    units: list[UnitCost] = []
+    exits: list[UnitCost] = []
+    exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
+    with FakeTensorMode():
+        _fill(split_model)
+        for index, unit in enumerate(split_model.units):
+            shape, output_shape = split_model.input_shapes[index], split_model.output_shapes[index]
+            units.append(_unit_cost(unit, shape, output_shape, batches, input_grad=index > 0))
+            if output_shape not in exit_by_shape:
+                exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches)
+            exits.append(exit_by_shape[output_shape])
+        smallest = _smallest_micro_batch(split_model)
+    values = torch.Size(spec.input_shape).numel()
+    return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
+
+
+def trace_block(
+    spec: ModelSpec, first: int, last: int, samples: int, allowed: Sequence[str] | None = None
+) -> StepTrace:
+    """Units `first..last` with their exit and the loss, traced as a whole at one batch size.
+
+    What `trace_costs` composes has to come close to this.
+    """
+    split_model = split_spec(spec, allowed)
+    units = split_model.units[first : last + 1]
+    exit_step = _exit_step(split_model)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        for unit in units:
+            x = unit(x)
+        return exit_step(x)
+
+    with FakeTensorMode():
+        _fill(split_model)
+        owners = (*units, split_model.head)
+        return _trace(step, owners, split_model.input_shapes[first], samples, input_grad=False)
+
+
+def _unit_cost(
+    unit: Unit,
+    shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    batches: tuple[int, int],
+    *,
+    input_grad: bool,
+) -> UnitCost:
+    traces = [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
+    return _cost(unit, unit, shape, torch.Size(output_shape).numel() * FLOAT_BYTES, batches, traces)
+
+
+def _exit_cost(split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
+    head, step = split_model.head, _exit_step(split_model)
+    traces = [_trace(step, (head,), shape, samples, input_grad=True) for samples in batches]
+    return _cost(head, step, shape, 0, batches, traces)
+
+
+def _exit_step(split_model: SplitModel) -> Step:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        logits = split_model.head(skip(x, split_model.head_shape))
+        return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64))
+
+    return step
+
+
+def _cost(
+    unit: Unit,
+    step: Step,
+    shape: tuple[int, ...],
+    output_bytes: int,
+    batches: tuple[int, int],
+    traces: list[StepTrace],
+) -> UnitCost:
+    """Two traces as sizes that are linear in the batch."""
+    small, large = traces
+    parameters = [parameter.nbytes for _, parameter in unit.parameters()]
+    flops = _flops(step, (unit,), shape, batches[1])
+    return UnitCost(
+        name=unit.name,
+        parameter_bytes=sum(parameters),
+        buffer_bytes=sum(buffer.nbytes for _, buffer in unit.buffers()),
+        largest_parameter_bytes=max(parameters, default=0),
+        input_bytes=torch.Size(shape).numel() * FLOAT_BYTES,
+        output_bytes=output_bytes,
+        saved=line(batches, (small.saved, large.saved)),
+        saves_input=small.saves_input,
+        saves_output=small.saves_output,
+        forward=line(batches, (small.forward, large.forward)),
+        backward=line(batches, (small.backward, large.backward)),
+        inference=line(batches, (small.inference, large.inference)),
+        largest_activation_bytes=-(-large.largest // batches[1]),
+        flops=flops // batches[1],
+    )
+
+
+def line(batches: tuple[int, int], sizes: tuple[int, int]) -> Size:
+    """The line through two measurements, in integers, at or above both and with no negative part."""
+    per_sample = max(0, -(-(sizes[1] - sizes[0]) // (batches[1] - batches[0])))
+    fixed = max(size - per_sample * batch for batch, size in zip(batches, sizes, strict=True))
+    if fixed < 0:  # an integer per sample above the true slope can leave less than nothing as the rest
+        return Size(0, max(-(-size // batch) for batch, size in zip(batches, sizes, strict=True)))
+    return Size(fixed, per_sample)
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down every storage that an operation makes, and its end.
+
+    Attributes:
+        events: (serial number of the storage, bytes), negative bytes where it ends.
+    """
+
+    def __init__(self, *foreign: torch.Tensor) -> None:
+        """`foreign` tensors were there before and are not counted."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[tuple[int, int]] = []
+        self._serials: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._next = 0
+        self._foreign = {self._register(tensor.untyped_storage()) for tensor in foreign}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._serials:
+                    self.events.append((self._register(storage), storage.nbytes()))
+        return result
+
+    def serial(self, tensor: torch.Tensor) -> int:
+        """The storage's number; -1 if no operation has made it and it is not foreign."""
+        found = self._serials.get(id(tensor.untyped_storage()))
+        return -1 if found is None else found[0]
+
+    def live(self) -> int:
+        return sum(size for _, size in self.events)
+
+    def peak(self, start: int = 0, without: frozenset[int] = frozenset()) -> int:
+        """The most that lives at once from event `start` on, without the given storages."""
+        total = peak = 0
+        for index, (serial, size) in enumerate(self.events):
+            if serial not in without:
+                total += size
+            if index >= start:
+                peak = max(peak, total)
+        return peak
+
+    def _register(self, storage: torch.UntypedStorage) -> int:
+        serial, self._next = self._next, self._next + 1
+        key, size = id(storage), storage.nbytes()
+
+        def ended(_: weakref.ref[torch.UntypedStorage]) -> None:
+            del self._serials[key]
+            if serial not in self._foreign:
+                self.events.append((serial, -size))
+
+        self._serials[key] = (serial, weakref.ref(storage, ended))
+        return serial
+
+
+def _trace(
+    step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool
+) -> StepTrace:
+    """Runs one step under the fake mode that is active."""
+    parameters = [parameter for owner in owners for _, parameter in owner.parameters()]
+    buffers = [buffer for owner in owners for _, buffer in owner.buffers()]
+    # A copy of the leaf, so that a step may change its input in place; copying saves nothing for backward.
+    x = torch.empty((samples, *shape)).requires_grad_(input_grad).clone()
+    for owner in owners:
+        owner.train(True)
+    ledger = _Ledger(x, *parameters, *buffers)
+    kept: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(ledger.serial(tensor))
+        return tensor
+
+    with ledger:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = step(x)
+        saves_output, saves_input = ledger.serial(output) in kept, ledger.serial(x) in kept
+        forward_end = len(ledger.events)
+        forward_peak, after_forward = ledger.peak(), ledger.live()
+        largest = max((size for _, size in ledger.events), default=0)
+        output_bytes = 0 if output.dim() == 0 or saves_output else output.nbytes
+        torch.autograd.backward(output, torch.empty_like(output))
+        gradients = frozenset(ledger.serial(p.grad) for p in parameters if p.grad is not None)
+        backward_peak = ledger.peak(forward_end, without=gradients)
+    for parameter in parameters:
+        parameter.grad = None
+    return StepTrace(
+        saved=max(0, after_forward - output_bytes),
+        saves_input=saves_input,
+        saves_output=saves_output and output.dim() > 0,
+        forward=forward_peak - after_forward,
+        backward=max(0, backward_peak - after_forward),
+        inference=_inference_peak(step, owners, x.detach()),
+        largest=largest,
+    )
+
+
+def _inference_peak(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> int:
+    tensors = [tensor for owner in owners for _, tensor in (*owner.parameters(), *owner.buffers())]
+    for owner in owners:
+        owner.train(False)
+    ledger = _Ledger(x, *tensors)
+    with torch.no_grad(), ledger:
+        output = step(x)
+        return max(0, ledger.peak() - output.nbytes)
+
+
+def _flops(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int) -> int:
+    for owner in owners:
+        owner.train(True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        step(torch.empty((samples, *shape)))
+    return int(counter.get_total_flops())
+
+
+def _fill(split_model: SplitModel) -> None:
+    """Fake tensors in the place of meta tensors; a fake mode has to be active."""
+    for unit in (*split_model.units, split_model.head):
+        for name, parameter in unit.parameters():
+            assign(split_model, name, torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=True)
+        for name, buffer in unit.buffers():
+            assign(split_model, name, torch.empty(buffer.shape, dtype=buffer.dtype), requires_grad=False)
+
+
+def _smallest_micro_batch(split_model: SplitModel) -> int:
+    """2 if a BatchNorm sees one value per channel and sample, of which it cannot take a variance; else 1."""
+    single: list[bool] = []
+
+    def look(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        single.append(arguments[0].shape[2:].numel() == 1)
+
+    norms = [module for module in split_model.model.modules() if isinstance(module, _BatchNorm)]
+    handles = [module.register_forward_pre_hook(look) for module in norms]
+    with torch.no_grad():
+        split_model(torch.empty((2, *split_model.input_shapes[0])))
+    for handle in handles:
+        handle.remove()
+    return 2 if any(single) else 1

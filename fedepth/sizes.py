@@ -1,0 +1,55 @@
+"""Sizes for people: "300MiB" in, "34.1 MiB" out."""
+
+from __future__ import annotations
+
+import re
+
+from fedepth.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in `text`: a whole number of bytes, or a number with a unit, as "300MiB", "1.5 GiB", "300 MB".
+
+    Units count by their standards (IEC 80000-13): MiB is 1024², MB is 1000². Case does not matter.
+
+    Raises:
+        ConfigError: not a size, negative, or an unknown unit such as "M", which could mean either.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise ConfigError(f'"{text}" is not a size: write bytes, or a number and a unit such as "300MiB"')
+    number, unit = match.groups()
+    if unit.lower() not in _UNITS:
+        raise ConfigError(
+            f'"{text}" is not a size: unknown unit "{unit}", known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB'
+        )
+    factor = _UNITS[unit.lower()]
+    # Whole numbers stay out of floating point, so that a large number of bytes is exact.
+    return round(float(number) * factor) if "." in number else int(number) * factor
+
+
+def format_size(size_bytes: int) -> str:
+    """`size_bytes` in the largest binary unit that leaves at least 1: "34.1 MiB", "-2.0 KiB", "512 B"."""
+    size = abs(size_bytes)
+    sign = "-" if size_bytes < 0 else ""
+    if size < 1 << 10:
+        return f"{sign}{size} B"
+    for exponent, unit in ((10, "KiB"), (20, "MiB"), (30, "GiB")):
+        # What would be printed as 1024.0 belongs to the next unit.
+        if round(size / (1 << exponent), 1) < 1024:
+            return f"{sign}{size / (1 << exponent):.1f} {unit}"
+    return f"{sign}{size / (1 << 40):.1f} TiB"

@@ -1,0 +1,184 @@
+"""A small job without torch: three units, fake weights, and a stand-in for the model worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from coordinator.config import JobConfig
+from coordinator.store import TaskRecord
+from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
+from fedepth.task import (
+    Budget,
+    CachePlace,
+    DeviceReport,
+    ModelCosts,
+    PartInfo,
+    PeakComponents,
+    Plan,
+    Policy,
+    Result,
+    Size,
+    Stage,
+    StageResult,
+    UnitCost,
+)
+
+UNITS = 3
+MIB = 1 << 20
+
+
+def cost(name: str) -> UnitCost:
+    return UnitCost(
+        name=name,
+        parameter_bytes=4000,
+        buffer_bytes=0,
+        largest_parameter_bytes=4000,
+        input_bytes=256,
+        output_bytes=256,
+        saved=Size(0, 256),
+        saves_input=True,
+        saves_output=False,
+        forward=Size(0, 256),
+        backward=Size(0, 512),
+        inference=Size(0, 256),
+        largest_activation_bytes=256,
+        flops=1000,
+    )
+
+
+COSTS = ModelCosts(
+    model="fake",
+    units=tuple(cost(f"unit{index}") for index in range(UNITS)),
+    exits=tuple(cost(f"exit{index}") for index in range(UNITS)),
+    input_bytes=256,
+    raw_input_bytes=64,
+    smallest_micro_batch=1,
+)
+LAYOUT = ModelLayout(
+    units=tuple(
+        UnitLayout(f"unit{index}", (TensorInfo(f"unit{index}.weight", (1000,), "F32"),))
+        for index in range(UNITS)
+    ),
+    head=(TensorInfo("head.weight", (10, 10), "F32"),),
+)
+
+
+def plan_of(*ranges: tuple[int, int], untrained: tuple[int, ...] = ()) -> Plan:
+    peak = PeakComponents(1000, 1000, 1000, 1000, 0, 0, 0)
+    stages = tuple(Stage(first, last, 8, CachePlace.RAM, 8, peak) for first, last in ranges)
+    return Plan(stages, untrained, Policy.AUTO, 10_000)
+
+
+def config_of(**job: Any) -> JobConfig:
+    section = {"name": "demo", "rounds": 1, "devices_per_round": 2, "gather_s": 0, "lease_s": 30, **job}
+    return msgspec.convert(
+        {
+            "job": section,
+            "model": {"name": "fake", "classes": 2, "input_shape": [1, 8, 8]},
+            "test": {"data": "digits"},
+            "training": {"batch": 8},
+        },
+        JobConfig,
+    )
+
+
+def report_of(device_id: str, budget_bytes: int = 100 * MIB, classes: int = 2) -> DeviceReport:
+    return DeviceReport(
+        device_id=device_id,
+        name=f"board {device_id}",
+        budget=Budget(budget_bytes, budget_bytes, (), 0, 0, 1.0, 0, budget_bytes),
+        sample_count=classes * 10,
+        class_counts=(10,) * classes,
+    )
+
+
+def task_record(task_id: str = "t-0001-0000", device_id: str = "a", attempt: int = 1) -> TaskRecord:
+    return TaskRecord(task_id, 1, device_id, attempt, "given", plan_of((0, 1), (2, 2)), 20)
+
+
+def result_for(task: TaskRecord, parts: dict[int, bytes], **changes: Any) -> Result:
+    plan: Plan = changes.get("plan", task.plan)
+    stages = tuple(
+        StageResult(each.first, each.last, 8, 4000, 3900, 3800, 10_000, 2.0, 1.0, 3, 20, 0.5)
+        for each in plan.stages
+    )
+    trained = tuple(unit for each in plan.stages for unit in range(each.first, each.last + 1))
+    fields: dict[str, Any] = {
+        "task_id": task.task_id,
+        "attempt": task.attempt,
+        "device_id": task.device_id,
+        "round": task.round,
+        "sample_count": 20,
+        "plan": plan,
+        "trained_units": trained,
+        "stages": stages,
+        "parts": tuple(PartInfo(part, len(data), sha256(data)) for part, data in parts.items()),
+        "seconds": 1.0,
+        "allocator": "none",
+        "baseline_bytes": 0,
+    }
+    return Result(**{**fields, **changes})
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass
+class FakeModels:
+    """Answers what the model worker would, and remembers what it was asked."""
+
+    asked: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+    async def request(self, do: str, **fields: Any) -> dict[str, Any]:
+        self.asked.append(do)
+        if do == "prepare":
+            Path(fields["output"]).write_bytes(b"initial weights")
+            return {
+                "costs": msgspec.to_builtins(COSTS),
+                "layout": msgspec.to_builtins(LAYOUT),
+                "digest": sha256(b"initial weights"),
+                "size_bytes": 15,
+            }
+        if do == "evaluate":
+            return {"accuracy": 0.75, "loss": 0.5, "samples": 100}
+        Path(fields["output"]).write_bytes(b"onnx")
+        return {
+            "path": fields["output"],
+            "parity_max_abs": 1e-7,
+            "samples": 100,
+            "top1_equal": True,
+            "ties": 0,
+            "size_bytes": 4,
+        }
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+@dataclass(frozen=True)
+class Kit:
+    """The builders above, for test modules that cannot import this one."""
+
+    layout: ModelLayout = LAYOUT
+    costs: ModelCosts = COSTS
+    plan: Callable[..., Plan] = plan_of
+    config: Callable[..., JobConfig] = config_of
+    report: Callable[..., DeviceReport] = report_of
+    task: Callable[..., TaskRecord] = task_record
+    result: Callable[..., Result] = result_for
+    models: Callable[[], FakeModels] = FakeModels
+    sha256: Callable[[bytes], str] = sha256
+
+
+@pytest.fixture
+def kit() -> Kit:
+    return Kit()

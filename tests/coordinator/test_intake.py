@@ -1,0 +1,281 @@
+"""Uploads: resumable, bounded, digest checked; commits: checked, recorded once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+from coordinator import intake as intake_module
+from coordinator.config import model_spec
+from coordinator.intake import Intake, PartHeader, check_result
+from coordinator.store import Store
+from fedepth.errors import ProtocolError, UpdateError
+from fedepth.layout import ModelLayout
+from fedepth.task import Result
+
+DATA = bytes(range(200)) * 10
+PIECE = 500
+
+
+class Setup:
+    def __init__(self, folder: Path, kit: Any) -> None:
+        self.kit = kit
+        self.store = Store.open(folder, "demo", model_spec(kit.config()))
+        self.task = kit.task()
+        self.store.record_task(self.task)
+        self.open = True
+        self.intake = Intake(
+            self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id
+        )
+
+    def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
+        fields: dict[str, Any] = {
+            "task_id": self.task.task_id,
+            "attempt": 1,
+            "device_id": "a",
+            "part": 0,
+            "offset": 0,
+            "size_bytes": len(data),
+            "digest": self.kit.sha256(data),
+        }
+        return PartHeader(**{**fields, **changes})
+
+    def send(self, header: PartHeader, data: bytes = DATA, end: int | None = None) -> int:
+        return asyncio.run(self.intake.receive(header, chunks(data, header.offset, end)))
+
+    def offset(self, data: bytes = DATA) -> int:
+        return asyncio.run(self.intake.offset(self.task.task_id, 1, 0, self.kit.sha256(data)))
+
+    def commit(self, **changes: Any) -> bool:
+        return asyncio.run(self.intake.commit(self.kit.result(self.task, {0: DATA}, **changes)))
+
+
+async def chunks(data: bytes, offset: int, end: int | None = None) -> AsyncIterator[Chunk]:
+    end = len(data) if end is None else end
+    for start in range(offset, end, PIECE):
+        yield Chunk(offset=start, data=data[start : min(start + PIECE, end)])
+
+
+@pytest.fixture
+def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
+    made = Setup(tmp_path, kit)
+    yield made
+    made.store.close()
+
+
+def test_a_part_is_received_and_committed_once(setup: Setup) -> None:
+    assert setup.send(setup.header()) == len(DATA)
+    assert setup.commit() is True
+    assert setup.commit() is False
+    stored = setup.store.updates_of(1)
+    assert [update.task_id for update in stored] == [setup.task.task_id]
+    assert [path.read_bytes() for path in setup.intake.paths(stored[0])] == [DATA]
+    setup.open = False  # the round is closed: asking again still finds the update accepted
+    assert setup.commit() is False
+    assert setup.offset() == len(DATA)
+    assert setup.send(setup.header()) == len(DATA)
+
+
+def test_two_commits_at_once_record_one_update(setup: Setup) -> None:
+    setup.send(setup.header())
+    result = setup.kit.result(setup.task, {0: DATA})
+
+    async def both() -> list[bool]:
+        return list(await asyncio.gather(setup.intake.commit(result), setup.intake.commit(result)))
+
+    assert sorted(asyncio.run(both())) == [False, True]
+    assert len(setup.store.updates_of(1)) == 1
+
+
+def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="ended at 1200 of 2000"):
+        setup.send(setup.header(), end=1200)
+    assert setup.offset() == 1200
+    with pytest.raises(ProtocolError, match="ask for the offset"):
+        setup.send(setup.header())
+    assert setup.send(setup.header(offset=1200)) == len(DATA)
+    assert setup.offset() == len(DATA)
+    assert setup.commit()
+
+
+def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
+    with pytest.raises(ProtocolError):
+        setup.send(setup.header(), end=700)
+    setup.intake = Intake(setup.store, setup.kit.layout, lambda task_id: True)
+    assert setup.offset() == 700
+    assert setup.send(setup.header(offset=700)) == len(DATA)
+
+
+def test_an_older_stream_of_the_same_part_gives_way(setup: Setup) -> None:
+    async def scene() -> int:
+        stalled, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[Chunk]:
+            yield Chunk(offset=0, data=DATA[:PIECE])
+            stalled.set()
+            await go_on.wait()
+            yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
+
+        old = asyncio.create_task(setup.intake.receive(setup.header(), slow()))
+        await stalled.wait()
+        held = await setup.intake.receive(setup.header(offset=PIECE), chunks(DATA, PIECE))
+        go_on.set()
+        with pytest.raises(ProtocolError, match="newer stream"):
+            await old
+        return held
+
+    assert asyncio.run(scene()) == len(DATA)
+    assert setup.commit()
+
+
+def test_a_wrong_digest_is_told_and_the_part_starts_anew(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="sha256"):
+        setup.send(setup.header(digest="0" * 64))
+    assert asyncio.run(setup.intake.offset(setup.task.task_id, 1, 0, "0" * 64)) == 0
+    assert setup.send(setup.header()) == len(DATA)
+
+
+def test_more_data_than_announced_is_not_written(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="the file has 700 bytes"):
+        setup.send(setup.header(size_bytes=700))
+    assert setup.offset() == 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task_id": "unknown"}, "late"),
+        ({"task_id": "../../up"}, "late"),
+        ({"device_id": "b"}, "device"),
+        ({"attempt": 2}, "plan"),
+        ({"attempt": 0}, "plan"),
+        ({"part": 7}, "size"),
+        ({"part": -1}, "size"),
+        ({"size_bytes": 2 * 12_400 + (1 << 20) + 1}, "size"),
+    ],
+)
+def test_unwanted_parts_are_refused_before_anything_is_written(
+    setup: Setup, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UpdateError) as caught:
+        setup.send(setup.header(**changes))
+    assert caught.value.reason == reason
+    assert list((setup.store.directory / "spool").iterdir()) == []
+
+
+def test_the_sum_of_the_parts_is_bounded(setup: Setup) -> None:
+    half = setup.intake.limit_bytes // 2 + 1
+    with pytest.raises(ProtocolError, match="ended"):
+        setup.send(setup.header(size_bytes=half), end=500)
+    with pytest.raises(UpdateError) as caught:
+        setup.send(setup.header(size_bytes=half, part=1))
+    assert caught.value.reason == "size"
+
+
+def test_a_round_that_closes_during_an_upload_ends_it(setup: Setup) -> None:
+    async def closing() -> AsyncIterator[Chunk]:
+        yield Chunk(offset=0, data=DATA[:PIECE])
+        setup.open = False
+        yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
+
+    with pytest.raises(UpdateError) as caught:
+        asyncio.run(setup.intake.receive(setup.header(), closing()))
+    assert caught.value.reason == "late"
+
+
+def test_a_round_that_closes_during_the_check_takes_no_update(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
+        setup.open = False
+
+    monkeypatch.setattr(intake_module, "check_tensors", close)
+    setup.send(setup.header())
+    with pytest.raises(UpdateError) as caught:
+        setup.commit()
+    assert caught.value.reason == "late"
+    assert setup.store.updates_of(1) == []
+
+
+def test_a_refused_update_leaves_no_spool(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
+        raise UpdateError("not_finite", "head.weight holds nan")
+
+    monkeypatch.setattr(intake_module, "check_tensors", refuse)
+    setup.send(setup.header())
+    with pytest.raises(UpdateError, match="holds nan"):
+        setup.commit()
+    assert list((setup.store.directory / "spool").iterdir()) == []
+    assert setup.store.update(setup.task.task_id) is None
+
+
+def test_another_device_cannot_commit_nor_delete_an_update(setup: Setup) -> None:
+    setup.send(setup.header())
+    with pytest.raises(UpdateError) as caught:
+        setup.commit(device_id="b")
+    assert caught.value.reason == "device"
+    assert setup.commit() is True
+
+
+def test_parts_that_are_not_here_are_refused(setup: Setup) -> None:
+    with pytest.raises(UpdateError, match="was not uploaded"):
+        setup.commit()
+    setup.send(setup.header())
+    with pytest.raises(UpdateError, match="not the one"):
+        asyncio.run(setup.intake.commit(setup.kit.result(setup.task, {0: DATA[::-1]})))
+
+
+Change = Callable[[Any, Result], Result]
+BAD: dict[str, tuple[str, Change]] = {
+    "no samples": ("samples", lambda kit, result: replace(result, sample_count=0)),
+    "more samples than reported": ("samples", lambda kit, result: replace(result, sample_count=21)),
+    "another round": ("plan", lambda kit, result: replace(result, round=2)),
+    "a later attempt": ("plan", lambda kit, result: replace(result, attempt=2)),
+    "units missing": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1)))),
+    "units twice": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1), (1, 2)))),
+    "units beyond": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 3)))),
+    "huge range": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1 << 40)))),
+    "no stage": ("plan", lambda kit, result: with_plan(kit, result, kit.plan(untrained=(0, 1, 2)))),
+    "trained units": ("plan", lambda kit, result: replace(result, trained_units=(0, 1))),
+    "over its budget": (
+        "plan",
+        lambda kit, result: replace(result, plan=replace(result.plan, budget_bytes=3999)),
+    ),
+    "stages": ("plan", lambda kit, result: replace(result, stages=result.stages[:1])),
+    "loss": (
+        "not_finite",
+        lambda kit, result: replace(
+            result, stages=(replace(result.stages[0], loss_last=float("nan")), result.stages[1])
+        ),
+    ),
+    "no parts": ("size", lambda kit, result: replace(result, parts=())),
+    "a part twice": ("size", lambda kit, result: replace(result, parts=result.parts * 2)),
+}
+
+
+def with_plan(kit: Any, result: Result, plan: Any) -> Result:
+    small = plan if all(stage.last < 100 for stage in plan.stages) else None
+    made: Result = kit.result(kit.task(), {0: DATA}, plan=small or result.plan)
+    return made if small else replace(made, plan=plan)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_results_that_do_not_fit_their_task_are_refused(kit: Any, case: str) -> None:
+    reason, change = BAD[case]
+    good = kit.result(kit.task(), {0: DATA})
+    check_result(good, kit.task(), 3)
+    with pytest.raises(UpdateError) as caught:
+        check_result(change(kit, good), kit.task(), 3)
+    assert caught.value.reason == reason
+
+
+def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
+    plan = kit.plan((1, 1), (2, 2), untrained=(0,))
+    check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), 3)

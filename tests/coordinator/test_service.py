@@ -1,0 +1,316 @@
+"""The service on a real grpc.aio server: what a device and a watcher see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fedepth_wire.channel import SERVER_OPTIONS, open_channel
+from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
+
+from coordinator import driver as driver_module
+from coordinator import intake as intake_module
+from coordinator.config import model_spec
+from coordinator.driver import Driver, prepare
+from coordinator.service import FederationService
+from coordinator.store import Store
+from fedepth.task import Failure, Outcome, Progress, Result, Task
+
+WEIGHTS = b"initial weights"
+PART = b"trained tensors"
+
+
+class Rig:
+    """A served job, and a device's view of it."""
+
+    def __init__(self, driver: Driver, stub: Any, kit: Any) -> None:
+        self.driver = driver
+        self.stub = stub
+        self.kit = kit
+
+    async def ask(self, device: str, wait_ms: int = 10_000, **changes: Any) -> pb.NextTaskReply:
+        report = to_message(self.kit.report(device, **changes), pb.DeviceReport)
+        reply: pb.NextTaskReply = await self.stub.NextTask(pb.NextTaskRequest(device=report, wait_ms=wait_ms))
+        return reply
+
+    async def task(self, device: str) -> Task:
+        reply = await self.ask(device)
+        assert reply.WhichOneof("outcome") == "task", reply
+        return from_message(reply.task, Task)
+
+    async def upload(
+        self, task: Task, device: str, data: bytes = PART, digest: str = ""
+    ) -> pb.UploadPartReply:
+        header = pb.UploadHeader(
+            task_id=task.task_id,
+            attempt=task.attempt,
+            device_id=device,
+            part=0,
+            size_bytes=len(data),
+            digest=digest or self.kit.sha256(data),
+        )
+
+        async def requests() -> AsyncIterator[pb.UploadPartRequest]:
+            yield pb.UploadPartRequest(header=header)
+            yield pb.UploadPartRequest(chunk=pb.Chunk(offset=0, data=data))
+
+        reply: pb.UploadPartReply = await self.stub.UploadPart(requests())
+        return reply
+
+    def result(self, task: Task, device: str, **changes: Any) -> Result:
+        record = self.driver.store.task(task.task_id)
+        made: Result = self.kit.result(record, {0: PART}, device_id=device, attempt=task.attempt, **changes)
+        return made
+
+    async def commit(self, result: Result) -> pb.CommitUpdateReply:
+        request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
+        reply: pb.CommitUpdateReply = await self.stub.CommitUpdate(request)
+        return reply
+
+    async def deliver(self, task: Task, device: str) -> None:
+        await self.upload(task, device)
+        assert (await self.commit(self.result(task, device))).WhichOneof("outcome") == "accepted"
+
+
+Scene = Callable[[Rig], Awaitable[None]]
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+    """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
+    monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
+    monkeypatch.setattr(driver_module, "average_updates", fake_average)
+
+    @asynccontextmanager
+    async def served(**job: Any) -> AsyncIterator[Rig]:
+        config = kit.config(**job)
+        store = Store.open(tmp_path, config.job.name, model_spec(config))
+        models = kit.models()
+        driver = Driver(config, store, models, await prepare(config, store, models))
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        add_FederationServicer_to_server(FederationService(driver), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        running = asyncio.ensure_future(driver.run())
+        try:
+            async with open_channel(f"127.0.0.1:{port}") as channel:
+                yield Rig(driver, FederationStub(channel), kit)
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+            driver.events.close()
+            await server.stop(0)
+            store.close()
+        if not running.cancelled():
+            running.result()
+
+    def run(scene: Scene, **job: Any) -> None:
+        async def main() -> None:
+            async with served(**job) as rig:
+                await asyncio.wait_for(scene(rig), 30)
+
+        asyncio.run(main())
+
+    yield run
+
+
+def fake_average(base: Path, updates: list[tuple[tuple[Path, ...], float]], output: Path) -> None:
+    """Writes down what it was given, in its order."""
+    parts = [b"+".join(path.read_bytes() for path in paths) for paths, _ in updates]
+    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
+
+
+def test_a_whole_job(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        first, second = await asyncio.gather(rig.task("a"), rig.task("b"))
+        assert first.task_id != second.task_id
+        assert (first.round, first.attempt, first.weights_digest) == (1, 1, rig.kit.sha256(WEIGHTS))
+        assert first.plan == rig.driver.plan_for(rig.kit.report("a"))
+        assert 0 < first.deadline_ms <= 600_000
+        await rig.deliver(first, "a")
+        await rig.deliver(second, "b")
+        reply = await rig.ask("a")
+        assert (reply.finished.job, reply.finished.rounds) == ("demo", 1)
+        assert rig.driver.unaware_devices() == {"b"}
+        status = await rig.stub.JobStatus(pb.JobStatusRequest())
+        assert (status.phase, status.round, status.accuracy) == ("finished", 1, 0.75)
+        assert status.onnx_path.endswith("demo-round-0001.onnx")
+        assert rig.driver.store.weights_path(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
+        assert list((rig.driver.store.directory / "spool").iterdir()) == []
+
+    play(scene)
+
+
+def test_a_restart_keeps_tasks_and_accepted_updates(play: Play) -> None:
+    tasks: dict[str, Task] = {}
+
+    async def before(rig: Rig) -> None:
+        tasks["a"], tasks["b"] = await asyncio.gather(rig.task("a"), rig.task("b"))
+        await rig.deliver(tasks["a"], "a")
+        await rig.upload(tasks["b"], "b")
+
+    async def after(rig: Rig) -> None:
+        status = await rig.stub.JobStatus(pb.JobStatusRequest())
+        assert (status.phase, status.round) == ("training", 1)
+        again = await rig.commit(rig.result(tasks["a"], "a"))
+        assert again.WhichOneof("outcome") == "accepted"
+        accepted = await rig.commit(rig.result(tasks["b"], "b"))
+        assert accepted.accepted.round == 1
+        await rig.driver.finished.wait()
+        assert len(rig.driver.store.updates_of(1)) == 2
+
+    play(before)
+    play(after)
+
+
+def test_a_long_poll_ends_after_its_wait(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        reply = await rig.ask("a", wait_ms=30)
+        assert reply.WhichOneof("outcome") == "retry"
+        assert 0 <= reply.retry.retry_after_ms < 1000
+        assert rig.driver.state.waiting == frozenset()
+
+    play(scene)
+
+
+def test_a_device_that_hangs_up_no_longer_waits(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        report = to_message(rig.kit.report("a"), pb.DeviceReport)
+        call = rig.stub.NextTask(pb.NextTaskRequest(device=report, wait_ms=60_000))
+        await until(rig, lambda: "a" in rig.driver.state.waiting)
+        call.cancel()
+        await until(rig, lambda: "a" not in rig.driver.state.waiting)
+
+    play(scene)
+
+
+async def until(rig: Rig, condition: Callable[[], bool]) -> None:
+    """Lets the server work until it holds; every turn is one answered call."""
+    while not condition():
+        await rig.stub.JobStatus(pb.JobStatusRequest())
+
+
+def test_a_lost_answer_gives_the_same_task_again(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        first, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        again = await rig.task("a")
+        assert (again.task_id, again.attempt) == (first.task_id, 2)
+        await rig.deliver(first, "a")  # what was trained under the first attempt still counts
+
+    play(scene)
+
+
+def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        small = await rig.ask("a", budget_bytes=100)
+        assert small.rejected.retry_after_ms > 0
+        assert "100 B" in small.rejected.message
+        other = await rig.ask("a", classes=3)
+        assert "3 classes, the job has 2: 0, 1" in other.rejected.message
+        odd = await rig.ask("../a")
+        assert "device id" in odd.rejected.message
+        assert rig.driver.state.waiting == frozenset()
+
+    play(scene)
+
+
+def test_weights_stream_from_an_offset(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        digest = rig.kit.sha256(WEIGHTS)
+        request = pb.FetchWeightsRequest(digest=digest, offset=8)
+        got = [chunk async for chunk in rig.stub.FetchWeights(request)]
+        assert [(chunk.offset, chunk.data) for chunk in got] == [(8, WEIGHTS[8:])]
+        for request, code in (
+            (pb.FetchWeightsRequest(digest="0" * 64), grpc.StatusCode.NOT_FOUND),
+            (pb.FetchWeightsRequest(digest=digest, offset=99), grpc.StatusCode.OUT_OF_RANGE),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [chunk async for chunk in rig.stub.FetchWeights(request)]
+            assert caught.value.code() is code
+
+    play(scene)
+
+
+def test_a_broken_upload_can_be_tried_again(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.upload(task, "a", digest="0" * 64)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert (await rig.upload(task, "a")).held_bytes == len(PART)
+        digest = rig.kit.sha256(PART)
+        request = pb.UploadOffsetRequest(task_id=task.task_id, attempt=1, part=0, digest=digest)
+        assert (await rig.stub.UploadOffset(request)).offset == len(PART)
+
+    play(scene)
+
+
+def test_a_refusal_ends_the_task_and_is_counted(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        task, other = await asyncio.gather(rig.task("a"), rig.task("b"))
+        await rig.upload(task, "a")
+        reply = await rig.commit(rig.result(task, "a", sample_count=21))
+        assert (reply.refused.reason, "21 samples" in reply.refused.message) == ("samples", True)
+        late = await rig.upload(task, "a")
+        assert late.refused.reason == "late"
+        await rig.deliver(other, "b")
+        assert rig.driver.store.failure_counts() == {"refused/samples": 1, "refused/late": 1}
+        await rig.driver.finished.wait()
+
+    play(scene, quorum=1)
+
+
+def test_a_failure_ends_the_task_and_progress_is_no_longer_wanted(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        progress = to_message(Progress(task.task_id, 1, "a", "training"), pb.Progress)
+        assert (await rig.stub.ReportProgress(progress)).wanted is True
+        foreign = to_message(Progress(task.task_id, 1, "b", "training"), pb.Progress)
+        assert (await rig.stub.ReportProgress(foreign)).wanted is False
+        failure = Failure(task.task_id, 1, "a", Outcome.DECLINED, "no plan fits")
+        assert (await rig.stub.ReportFailure(to_message(failure, pb.Failure))).wanted is False
+        assert (await rig.stub.ReportProgress(progress)).wanted is False
+        assert rig.driver.store.failure_counts() == {"failed/declined": 1}
+
+    play(scene)
+
+
+def test_watchers_see_the_state_and_then_every_event(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        call = rig.stub.Watch(pb.WatchRequest())
+        state = json.loads((await call.read()).json)
+        assert (state["event"], state["phase"], state["rounds"]) == ("state", "gathering", 1)
+        first, second = await asyncio.gather(rig.task("a"), rig.task("b"))
+        await rig.deliver(first, "a")
+        await rig.deliver(second, "b")
+        seen: list[dict[str, Any]] = []
+        while not seen or seen[-1]["event"] != "finished":
+            seen.append(json.loads((await call.read()).json))
+        names = [event["event"] for event in seen]
+        assert sorted(names[:2]) == ["device_seen", "device_seen"]
+        assert names[2:] == [
+            "round_started",
+            "task_given",
+            "task_given",
+            "update_accepted",
+            "update_accepted",
+            "round_closed",
+            "evaluated",
+            "exported",
+            "finished",
+        ]
+        accepted = seen[names.index("update_accepted")]
+        assert (accepted["device"], accepted["samples"], accepted["bytes"]) == ("board a", 20, len(PART))
+        assert accepted["stages"][0]["measured_peak_bytes"] == 3900
+        call.cancel()
+
+    play(scene)

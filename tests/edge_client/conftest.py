@@ -1,0 +1,108 @@
+"""Tasks and results with sizes that can be followed by hand, and the agent's surroundings."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedepth.planning.planner import make_plan
+from fedepth.task import (
+    ModelCosts,
+    ModelSpec,
+    PartInfo,
+    Plan,
+    Policy,
+    Result,
+    Size,
+    StageResult,
+    Task,
+    TrainingSpec,
+    UnitCost,
+)
+
+MIB = 1 << 20
+WEIGHTS = b"weights" * 1000
+SAMPLES = 6  # what `data` holds
+
+
+def unit(name: str) -> UnitCost:
+    """1 MiB of parameters and 1 MiB of saved activations per sample."""
+    return UnitCost(
+        name, MIB, 0, MIB, 1000, 1000, Size(0, MIB), True, True, Size(0, 0), Size(0, 0), Size(0, 0), 1000, 1
+    )
+
+
+def exit_unit(name: str) -> UnitCost:
+    return UnitCost(
+        name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, Size(0, 0), Size(0, 0), Size(0, 0), 8, 1
+    )
+
+
+COSTS = ModelCosts(
+    "toy", tuple(unit(f"u{i}") for i in range(4)), tuple(exit_unit(f"e{i}") for i in range(4)), 1000, 250, 1
+)
+TRAINING = TrainingSpec(4, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
+
+
+@pytest.fixture
+def plan_for() -> Callable[[int], Plan]:
+    """The plan that the planner makes of a budget."""
+
+    def plan(budget_bytes: int) -> Plan:
+        return make_plan(
+            COSTS, budget_bytes=budget_bytes, training=TRAINING, sample_count=SAMPLES, policy=Policy.PAPER
+        )
+
+    return plan
+
+
+@pytest.fixture
+def make_task(plan_for: Callable[[int], Plan]) -> Callable[..., Task]:
+    def task(task_id: str = "t1", model: str = "toy", budget_bytes: int = 200 * MIB) -> Task:
+        return Task(
+            task_id=task_id,
+            attempt=1,
+            job="job",
+            round=3,
+            model=ModelSpec(model, ("a", "b"), (1, 8, 8), (0.5,), (0.5,)),
+            training=TRAINING,
+            policy=Policy.PAPER,
+            costs=COSTS,
+            plan=plan_for(budget_bytes),
+            weights_digest=hashlib.sha256(WEIGHTS).hexdigest(),
+            weights_bytes=len(WEIGHTS),
+            deadline_ms=60_000,
+        )
+
+    return task
+
+
+@pytest.fixture
+def make_result(plan_for: Callable[[int], Plan], tmp_path: Path) -> Callable[..., tuple[Result, Path]]:
+    """A result and the folder with its parts."""
+
+    def result(task_id: str, *parts: bytes) -> tuple[Result, Path]:
+        folder = tmp_path / f"output-{task_id}"
+        folder.mkdir()
+        for number, content in enumerate(parts):
+            (folder / f"part-{number:04d}.safetensors").write_bytes(content)
+        infos = tuple(PartInfo(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in enumerate(parts))
+        stage = StageResult(0, 3, 4, 10, 9, 8, 200 * MIB, 2.0, 1.0, 2, 6, 0.5)
+        trained = plan_for(200 * MIB)
+        return Result(
+            task_id, 1, "device", 3, 6, trained, (0, 1, 2, 3), (stage,), infos, 1.5, "fake 1", 5
+        ), folder
+
+    return result
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Six files in two classes; only a trainer would open them."""
+    folder = tmp_path / "data"
+    for name, count in (("a", 4), ("b", 2)):
+        (folder / "train" / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / "train" / name / f"{number}.png").write_bytes(b"not decoded by the agent")
+    return folder

@@ -1,0 +1,96 @@
+"""A trainer child that speaks the protocol and trains nothing: run as `python fake_trainer.py SCENES JOURNAL`.
+
+SCENES is a JSON list with what to do at each request, counted over restarts by the lines of JOURNAL, where every
+request and every answer is written down. The last scene repeats.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+START_BYTES = 10 << 20
+
+
+def tell(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def stage_started(plan: dict[str, Any]) -> None:
+    stage = plan["stages"][0]
+    peak = sum(stage["predicted"].values())
+    tell(
+        event="stage_started",
+        stage=0,
+        stage_count=len(plan["stages"]),
+        first=stage["first"],
+        last=stage["last"],
+        predicted_peak_bytes=peak,
+    )
+
+
+def done(request: dict[str, Any]) -> None:
+    content = b"trained"
+    Path(request["output"], "part-0000.safetensors").write_bytes(content)
+    task, plan = request["task"], request["plan"]
+    part = {"part": 0, "size_bytes": len(content), "digest": hashlib.sha256(content).hexdigest()}
+    tell(
+        event="done",
+        result={
+            "task_id": task["task_id"],
+            "attempt": task["attempt"],
+            "device_id": request["device_id"],
+            "round": task["round"],
+            "sample_count": 6,
+            "plan": plan,
+            "trained_units": [0],
+            "stages": [],
+            "parts": [part],
+            "seconds": 0.5,
+            "allocator": "fake 1",
+            "baseline_bytes": START_BYTES,
+        },
+    )
+
+
+def failed(outcome: str, **more: int) -> None:
+    tell(event="failed", outcome=outcome, message=f"said {outcome}", **more)
+
+
+def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
+    kind = scene["do"]
+    if kind == "die":
+        os.kill(os.getpid(), 11)
+    stage_started(request["plan"])
+    if kind == "hang":
+        sys.stdin.readline()
+        sys.exit()
+    if kind == "babble":
+        print("not JSON", flush=True)
+    elif kind == "over":
+        failed("over_budget", stage=0, miss_bytes=scene["miss"])
+    elif kind == "fail":
+        failed(scene["outcome"], needed_bytes=7, budget_bytes=5)
+    else:
+        if kind == "measure":
+            tell(event="measure", stage=0, held_bytes=scene["held"])
+            with open(journal.with_suffix(".answers"), "a") as file:
+                file.write(sys.stdin.readline())
+        done(request)
+
+
+def main() -> None:
+    scenes, journal = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    journal.touch()
+    tell(event="ready", start_bytes=START_BYTES, allocator="fake 1")
+    for line in sys.stdin:
+        request = json.loads(line)
+        number = len(journal.read_text().splitlines())
+        with open(journal, "a") as file:
+            file.write(json.dumps({"pid": os.getpid(), **request}) + "\n")
+        play(scenes[min(number, len(scenes) - 1)], request, journal)
+
+
+main()

@@ -1,0 +1,513 @@
+"""The agent's loop against a fake coordinator and a real child process that speaks the trainer's protocol."""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from edge_client.agent import AFTER_FAILURE_S, FINISHED_POLL_S, Agent, Surroundings
+from edge_client.config import Config, load
+from edge_client.link import Clock
+from edge_client.outbox import Entry, Outbox
+from edge_client.probe import Memory
+from edge_client.transport import (
+    Accepted,
+    Answer,
+    Finished,
+    Refused,
+    Rejected,
+    RetryLater,
+    UnreachableError,
+)
+from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
+from fedepth.sizes import format_size
+from fedepth.task import (
+    Budget,
+    DeviceReport,
+    Failure,
+    MemoryLimit,
+    Outcome,
+    Plan,
+    Progress,
+    Result,
+    Task,
+)
+
+MIB = 1 << 20
+START = 10 * MIB  # what the fake trainer says of itself
+FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
+AWAY = UnreachableError("host:1: UNAVAILABLE")
+MakeTask = Callable[..., Task]
+PlanFor = Callable[[int], Plan]
+
+
+class FakeClock(Clock):
+    """Time passes only in pauses."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.pauses: list[float] = []
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        self.pauses.append(seconds)
+        await asyncio.sleep(0)
+
+
+@dataclass
+class FakeTransport:
+    """Gives scripted answers, and then says that the job is over. Exceptions among them are raised."""
+
+    weights: Path
+    answers: list[Answer | Exception]
+    deliveries: list[Accepted | Refused | Exception] = field(default_factory=list)
+    fetches: list[Exception] = field(default_factory=list)
+    unwanted_stage_count: int = -1
+    address: str = "host:1"
+    moved_bytes: int = 0
+    calls: list[str] = field(default_factory=list)
+    reports: list[DeviceReport] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    delivered: list[Result] = field(default_factory=list)
+    closed: bool = False
+
+    async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
+        self.calls.append("next_task")
+        self.reports.append(report)
+        answer = self.answers.pop(0) if self.answers else Finished("job", 4)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def fetch_weights(self, task: Task) -> Path:
+        if self.fetches:
+            raise self.fetches.pop(0)
+        return self.weights
+
+    async def deliver(self, entry: Entry) -> Accepted | Refused:
+        self.calls.append("deliver")
+        answer = self.deliveries.pop(0) if self.deliveries else Accepted(entry.result.round)
+        if isinstance(answer, Exception):
+            raise answer
+        self.delivered.append(entry.result)
+        return answer
+
+    async def report_failure(self, failure: Failure) -> bool:
+        self.failures.append(failure)
+        return True
+
+    async def report_progress(self, progress: Progress) -> bool:
+        self.progress.append(progress)
+        return progress.stage_count != self.unwanted_stage_count
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Bench:
+    """An agent's surroundings in one folder, and what happened in them."""
+
+    root: Path
+    data: Path
+    available: int = 400 * MIB
+    clock: FakeClock = field(default_factory=FakeClock)
+    logs: list[Any] = field(default_factory=list)
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    def config(self, **overrides: Any) -> Config:
+        settings = {
+            "coordinator": "host:1",
+            "data": str(self.data),
+            "state": str(self.state),
+            "memory.reserve": 0,
+            "memory.fraction": 1.0,
+        }
+        return load(None, settings | {name.replace("__", "."): value for name, value in overrides.items()})
+
+    def memory(self) -> Memory:
+        # Available is all of the limit, so that what the fake trainer holds cannot add to it.
+        return Memory(1000 * MIB, (MemoryLimit("test", self.available, self.available),))
+
+    def agent(
+        self, transport: FakeTransport, scenes: list[Any], *, stay: bool = False, **overrides: Any
+    ) -> Agent:
+        (self.root / "scenes.json").write_text(json.dumps(scenes))
+        argv = [sys.executable, str(FAKE_TRAINER), str(self.root / "scenes.json"), str(self.root / "journal")]
+        around = Surroundings(trainer_argv=argv, measure=self.memory, clock=self.clock)
+        config = self.config(**overrides)
+        return Agent(config, "device", transport, exit_when_done=not stay, surroundings=around)
+
+    def run(self, transport: FakeTransport, *scenes: Any, **overrides: Any) -> None:
+        with capture_logs() as logs:
+            asyncio.run(asyncio.wait_for(self.agent(transport, list(scenes), **overrides).run(), 60))
+        self.logs.extend(logs)
+
+    @property
+    def requests(self) -> list[Any]:
+        path = self.root / "journal"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def plans(self) -> list[Plan]:
+        return [msgspec.convert(request["plan"], Plan) for request in self.requests]
+
+    def said(self, event: str) -> list[Any]:
+        return [line for line in self.logs if line["event"] == event]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, data: Path) -> Bench:
+    return Bench(tmp_path, data)
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> FakeTransport:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    return FakeTransport(weights, [])
+
+
+OK = {"do": "ok"}
+DIE = {"do": "die"}
+
+
+def test_a_task_is_trained_and_delivered(bench: Bench, transport: FakeTransport, make_task: MakeTask) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, OK)
+    assert transport.calls == ["next_task", "deliver", "next_task"]
+    assert [result.task_id for result in transport.delivered] == ["t1"]
+    assert transport.failures == []
+    assert transport.closed
+    (request,) = bench.requests
+    assert request["do"] == "train"
+    assert msgspec.convert(request["task"], Task) == make_task()
+    assert msgspec.convert(request["budget"], Budget).budget_bytes == 390 * MIB
+    assert bench.plans() == [make_task().plan]  # enough is free, so the coordinator's plan holds
+    assert request["weights"] == str(transport.weights)
+    assert Outbox(bench.state).entries() == []
+    assert not any((bench.state / "work").glob("*"))
+    activities = [progress.activity for progress in transport.progress]
+    assert activities[0] == "downloading"
+    assert "uploading" in activities
+
+
+def test_the_first_report_counts_the_trainers_start_and_the_data(
+    bench: Bench, transport: FakeTransport
+) -> None:
+    bench.run(transport, OK)
+    (report,) = transport.reports
+    assert report.budget.start_bytes == START
+    assert report.budget.budget_bytes == 390 * MIB
+    assert (report.sample_count, report.class_counts) == (6, (4, 2))
+    started = len(bench.said("trainer started"))
+    bench.run(transport, OK)
+    assert started == 1
+    assert len(bench.said("trainer started")) == 1  # the second agent remembers what the start costs
+
+
+def test_an_update_that_waits_goes_first_after_a_restart(
+    bench: Bench, transport: FakeTransport, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    Outbox(bench.state).put(*make_result("old", b"x"))
+    transport.deliveries = [AWAY]
+    bench.run(transport, OK)
+    assert transport.calls == ["deliver", "deliver", "next_task"]
+    assert [result.task_id for result in transport.delivered] == ["old"]
+    assert len(bench.said("coordinator is back")) == 1
+
+
+def test_a_trained_update_is_kept_while_the_coordinator_is_away(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    transport.deliveries = [AWAY] * 3
+    bench.run(transport, OK)
+    assert transport.calls == ["next_task", *["deliver"] * 4, "next_task"]
+    assert len(bench.requests) == 1  # trained once
+
+
+def test_an_update_that_cannot_be_sent_does_not_hold_up_the_device(
+    bench: Bench, transport: FakeTransport, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    for task_id in ("stuck", "fine"):
+        Outbox(bench.state).put(*make_result(task_id, b"x"))
+    transport.deliveries = [TransportError("host:1: INVALID_ARGUMENT")]
+    bench.run(transport, OK)
+    assert transport.calls == ["deliver", "deliver", "next_task"]
+    assert [entry.result.task_id for entry in Outbox(bench.state).entries()] == ["stuck"]
+
+
+def test_a_refused_update_is_dropped_with_its_reason(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    transport.deliveries = [Refused("late", "round 3 is closed")]
+    bench.run(transport, OK)
+    (line,) = bench.said("update refused; it is dropped")
+    assert (line["log_level"], line["reason"], line["message"]) == ("error", "late", "round 3 is closed")
+    assert Outbox(bench.state).entries() == []
+
+
+def test_unusable_data_is_reported_and_the_agent_stays(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    task = make_task()
+    transport.answers = [replace(task, model=replace(task.model, classes=("a",))), RetryLater(7.0)]
+    bench.run(transport, OK)
+    assert [failure.outcome for failure in transport.failures] == [Outcome.DATA]
+    assert bench.clock.pauses == [AFTER_FAILURE_S, 7.0]
+    assert bench.requests == []
+
+
+def test_missing_data_at_the_start_is_an_error(bench: Bench, transport: FakeTransport) -> None:
+    shutil.rmtree(bench.data)
+    with pytest.raises(DataError):
+        bench.run(transport, OK)
+    assert transport.closed
+
+
+@pytest.mark.parametrize("allow", [[], ["mine.models:make"]])
+def test_only_an_allowed_factory_is_run(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, allow: list[str]
+) -> None:
+    transport.answers = [make_task(model="mine.models:make")]
+    bench.run(transport, OK, models__allow=allow)
+    if allow:
+        assert bench.requests[0]["allowed_models"] == allow
+    else:
+        assert [failure.outcome for failure in transport.failures] == [Outcome.MODEL_NOT_ALLOWED]
+        assert '"mine.models:make"' in transport.failures[0].message
+        assert bench.requests == []
+
+
+def test_less_memory_means_a_smaller_plan(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
+) -> None:
+    small = make_task().plan.predicted_peak_bytes - 1
+    bench.available = small + START
+    transport.answers = [make_task()]
+    bench.run(transport, OK)
+    assert bench.plans() == [plan_for(small)]
+    assert len(bench.plans()[0].stages) > 1
+    assert transport.delivered[0].plan == plan_for(small)
+
+
+def test_other_data_than_reported_is_planned_for_anew(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    def more() -> None:
+        (bench.data / "train/a/new.png").write_bytes(b"x")
+
+    class Growing(FakeTransport):
+        async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
+            more()
+            return await super().next_task(report, wait_s)
+
+    bench.run(Growing(transport.weights, [make_task()]), OK)
+    assert len(bench.said("planned again on the device")) == 1
+
+
+def test_what_does_not_fit_is_declined_with_numbers(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    bench.available = START + MIB
+    transport.answers = [make_task()]
+    bench.run(transport, OK)
+    (failure,) = transport.failures
+    assert failure.outcome is Outcome.DECLINED
+    assert failure.budget_bytes == MIB
+    assert f"the smallest plan needs {format_size(failure.needed_bytes)}, 1.0 MiB are free" in failure.message
+
+
+def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "over", "miss": 3 * MIB}, {"do": "over", "miss": 0}, OK)
+    first, second, third = bench.plans()
+    assert second == plan_for(first.predicted_peak_bytes - 3 * MIB)
+    peak = second.stages[0].predicted_peak_bytes
+    assert third == plan_for(peak - int(peak * 0.05))
+    assert len(bench.said("a stage went over its budget")) == 2
+    budgets = {request["budget"]["budget_bytes"] for request in bench.requests}
+    assert budgets == {390 * MIB}  # what is free has not changed
+    assert len(transport.delivered) == 1
+
+
+def test_after_four_smaller_plans_the_device_gives_up(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "over", "miss": 1})
+    assert len(bench.requests) == 5
+    assert [failure.outcome for failure in transport.failures] == [Outcome.OVER_BUDGET]
+
+
+def test_when_no_smaller_plan_is_left_it_is_over_budget_with_numbers(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "over", "miss": 300 * MIB})
+    (failure,) = transport.failures
+    assert (failure.outcome, failure.budget_bytes) == (Outcome.OVER_BUDGET, 0)
+    assert failure.needed_bytes > 0
+    assert len(bench.requests) == 1
+
+
+def test_what_the_trainer_says_of_its_failure_is_passed_on(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "fail", "outcome": "error"})
+    assert transport.failures == [Failure("t1", 1, "device", Outcome.ERROR, "said error", 7, 5)]
+
+
+def test_after_a_death_the_device_plans_smaller_and_recovers(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, DIE, OK)
+    first, second = (request["budget"]["budget_bytes"] for request in bench.requests)
+    assert (first, second) == (390 * MIB, int(390 * MIB * 0.8))
+    assert bench.requests[0]["pid"] != bench.requests[1]["pid"]
+    assert len(transport.delivered) == 1
+    after = transport.reports[-1].budget.budget_bytes
+    assert after == int(390 * MIB * 0.84)  # one success makes up for a fifth of it
+    bench.run(transport, OK)
+    assert transport.reports[-1].budget.budget_bytes == after  # remembered over the restart
+
+
+@pytest.mark.parametrize("death", [DIE, {"do": "babble"}])
+def test_after_two_deaths_the_task_is_given_back_and_the_agent_lives(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, death: dict[str, str]
+) -> None:
+    transport.answers = [make_task("t1"), make_task("t2")]
+    bench.run(transport, death, death, OK)
+    assert [(failure.task_id, failure.outcome) for failure in transport.failures] == [
+        ("t1", Outcome.TRAINER_DIED)
+    ]
+    assert ("signal 11" in transport.failures[0].message) == (death is DIE)
+    assert [result.task_id for result in transport.delivered] == ["t2"]
+
+
+def test_a_trainer_that_cannot_start_at_all_ends_the_agent(bench: Bench, transport: FakeTransport) -> None:
+    agent = Agent(
+        bench.config(),
+        "device",
+        transport,
+        surroundings=Surroundings(
+            trainer_argv=[sys.executable, "-c", "raise SystemExit(3)"], clock=bench.clock
+        ),
+    )
+    with pytest.raises(ChildError, match="ended with status 3"):
+        asyncio.run(agent.run())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_task_that_nobody_wants_is_stopped(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task("t1"), make_task("t2")]
+    transport.unwanted_stage_count = len(make_task().plan.stages)
+    with pytest.raises(asyncio.TimeoutError):
+        # t2 hangs too, but is wanted: it shows that the agent went on.
+        transport_after = transport
+
+        async def play() -> None:
+            agent = bench.agent(transport_after, [{"do": "hang"}])
+            await asyncio.wait_for(agent.run(), 0.001)
+
+        asyncio.run(play())
+    bench.run(transport, {"do": "hang"})
+    assert [request["task"]["task_id"] for request in bench.requests] == ["t1", "t2"]
+    assert not any(alive(request["pid"]) for request in bench.requests)
+    assert transport.delivered == []
+    assert len(bench.said("the coordinator does not wait for this task any more")) == 2
+
+
+def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    bench.available = 300 * MIB
+
+    def memory() -> Memory:
+        return Memory(1000 * MIB, (MemoryLimit("test", bench.available, 900 * MIB),))
+
+    bench.memory = memory  # type: ignore[method-assign]
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "measure", "held": 50 * MIB})
+    answer = json.loads((bench.root / "journal.answers").read_text())
+    budget = msgspec.convert(answer["budget"], Budget)
+    # 300 free, 50 held in training, and what the fake's Python itself holds, less the start it claims.
+    assert 340 * MIB < budget.budget_bytes < 350 * MIB - START + 40 * MIB
+    assert budget.available_bytes > 350 * MIB
+
+
+def test_weights_are_fetched_until_they_come(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    transport.fetches = [AWAY, AWAY, ProtocolError("sha256 is")]
+    bench.run(transport, OK)
+    assert len(transport.delivered) == 1
+    assert len(bench.said("coordinator is back")) == 1
+
+
+def test_weights_that_always_come_damaged_end_the_task(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    transport.fetches = [ProtocolError("sha256 is")] * 3
+    bench.run(transport, OK)
+    assert [failure.outcome for failure in transport.failures] == [Outcome.ERROR]
+
+
+def test_a_trainer_is_used_again_for_the_next_task(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task("t1"), make_task("t2")]
+    bench.run(transport, OK)
+    assert len({request["pid"] for request in bench.requests}) == 1
+
+
+def test_the_job_is_polled_after_its_end_and_the_agent_can_be_stopped(
+    bench: Bench, transport: FakeTransport
+) -> None:
+    transport.answers = [Rejected("too old", 5.0), Finished("job", 4), Finished("job", 4)]
+
+    async def play() -> None:
+        agent = asyncio.ensure_future(bench.agent(transport, [OK], stay=True).run())
+        while len(bench.clock.pauses) < 4:
+            await asyncio.sleep(0)
+        agent.cancel()
+        await asyncio.wait([agent])
+        assert agent.cancelled()
+
+    with capture_logs() as logs:
+        asyncio.run(play())
+    assert bench.clock.pauses[:4] == [5.0, FINISHED_POLL_S, FINISHED_POLL_S, FINISHED_POLL_S]
+    assert len([line for line in logs if line["event"] == "job finished"]) == 1
+    assert transport.closed

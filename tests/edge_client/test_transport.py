@@ -1,0 +1,298 @@
+"""The transport against a real grpc.aio server on loopback."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from fedepth_wire.chunks import CHUNK_BYTES, file_chunks
+from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
+
+from edge_client.outbox import Outbox
+from edge_client.transport import (
+    Accepted,
+    Finished,
+    GrpcTransport,
+    Refused,
+    Rejected,
+    RetryLater,
+    UnreachableError,
+)
+from fedepth.errors import ProtocolError, TransportError
+from fedepth.task import Budget, DeviceReport, Failure, Outcome, Progress, Result, Task
+
+REPORT = DeviceReport("device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2))
+BIG = bytes(range(256)) * 4 * 2500  # 2.56 MB: three chunks
+
+
+@dataclass
+class Server(FederationServicer):
+    """Remembers what it was asked, and answers what it was told to."""
+
+    weights: Path
+    task_reply: pb.NextTaskReply = field(default_factory=pb.NextTaskReply)
+    upload_reply: pb.UploadPartReply | None = None
+    held: dict[int, bytes] = field(default_factory=dict)
+    asked: list[Any] = field(default_factory=list)
+    cut_after_chunks: int | None = None
+    silent: bool = False
+
+    async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
+        self.asked.append(request)
+        return self.task_reply
+
+    async def FetchWeights(self, request: pb.FetchWeightsRequest, context: Any) -> AsyncIterator[pb.Chunk]:
+        self.asked.append(request)
+        for number, chunk in enumerate(file_chunks(self.weights, request.offset)):
+            if number == self.cut_after_chunks:
+                if self.silent:
+                    await asyncio.Event().wait()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            yield chunk
+
+    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Any) -> pb.UploadOffsetReply:
+        return pb.UploadOffsetReply(offset=len(self.held.get(request.part, b"")))
+
+    async def UploadPart(
+        self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Any
+    ) -> pb.UploadPartReply:
+        if self.silent:
+            await asyncio.Event().wait()
+        async for request in request_iterator:
+            if request.WhichOneof("content") == "header":
+                self.asked.append(request.header)
+                part = request.header.part
+                if self.upload_reply:
+                    return self.upload_reply
+            else:
+                assert request.chunk.offset == len(self.held.get(part, b""))
+                self.held[part] = self.held.get(part, b"") + request.chunk.data
+                if self.cut_after_chunks is not None:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        return pb.UploadPartReply(held_bytes=len(self.held[part]))
+
+    async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Any) -> pb.CommitUpdateReply:
+        self.asked.append(request)
+        return pb.CommitUpdateReply(accepted=pb.Accepted(round=3))
+
+    async def ReportFailure(self, request: pb.Failure, context: Any) -> pb.Ack:
+        self.asked.append(request)
+        return pb.Ack(wanted=True)
+
+    async def ReportProgress(self, request: pb.Progress, context: Any) -> pb.Ack:
+        self.asked.append(request)
+        return pb.Ack(wanted=request.stage == 0)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    weights = tmp_path / "global.safetensors"
+    weights.write_bytes(BIG)
+    return Server(weights)
+
+
+@pytest.fixture
+def big_task(make_task: Callable[..., Task]) -> Task:
+    return replace(make_task(), weights_digest=hashlib.sha256(BIG).hexdigest(), weights_bytes=len(BIG))
+
+
+def against(
+    server: Server, state: Path, scene: Callable[[GrpcTransport], Awaitable[None]], stall_s: float = 20.0
+) -> None:
+    async def play() -> None:
+        running = grpc.aio.server()
+        add_FederationServicer_to_server(server, running)
+        port = running.add_insecure_port("127.0.0.1:0")
+        await running.start()
+        transport = GrpcTransport(f"127.0.0.1:{port}", state, stall_s)
+        try:
+            await scene(transport)
+        finally:
+            await transport.close()
+            await running.stop(None)
+
+    asyncio.run(play())
+
+
+def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Task) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        for reply, expected in (
+            (pb.NextTaskReply(task=to_message(big_task, pb.Task)), big_task),
+            (pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500)), RetryLater(1.5)),
+            (pb.NextTaskReply(finished=pb.JobFinished(job="j", rounds=4)), Finished("j", 4)),
+            (pb.NextTaskReply(rejected=pb.Rejected(message="no", retry_after_ms=2000)), Rejected("no", 2.0)),
+        ):
+            server.task_reply = reply
+            assert await transport.next_task(REPORT, 30) == expected
+        server.task_reply = pb.NextTaskReply()
+        with pytest.raises(ProtocolError, match="no outcome"):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+    assert server.asked[0].wait_ms == 30_000
+    assert from_message(server.asked[0].device, DeviceReport) == REPORT
+
+
+@pytest.mark.parametrize(
+    "bad", [{"task_id": "../../etc"}, {"task_id": ".new-x"}, {"task_id": ""}, {"weights_digest": "../x"}]
+)
+def test_names_that_would_leave_the_state_directory_are_refused(
+    server: Server, tmp_path: Path, big_task: Task, bad: dict[str, str]
+) -> None:
+    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, **bad), pb.Task))  # type: ignore[arg-type]
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+
+
+def test_a_download_resumes_where_it_was_cut(server: Server, tmp_path: Path, big_task: Task) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        server.cut_after_chunks = 1
+        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):
+            await transport.fetch_weights(big_task)
+        server.cut_after_chunks = None
+        path = await transport.fetch_weights(big_task)
+        assert path.read_bytes() == BIG
+        assert await transport.fetch_weights(big_task) == path  # from disk
+        assert transport.moved_bytes == len(BIG)  # no byte twice
+
+    against(server, tmp_path, scene)
+    assert [request.offset for request in server.asked] == [0, CHUNK_BYTES]
+
+
+def test_weights_with_another_digest_are_not_kept(server: Server, tmp_path: Path, big_task: Task) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        server.weights.write_bytes(b"x" + BIG[1:])
+        with pytest.raises(ProtocolError, match="sha256 is"):
+            await transport.fetch_weights(big_task)
+        assert list((tmp_path / "weights").iterdir()) == []
+        server.weights.write_bytes(BIG)
+        assert (await transport.fetch_weights(big_task)).read_bytes() == BIG
+
+    against(server, tmp_path, scene)
+
+
+def test_weights_damaged_on_disk_are_fetched_again(server: Server, tmp_path: Path, big_task: Task) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        path = await transport.fetch_weights(big_task)
+        path.write_bytes(b"x" + BIG[1:])
+        assert (await transport.fetch_weights(big_task)).read_bytes() == BIG
+
+    against(server, tmp_path, scene)
+
+
+def test_only_the_newest_two_weights_are_kept(server: Server, tmp_path: Path, big_task: Task) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        for content in (b"first", b"second", b"third"):
+            server.weights.write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            await transport.fetch_weights(
+                replace(big_task, weights_digest=digest, weights_bytes=len(content))
+            )
+        kept = {path.read_bytes() for path in (tmp_path / "weights").iterdir()}
+        assert kept == {b"second", b"third"}
+
+    against(server, tmp_path, scene)
+
+
+def test_a_download_fails_when_nothing_moves(server: Server, tmp_path: Path, big_task: Task) -> None:
+    server.cut_after_chunks, server.silent = 1, True
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(UnreachableError, match=r"nothing moved for 0\.2 s"):
+            await transport.fetch_weights(big_task)
+
+    against(server, tmp_path, scene, stall_s=0.2)
+
+
+def test_an_upload_fails_when_nothing_moves(
+    server: Server, tmp_path: Path, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    server.silent = True
+    entry = Outbox(tmp_path).put(*make_result("t1", b"x"))
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(UnreachableError, match=r"nothing moved for 0\.2 s"):
+            await transport.deliver(entry)
+
+    against(server, tmp_path, scene, stall_s=0.2)
+
+
+def test_an_upload_resumes_and_is_committed(
+    server: Server, tmp_path: Path, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    result, parts = make_result("t1", BIG, b"small")
+    entry = Outbox(tmp_path).put(result, parts)
+
+    async def scene(transport: GrpcTransport) -> None:
+        server.cut_after_chunks = 0
+        with pytest.raises(UnreachableError):
+            await transport.deliver(entry)
+        server.cut_after_chunks = None
+        assert await transport.deliver(entry) == Accepted(3)
+
+    against(server, tmp_path, scene)
+    assert server.held == {0: BIG, 1: b"small"}
+    *headers, commit = server.asked
+    assert [(header.part, header.offset) for header in headers] == [(0, 0), (0, CHUNK_BYTES), (1, 0)]
+    assert headers[0].plan_digest == plan_digest(result.plan)
+    assert headers[0].digest == result.parts[0].digest
+    assert from_message(commit.result, Result) == result
+
+
+def test_a_refusal_in_the_middle_of_an_upload_is_told(
+    server: Server, tmp_path: Path, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    entry = Outbox(tmp_path).put(*make_result("t1", BIG))
+    server.upload_reply = pb.UploadPartReply(refused=pb.Refused(reason="late", message="round 3 is closed"))
+
+    async def scene(transport: GrpcTransport) -> None:
+        assert await transport.deliver(entry) == Refused("late", "round 3 is closed")
+
+    against(server, tmp_path, scene)
+
+
+def test_failure_and_progress_are_told(server: Server, tmp_path: Path) -> None:
+    failure = Failure("t1", 1, "device", Outcome.DECLINED, "34.1 MiB", 7, 5)
+
+    async def scene(transport: GrpcTransport) -> None:
+        assert await transport.report_failure(failure)
+        assert await transport.report_progress(Progress("t1", 1, "device", "training"))
+        assert not await transport.report_progress(Progress("t1", 1, "device", "training", stage=1))
+
+    against(server, tmp_path, scene)
+    assert from_message(server.asked[0], Failure) == failure
+
+
+def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
+    async def play() -> None:
+        transport = GrpcTransport("127.0.0.1:1", tmp_path)
+        with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: UNAVAILABLE"):
+            await transport.next_task(REPORT, 1)
+        await transport.close()
+
+    asyncio.run(play())
+
+
+def test_a_call_that_the_server_lacks_is_not_taken_for_an_outage(tmp_path: Path) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(TransportError, match="UNIMPLEMENTED") as caught:
+            await transport.next_task(REPORT, 1)
+        assert not isinstance(caught.value, UnreachableError)
+
+    class Bare(Server):
+        async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "none")
+            raise AssertionError
+
+    against(Bare(tmp_path), tmp_path, scene)

@@ -1,0 +1,199 @@
+"""The planner: exact plans worked out by hand, and what holds for every plan."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedepth.errors import PlanError
+from fedepth.memory.predict import SCRATCH_FIXED_BYTES, build_peak, cache_bytes_in, training_peak
+from fedepth.planning.planner import make_plan
+from fedepth.task import CachePlace, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+
+KIB = 1024
+MIB = KIB * KIB
+TRAINING = TrainingSpec(8, 2, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+
+
+def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> UnitCost:
+    """A unit that saves its input and `saved` bytes per sample, and needs nothing on top."""
+    return UnitCost(
+        name=name,
+        parameter_bytes=parameters,
+        buffer_bytes=0,
+        largest_parameter_bytes=parameters,
+        input_bytes=input_,
+        output_bytes=output,
+        saved=Size(0, saved),
+        saves_input=True,
+        saves_output=False,
+        forward=Size(0, 0),
+        backward=Size(0, 0),
+        inference=Size(0, 0),
+        largest_activation_bytes=0,
+        flops=1000,
+    )
+
+
+def model(count: int = 4, saved: int = 1000 * KIB) -> ModelCosts:
+    units = tuple(unit(f"u{i}", 0, saved, 10 * KIB, 10 * KIB) for i in range(count))
+    exits = tuple(unit(f"exit{i}", 0, 0, 0, 10 * KIB) for i in range(count))
+    return ModelCosts("hand", units, exits, input_bytes=10 * KIB, raw_input_bytes=2 * KIB, smallest_micro_batch=1)
+
+
+def plan(costs: ModelCosts, budget: int, policy: Policy = Policy.PAPER, samples: int = 16, **changes: object):  # type: ignore[no-untyped-def]
+    training = replace(TRAINING, **changes)  # type: ignore[arg-type]
+    return make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)
+
+
+def test_the_peak_of_a_stage_is_the_sum_of_what_lives_at_its_worst_moment() -> None:
+    # Two units, 3 samples a step: inputs 3·10, saved 2·3·1000, two kept outputs 2·3·10 KiB; 4 MiB scratch.
+    peak = training_peak(model(), TRAINING, 0, 1, 3, accumulates=False, cache_bytes=7)
+    assert peak.activations + peak.temporaries == (30 + 6000 + 60) * KIB  # the last output just made, or kept
+    assert (peak.scratch, peak.cache, peak.gradients, peak.parameters) == (SCRATCH_FIXED_BYTES, 7, 0, 0)
+    assert peak.total == (30 + 6000 + 60) * KIB + SCRATCH_FIXED_BYTES + 7
+
+
+def test_parameters_gradients_and_momentum_count_once_each_when_weights_bind() -> None:
+    costs = model(2, saved=0)
+    heavy = tuple(replace(u, parameter_bytes=MIB, largest_parameter_bytes=MIB) for u in costs.units)
+    costs = replace(costs, units=heavy)
+    sgd = training_peak(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0)
+    assert (sgd.parameters, sgd.optimizer_state, sgd.gradients) == (2 * MIB, 2 * MIB, 2 * MIB)
+    adamw = training_peak(costs, replace(TRAINING, optimizer="adamw"), 0, 1, 1, accumulates=False, cache_bytes=0)
+    assert adamw.optimizer_state == 4 * MIB
+    proximal = training_peak(costs, replace(TRAINING, proximal_mu=0.1), 0, 1, 1, accumulates=False, cache_bytes=0)
+    assert proximal.parameters == 4 * MIB
+
+
+def test_full_depth_where_it_fits() -> None:
+    # Full: inputs 80 + saved 4·8000 + outputs 4·80 KiB + 4 MiB scratch + 16 cached raw samples of 2 KiB.
+    full = (80 + 32000 + 320 + 32) * KIB + SCRATCH_FIXED_BYTES
+    whole = plan(model(), full)
+    assert [(s.first, s.last) for s in whole.stages] == [(0, 3)]
+    assert whole.predicted_peak_bytes == full
+    assert whole.stages[0].cache is CachePlace.RAM
+    on_disk = plan(model(), full - 1)  # one byte less, and the cache goes to disk before the block is split
+    assert [(s.first, s.last, s.cache) for s in on_disk.stages] == [(0, 3, CachePlace.DISK)]
+    assert len(plan(model(), full - 32 * KIB - 1).stages) == 2
+
+
+def test_the_paper_splits_where_auto_takes_smaller_micro_batches() -> None:
+    half = (80 + 16000 + 160 + 200) * KIB + SCRATCH_FIXED_BYTES
+    assert [(s.first, s.last, s.micro_batch) for s in plan(model(), half).stages] == [(0, 1, 8), (2, 3, 8)]
+    auto = plan(model(), half, Policy.AUTO)
+    assert [(s.first, s.last, s.micro_batch) for s in auto.stages] == [(0, 3, 4)]
+
+
+def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -> None:
+    costs = model()
+    costs = replace(costs, units=(replace(costs.units[0], saved=Size(0, 9000 * KIB)), *costs.units[1:]))
+    found = plan(costs, 30000 * KIB)
+    assert found.untrained == (0,)
+    assert [(s.first, s.last) for s in found.stages] == [(1, 3)]
+
+
+def test_nothing_fits_says_what_is_needed_and_what_is_free() -> None:
+    with pytest.raises(PlanError, match=r"the smallest plan needs 12\.0 MiB, 1\.0 MiB are free") as caught:
+        plan(model(), MIB)
+    needed = (80 + 8000 + 80) * KIB + SCRATCH_FIXED_BYTES  # one unit, cache on disk
+    assert (caught.value.needed_bytes, caught.value.budget_bytes) == (needed, MIB)
+    assert plan(model(), needed).stages  # and that is enough
+
+
+def test_a_shard_smaller_than_the_batch_is_one_step() -> None:
+    assert plan(model(), 1 << 30, samples=3).stages[0].micro_batch == 3
+
+
+def test_planning_on_after_a_stage_covers_only_what_is_left() -> None:
+    first = plan(model(), (80 + 16000 + 160 + 200) * KIB + SCRATCH_FIXED_BYTES).stages[0]
+    rest = make_plan(
+        model(),
+        budget_bytes=13 * MIB,
+        training=TRAINING,
+        sample_count=16,
+        policy=Policy.PAPER,
+        done=first,
+    )
+    assert [(s.first, s.last) for s in rest.stages] == [(2, 2), (3, 3)]
+
+
+sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
+units = st.builds(
+    UnitCost,
+    name=st.just("u"),
+    parameter_bytes=st.integers(0, 200_000),
+    buffer_bytes=st.integers(0, 1000),
+    largest_parameter_bytes=st.integers(0, 1000),
+    input_bytes=st.integers(1, 5000),
+    output_bytes=st.integers(1, 5000),
+    saved=sizes,
+    saves_input=st.booleans(),
+    saves_output=st.booleans(),
+    forward=sizes,
+    backward=sizes,
+    inference=sizes,
+    largest_activation_bytes=st.integers(0, 5000),
+    flops=st.integers(0, 10**9),
+)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelCosts:
+    count = draw(st.integers(1, 6))
+    return ModelCosts(
+        "drawn",
+        tuple(draw(units) for _ in range(count)),
+        tuple(draw(units) for _ in range(count)),
+        input_bytes=1000,
+        raw_input_bytes=250,
+        smallest_micro_batch=draw(st.integers(1, 2)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(models(), st.integers(SCRATCH_FIXED_BYTES, SCRATCH_FIXED_BYTES + 2_000_000), st.sampled_from(Policy), st.data())
+def test_every_plan_fits_and_names_every_unit_once(
+    costs: ModelCosts, budget: int, policy: Policy, data: st.DataObject
+) -> None:
+    training = replace(TRAINING, batch=data.draw(st.integers(1, 40)), optimizer=data.draw(st.sampled_from(["sgd", "adamw"])))
+    samples = data.draw(st.integers(1, 60))
+    try:
+        found = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)
+    except PlanError as error:
+        assert error.needed_bytes > budget
+        return
+    named = [u for s in found.stages for u in range(s.first, s.last + 1)] + list(found.untrained)
+    assert sorted(named) == list(range(len(costs.units)))
+    batch = max(min(training.batch, samples), costs.smallest_micro_batch)
+    previous = None
+    for stage in found.stages:
+        cached = cache_bytes_in(stage.cache, costs, stage.first, samples)
+        training_bytes = training_peak(
+            costs, training, stage.first, stage.last, stage.micro_batch,
+            accumulates=stage.micro_batch < batch, cache_bytes=cached,
+        ).total  # fmt: skip
+        building_bytes = build_peak(
+            costs, previous.first if previous else 0, stage.first, stage.build_batch,
+            source_bytes=cache_bytes_in(previous.cache, costs, previous.first, samples) if previous else 0,
+            cache_bytes=cached,
+        ).total  # fmt: skip
+        assert max(training_bytes, building_bytes) == stage.predicted_peak_bytes <= budget
+        assert stage.micro_batch == batch or policy is Policy.AUTO
+        previous = stage
+
+
+@settings(max_examples=60, deadline=None)
+@given(models(), st.integers(SCRATCH_FIXED_BYTES, SCRATCH_FIXED_BYTES + 1_000_000), st.integers(0, 1_000_000))
+def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int) -> None:
+    def untrained(bytes_: int) -> tuple[int, int]:
+        try:
+            found = make_plan(
+                costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=Policy.PAPER
+            )
+        except PlanError:
+            return (len(costs.units) + 1, 0)
+        return (len(found.untrained), len(found.stages))
+
+    assert untrained(budget + more) <= untrained(budget)
