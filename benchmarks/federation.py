@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from fedepth_wire.channel import open_channel
+from fedepth_wire.v1.federation_pb2 import WatchRequest
+from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.console import Console
 
 from benchmarks.lab import Lab, LabDevice, describe_cap, lab, resident_bytes
 from fedepth.errors import ChildError
 from fedepth.sizes import format_size
-from fedepth_wire.channel import open_channel
-from fedepth_wire.v1.federation_pb2 import WatchRequest
-from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 TIME_LIMIT_S = 600.0
 AGENT_OPTIONS = ("--threads", "1", "--linger", "300", "--exit-when-done")
@@ -102,7 +102,9 @@ async def _watch(running: Lab, console: Console) -> list[dict[str, Any]]:
                 if event["event"] == "finished":
                     return events
         except grpc.aio.AioRpcError as error:
-            raise ChildError(f"the coordinator is gone ({error.code().name}); see {running.log('coordinator')}") from None
+            raise ChildError(
+                f"the coordinator is gone ({error.code().name}); see {running.log('coordinator')}"
+            ) from None
     raise ChildError(f"the coordinator ended the watch before the job was done; see {running.log('coordinator')}")
 
 
@@ -112,18 +114,14 @@ def _line(event: Mapping[str, Any]) -> str:
         case "round_started":
             return f"round {event['round']}"
         case "task_given":
-            return (
-                f"  {event['device']:<10} plan {event['blocks']:<24} predicted {format_size(event['predicted_peak']):>10}"
-                f" of {format_size(event['budget'])}"
-            )
+            predicted, budget = format_size(event["predicted_peak"]), format_size(event["budget"])
+            return f"  {event['device']:<10} plan {event['blocks']:<24} predicted {predicted:>10} of {budget}"
         case "progress" if event["activity"] == "training" and event["epoch"] == 0:
             return f"  {event['device']:<10} trains units {event['first']}-{event['last']}"
         case "update_accepted":
             peak = max(stage["measured_peak_bytes"] for stage in event["stages"])
-            return (
-                f"  {event['device']:<10} update of {format_size(event['bytes'])} accepted after {event['seconds']:.1f} s,"
-                f" peak {format_size(peak)}"
-            )
+            size, seconds = format_size(event["bytes"]), event["seconds"]
+            return f"  {event['device']:<10} update of {size} accepted after {seconds:.1f} s, peak {format_size(peak)}"
         case "update_refused" | "task_failed":
             return f"  {event['device']:<10} [red]{event['event']}[/red]: {event['message']}"
         case "evaluated":

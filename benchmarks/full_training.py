@@ -16,13 +16,12 @@ from coordinator.schedule import training_spec
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed, Measure, TrainerProcess, TrainRequest
 from fedepth.child import Child, module_argv
-from fedepth.data.read import open_images
 from fedepth.data.idx import write_idx
+from fedepth.data.read import open_images
 from fedepth.errors import ChildError
-from fedepth.memory.predict import PeakComponents
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
-from fedepth.task import Budget, CachePlace, ModelCosts, ModelSpec, Plan, Policy, Stage, Task
+from fedepth.task import Budget, CachePlace, ModelCosts, ModelSpec, PeakComponents, Plan, Policy, Stage, Task
 
 
 def fails_in_full(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console) -> list[str]:
@@ -30,9 +29,7 @@ def fails_in_full(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, 
     return asyncio.run(_try_tiers(folder, spec, job, tiers, console))
 
 
-async def _try_tiers(
-    folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console
-) -> list[str]:
+async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console) -> list[str]:
     digits = open_images("digits", spec, "train")
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -51,11 +48,23 @@ async def _try_tiers(
     await worker.stop()
     costs = msgspec.convert(answer["ok"]["costs"], ModelCosts)
     peak = full_training_peak(costs, training, len(digits))
-    console.print(f"training all of {spec.name} at batch {training.batch} is predicted to need {format_size(peak.total)}")
+    console.print(
+        f"training all of {spec.name} at batch {training.batch} is predicted to need {format_size(peak.total)}"
+    )
     task = Task(
-        task_id="full", attempt=1, job="full-training", round=1, model=spec, training=training, policy=Policy.PAPER,
-        costs=costs, plan=_full_plan(costs, training.batch), weights_digest="", weights_bytes=0, deadline_ms=0,
-    )  # fmt: skip
+        task_id="full",
+        attempt=1,
+        job="full-training",
+        round=1,
+        model=spec,
+        training=training,
+        policy=Policy.PAPER,
+        costs=costs,
+        plan=_full_plan(costs, training.batch),
+        weights_digest="",
+        weights_bytes=0,
+        deadline_ms=0,
+    )
     failing = []
     for tier, limit in tiers.items():
         verdict = await _try(folder / tier, task, limit, weights, data)

@@ -72,8 +72,20 @@ class Lab:
         port_file.unlink(missing_ok=True)
         process = self.start(
             "coordinator",
-            [program("fedepth-coordinator"), "serve", "--config", str(job), "--state", str(self.coordinator_state)]
-            + ["--port", "0", "--port-file", str(port_file), "--json-logs", *options],
+            [
+                program("fedepth-coordinator"),
+                "serve",
+                "--config",
+                str(job),
+                "--state",
+                str(self.coordinator_state),
+                "--port",
+                "0",
+                "--port-file",
+                str(port_file),
+                "--json-logs",
+                *options,
+            ],
         )
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (port_file.exists() and port_file.read_text().strip()):
@@ -93,8 +105,21 @@ class Lab:
         cap = ["--budget-cap", str(device.cap_bytes)] if device.cap_bytes else []
         return self.start(
             device.name,
-            [program("fedepth-client"), "run", "--coordinator", self.address, "--data", str(device.data)]
-            + ["--state", str(self.folder / device.name), "--name", device.name, "--json-logs", *cap, *options],
+            [
+                program("fedepth-client"),
+                "run",
+                "--coordinator",
+                self.address,
+                "--data",
+                str(device.data),
+                "--state",
+                str(self.folder / device.name),
+                "--name",
+                device.name,
+                "--json-logs",
+                *cap,
+                *options,
+            ],
         )
 
     def stop(self) -> None:

@@ -15,7 +15,17 @@ _BARS = "▁▂▃▄▅▆▇█"
 def device_table(devices: Sequence[DeviceFigures]) -> Table:
     """One row per device: what it had, what was planned, what was measured."""
     table = Table(title="devices")
-    for column in ("device", "available", "budget", "plan", "predicted peak", "measured peak", "samples", "updates", "seconds"):
+    for column in (
+        "device",
+        "available",
+        "budget",
+        "plan",
+        "predicted peak",
+        "measured peak",
+        "samples",
+        "updates",
+        "seconds",
+    ):
         table.add_column(column, justify="left" if column in ("device", "plan") else "right")
     for device in devices:
         table.add_row(

@@ -31,9 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-StateOption = Annotated[
-    Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)
-]
+StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
 AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -49,9 +47,7 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = 8970,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
-    exit_when_done: Annotated[
-        bool, typer.Option("--exit-when-done", help="End after the last round.")
-    ] = False,
+    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
@@ -91,9 +87,7 @@ def export_command(
     state: StateOption,
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    round_number: Annotated[
-        int | None, typer.Option("--round", min=0, help="Round; the latest if left out.")
-    ] = None,
+    round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; the latest if left out.")] = None,
 ) -> None:
     """Export a round's weights to ONNX and compare both models' answers. No coordinator need run."""
     from coordinator.config import load_config
@@ -148,9 +142,7 @@ def read_record(state: Path) -> dict[str, Any]:
         return {
             "job": store.job_name,
             "rounds": finished,
-            "updates": [
-                {"device": names.get(each.device_id, each.device_id), "result": each} for each in updates
-            ],
+            "updates": [{"device": names.get(each.device_id, each.device_id), "result": each} for each in updates],
             "failures": store.failure_counts(),
         }
     finally:
@@ -199,8 +191,7 @@ async def _watch(address: str) -> AsyncIterator[str]:
 
 def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
     return TransportError(
-        f"no answer from a coordinator at {address} ({error.code().name}: {error.details()}); "
-        "is it running there?"
+        f"no answer from a coordinator at {address} ({error.code().name}: {error.details()}); is it running there?"
     )
 
 

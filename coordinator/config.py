@@ -188,13 +188,10 @@ def _check_ranges(config: JobConfig, file: str) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{file}: [{name}] {field}: must be a finite number, is {value}")
     if not _NAME.fullmatch(job.name):
-        raise ConfigError(
-            f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {job.name!r}"
-        )
+        raise ConfigError(f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {job.name!r}")
     if job.needed > job.devices_per_round:
         raise ConfigError(
-            f"{file}: [job] quorum: must be at most devices_per_round ({job.devices_per_round}), "
-            f"is {job.needed}"
+            f"{file}: [job] quorum: must be at most devices_per_round ({job.devices_per_round}), is {job.needed}"
         )
     if training.learning_rate_end > training.learning_rate:
         raise ConfigError(
@@ -206,14 +203,12 @@ def _check_ranges(config: JobConfig, file: str) -> None:
     _check_classes(model, file)
     if len(model.input_shape) != 3:
         raise ConfigError(
-            f"{file}: [model] input_shape: must be [channels, height, width], "
-            f"has {len(model.input_shape)} numbers"
+            f"{file}: [model] input_shape: must be [channels, height, width], has {len(model.input_shape)} numbers"
         )
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
             raise ConfigError(
-                f"{file}: [model] {field}: must have one number per channel ({model.input_shape[0]}), "
-                f"has {len(values)}"
+                f"{file}: [model] {field}: must have one number per channel ({model.input_shape[0]}), has {len(values)}"
             )
         if not all(math.isfinite(value) for value in values):
             raise ConfigError(f"{file}: [model] {field}: must be finite numbers, is {list(values)}")

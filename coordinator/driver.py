@@ -73,9 +73,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     else:
         record = await asyncio.to_thread(store.seal_weights, partial, 0, 0, 0)
         if record.digest != answer["digest"]:
-            raise StateError(
-                f"initial weights have sha256 {record.digest[:12]}…, the model worker said otherwise"
-            )
+            raise StateError(f"initial weights have sha256 {record.digest[:12]}…, the model worker said otherwise")
         store.record_round(record)
     return prepared
 
@@ -356,9 +354,7 @@ class Driver:
         updates = [(self.intake.paths(result), float(result.sample_count)) for result in results]
         await asyncio.to_thread(average_updates, base, updates, partial)
         samples = sum(result.sample_count for result in results)
-        record = await asyncio.to_thread(
-            self.store.seal_weights, partial, closing.round, len(results), samples
-        )
+        record = await asyncio.to_thread(self.store.seal_weights, partial, closing.round, len(results), samples)
         self.store.record_round(record)
         self._weights = record
         await asyncio.to_thread(self.store.drop_spools_before, closing.round + 1)

@@ -47,13 +47,9 @@ def check_result(result: Result, task: TaskRecord, units: int) -> None:
         UpdateError: it does not.
     """
     if result.round != task.round:
-        raise UpdateError(
-            "plan", f"task {task.task_id} is of round {task.round}, the update says {result.round}"
-        )
+        raise UpdateError("plan", f"task {task.task_id} is of round {task.round}, the update says {result.round}")
     if not 1 <= result.attempt <= task.attempt:
-        raise UpdateError(
-            "plan", f"attempt {result.attempt} of task {task.task_id}, given were 1 to {task.attempt}"
-        )
+        raise UpdateError("plan", f"attempt {result.attempt} of task {task.task_id}, given were 1 to {task.attempt}")
     if not 0 < result.sample_count <= task.sample_count:
         raise UpdateError(
             "samples",
@@ -179,16 +175,12 @@ class Intake:
                 raise ProtocolError(f"part {header.part} is not at offset {held} here; ask for the offset")
             async for chunk in chunks:
                 if self._streams.get(partial) is not stream:
-                    raise ProtocolError(
-                        f"part {header.part} of {header.task_id} is being sent in a newer stream"
-                    )
+                    raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
                 if not self._accepts(header.task_id):
                     raise _late(header.task_id)
                 held = append_chunk(partial, chunk, held, header.size_bytes)
             if held != header.size_bytes:
-                raise ProtocolError(
-                    f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes"
-                )
+                raise ProtocolError(f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes")
             async with self._lock(header.task_id):
                 await asyncio.to_thread(_seal, partial, whole, header.digest)
         finally:
@@ -251,13 +243,9 @@ class Intake:
         if task is None or not self._accepts(header.task_id):
             raise _late(header.task_id)
         if header.device_id != task.device_id:
-            raise UpdateError(
-                "device", f"task {task.task_id} was given to {task.device_id}, not {header.device_id}"
-            )
+            raise UpdateError("device", f"task {task.task_id} was given to {task.device_id}, not {header.device_id}")
         if not 1 <= header.attempt <= task.attempt:
-            raise UpdateError(
-                "plan", f"attempt {header.attempt} of {task.task_id}, given were 1 to {task.attempt}"
-            )
+            raise UpdateError("plan", f"attempt {header.attempt} of {task.task_id}, given were 1 to {task.attempt}")
         if not 0 <= header.part < self.limit_parts:
             raise UpdateError("size", f"part number {header.part}, allowed are 0 to {self.limit_parts - 1}")
         if not _DIGEST.fullmatch(header.digest):
@@ -313,6 +301,4 @@ def _partial_path(folder: Path, part: int, digest: str) -> Path:
 
 
 def _late(task_id: str) -> UpdateError:
-    return UpdateError(
-        "late", f"nobody waits for task {task_id[:80]} any more: its round is closed or never was"
-    )
+    return UpdateError("late", f"nobody waits for task {task_id[:80]} any more: its round is closed or never was")

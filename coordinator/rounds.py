@@ -251,9 +251,7 @@ def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         state = _renew(state, event)
     elif isinstance(event, Accepted):
         if not accepts(state, event.task_id):
-            raise ValueError(
-                f"task {event.task_id} cannot be accepted in round {state.round}, {state.phase.value}"
-            )
+            raise ValueError(f"task {event.task_id} cannot be accepted in round {state.round}, {state.phase.value}")
         state = _set(state, event.task_id, Standing.ACCEPTED, event.now)
     elif isinstance(event, Failed):
         if accepts(state, event.task_id):
@@ -270,8 +268,7 @@ def _see(state: State, device_id: str, now: float) -> State:
 
 def _set(state: State, task_id: str, standing: Standing, now: float) -> State:
     tasks = tuple(
-        replace(task, standing=standing, ended_at=now) if task.task_id == task_id else task
-        for task in state.tasks
+        replace(task, standing=standing, ended_at=now) if task.task_id == task_id else task for task in state.tasks
     )
     task = find(state, task_id)
     assert task is not None
@@ -283,11 +280,7 @@ def _wait(state: State, event: Waiting) -> tuple[State, tuple[Action, ...]]:
     if state.phase is Phase.FINISHED:
         return state, ()
     for task in state.tasks:
-        if (
-            task.device_id == event.device_id
-            and task.standing is Standing.OPEN
-            and state.phase is Phase.TRAINING
-        ):
+        if task.device_id == event.device_id and task.standing is Standing.OPEN and state.phase is Phase.TRAINING:
             # The device has forgotten its task, or our answer never reached it.
             return _give(state, [task.device_id], event.now)
     return replace(state, waiting=state.waiting | {event.device_id}), ()
@@ -337,8 +330,11 @@ def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
 def _gather(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     rules, count = state.rules, len(state.waiting)
     all_here = live_devices(state, now) <= state.waiting
-    full = count >= rules.devices_per_round and (all_here or now - state.since >= rules.gather_s)
-    if full or (now >= state.deadline and count >= rules.quorum):
+    waited = now - state.since
+    full = count >= rules.devices_per_round and (all_here or waited >= rules.gather_s)
+    # Devices that have died must not hold up those that are left: after a lease nobody else is to be expected.
+    left = count >= rules.quorum and all_here and waited >= max(rules.gather_s, rules.lease_s)
+    if full or left or (now >= state.deadline and count >= rules.quorum):
         drawn = _draw(state, state.waiting, min(count, rules.devices_per_round))
         state = replace(state, phase=Phase.TRAINING, complain_after=now)
         state, given = _give(state, drawn, now)

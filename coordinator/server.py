@@ -66,9 +66,7 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
         store.close()
 
 
-async def _prepared_driver(
-    config: JobConfig, store: Store, models: Models, stop: asyncio.Event
-) -> Driver | None:
+async def _prepared_driver(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Driver | None:
     """None if a signal came while the model was being prepared."""
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):

@@ -34,7 +34,8 @@ def objection(report: DeviceReport, classes: tuple[str, ...]) -> str:
         return f"device id {report.device_id[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'"
     if not 0 < len(report.name) <= 200:
         return f"a device name has 1 to 200 characters, this one has {len(report.name)}"
-    if len(report.class_counts) != len(classes):
+    # A device that does not know the job's classes yet may hold samples of only some of them.
+    if len(report.class_counts) > len(classes):
         return (
             f"the data has {len(report.class_counts)} classes, the job has {len(classes)}: "
             f"{', '.join(classes)}; give the device data with the job's classes"
@@ -84,9 +85,7 @@ class FederationService(FederationServicer):
         job = self._driver.config.job
         return pb.NextTaskReply(finished=pb.JobFinished(job=job.name, rounds=job.rounds))
 
-    async def FetchWeights(
-        self, request: pb.FetchWeightsRequest, context: Context
-    ) -> AsyncIterator[pb.Chunk]:
+    async def FetchWeights(self, request: pb.FetchWeightsRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         record = self._driver.store.find_weights(request.digest)
         if record is None:
             missing = ProtocolError(f"no weights with sha256 {request.digest[:12]}… here; ask for a new task")
@@ -128,9 +127,7 @@ class FederationService(FederationServicer):
             await _abort(context, grpc.StatusCode.ABORTED, error)
         return pb.UploadPartReply(held_bytes=held)
 
-    async def _chunks(
-        self, requests: AsyncIterator[pb.UploadPartRequest], task_id: str
-    ) -> AsyncIterator[pb.Chunk]:
+    async def _chunks(self, requests: AsyncIterator[pb.UploadPartRequest], task_id: str) -> AsyncIterator[pb.Chunk]:
         async for request in requests:
             if request.WhichOneof("content") != "chunk":
                 raise ProtocolError("only the first message of an upload is a header")

@@ -94,8 +94,7 @@ def lock_state(directory: Path) -> IO[str]:
         owner = file.read().strip() or "unknown"
         file.close()
         raise StateError(
-            f"{directory} is in use by another coordinator (process {owner}); "
-            "stop it, or choose another --state"
+            f"{directory} is in use by another coordinator (process {owner}); stop it, or choose another --state"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -145,9 +144,7 @@ class Store:
         """
         path = directory / "job.sqlite"
         if not path.is_file():
-            raise StateError(
-                f"{directory} holds no job: {path.name} is missing; give the --state of a coordinator"
-            )
+            raise StateError(f"{directory} holds no job: {path.name} is missing; give the --state of a coordinator")
         return cls(directory, open_engine(path), None)
 
     def close(self) -> None:
@@ -236,9 +233,7 @@ class Store:
             return
         path = self.weights_path(record.round)
         if not path.is_file():
-            raise StateError(
-                f"{path} is missing, though round {record.round} is recorded; restore it from a backup"
-            )
+            raise StateError(f"{path} is missing, though round {record.round} is recorded; restore it from a backup")
         digest = file_digest(path)
         if digest != record.digest:
             raise StateError(
@@ -247,9 +242,7 @@ class Store:
             )
 
     def set_evaluation(self, round_number: int, accuracy: float, loss: float) -> None:
-        self._write(
-            rounds.update().where(rounds.c.round == round_number).values(accuracy=accuracy, loss=loss)
-        )
+        self._write(rounds.update().where(rounds.c.round == round_number).values(accuracy=accuracy, loss=loss))
 
     def set_export(self, round_number: int, path: str, parity_max_abs: float) -> None:
         change = rounds.update().where(rounds.c.round == round_number)
@@ -261,9 +254,7 @@ class Store:
         now = time.time()
         known = {"name": report.name, "report": _json(report), "last_seen": now}
         first = {"device_id": report.device_id, "first_seen": now, **known}
-        self._write(
-            insert(devices).values(first).on_conflict_do_update(index_elements=["device_id"], set_=known)
-        )
+        self._write(insert(devices).values(first).on_conflict_do_update(index_elements=["device_id"], set_=known))
 
     def device_names(self) -> dict[str, str]:
         return {row["device_id"]: row["name"] for row in self._all(sa.select(devices))}
@@ -271,9 +262,7 @@ class Store:
     def record_task(self, record: TaskRecord) -> None:
         values = {**_row(record), "plan": _json(record.plan), "given_at": time.time()}
         again = {key: values[key] for key in ("attempt", "status", "plan", "sample_count", "given_at")}
-        self._write(
-            insert(tasks).values(values).on_conflict_do_update(index_elements=["task_id"], set_=again)
-        )
+        self._write(insert(tasks).values(values).on_conflict_do_update(index_elements=["task_id"], set_=again))
 
     def end_task(self, task_id: str, status: str, reason: str, message: str) -> None:
         """Records that a task was refused, failed or lost, and counts it."""
@@ -307,9 +296,7 @@ class Store:
         }
         with self._engine.begin() as connection:
             connection.execute(updates.insert().values(values))
-            connection.execute(
-                tasks.update().where(tasks.c.task_id == result.task_id).values(status="accepted")
-            )
+            connection.execute(tasks.update().where(tasks.c.task_id == result.task_id).values(status="accepted"))
 
     def update(self, task_id: str) -> Result | None:
         row = self._one(sa.select(updates).where(updates.c.task_id == task_id))

@@ -16,7 +16,7 @@ import structlog
 
 from edge_client.allowance import Allowance
 from edge_client.config import Config
-from edge_client.link import Clock, Link
+from edge_client.link import Clock, Link, within
 from edge_client.outbox import Entry, Outbox
 from edge_client.probe import Memory, measure
 from edge_client.trainer_process import TRAINER_ARGV, TrainerKeeper, torch_version
@@ -182,9 +182,7 @@ class Agent:
             self._samples = end.sample_count
             _log.info("task trained", task=end.task_id, blocks=end.plan.blocks, seconds=round(end.seconds, 1))
             return
-        _log.error(
-            "task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message
-        )
+        _log.error("task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message)
         try:
             await self._transport.report_failure(end)
         except (TransportError, ProtocolError) as error:
@@ -246,7 +244,7 @@ class Agent:
             except (TransportError, ProtocolError) as error:
                 _log.debug("progress could not be reported", error=str(error))
             try:
-                await asyncio.wait_for(self._nudge.wait(), BEAT_S)
+                await within(BEAT_S, self._nudge.wait())
             except asyncio.TimeoutError:
                 continue
 

@@ -41,9 +41,7 @@ _State = Annotated[Path | None, typer.Option(help="Where identity and kept updat
 _Cap = Annotated[str | None, typer.Option(help="The most that training may add, as 300MiB.")]
 
 
-@app.command(
-    epilog="Example: fedepth-client run --coordinator 192.168.1.10:50051 --data ./photos --budget-cap 300MiB"
-)
+@app.command(epilog="Example: fedepth-client run --coordinator 192.168.1.10:50051 --data ./photos --budget-cap 300MiB")
 def run(
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the training data.")] = None,
@@ -53,12 +51,8 @@ def run(
     budget_cap: _Cap = None,
     linger: Annotated[float | None, typer.Option(help="Seconds that an idle trainer stays.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
-    allow_model: Annotated[
-        list[str] | None, typer.Option(help="Allow a job to name module:function.")
-    ] = None,
-    exit_when_done: Annotated[
-        bool, typer.Option("--exit-when-done", help="End when the job is finished.")
-    ] = False,
+    allow_model: Annotated[list[str] | None, typer.Option(help="Allow a job to name module:function.")] = None,
+    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when the job is finished.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
 ) -> None:
     """Takes part in a job: waits for tasks, trains, delivers. Runs until it is stopped."""
@@ -77,9 +71,7 @@ def run(
     bar = None if json_logs or not sys.stderr.isatty() else _Bar(Console(stderr=True))
     configure_logs(as_json=json_logs, console=bar.console if bar else None)
     with StateLock(chosen.state_dir):
-        asyncio.run(
-            _run(chosen, exit_when_done, Surroundings(on_progress=bar.show) if bar else Surroundings())
-        )
+        asyncio.run(_run(chosen, exit_when_done, Surroundings(on_progress=bar.show) if bar else Surroundings()))
 
 
 @app.command(epilog="Example: fedepth-client probe --json")
@@ -113,9 +105,7 @@ def main() -> None:
 def configure_logs(*, as_json: bool, console: Console | None) -> None:
     """Log lines on standard error, above the progress bar if there is one."""
     renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if as_json
-        else structlog.dev.ConsoleRenderer(colors=console is not None)
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=console is not None)
     )
     structlog.configure(
         processors=[
@@ -208,9 +198,7 @@ def _table(memory: Memory, budget: Budget | None) -> Table:
     for limit in memory.limits:
         bound = f" of {format_size(limit.limit_bytes)}" if limit.limit_bytes else ""
         table.add_row(f"  by {limit.origin}", format_size(limit.available_bytes) + bound)
-    table.add_row(
-        "swap (not counted)", f"{format_size(memory.swap_free_bytes)} of {format_size(memory.swap_bytes)}"
-    )
+    table.add_row("swap (not counted)", f"{format_size(memory.swap_free_bytes)} of {format_size(memory.swap_bytes)}")
     if memory.board:
         table.add_row("board", memory.board + (" (CPU and GPU share memory)" if memory.unified else ""))
     for name in memory.cuda:

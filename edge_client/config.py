@@ -105,9 +105,7 @@ class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 0 < self.first_s <= self.longest_s:
-            raise ValueError(
-                f"first_s is {self.first_s}, allowed is above 0 up to longest_s ({self.longest_s})"
-            )
+            raise ValueError(f"first_s is {self.first_s}, allowed is above 0 up to longest_s ({self.longest_s})")
         if self.remind_s <= 0:
             raise ValueError(f"remind_s is {self.remind_s}, allowed is above 0")
 
@@ -128,9 +126,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.coordinator:
             match = _ADDRESS.fullmatch(self.coordinator)
             if match is None or not 0 < int(match["port"]) < 65536:
-                raise ValueError(
-                    f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:50051'
-                )
+                raise ValueError(f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:50051')
 
     @property
     def state_dir(self) -> Path:
@@ -170,9 +166,7 @@ def check_runnable(config: Config) -> None:
         ConfigError: no coordinator, or no data directory.
     """
     if not config.coordinator:
-        raise ConfigError(
-            'coordinator is missing: give --coordinator HOST:PORT, or set coordinator = "HOST:PORT"'
-        )
+        raise ConfigError('coordinator is missing: give --coordinator HOST:PORT, or set coordinator = "HOST:PORT"')
     if not config.data:
         raise ConfigError('data is missing: give --data DIR, or set data = "DIR"')
 

@@ -34,9 +34,7 @@ class StateLock:
             state.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - held open as long as the lock
         except OSError as error:
-            raise StateError(
-                f"{state} cannot be used as state directory: {error.strerror}; give --state DIR"
-            ) from None
+            raise StateError(f"{state} cannot be used as state directory: {error.strerror}; give --state DIR") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,9 +72,7 @@ def device_id(state: Path) -> str:
     try:
         return str(uuid.UUID(text))
     except ValueError:
-        raise StateError(
-            f"{path} holds {text[:40]!r}, which is no UUID; delete it to join as a new device"
-        ) from None
+        raise StateError(f"{path} holds {text[:40]!r}, which is no UUID; delete it to join as a new device") from None
 
 
 def remember(path: Path, value: object) -> None:

@@ -1,17 +1,39 @@
-"""Losing and finding the coordinator: growing pauses, and what the log says meanwhile."""
+"""Waiting: for what may never come, and for a coordinator that is away, with growing pauses."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 import structlog
 
 from edge_client.config import RetryConfig
 from fedepth.errors import FedepthError
 
+T = TypeVar("T")
 _log = structlog.get_logger()
+
+
+async def within(seconds: float, step: Awaitable[T]) -> T:
+    """The step's result, if it comes in time.
+
+    asyncio.wait_for would do, but before Python 3.12 it loses a cancellation that arrives together with the
+    result: a task that was told to stop then goes on for ever.
+
+    Raises:
+        asyncio.TimeoutError: it took longer; the step is cancelled.
+    """
+    task = asyncio.ensure_future(step)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Clock:
@@ -59,9 +81,7 @@ class Link:
         """Notes an attempt that worked."""
         if self._tries:
             away = self._clock.now() - self._since
-            _log.info(
-                "coordinator is back", coordinator=self._address, away_s=round(away, 1), tries=self._tries
-            )
+            _log.info("coordinator is back", coordinator=self._address, away_s=round(away, 1), tries=self._tries)
         self._tries = 0
 
     def _say(self, error: FedepthError, pause: float) -> None:

@@ -107,9 +107,7 @@ class Outbox:
         size = source.stat().st_size if source.exists() else -1
         if size != part.size_bytes:
             held = f"has {size} bytes" if size >= 0 else "is missing"
-            raise StateError(
-                f"the trainer promised {source.name} with {part.size_bytes} bytes, but it {held}"
-            )
+            raise StateError(f"the trainer promised {source.name} with {part.size_bytes} bytes, but it {held}")
         with open(source, "rb") as file:
             os.fsync(file.fileno())
         source.rename(folder / source.name)
@@ -127,9 +125,7 @@ class Outbox:
         sealed = _read_sealed(folder / "entry.json")
         entry = Entry(folder, sealed.result)
         if folder.name != f"{sealed.result.task_id}-{sealed.result.attempt}":
-            raise StateError(
-                f"{folder.name} holds task {sealed.result.task_id}, attempt {sealed.result.attempt}"
-            )
+            raise StateError(f"{folder.name} holds task {sealed.result.task_id}, attempt {sealed.result.attempt}")
         if folder.name not in self._verified:  # once per start: parts are immutable while we run
             for part in sealed.result.parts:
                 _verify(entry.part_path(part), part)

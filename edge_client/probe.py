@@ -198,9 +198,7 @@ def _limit_v1(folder: Path, origin: str, own: bool) -> MemoryLimit | None:
     return _headroom(folder, origin, bounds, "memory.usage_in_bytes", "total_inactive_file")
 
 
-def _headroom(
-    folder: Path, origin: str, bounds: list[int | None], usage: str, cached: str
-) -> MemoryLimit | None:
+def _headroom(folder: Path, origin: str, bounds: list[int | None], usage: str, cached: str) -> MemoryLimit | None:
     """limit − (current − inactive_file): the kernel drops inactive file pages before it refuses memory."""
     finite = [bound for bound in bounds if bound is not None and bound < _UNLIMITED]
     if not finite:
@@ -238,18 +236,14 @@ def _cuda(root: Path) -> tuple[str, ...]:
 
 
 def _pressure(root: Path) -> Pressure | None:
-    match = re.search(
-        r"^some avg10=([\d.]+) avg60=([\d.]+)", _read(root / "proc/pressure/memory") or "", re.MULTILINE
-    )
+    match = re.search(r"^some avg10=([\d.]+) avg60=([\d.]+)", _read(root / "proc/pressure/memory") or "", re.MULTILINE)
     return Pressure(float(match[1]), float(match[2])) if match else None
 
 
 def _notes(root: Path, board: str, limits: list[MemoryLimit]) -> Iterator[str]:
     if _memory_cgroup_off(root):
         advice = (
-            "; add cgroup_enable=memory to /boot/firmware/cmdline.txt and reboot"
-            if "Raspberry Pi" in board
-            else ""
+            "; add cgroup_enable=memory to /boot/firmware/cmdline.txt and reboot" if "Raspberry Pi" in board else ""
         )
         yield f"the memory cgroup is off: limits of systemd and containers have no effect{advice}"
     if any(limit.origin == "RLIMIT_AS" for limit in limits):
@@ -266,9 +260,7 @@ def _memory_cgroup_off(root: Path) -> bool:
         point = root / mount.point.relative_to("/")
         if mount.version == 1 or "memory" in (_read(point / "cgroup.controllers") or "").split():
             return False
-    return (root / "proc/cgroups").exists() or "cgroup_disable=memory" in (
-        _read(root / "proc/cmdline") or ""
-    ).split()
+    return (root / "proc/cgroups").exists() or "cgroup_disable=memory" in (_read(root / "proc/cmdline") or "").split()
 
 
 def _number(path: Path) -> int | None:

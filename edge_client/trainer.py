@@ -19,12 +19,12 @@ import torch
 
 from fedepth.data.read import open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.files import file_digest
 from fedepth.memory.meter import Meter, allocator, status_bytes
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, Outcome, PartInfo, Plan, Result, Stage, StageResult, Task
 from fedepth.training.depthwise import Work, train
 from fedepth.training.warmup import prefers_channels_last, warm_up
-from fedepth.files import file_digest
 from fedepth.weights import open_weights
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
@@ -161,13 +161,10 @@ def run(request: TrainRequest, lines: Lines, device: torch.device) -> Result:
         round=task.round,
         sample_count=len(work.images),
         plan=trained.plan,
-        trained_units=tuple(
-            unit for stage in trained.plan.stages for unit in range(stage.first, stage.last + 1)
-        ),
+        trained_units=tuple(unit for stage in trained.plan.stages for unit in range(stage.first, stage.last + 1)),
         stages=trained.stages,
         parts=tuple(
-            PartInfo(number, path.stat().st_size, file_digest(path))
-            for number, path in enumerate(trained.parts)
+            PartInfo(number, path.stat().st_size, file_digest(path)) for number, path in enumerate(trained.parts)
         ),
         seconds=time.monotonic() - started,
         allocator=allocator(),

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from edge_client.config import TrainerConfig
+from edge_client.link import within
 from edge_client.probe import anonymous_bytes
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
@@ -132,7 +133,7 @@ class TrainerProcess:
         """
         child = await Child.start("trainer", argv, environment(config))
         try:
-            first = await asyncio.wait_for(child.receive(), START_S)
+            first = await within(START_S, child.receive())
             return cls(child, msgspec.convert(first, Ready))
         except asyncio.TimeoutError:
             child.kill()
@@ -169,9 +170,7 @@ class TrainerProcess:
             try:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
-                raise ChildError(
-                    f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}"
-                ) from None
+                raise ChildError(f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}") from None
             yield event
             if isinstance(event, (Done, Failed)):
                 return

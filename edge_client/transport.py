@@ -21,6 +21,7 @@ from fedepth_wire.convert import from_message, plan_digest, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
+from edge_client.link import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
@@ -231,15 +232,21 @@ class GrpcTransport:
     async def _upload(self, header: pb.UploadHeader, path: Path) -> pb.UploadPartReply:
         call = self._stub.UploadPart()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
         try:
-            # Once the coordinator has ended the call, writes fail for no reason of their own ("Internal error
-            # from Core"): the call itself then has the reply or the true status.
+            # Once the coordinator has ended the call, writes fail for no reason of their own: the call itself
+            # then has the reply or the status.
             with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 await self._in_time(call.write(pb.UploadPartRequest(header=header)))
                 for chunk in file_chunks(path, header.offset):
                     await self._in_time(call.write(pb.UploadPartRequest(chunk=chunk)))
                     self.moved_bytes += len(chunk.data)
                 await self._in_time(call.done_writing())
-            return await self._moving(call)
+            return await self._in_time(call)
+        except grpc.aio.AioRpcError as error:
+            # A write that meets the end of the call makes grpc put INTERNAL over its true status
+            # (grpc/aio/_call.py, _write), so this says no more than that the upload was cut.
+            if error.code() is grpc.StatusCode.INTERNAL:
+                raise UnreachableError(f"{self.address}: the upload was cut: {error.details()}") from None
+            raise self._told(error) from None
         finally:
             call.cancel()
 
@@ -257,7 +264,7 @@ class GrpcTransport:
 
     async def _in_time(self, step: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(step, self._stall_s)
+            return await within(self._stall_s, step)
         except asyncio.TimeoutError:
             raise UnreachableError(f"{self.address}: nothing moved for {self._stall_s:g} s") from None
 
@@ -265,8 +272,11 @@ class GrpcTransport:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            kind = UnreachableError if error.code() in _AWAY else TransportError
-            raise kind(f"{self.address}: {error.code().name}: {error.details()}") from None
+            raise self._told(error) from None
+
+    def _told(self, error: grpc.aio.AioRpcError) -> TransportError:
+        kind = UnreachableError if error.code() in _AWAY else TransportError
+        return kind(f"{self.address}: {error.code().name}: {error.details()}")
 
     def _forget_old(self, current: Path) -> None:
         files = sorted(self._weights.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)

@@ -158,7 +158,7 @@ class Worker:
                 self._allowance.learn_start(trainer.start_bytes)
                 budget = self._allowance.budget(trainer.held_bytes)
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
-                end, peak = await self._train_once(trainer, replace(request, plan=plan, budget=budget))
+                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget))
             except ChildError as error:
                 await self._keeper.drop()
                 self._allowance.died()
@@ -172,10 +172,10 @@ class Worker:
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _Told(end)
             smaller += 1
-            # The stage was predicted to need `peak` and missed its budget by `miss`: a stage that is
-            # mispredicted alike fits if it is predicted to need that much less.
-            step = max(end.miss_bytes, int(peak * _SMALLEST_STEP))
-            limit = max(0, peak - step)
+            # Counted from what the plan was predicted to need, not from the budget, which may lie far above
+            # it: the next plan is then another one for certain.
+            peak = plan.predicted_peak_bytes
+            limit = max(0, peak - max(end.miss_bytes, int(peak * _SMALLEST_STEP)))
             _log.warning(
                 "a stage went over its budget",
                 message=end.message,
@@ -226,18 +226,16 @@ class Worker:
         )
         return plan
 
-    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest) -> tuple[Done | Failed, int]:
-        """One request to the trainer. Also gives the predicted peak of the stage that came last."""
+    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest) -> Done | Failed:
+        """One request to the trainer, with its events told on."""
         task = request.task
         progress = Progress(task.task_id, task.attempt, self._device_id, "training")
-        peak = request.plan.predicted_peak_bytes
         async for event in trainer.train(request):
             if isinstance(event, Measure):
                 # The trainer counts from its start on; the budget needs all that it holds.
                 held = trainer.idle_anonymous_bytes + event.held_bytes
                 await trainer.answer(self._allowance.budget(held))
             elif isinstance(event, StageStarted):
-                peak = event.predicted_peak_bytes
                 progress = replace(
                     progress,
                     stage=event.stage,
@@ -251,7 +249,7 @@ class Worker:
                     "stage started",
                     stage=f"{event.stage + 1}/{event.stage_count}",
                     units=f"{event.first}-{event.last}",
-                    predicted_peak=format_size(peak),
+                    predicted_peak=format_size(event.predicted_peak_bytes),
                 )
             elif isinstance(event, StageProgress):
                 progress = replace(progress, epoch=event.epoch, epochs=event.epochs, loss=event.loss)
@@ -267,7 +265,7 @@ class Worker:
                     seconds=round(result.seconds, 1),
                 )
             else:
-                return event, peak
+                return event
         raise ChildError("the trainer ended its events without done or failed")
 
 

@@ -243,14 +243,10 @@ def _file_pieces(
             if piece.size:
                 yield np.ascontiguousarray(piece, _DTYPES[dtype]).reshape(-1).view(np.uint8).data
         if left:
-            raise StateError(
-                f"tensor {name} of shape {shape} came with {-left:+d} elements; nothing is written"
-            )
+            raise StateError(f"tensor {name} of shape {shape} came with {-left:+d} elements; nothing is written")
 
 
-def _read_header(
-    path: Path, file: BinaryIO, size: int, limit: int
-) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def _read_header(path: Path, file: BinaryIO, size: int, limit: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """name → (type, shape, begin, end), the offsets counted from the end of the header."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -268,9 +264,7 @@ def _read_header(
     expected = 0
     for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if begin != expected:
-            raise StateError(
-                f"{path} is damaged: tensor {name[:80]!r} begins at {begin}, expected {expected}"
-            )
+            raise StateError(f"{path} is damaged: tensor {name[:80]!r} begins at {begin}, expected {expected}")
         expected = end
     if 8 + length + expected != size:
         raise StateError(f"{path} is damaged: its tensors end at {8 + length + expected}, the file at {size}")
@@ -293,9 +287,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     if len(shape) > _DIMENSIONS_LIMIT or math.prod(max(extent, 1) for extent in shape) >= 1 << 59:
         raise StateError(f"{path} is damaged: tensor {name[:80]!r} has the shape {str(shape)[:80]}")
     if begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise StateError(
-            f"{path} is damaged: tensor {name[:80]!r} of {dtype} {shape} lies at {begin} to {end}"
-        )
+        raise StateError(f"{path} is damaged: tensor {name[:80]!r} of {dtype} {shape} lies at {begin} to {end}")
     return dtype, tuple(shape), begin, end
 
 

@@ -26,9 +26,7 @@ steady = settings(derandomize=True, deadline=None, max_examples=50)
 DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
 tensor_dicts = st.dictionaries(
     st.text(max_size=12),
-    st.sampled_from(DTYPES).flatmap(
-        lambda d: npst.arrays(d, npst.array_shapes(min_dims=0, min_side=0, max_side=4))
-    ),
+    st.sampled_from(DTYPES).flatmap(lambda d: npst.arrays(d, npst.array_shapes(min_dims=0, min_side=0, max_side=4))),
     max_size=5,
 ).filter(lambda tensors: "__metadata__" not in tensors)
 
@@ -41,6 +39,10 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
         and left[name].tobytes() == right[name].tobytes()
         for name in left
     )
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
@@ -139,14 +141,14 @@ def test_a_flat_read_outside_the_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_readers_cost_no_file_descriptors_and_a_with_block_holds_one(tmp_path: Path) -> None:
     save(tmp_path / "w", {"t": np.ones(4, "f4")})
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     readers = [open_weights(tmp_path / "w") for _ in range(5)]
     assert sum(reader.read("t").sum() for reader in readers) == 20
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     with readers[0] as reader:
         (tmp_path / "w").unlink()
         assert reader.read("t").sum() == 4
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     with pytest.raises(StateError, match="gone"):
         readers[1].read("t")
 
@@ -286,7 +288,7 @@ def test_a_file_is_made_durable_before_it_is_renamed_and_its_folder_after(
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int) -> None:
-        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
         steps.append(f"fsync {'folder' if target.is_dir() else target.stat().st_size}")
         real_fsync(descriptor)
 

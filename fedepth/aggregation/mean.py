@@ -79,9 +79,7 @@ def _tensors(update: ClientUpdate, old: Reader) -> dict[str, Reader]:
             if name in found:
                 raise StateError(f"{path} and {found[name].path} both hold the tensor {name}")
             if reader.info(name) != old.info(name):
-                raise StateError(
-                    f"{path} holds {name} as {reader.info(name)}, {old.path} as {old.info(name)}"
-                )
+                raise StateError(f"{path} holds {name} as {reader.info(name)}, {old.path} as {old.info(name)}")
             found[name] = reader
     return found
 
@@ -101,7 +99,8 @@ def _mean(old: Reader, name: str, holders: Sequence[tuple[float, Reader]]) -> It
         term = np.empty(length, np.float64)
         for weight, reader in holders:
             piece = reader.read_flat(name, first, length)
-            np.multiply(piece, weight, out=term)
+            # `out` alone would not do: numpy multiplies float32 by a Python float in float32, then widens.
+            np.multiply(piece, weight, out=term, dtype=np.float64)
             mean += term
         mean /= total
         # Rounding here: a cast to an integer type would cut off instead.

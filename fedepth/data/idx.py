@@ -144,7 +144,8 @@ class IdxFile:
         if len(start) < self._start or start[:4] != expected:
             raise DataError(
                 f"{self.path} is damaged or of another kind: it begins with "
-                f"{start[:4].hex(' ') or 'nothing'}, an IDX file of unsigned bytes in {dimensions} dimensions with {expected.hex(' ')}"
+                f"{start[:4].hex(' ') or 'nothing'}, an IDX file of unsigned bytes in {dimensions} "
+                f"dimensions with {expected.hex(' ')}"
             )
         shape = struct.unpack_from(f">{dimensions}I", start, 4)
         if min(shape[1:], default=1) < 1 or max(shape) >= _EXTENT_LIMIT:

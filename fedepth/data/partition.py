@@ -13,9 +13,7 @@ from fedepth.errors import ConfigError, DataError
 Indices = npt.NDArray[np.int64]
 
 
-def dirichlet(
-    labels: npt.NDArray[Any], clients: int, alpha: float, seed: int, minimum: int = 1
-) -> list[Indices]:
+def dirichlet(labels: npt.NDArray[Any], clients: int, alpha: float, seed: int, minimum: int = 1) -> list[Indices]:
     """Deals the samples of each class to the clients in shares drawn from Dirichlet(alpha, …, alpha).
 
     A small alpha gives each client few classes, a large one equal shares (Yurochkin et al., arXiv 1905.12022,
@@ -36,13 +34,9 @@ def dirichlet(
         DataError: there are fewer than clients · minimum samples.
     """
     if clients < 1 or minimum < 0 or not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(
-            f"clients {clients} ≥ 1, minimum {minimum} ≥ 0 and a finite alpha {alpha} > 0 are needed"
-        )
+        raise ConfigError(f"clients {clients} ≥ 1, minimum {minimum} ≥ 0 and a finite alpha {alpha} > 0 are needed")
     if len(labels) < clients * minimum:
-        raise DataError(
-            f"{len(labels)} samples cannot give {clients} clients {minimum} each; use fewer clients"
-        )
+        raise DataError(f"{len(labels)} samples cannot give {clients} clients {minimum} each; use fewer clients")
     rng = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(clients)]
     for label in np.unique(labels):

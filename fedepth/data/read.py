@@ -68,11 +68,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train") -> Im
         return _GrayImages(lambda indices: images[indices], labels, shape, Image.Resampling.BICUBIC)
     directory = Path(source)
     idx = find_idx(directory, split)
-    return (
-        _FileImages(find_folders(directory, spec.classes, split), shape)
-        if idx is None
-        else _open_idx(*idx, spec)
-    )
+    return _FileImages(find_folders(directory, spec.classes, split), shape) if idx is None else _open_idx(*idx, spec)
 
 
 class _GrayImages:

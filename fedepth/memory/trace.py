@@ -46,8 +46,7 @@ class StepTrace:
         saves_input: autograd keeps the input.
         saves_output: autograd keeps the output.
         forward: the peak of the forward pass above what lives after it.
-        backward: the peak of the backward pass above what lives before it, gradients of input and output
-            counted.
+        backward: the peak of the backward pass above `saved`, gradients of input and output counted.
         inference: the peak of a forward pass without autograd above its output.
         largest: the largest storage that the forward pass makes.
     """
@@ -181,6 +180,19 @@ def line(batches: tuple[int, int], sizes: tuple[int, int]) -> Size:
     return Size(fixed, per_sample)
 
 
+class _Tail(torch.autograd.Function):
+    """Stands for the rest of a model: keeps nothing, and gives the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> torch.Tensor:
+        return torch.empty(ctx.shape)
+
+
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every storage that an operation makes, and its end.
 
@@ -238,9 +250,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return serial
 
 
-def _trace(
-    step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool
-) -> StepTrace:
+def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool) -> StepTrace:
     """Runs one step under the fake mode that is active."""
     parameters = [parameter for owner in owners for _, parameter in owner.parameters()]
     buffers = [buffer for owner in owners for _, buffer in owner.buffers()]
@@ -255,25 +265,28 @@ def _trace(
         kept.add(ledger.serial(tensor))
         return tensor
 
+    with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = step(x)
+    is_loss = output.dim() == 0
+    saves_output = not is_loss and ledger.serial(output) in kept
+    forward_peak, after_forward = ledger.peak(), ledger.live()
+    saved = max(0, after_forward - (0 if is_loss or saves_output else output.nbytes))
+    largest = max((size for _, size in ledger.events), default=0)
+    tail = output if is_loss else _Tail.apply(output)
+    del output  # so that backward frees it as soon as it would in the middle of a model
+    start, gradient = len(ledger.events), torch.empty_like(tail)
     with ledger:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = step(x)
-        saves_output, saves_input = ledger.serial(output) in kept, ledger.serial(x) in kept
-        forward_end = len(ledger.events)
-        forward_peak, after_forward = ledger.peak(), ledger.live()
-        largest = max((size for _, size in ledger.events), default=0)
-        output_bytes = 0 if output.dim() == 0 or saves_output else output.nbytes
-        torch.autograd.backward(output, torch.empty_like(output))
-        gradients = frozenset(ledger.serial(p.grad) for p in parameters if p.grad is not None)
-        backward_peak = ledger.peak(forward_end, without=gradients)
+        torch.autograd.backward(tail, gradient)
+    gradients = frozenset(ledger.serial(p.grad) for p in parameters if p.grad is not None)
+    backward_peak = ledger.peak(start, without=gradients)
     for parameter in parameters:
         parameter.grad = None
     return StepTrace(
-        saved=max(0, after_forward - output_bytes),
-        saves_input=saves_input,
-        saves_output=saves_output and output.dim() > 0,
+        saved=saved,
+        saves_input=ledger.serial(x) in kept,
+        saves_output=saves_output,
         forward=forward_peak - after_forward,
-        backward=max(0, backward_peak - after_forward),
+        backward=max(0, backward_peak - saved),
         inference=_inference_peak(step, owners, x.detach()),
         largest=largest,
     )

@@ -7,10 +7,11 @@ from torch import nn
 
 CHANNELS = (8, 32, 32, 32, 64, 64)
 STRIDES = (1, 2, 1, 1, 2, 1)
+GRID = 4  # the head sees the last feature map as 4×4 means: where a stroke lies tells digits apart
 
 
 class DigitsCNN(nn.Module):
-    """Six units of convolution, GroupNorm and ReLU, and a linear head on the mean of the last feature map.
+    """Six units of convolution, GroupNorm and ReLU, and a linear head on coarse means of the last feature map.
 
     GroupNorm keeps samples apart: gradients accumulated over micro-batches are those of the whole batch, and
     there are no running statistics for label skew between devices to pull about.
@@ -24,7 +25,7 @@ class DigitsCNN(nn.Module):
             _unit(width_in, width_out, stride)
             for width_in, width_out, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
         )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[-1], classes))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), nn.Linear(CHANNELS[-1] * GRID**2, classes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images to (B, classes) logits."""

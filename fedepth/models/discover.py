@@ -120,18 +120,14 @@ def _watch(model: nn.Module, name: str, images: torch.Tensor) -> tuple[list[_Cal
     return calls, logits
 
 
-def _chain(
-    model: nn.Module, name: str, images: torch.Tensor, calls: list[_Call], logits: torch.Tensor
-) -> list[str]:
+def _chain(model: nn.Module, name: str, images: torch.Tensor, calls: list[_Call], logits: torch.Tensor) -> list[str]:
     """The steps in order, glue included; proves that they are the whole forward pass."""
     with_parameters = {path for path, child in _children(model) if any(True for _ in child.parameters())}
     called = [call.path for call in calls]
     for path in sorted(with_parameters):
         if called.count(path) != 1:
             times = "never" if path not in called else f"{called.count(path)} times"
-            raise ModelError(
-                f"The model {name} cannot be split: {path} has parameters and is called {times}. {HINT}"
-            )
+            raise ModelError(f"The model {name} cannot be split: {path} has parameters and is called {times}. {HINT}")
     steps: list[str] = []
     previous, where = images, "the input"
     for call in calls:
@@ -145,9 +141,7 @@ def _chain(
         steps.extend((*glue, call.path))
         previous, where = call.result, call.path
     if _glue_between(model, previous, logits) != ():
-        raise ModelError(
-            f"The model {name} cannot be split after {where}: its output is not the model's. {HINT}"
-        )
+        raise ModelError(f"The model {name} cannot be split after {where}: its output is not the model's. {HINT}")
     return steps
 
 

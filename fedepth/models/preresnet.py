@@ -15,8 +15,8 @@ class PreActivationBlock(nn.Module):
 
     Where the width changes, the shortcut is a 1×1 convolution of the activated input at stride 2. It is
     written as subsampling followed by a convolution at stride 1, which is the same function with the same
-    parameters: the backward pass of a 1×1 convolution with stride 2 in channels_last corrupts the heap for
-    odd batches on x86 (torch 2.13 and 2.14).
+    parameters: the backward pass of a 1×1 convolution with stride 2 from 8 to 16 channels in channels_last
+    corrupts the heap for odd batches on x86 (torch 2.13 to 2.15).
     """
 
     def __init__(self, width_in: int, width_out: int, stride: int) -> None:
@@ -31,10 +31,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, width_in, H, W) to (B, width_out, H/stride, W/stride)."""
         activated = F.relu(self.norm1(x), inplace=True)
-        if self.shortcut is None:
-            shortcut = x
-        else:
-            shortcut = self.shortcut(activated[:, :, :: self.stride, :: self.stride])
+        shortcut = x if self.shortcut is None else self.shortcut(activated[:, :, :: self.stride, :: self.stride])
         out: torch.Tensor = self.conv2(F.relu(self.norm2(self.conv1(activated)), inplace=True))
         return out + shortcut
 

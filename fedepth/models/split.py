@@ -172,9 +172,7 @@ def split(
         real = model
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             if factory is None:
-                raise ModelError(
-                    f"The model {name} has no weights yet, and no factory was given to run it once."
-                )
+                raise ModelError(f"The model {name} has no weights yet, and no factory was given to run it once.")
             with torch.random.fork_rng(devices=[]):
                 real = factory()
         pattern = discover_pattern(real, name, tuple(input_shape))
@@ -264,9 +262,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(path), leaf
     except AttributeError:
-        raise ModelError(
-            f"The model has no tensor {name!r}. These weights belong to another model."
-        ) from None
+        raise ModelError(f"The model has no tensor {name!r}. These weights belong to another model.") from None
 
 
 def _check_tensors(model: nn.Module, name: str) -> None:
@@ -306,9 +302,7 @@ def _check_owners(model: nn.Module, name: str, units: Sequence[Unit]) -> None:
     for unit in units:
         for tensor_name in unit.tensor_names:
             owners[tensor_name].append(unit.name)
-    wrong = [
-        f"{tensor} ({', '.join(found) or 'none'})" for tensor, found in owners.items() if len(found) != 1
-    ]
+    wrong = [f"{tensor} ({', '.join(found) or 'none'})" for tensor, found in owners.items() if len(found) != 1]
     if wrong:
         raise ModelError(
             f"The model {name} has tensors that do not belong to exactly one unit: {'; '.join(wrong[:8])}. "
@@ -335,8 +329,7 @@ def _shapes(units: Sequence[Unit], input_shape: tuple[int, ...]) -> tuple[tuple[
                 shapes.append(tuple(unit(torch.zeros((1, *shapes[-1]), device=device)).shape[1:]))
         except RuntimeError as error:
             raise ModelError(
-                f"Unit {unit.name} cannot take an input of shape {shapes[-1]}: {error}. Check the job's "
-                "input_shape."
+                f"Unit {unit.name} cannot take an input of shape {shapes[-1]}: {error}. Check the job's input_shape."
             ) from error
         finally:
             for module, mode in modes:

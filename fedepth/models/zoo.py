@@ -31,16 +31,10 @@ ZOO: dict[str, ZooEntry] = {
     "digits-cnn": ZooEntry(
         "fedepth.models.zoo:digits_cnn", "six GroupNorm convolutions for small images, 77 k parameters"
     ),
-    "preresnet20": ZooEntry(
-        "fedepth.models.zoo:preresnet20", "PreResNet-20 for 32 px, BatchNorm, 272 k parameters"
-    ),
+    "preresnet20": ZooEntry("fedepth.models.zoo:preresnet20", "PreResNet-20 for 32 px, BatchNorm, 272 k parameters"),
     "resnet18": ZooEntry("fedepth.models.zoo:resnet18", "torchvision's ResNet-18, 11.2 M parameters"),
-    "mobilenet-v3-small": ZooEntry(
-        "fedepth.models.zoo:mobilenet_v3_small", "torchvision's MobileNetV3-Small, 1.5 M"
-    ),
-    "vit-tiny": ZooEntry(
-        "fedepth.models.zoo:vit_tiny", "ViT-Tiny: 12 layers of width 192, 8×8 patches, 5.4 M"
-    ),
+    "mobilenet-v3-small": ZooEntry("fedepth.models.zoo:mobilenet_v3_small", "torchvision's MobileNetV3-Small, 1.5 M"),
+    "vit-tiny": ZooEntry("fedepth.models.zoo:vit_tiny", "ViT-Tiny: 12 layers of width 192, 8×8 patches, 5.4 M"),
     "vit-b-16": ZooEntry("fedepth.models.zoo:vit_b_16", "ViT-B/16: 12 layers of width 768, 86 M parameters"),
 }
 
@@ -61,9 +55,7 @@ def build(spec: ModelSpec, allowed: Sequence[str] | None = None) -> nn.Module:
         return _call(_resolve(ZOO[spec.name].builder, spec.name), spec)
     if ":" not in spec.name:
         names = ", ".join(sorted(ZOO))
-        raise ModelError(
-            f"There is no model {spec.name!r}. Name one of {names}, or your own as 'module:function'."
-        )
+        raise ModelError(f"There is no model {spec.name!r}. Name one of {names}, or your own as 'module:function'.")
     if allowed is not None and spec.name not in allowed:
         listed = ", ".join(allowed) or "none"
         raise ModelError(
@@ -152,9 +144,7 @@ def _resolve(path: str, name: str) -> Callable[..., Any]:
         raise ModelError(f"The model {name!r} cannot be imported: {error}. Install what it needs.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ModelError(
-            f"The model {name!r}: {module_name} has no function {function_name!r}. Correct the name."
-        )
+        raise ModelError(f"The model {name!r}: {module_name} has no function {function_name!r}. Correct the name.")
     return function  # type: ignore[no-any-return]
 
 
@@ -166,7 +156,5 @@ def _call(function: Callable[..., Any], spec: ModelSpec) -> nn.Module:
     )
     model = function(spec) if takes_spec else function()
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"The model {spec.name!r} gave a {type(model).__name__}. It must return a torch.nn.Module."
-        )
+        raise ModelError(f"The model {spec.name!r} gave a {type(model).__name__}. It must return a torch.nn.Module.")
     return model

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedepth.errors import PlanError
-from fedepth.memory.predict import build_peak, cache_bytes_in, cached_sample_bytes, effective_batch, training_peak
+from fedepth.memory.predict import (
+    build_peak,
+    cache_bytes_in,
+    cached_sample_bytes,
+    effective_batch,
+    training_peak,
+)
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, ModelCosts, PeakComponents, Plan, Policy, Stage, TrainingSpec
 
@@ -126,7 +132,13 @@ def _choices(
                 cached = cache_bytes_in(place, costs, first, sample_count)
                 for micro_batch in _micro_batches(batch, policy, costs.smallest_micro_batch):
                     predicted = training_peak(
-                        costs, training, first, last, micro_batch, accumulates=micro_batch < batch, cache_bytes=cached
+                        costs,
+                        training,
+                        first,
+                        last,
+                        micro_batch,
+                        accumulates=micro_batch < batch,
+                        cache_bytes=cached,
                     )
                     if predicted.total <= budget_bytes:
                         cost = _cost(costs, training, sample_count, first, last, micro_batch, place)
@@ -181,9 +193,7 @@ def _extend(
     cache_bytes = cache_bytes_in(choice.place, costs, choice.first, sample_count)
     build_batch = min(LARGEST_BUILD_BATCH, sample_count)
     while True:
-        peak = build_peak(
-            costs, source, choice.first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes
-        )
+        peak = build_peak(costs, source, choice.first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
         if peak.total <= budget_bytes:
             break
         if build_batch == 1:

@@ -63,7 +63,7 @@ class DiskCache:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def write(self, start: int, batch: torch.Tensor) -> None:
-        data = memoryview(batch.to(self._dtype).contiguous().numpy()).cast("B")
+        data = batch.to(self._dtype).contiguous().numpy().data.cast("B")
         offset = start * self._row_bytes
         while data:
             written = os.pwrite(self._file, data, offset)
@@ -72,7 +72,7 @@ class DiskCache:
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         batch = torch.empty((len(indices), *self._shape), dtype=self._dtype)
-        rows = memoryview(batch.numpy()).cast("B")
+        rows = batch.numpy().data.cast("B")
         for row, index in enumerate(indices.tolist()):
             target = rows[row * self._row_bytes : (row + 1) * self._row_bytes]
             got = os.preadv(self._file, [target], index * self._row_bytes)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -37,7 +38,9 @@ from fedepth.weights import Reader, save
 
 # Address space (what RLIMIT_DATA counts) runs ahead of resident memory: thread arenas, partly used mappings.
 DATA_OVERHEAD_BYTES = 16 << 20
-_OUT_OF_MEMORY = re.compile(r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I)
+_OUT_OF_MEMORY = re.compile(
+    r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
+)
 _WANTED = re.compile(r"tried to allocate (\d+) bytes")
 
 
@@ -92,7 +95,7 @@ def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
         PlanError: nothing fits before the first stage.
         OverBudgetError: a stage met its limit.
     """
-    task, split = work.task, work.split
+    split = work.split
     waiting = list(work.plan.stages)
     done: list[Stage] = []
     results: list[StageResult] = []
@@ -116,9 +119,7 @@ def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
             try:
                 cache = _build(work, stage, done[-1] if done else None, cache)
                 run = _StageRun(work, stage, cache, labels, final=not waiting)
-                losses = run.train(
-                    meter, budget, len(done), lambda epoch, loss: hooks.progress(len(done), count, stage, epoch, loss)
-                )
+                losses = run.train(meter, budget, len(done), partial(hooks.progress, len(done), count, stage))
             except (RuntimeError, MemoryError) as error:
                 raise _over_budget(error, len(done), stage, budget, meter) from error
             parts.append(_write(work, len(parts), [split.units[i] for i in range(stage.first, stage.last + 1)]))
@@ -296,7 +297,7 @@ class _StageRun:
             targets = self._labels[piece].to(work.device)
             loss = functional.cross_entropy(logits, targets, reduction="sum") / len(indices)
             del x, logits
-            loss.backward()
+            torch.autograd.backward(loss)
             loss_sum += float(loss.detach())
         spec = work.task.training
         self.steps += 1
@@ -320,7 +321,7 @@ def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterato
     """
     order = torch.randperm(count, generator=generator)
     positions = torch.arange(-(-count // batch) * batch) % count
-    yield from order[positions].split(batch)
+    yield from torch.split(order[positions], batch)
 
 
 def _track_statistics(unit: Unit, *, track: bool) -> None:

@@ -27,7 +27,8 @@ def warm_up(split: SplitModel, device: torch.device, channels_last: bool) -> Non
         unit.train(True)
         split.head.train(True)
         logits = split.head(skip(unit(x), split.head_shape))
-        functional.cross_entropy(logits, torch.zeros(SAMPLES, dtype=torch.int64, device=device)).backward()
+        targets = torch.zeros(SAMPLES, dtype=torch.int64, device=device)
+        torch.autograd.backward(functional.cross_entropy(logits, targets))
         release(unit)
     release(split.head)
 
@@ -38,7 +39,13 @@ def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:
     Not where the model has a 1×1 convolution with a stride: its backward pass in channels_last has been seen to corrupt
     the heap on two threads (torch 2.13 and 2.14, AVX-512).
     """
-    convolutions = [m for unit in (*split.units, split.head) for top in unit.modules for m in top.modules() if isinstance(m, nn.Conv2d)]
+    convolutions = [
+        m
+        for unit in (*split.units, split.head)
+        for top in unit.modules
+        for m in top.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
     strided = any(c.kernel_size == (1, 1) and c.stride != (1, 1) for c in convolutions)
     patches = any(c.kernel_size == c.stride for c in convolutions)  # a patch embedding is no convolutional trunk
     return device.type == "cpu" and bool(convolutions) and not strided and not patches

@@ -42,9 +42,7 @@ def append_chunk(path: Path, chunk: Chunk, expected_offset: int, total_bytes: in
     return end
 
 
-async def receive_file(
-    path: Path, chunks: AsyncIterable[Chunk], offset: int, total_bytes: int, digest: str
-) -> int:
+async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, total_bytes: int, digest: str) -> int:
     """Appends a chunk stream to `path`, makes it durable, and compares the digest of the whole file.
 
     Returns the number of bytes received. A file that came whole but has another digest is deleted, so that the next

@@ -6,11 +6,12 @@ Values are checked against the core types on the way in: a field of the wrong ty
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, TypeVar
 
 import msgspec
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
@@ -45,7 +46,7 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(msgspec.json.encode(plan, order="deterministic")).hexdigest()
 
 
-def _with_enum_names(value: Any, descriptor: Descriptor, *, to_wire: bool) -> Any:
+def _with_enum_names(value: Any, descriptor: Any, *, to_wire: bool) -> Any:
     """Maps "paper" to POLICY_PAPER and back, in every enum field below `descriptor`."""
     fields = {field.name: field for field in descriptor.fields}
     return {name: _field(item, fields[name], to_wire) if name in fields else item for name, item in value.items()}
@@ -56,7 +57,13 @@ def _field(item: Any, field: FieldDescriptor, to_wire: bool) -> Any:
         return [_field(each, field, to_wire) for each in item]
     if field.enum_type is not None:
         prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
-        return prefix + item.upper() if to_wire else item.removeprefix(prefix).lower()
+        if to_wire:
+            return prefix + item.upper()
+        # A number here is a value that only a newer side knows; the conversion then refuses it by its field.
+        return item.removeprefix(prefix).lower() if isinstance(item, str) else item
+    if to_wire and isinstance(item, float) and not math.isfinite(item):
+        # JSON has no such numbers, and the loss of a run that diverged must still be told.
+        return "NaN" if math.isnan(item) else "Infinity" if item > 0 else "-Infinity"
     if field.message_type is not None:
         return _with_enum_names(item, field.message_type, to_wire=to_wire)
     return item

@@ -64,9 +64,7 @@ def test_an_update_of_some_units_and_the_head_is_accepted(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("units", [(2,), (-1,), (0, 0)])
-def test_units_that_the_model_does_not_have_are_refused_by_plan(
-    tmp_path: Path, units: tuple[int, ...]
-) -> None:
+def test_units_that_the_model_does_not_have_are_refused_by_plan(tmp_path: Path, units: tuple[int, ...]) -> None:
     found, message = reason(saved(tmp_path, stem(), head()), *units)
     assert found == "plan"
     assert "units 0 to 1" in message

@@ -103,11 +103,7 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
 
 
 def with_value(section: str, field: str, value: str) -> str:
-    lines = [
-        line
-        for line in GOOD.splitlines()
-        if not (line.startswith(f"{field} =") and in_section(line, section))
-    ]
+    lines = [line for line in GOOD.splitlines() if not (line.startswith(f"{field} =") and in_section(line, section))]
     if f"[{section}]" not in lines:
         lines.append(f"[{section}]")
     at = lines.index(f"[{section}]")

@@ -30,9 +30,7 @@ class Setup:
         self.task = kit.task()
         self.store.record_task(self.task)
         self.open = True
-        self.intake = Intake(
-            self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id
-        )
+        self.intake = Intake(self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id)
 
     def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
         fields: dict[str, Any] = {
@@ -190,9 +188,7 @@ def test_a_round_that_closes_during_an_upload_ends_it(setup: Setup) -> None:
     assert caught.value.reason == "late"
 
 
-def test_a_round_that_closes_during_the_check_takes_no_update(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_that_closes_during_the_check_takes_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def close(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
         setup.open = False
 

@@ -153,9 +153,7 @@ def test_the_child_answers_and_ends_with_its_input(tmp_path: Path) -> None:
             "model worker", module_argv("coordinator.model_worker"), {"PYTHONPATH": str(tmp_path)}
         )
         ready = await child.receive()
-        await child.send(
-            {"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, "output": str(output)}
-        )
+        await child.send({"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, "output": str(output)})
         answer = await child.receive()
         await child.stop(grace_s=30)
         with pytest.raises(ChildError) as ended:

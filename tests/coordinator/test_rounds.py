@@ -33,9 +33,7 @@ from coordinator.rounds import (
     step,
 )
 
-RULES = Rules(
-    rounds=2, devices_per_round=2, quorum=1, gather_s=5, deadline_s=100, lease_s=10, seed=3, task_prefix="t"
-)
+RULES = Rules(rounds=2, devices_per_round=2, quorum=1, gather_s=5, deadline_s=100, lease_s=10, seed=3, task_prefix="t")
 
 
 def play(state: State, *events: Event) -> tuple[State, list[Action]]:
@@ -70,8 +68,18 @@ def test_it_waits_gather_s_for_a_live_device_that_does_not_wait() -> None:
     assert play(state, Tick(5))[0].phase is Phase.TRAINING
 
 
+def test_a_quorum_starts_once_nobody_else_has_given_a_sign_of_life_for_a_lease() -> None:
+    state, _ = play(begin(RULES, 0), Waiting("b", 0), Left("b", 1), Waiting("a", 1))
+    assert play(state, Tick(11))[0].phase is Phase.GATHERING
+    assert play(state, Tick(11.1))[0].phase is Phase.TRAINING
+
+
 def test_too_few_devices_start_only_at_the_deadline_and_with_quorum() -> None:
-    state, _ = play(begin(RULES, 0), Waiting("a", 0))
+    events = [
+        Waiting("a", 0),
+        *(event for at in range(0, 100, 9) for event in (Waiting("b", at), Left("b", at))),
+    ]
+    state, _ = play(begin(RULES, 0), *events)
     assert play(state, Tick(99.9))[0].phase is Phase.GATHERING
     assert play(state, Tick(100))[0].phase is Phase.TRAINING
     wants_two = begin(replace(RULES, quorum=2), 0)

@@ -103,15 +103,11 @@ class Rounds(RuleBasedStateMachine):
     def what_always_holds(self) -> None:
         standing = [task.standing for task in self.state.tasks]
         assert standing.count(Standing.OPEN) <= RULES.devices_per_round
-        held = {
-            task.device_id: task.task_id for task in self.state.tasks if task.standing is Standing.ACCEPTED
-        }
+        held = {task.device_id: task.task_id for task in self.state.tasks if task.standing is Standing.ACCEPTED}
         if self.state.phase is not Phase.FINISHED:
             assert held == self.accepted
         assert len({task.device_id for task in self.state.tasks}) == len(self.state.tasks)
-        assert not self.state.waiting & {
-            task.device_id for task in self.state.tasks if task.standing is Standing.OPEN
-        }
+        assert not self.state.waiting & {task.device_id for task in self.state.tasks if task.standing is Standing.OPEN}
 
 
 TestRounds = Rounds.TestCase

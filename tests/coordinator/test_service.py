@@ -46,9 +46,7 @@ class Rig:
         assert reply.WhichOneof("outcome") == "task", reply
         return from_message(reply.task, Task)
 
-    async def upload(
-        self, task: Task, device: str, data: bytes = PART, digest: str = ""
-    ) -> pb.UploadPartReply:
+    async def upload(self, task: Task, device: str, data: bytes = PART, digest: str = "") -> pb.UploadPartReply:
         header = pb.UploadHeader(
             task_id=task.task_id,
             attempt=task.attempt,

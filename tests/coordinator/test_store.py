@@ -81,9 +81,7 @@ def test_two_coordinators_cannot_share_a_state(tmp_path: Path, kit: Any) -> None
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
-@pytest.mark.parametrize(
-    "changes", [{"name": "other"}, {"classes": ("0", "1", "2")}, {"input_shape": (3, 8, 8)}]
-)
+@pytest.mark.parametrize("changes", [{"name": "other"}, {"classes": ("0", "1", "2")}, {"input_shape": (3, 8, 8)}])
 def test_the_state_of_another_job_is_refused(tmp_path: Path, kit: Any, changes: dict[str, Any]) -> None:
     open_store(tmp_path, kit).close()
     other = replace(model_spec(kit.config()), **changes)

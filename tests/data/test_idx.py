@@ -92,9 +92,7 @@ def test_a_damaged_plain_file_is_a_data_error(tmp_path: Path, content: bytes) ->
     [
         pytest.param(b"no gzip at all", "damaged", id="no gzip"),
         pytest.param(gzip.compress(header(5, 3, 4) + bytes(60))[:12], "damaged", id="cut off"),
-        pytest.param(
-            gzip.compress(header(1 << 30, 28, 28)), "bytes in all", id="claims that no compression explains"
-        ),
+        pytest.param(gzip.compress(header(1 << 30, 28, 28)), "bytes in all", id="claims that no compression explains"),
     ],
 )
 def test_a_damaged_gzipped_header_is_a_data_error(tmp_path: Path, content: bytes, message: str) -> None:
@@ -108,14 +106,10 @@ def test_a_damaged_gzipped_header_is_a_data_error(tmp_path: Path, content: bytes
     [
         pytest.param(gzip.compress(header(5, 3, 4) + bytes(59)), "1 bytes less", id="too short"),
         pytest.param(gzip.compress(header(5, 3, 4) + bytes(61)), "more bytes than that", id="too long"),
-        pytest.param(
-            gzip.compress(header(5, 3, 4) + bytes(60))[:-8] + bytes(8), "damaged", id="wrong checksum"
-        ),
+        pytest.param(gzip.compress(header(5, 3, 4) + bytes(60))[:-8] + bytes(8), "damaged", id="wrong checksum"),
     ],
 )
-def test_damage_behind_a_gzipped_header_is_found_when_it_is_read(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_damage_behind_a_gzipped_header_is_found_when_it_is_read(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "images.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
         IdxFile(tmp_path / "images.gz", 3).read_items([0])

@@ -100,9 +100,7 @@ def test_files_of_another_size_are_resized_bilinear(tmp_path: Path) -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (9, 6, 3)).astype(np.uint8)
     put_image(tmp_path / "a" / "0.png", pixels)
     batch = open_images(tmp_path, spec((3, 4, 8))).read(np.array([0]))
-    expected = np.asarray(Image.fromarray(pixels).resize((8, 4), Image.Resampling.BILINEAR)).transpose(
-        2, 0, 1
-    )
+    expected = np.asarray(Image.fromarray(pixels).resize((8, 4), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert batch[0].tolist() == expected.tolist()
 
 
@@ -110,9 +108,7 @@ def test_a_large_jpeg_is_decoded_near_its_final_size(tmp_path: Path, monkeypatch
     put_image(tmp_path / "a" / "0.jpg", np.full((512, 512, 3), 200, np.uint8))
     sizes: list[tuple[int, int]] = []
     real = Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda self, *rest: (sizes.append(self.size), real(self, *rest))[1]
-    )
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *rest: (sizes.append(self.size), real(self, *rest))[1])
     batch = open_images(tmp_path, spec((3, 64, 64))).read(np.array([0]))
     assert sizes in ([], [(64, 64)])
     assert np.abs(batch.astype(int) - 200).max() <= 2
@@ -200,7 +196,5 @@ def test_reading_files_loads_neither_torch_nor_scikit_learn(tmp_path: Path) -> N
         "open_images(sys.argv[1], ModelSpec('m', ('a',), (3, 8, 8), (0.,), (1.,))).read(np.array([0])); "
         "sys.exit(' '.join({'torch', 'torchvision', 'sklearn', 'scipy'} & set(sys.modules)) or 0)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")

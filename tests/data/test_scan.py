@@ -51,9 +51,7 @@ def test_the_test_split_of_idx_has_two_names(tmp_path: Path, prefix: str) -> Non
 
 def test_class_folders_are_counted_in_the_order_of_the_job(tmp_path: Path) -> None:
     put_folders(tmp_path, ant=3, bee=2)
-    assert scan(tmp_path, ("bee", "cat", "ant")) == DataSummary(
-        5, (2, 0, 3), "folders", ("bee", "cat", "ant")
-    )
+    assert scan(tmp_path, ("bee", "cat", "ant")) == DataSummary(5, (2, 0, 3), "folders", ("bee", "cat", "ant"))
     assert scan(tmp_path, None) == DataSummary(5, (3, 2), "folders", ("ant", "bee"))
 
 
@@ -126,9 +124,7 @@ def test_folders_outside_the_classes_are_named_with_the_classes(tmp_path: Path) 
 
 def test_labels_outside_the_classes_are_named_with_the_classes(tmp_path: Path) -> None:
     put_idx(tmp_path, [0, 9, 1, 2])
-    with pytest.raises(
-        DataError, match=r"has labels 2, 9; the job has the 2 classes a, b, that is labels 0 to 1"
-    ):
+    with pytest.raises(DataError, match=r"has labels 2, 9; the job has the 2 classes a, b, that is labels 0 to 1"):
         scan(tmp_path, ("a", "b"))
 
 
@@ -166,7 +162,5 @@ def test_a_scan_loads_neither_numpy_nor_pillow(tmp_path: Path) -> None:
         "scan(Path(sys.argv[1]), None); "
         "sys.exit(' '.join({'numpy', 'PIL', 'torch', 'sklearn', 'safetensors'} & set(sys.modules)) or 0)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")

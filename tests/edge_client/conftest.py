@@ -34,13 +34,11 @@ def unit(name: str) -> UnitCost:
 
 
 def exit_unit(name: str) -> UnitCost:
-    return UnitCost(
-        name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, Size(0, 0), Size(0, 0), Size(0, 0), 8, 1
-    )
+    return UnitCost(name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, Size(0, 0), Size(0, 0), Size(0, 0), 8, 1)
 
 
 COSTS = ModelCosts(
-    "toy", tuple(unit(f"u{i}") for i in range(4)), tuple(exit_unit(f"e{i}") for i in range(4)), 1000, 250, 1
+    "toy", tuple(unit(f"u{i}") for i in range(8)), tuple(exit_unit(f"e{i}") for i in range(8)), 1000, 250, 1
 )
 TRAINING = TrainingSpec(4, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 
@@ -50,9 +48,7 @@ def plan_for() -> Callable[[int], Plan]:
     """The plan that the planner makes of a budget."""
 
     def plan(budget_bytes: int) -> Plan:
-        return make_plan(
-            COSTS, budget_bytes=budget_bytes, training=TRAINING, sample_count=SAMPLES, policy=Policy.PAPER
-        )
+        return make_plan(COSTS, budget_bytes=budget_bytes, training=TRAINING, sample_count=SAMPLES, policy=Policy.PAPER)
 
     return plan
 
@@ -90,9 +86,7 @@ def make_result(plan_for: Callable[[int], Plan], tmp_path: Path) -> Callable[...
         infos = tuple(PartInfo(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in enumerate(parts))
         stage = StageResult(0, 3, 4, 10, 9, 8, 200 * MIB, 2.0, 1.0, 2, 6, 0.5)
         trained = plan_for(200 * MIB)
-        return Result(
-            task_id, 1, "device", 3, 6, trained, (0, 1, 2, 3), (stage,), infos, 1.5, "fake 1", 5
-        ), folder
+        return Result(task_id, 1, "device", 3, 6, trained, (0, 1, 2, 3), (stage,), infos, 1.5, "fake 1", 5), folder
 
     return result
 

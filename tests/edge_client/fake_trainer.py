@@ -1,7 +1,7 @@
-"""A trainer child that speaks the protocol and trains nothing: run as `python fake_trainer.py SCENES JOURNAL`.
+"""A trainer child that speaks the protocol and trains nothing: `python fake_trainer.py SCENES JOURNAL`.
 
-SCENES is a JSON list with what to do at each request, counted over restarts by the lines of JOURNAL, where every
-request and every answer is written down. The last scene repeats.
+SCENES is a JSON list with what to do at each request, counted over restarts by the lines of JOURNAL, where
+every request is written down. The last scene repeats.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ class FakeTransport:
     answers: list[Answer | Exception]
     deliveries: list[Accepted | Refused | Exception] = field(default_factory=list)
     fetches: list[Exception] = field(default_factory=list)
-    unwanted_stage_count: int = -1
+    unwanted_in_training: str = ""
     address: str = "host:1"
     moved_bytes: int = 0
     calls: list[str] = field(default_factory=list)
@@ -102,6 +102,8 @@ class FakeTransport:
         answer = self.deliveries.pop(0) if self.deliveries else Accepted(entry.result.round)
         if isinstance(answer, Exception):
             raise answer
+        while self.progress[-1:] == [] or self.progress[-1].activity != "uploading":
+            await asyncio.sleep(0)  # the lease is renewed during an upload
         self.delivered.append(entry.result)
         return answer
 
@@ -111,7 +113,7 @@ class FakeTransport:
 
     async def report_progress(self, progress: Progress) -> bool:
         self.progress.append(progress)
-        return progress.stage_count != self.unwanted_stage_count
+        return progress.task_id != self.unwanted_in_training or progress.stage_count == 0
 
     async def close(self) -> None:
         self.closed = True
@@ -145,9 +147,7 @@ class Bench:
         # Available is all of the limit, so that what the fake trainer holds cannot add to it.
         return Memory(1000 * MIB, (MemoryLimit("test", self.available, self.available),))
 
-    def agent(
-        self, transport: FakeTransport, scenes: list[Any], *, stay: bool = False, **overrides: Any
-    ) -> Agent:
+    def agent(self, transport: FakeTransport, scenes: list[Any], *, stay: bool = False, **overrides: Any) -> Agent:
         (self.root / "scenes.json").write_text(json.dumps(scenes))
         argv = [sys.executable, str(FAKE_TRAINER), str(self.root / "scenes.json"), str(self.root / "journal")]
         around = Surroundings(trainer_argv=argv, measure=self.memory, clock=self.clock)
@@ -207,9 +207,7 @@ def test_a_task_is_trained_and_delivered(bench: Bench, transport: FakeTransport,
     assert "uploading" in activities
 
 
-def test_the_first_report_counts_the_trainers_start_and_the_data(
-    bench: Bench, transport: FakeTransport
-) -> None:
+def test_the_first_report_counts_the_trainers_start_and_the_data(bench: Bench, transport: FakeTransport) -> None:
     bench.run(transport, OK)
     (report,) = transport.reports
     assert report.budget.start_bytes == START
@@ -299,7 +297,7 @@ def test_only_an_allowed_factory_is_run(
 def test_less_memory_means_a_smaller_plan(
     bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
 ) -> None:
-    small = make_task().plan.predicted_peak_bytes - 1
+    small = make_task().plan.predicted_peak_bytes // 2
     bench.available = small + START
     transport.answers = [make_task()]
     bench.run(transport, OK)
@@ -342,7 +340,7 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     bench.run(transport, {"do": "over", "miss": 3 * MIB}, {"do": "over", "miss": 0}, OK)
     first, second, third = bench.plans()
     assert second == plan_for(first.predicted_peak_bytes - 3 * MIB)
-    peak = second.stages[0].predicted_peak_bytes
+    peak = second.predicted_peak_bytes
     assert third == plan_for(peak - int(peak * 0.05))
     assert len(bench.said("a stage went over its budget")) == 2
     budgets = {request["budget"]["budget_bytes"] for request in bench.requests}
@@ -399,9 +397,7 @@ def test_after_two_deaths_the_task_is_given_back_and_the_agent_lives(
 ) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]
     bench.run(transport, death, death, OK)
-    assert [(failure.task_id, failure.outcome) for failure in transport.failures] == [
-        ("t1", Outcome.TRAINER_DIED)
-    ]
+    assert [(failure.task_id, failure.outcome) for failure in transport.failures] == [("t1", Outcome.TRAINER_DIED)]
     assert ("signal 11" in transport.failures[0].message) == (death is DIE)
     assert [result.task_id for result in transport.delivered] == ["t2"]
 
@@ -411,9 +407,7 @@ def test_a_trainer_that_cannot_start_at_all_ends_the_agent(bench: Bench, transpo
         bench.config(),
         "device",
         transport,
-        surroundings=Surroundings(
-            trainer_argv=[sys.executable, "-c", "raise SystemExit(3)"], clock=bench.clock
-        ),
+        surroundings=Surroundings(trainer_argv=[sys.executable, "-c", "raise SystemExit(3)"], clock=bench.clock),
     )
     with pytest.raises(ChildError, match="ended with status 3"):
         asyncio.run(agent.run())
@@ -427,25 +421,15 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_a_task_that_nobody_wants_is_stopped(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask
-) -> None:
+def test_a_task_that_nobody_wants_is_stopped(bench: Bench, transport: FakeTransport, make_task: MakeTask) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]
-    transport.unwanted_stage_count = len(make_task().plan.stages)
-    with pytest.raises(asyncio.TimeoutError):
-        # t2 hangs too, but is wanted: it shows that the agent went on.
-        transport_after = transport
-
-        async def play() -> None:
-            agent = bench.agent(transport_after, [{"do": "hang"}])
-            await asyncio.wait_for(agent.run(), 0.001)
-
-        asyncio.run(play())
-    bench.run(transport, {"do": "hang"})
+    transport.unwanted_in_training = "t1"
+    bench.run(transport, {"do": "hang"}, OK)  # without an end, so that only being stopped can end it
     assert [request["task"]["task_id"] for request in bench.requests] == ["t1", "t2"]
     assert not any(alive(request["pid"]) for request in bench.requests)
-    assert transport.delivered == []
-    assert len(bench.said("the coordinator does not wait for this task any more")) == 2
+    assert [result.task_id for result in transport.delivered] == ["t2"]
+    assert transport.failures == []
+    assert len(bench.said("the coordinator does not wait for this task any more")) == 1
 
 
 def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(
@@ -466,9 +450,7 @@ def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(
     assert budget.available_bytes > 350 * MIB
 
 
-def test_weights_are_fetched_until_they_come(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask
-) -> None:
+def test_weights_are_fetched_until_they_come(bench: Bench, transport: FakeTransport, make_task: MakeTask) -> None:
     transport.answers = [make_task()]
     transport.fetches = [AWAY, AWAY, ProtocolError("sha256 is")]
     bench.run(transport, OK)
@@ -485,17 +467,13 @@ def test_weights_that_always_come_damaged_end_the_task(
     assert [failure.outcome for failure in transport.failures] == [Outcome.ERROR]
 
 
-def test_a_trainer_is_used_again_for_the_next_task(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask
-) -> None:
+def test_a_trainer_is_used_again_for_the_next_task(bench: Bench, transport: FakeTransport, make_task: MakeTask) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]
     bench.run(transport, OK)
     assert len({request["pid"] for request in bench.requests}) == 1
 
 
-def test_the_job_is_polled_after_its_end_and_the_agent_can_be_stopped(
-    bench: Bench, transport: FakeTransport
-) -> None:
+def test_the_job_is_polled_after_its_end_and_the_agent_can_be_stopped(bench: Bench, transport: FakeTransport) -> None:
     transport.answers = [Rejected("too old", 5.0), Finished("job", 4), Finished("job", 4)]
 
     async def play() -> None:

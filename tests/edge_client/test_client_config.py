@@ -68,17 +68,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "absent.toml")
 
 
-@pytest.mark.parametrize(
-    ("given", "missing"), [({"data": "x"}, "--coordinator"), ({"coordinator": "a:1"}, "--data")]
-)
+@pytest.mark.parametrize(("given", "missing"), [({"data": "x"}, "--coordinator"), ({"coordinator": "a:1"}, "--data")])
 def test_what_run_needs_is_asked_for(given: dict[str, str], missing: str) -> None:
     with pytest.raises(ConfigError, match=missing):
         check_runnable(load(None, given))
 
 
-def test_state_follows_xdg_and_ignores_relative_paths(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_state_follows_xdg_and_ignores_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert default_state_dir() == tmp_path / "fedepth-client"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")

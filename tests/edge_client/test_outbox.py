@@ -30,9 +30,7 @@ def test_an_update_survives_a_restart_until_it_is_removed(tmp_path: Path, make_r
     assert list((tmp_path / "outbox").iterdir()) == []
 
 
-def test_order_is_that_of_putting_whatever_the_clock_and_the_names_say(
-    tmp_path: Path, make_result: Maker
-) -> None:
+def test_order_is_that_of_putting_whatever_the_clock_and_the_names_say(tmp_path: Path, make_result: Maker) -> None:
     for task_id in ("zz", "aa", "mm"):
         Outbox(tmp_path).put(*make_result(task_id, b"x"))
         os.utime(tmp_path / "outbox" / f"{task_id}-1" / "entry.json", (0, 0))
@@ -103,9 +101,7 @@ def test_a_power_cut_at_any_step_leaves_all_of_an_update_or_nothing(
 
 
 @pytest.mark.parametrize("damage", ["part", "missing part", "json", "no json", "other name"])
-def test_a_damaged_update_is_moved_aside_with_an_error(
-    tmp_path: Path, make_result: Maker, damage: str
-) -> None:
+def test_a_damaged_update_is_moved_aside_with_an_error(tmp_path: Path, make_result: Maker, damage: str) -> None:
     Outbox(tmp_path).put(*make_result("t1", b"one"))
     Outbox(tmp_path).put(*make_result("t2", b"two"))
     folder = tmp_path / "outbox/t1-1"

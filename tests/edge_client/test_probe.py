@@ -17,8 +17,7 @@ from fedepth.task import MemoryLimit
 
 MIB = 1 << 20
 MEMINFO = (
-    "MemTotal: 4096000 kB\nMemFree: 1024000 kB\nMemAvailable: 2048000 kB\n"
-    "SwapTotal: 512000 kB\nSwapFree: 256000 kB\n"
+    "MemTotal: 4096000 kB\nMemFree: 1024000 kB\nMemAvailable: 2048000 kB\nSwapTotal: 512000 kB\nSwapFree: 256000 kB\n"
 )
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory\n"
@@ -39,9 +38,7 @@ def found(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_plain_memory_without_swap(tmp_path: Path) -> None:
-    memory = measure(
-        tree(tmp_path, {"proc/pressure/memory": "some avg10=1.50 avg60=0.25 avg300=0.00 total=7\n"})
-    )
+    memory = measure(tree(tmp_path, {"proc/pressure/memory": "some avg10=1.50 avg60=0.25 avg300=0.00 total=7\n"}))
     assert memory.available_bytes == 2048000 << 10
     assert memory.total_bytes == 4096000 << 10
     assert (memory.swap_bytes, memory.swap_free_bytes) == (512000 << 10, 256000 << 10)
@@ -94,18 +91,14 @@ def test_v1_limits_and_ancestors_only_with_use_hierarchy(
     }
     limits = found(tree(tmp_path, files))
     del limits["MemAvailable"]
-    assert {
-        name.removeprefix("/sys/fs/cgroup/memory"): left // MIB for name, (left, _) in limits.items()
-    } == expected
+    assert {name.removeprefix("/sys/fs/cgroup/memory"): left // MIB for name, (left, _) in limits.items()} == expected
 
 
 @pytest.mark.parametrize("path", ["/docker/abc", "/", "/../../other"])
 def test_a_container_sees_its_own_cgroup_as_the_mounts_root(tmp_path: Path, path: str) -> None:
     files = {
         "proc/self/cgroup": f"0::{path}\n",
-        "proc/self/mountinfo": V2_MOUNT.replace(" / /sys", " /docker/abc /sys")
-        if "docker" in path
-        else V2_MOUNT,
+        "proc/self/mountinfo": V2_MOUNT.replace(" / /sys", " /docker/abc /sys") if "docker" in path else V2_MOUNT,
         "sys/fs/cgroup/memory.max": f"{256 * MIB}\n",
         "sys/fs/cgroup/memory.current": f"{56 * MIB}\n",
     }
@@ -142,9 +135,7 @@ def test_process_limits_count_whole(tmp_path: Path) -> None:
 
 
 def test_an_address_space_limit_comes_with_a_note(tmp_path: Path) -> None:
-    memory = measure(
-        tree(tmp_path, {"proc/self/limits": "Max address space  1073741824  unlimited  bytes\n"})
-    )
+    memory = measure(tree(tmp_path, {"proc/self/limits": "Max address space  1073741824  unlimited  bytes\n"}))
     assert memory.available_bytes == 1 << 30
     assert any("RLIMIT_AS" in note for note in memory.notes)
 
@@ -192,16 +183,11 @@ CGROUPS = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t70\t1\n"
 )
 def test_a_pi_without_its_memory_cgroup_is_told(tmp_path: Path, files: dict[str, str], off: bool) -> None:
     memory = measure(tree(tmp_path, PI | files))
-    assert (
-        any("the memory cgroup is off" in note and "cgroup_enable=memory" in note for note in memory.notes)
-        is off
-    )
+    assert any("the memory cgroup is off" in note and "cgroup_enable=memory" in note for note in memory.notes) is off
 
 
 def test_a_discrete_gpu_is_seen_without_torch(tmp_path: Path) -> None:
-    files = {
-        "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 1\n"
-    }
+    files = {"proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 1\n"}
     memory = measure(tree(tmp_path, files))
     assert memory.cuda == ("NVIDIA GeForce RTX 3060",)
     assert not memory.unified

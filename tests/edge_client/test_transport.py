@@ -196,9 +196,7 @@ def test_only_the_newest_two_weights_are_kept(server: Server, tmp_path: Path, bi
         for content in (b"first", b"second", b"third"):
             server.weights.write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
-            await transport.fetch_weights(
-                replace(big_task, weights_digest=digest, weights_bytes=len(content))
-            )
+            await transport.fetch_weights(replace(big_task, weights_digest=digest, weights_bytes=len(content)))
         kept = {path.read_bytes() for path in (tmp_path / "weights").iterdir()}
         assert kept == {b"second", b"third"}
 

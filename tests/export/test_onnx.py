@@ -35,9 +35,7 @@ class DataDependent(nn.Module):
 
 
 def not_exportable() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), DataDependent(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-    )
+    return nn.Sequential(nn.Conv2d(1, 4, 3), DataDependent(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
 
 def write_weights(spec: ModelSpec, path: Path) -> Path:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks.lab import Lab, LabDevice, lab
-from fedepth.data.read import open_images
 from fedepth.data.idx import write_idx
+from fedepth.data.read import open_images
 from fedepth.task import ModelSpec
 
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 16, 16), (0.3,), (0.35,))

@@ -146,7 +146,9 @@ def test_labels_outside_the_job_are_told_and_the_agent_stays(rig: Any) -> None:
         (data / source.name.replace("train", "t10k")).write_bytes(source.read_bytes())
     rig.lab.start_coordinator(job)
     rig.agent(0)
-    line = rig.wait("device-0", lambda line: line.get("level") in ("error", "warning") and "classes" in json.dumps(line))
+    line = rig.wait(
+        "device-0", lambda line: line.get("level") in ("error", "warning") and "classes" in json.dumps(line)
+    )
     assert "10" in json.dumps(line)
     assert rig.lab.processes["device-0"].poll() is None
 
@@ -167,7 +169,10 @@ def test_a_data_directory_that_is_missing_or_empty_is_told(rig: Any, missing: bo
 def test_an_unreachable_coordinator_is_told_at_once_and_retried(rig: Any) -> None:
     rig.lab.address = "127.0.0.1:9"
     rig.agent(0)
-    rig.wait("device-0", lambda line: "127.0.0.1:9" in json.dumps(line) and line.get("level") in ("warning", "error"))
+    rig.wait(
+        "device-0",
+        lambda line: "127.0.0.1:9" in json.dumps(line) and line.get("level") in ("warning", "error"),
+    )
     process = rig.lab.processes["device-0"]
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -179,7 +184,11 @@ def test_a_port_in_use_is_told(rig: Any) -> None:
     port = address.rpartition(":")[2]
     argv = [program("fedepth-coordinator"), "serve", "--config", str(rig.job()), "--port", port]
     ended = subprocess.run(
-        [*argv, "--state", str(rig.folder / "other")], capture_output=True, text=True, timeout=120, check=False
+        [*argv, "--state", str(rig.folder / "other")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ended.returncode == 1
     assert port in ended.stderr and "Traceback" not in ended.stderr

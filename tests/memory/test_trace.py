@@ -141,7 +141,7 @@ def test_a_block_in_the_middle_composes_too() -> None:
 
 def test_lines_are_never_below_a_trace_up_to_the_jobs_batch() -> None:
     costs = costs_of("mobilenet-v3-small")
-    for samples in (2, 33, 64):
+    for samples in (33, 64):
         whole = trace_block(spec_of("mobilenet-v3-small"), 0, 12, samples)
         assert composed_saved(costs, samples) >= whole.saved
 
@@ -198,9 +198,6 @@ def test_a_large_model_is_traced_without_its_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     costs = trace_costs(spec_of("vit-b-16", 224), TRAINING)
-    assert (
-        sum(unit.parameter_bytes for unit in costs.units) + costs.exits[-1].parameter_bytes
-        == 85_806_346 * FLOAT
-    )
+    assert sum(unit.parameter_bytes for unit in costs.units) + costs.exits[-1].parameter_bytes == 85_806_346 * FLOAT
     assert time.process_time() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10

@@ -117,9 +117,7 @@ def plain() -> nn.Module:
 
 
 def convolutional_classifier() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @pytest.mark.parametrize("build", [Listed, OtherOrder, Tokens, plain, convolutional_classifier])

@@ -7,9 +7,7 @@ from fedepth.models.skip import skip
 
 def test_feature_maps_are_averaged_and_padded_with_zero_channels() -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    expected = torch.tensor(
-        [[[[2.5, 4.5], [10.5, 12.5]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]]
-    )
+    expected = torch.tensor([[[[2.5, 4.5], [10.5, 12.5]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]])
     assert torch.equal(skip(x, (3, 2, 2)), expected)
 
 

@@ -153,11 +153,18 @@ def models(draw: st.DrawFn) -> ModelCosts:
 
 
 @settings(max_examples=150, deadline=None)
-@given(models(), st.integers(SCRATCH_FIXED_BYTES, SCRATCH_FIXED_BYTES + 2_000_000), st.sampled_from(Policy), st.data())
+@given(
+    models(),
+    st.integers(SCRATCH_FIXED_BYTES, SCRATCH_FIXED_BYTES + 2_000_000),
+    st.sampled_from(Policy),
+    st.data(),
+)
 def test_every_plan_fits_and_names_every_unit_once(
     costs: ModelCosts, budget: int, policy: Policy, data: st.DataObject
 ) -> None:
-    training = replace(TRAINING, batch=data.draw(st.integers(1, 40)), optimizer=data.draw(st.sampled_from(["sgd", "adamw"])))
+    training = replace(
+        TRAINING, batch=data.draw(st.integers(1, 40)), optimizer=data.draw(st.sampled_from(["sgd", "adamw"]))
+    )
     samples = data.draw(st.integers(1, 60))
     try:
         found = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)
@@ -189,9 +196,7 @@ def test_every_plan_fits_and_names_every_unit_once(
 def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int) -> None:
     def untrained(bytes_: int) -> tuple[int, int]:
         try:
-            found = make_plan(
-                costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=Policy.PAPER
-            )
+            found = make_plan(costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=Policy.PAPER)
         except PlanError:
             return (len(costs.units) + 1, 0)
         return (len(found.untrained), len(found.stages))

@@ -71,12 +71,10 @@ def test_a_file_with_another_digest_is_deleted(tmp_path: Path) -> None:
 
 
 def test_a_received_file_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    )
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
     receive(tmp_path / "target", [Chunk(offset=0, data=b"data")], 0, b"data")
-    assert str(tmp_path / "target") in synced
+    assert tmp_path / "target" in synced
 
 
 @pytest.mark.parametrize(
@@ -86,9 +84,7 @@ def test_a_received_file_is_made_durable(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.param(Chunk(offset=4, data=b"x"), 10, "offset 4, expected 3", id="gap"),
         pytest.param(Chunk(offset=-1, data=b"x"), 10, "offset -1", id="negative offset"),
         pytest.param(Chunk(offset=3, data=b""), 10, "chunk of 0 bytes", id="empty"),
-        pytest.param(
-            Chunk(offset=3, data=bytes(CHUNK_BYTES + 1)), 4 << 20, "chunk of 1048577 bytes", id="oversize"
-        ),
+        pytest.param(Chunk(offset=3, data=bytes(CHUNK_BYTES + 1)), 4 << 20, "chunk of 1048577 bytes", id="oversize"),
         pytest.param(Chunk(offset=3, data=b"xyz"), 5, "ends at 6, the file has 5 bytes", id="too long"),
     ],
 )

@@ -1,0 +1,205 @@
+"""Depth-wise training against plain torch loops, with exact weights; and what partial training leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedepth.data.idx import write_idx
+from fedepth.data.read import open_images
+from fedepth.errors import OverBudgetError
+from fedepth.memory.meter import Meter
+from fedepth.models import zoo
+from fedepth.models.skip import skip
+from fedepth.models.split import split, split_spec
+from fedepth.task import (
+    CachePlace,
+    ModelCosts,
+    ModelSpec,
+    PeakComponents,
+    Plan,
+    Policy,
+    Stage,
+    StageResult,
+    Task,
+    TrainingSpec,
+)
+from fedepth.training.depthwise import Work, epoch_batches, train
+from fedepth.weights import load_numpy, open_weights, save
+
+NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
+SPEC = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
+PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
+TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
+COSTS = ModelCosts("test", (), (), 256, 64, 1)
+
+
+class Quiet:
+    """Hooks that grant any budget."""
+
+    def __init__(self, budget: int = 1 << 40) -> None:
+        self.budget = budget
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        return self.budget
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
+
+    def stage_done(self, result: StageResult) -> None: ...
+
+
+def stage(first: int, last: int, micro_batch: int = 8, cache: CachePlace = CachePlace.RAM) -> Stage:
+    return Stage(first, last, micro_batch, cache, 4, NOTHING)
+
+
+def images(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    write_idx(folder / "train-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8), dtype=np.uint8))
+    write_idx(folder / "train-labels-idx1-ubyte", (np.arange(count) % 3).astype(np.uint8))
+
+
+def work(
+    folder: Path,
+    stages: Sequence[Stage],
+    spec: ModelSpec = SPEC,
+    training: TrainingSpec = TRAINING,
+    count: int = 16,
+) -> Work:
+    torch.manual_seed(7)
+    initial = zoo.build(spec, None)
+    weights = folder / "weights.safetensors"
+    save(weights, {name: tensor.numpy() for name, tensor in initial.state_dict().items()})
+    images(folder, count)
+    (folder / "out").mkdir(exist_ok=True)
+    plan = Plan(tuple(stages), (), Policy.PAPER, 1 << 40)
+    task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, COSTS, plan, "", 0, 0)
+    return Work(
+        task=task, plan=plan, split=split_spec(spec), weights=open_weights(weights),
+        images=open_images(folder, spec, "train"), output=folder / "out", cache=folder, device_id="d",
+        device=torch.device("cpu"), channels_last=False, enforce=False,
+    )  # fmt: skip
+
+
+def trained_tensors(job: Work, hooks: Quiet | None = None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    outcome = train(job, Meter(), hooks or Quiet())
+    return {name: tensor for part in outcome.parts for name, tensor in load_numpy(part).items()}
+
+
+def order(job: Work, index: int, count: int) -> list[torch.Tensor]:
+    """The index batches that stage `index` trains on, all epochs."""
+    from fedepth.training.depthwise import _seed
+
+    generator = torch.Generator().manual_seed(_seed(job, index))
+    training = job.task.training
+    return [b for _ in range(training.local_epochs) for b in epoch_batches(count, training.batch, generator)]
+
+
+def by_hand(job: Work, blocks: Sequence[tuple[int, int]], count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """The algorithm of the paper, written as plainly as possible with torch.optim."""
+    torch.manual_seed(7)
+    model = split(zoo.build(job.task.model, None), job.task.model.name, job.task.model.input_shape)
+    x = (torch.from_numpy(job.images.read(np.arange(count))).float() / 255 - 0.5) / 0.5
+    y = torch.from_numpy(job.images.labels)
+    for index, (first, last) in enumerate(blocks):
+        units = model.units[first : last + 1]
+        parameters = [p for unit in (*units, model.head) for _, p in unit.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+        for unit in (*units, model.head):
+            unit.train(True)
+        for batch in order(job, index, count):
+            z = x[batch]
+            for unit in units:
+                z = unit(z)
+            optimizer.zero_grad()
+            functional.cross_entropy(model.head(skip(z, model.head_shape)), y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            for unit in units:
+                unit.train(False)
+                x = unit(x)
+    return {name: tensor.detach().numpy() for name, tensor in model.model.state_dict().items()}
+
+
+def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:  # type: ignore[type-arg]
+    assert got.keys() == expected.keys()
+    for name in got:
+        np.testing.assert_allclose(got[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_one_stage_is_plain_training(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(0, 5)])
+    assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
+
+
+@pytest.mark.parametrize("place", CachePlace)
+def test_blocks_in_sequence_are_the_papers_algorithm(tmp_path: Path, place: CachePlace) -> None:
+    job = work(tmp_path, [stage(0, 1, cache=place), stage(2, 3, cache=place), stage(4, 5, cache=place)])
+    assert_equal(trained_tensors(job), by_hand(job, [(0, 1), (2, 3), (4, 5)], 16))
+    assert not list(tmp_path.glob("inputs-*"))
+
+
+def test_micro_batches_are_exact_with_group_norm(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(0, 5, micro_batch=3)])
+    assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
+
+
+def test_untrained_units_are_not_in_the_update_and_are_run_at_their_global_value(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(2, 3), stage(5, 5)])
+    outcome = train(job, Meter(), Quiet())
+    names = {name for part in outcome.parts for name in load_numpy(part)}
+    layout = split_spec(SPEC).layout()
+    expected = {t.name for unit in (2, 3, 5) for t in layout.units[unit].tensors} | {t.name for t in layout.head}
+    assert names == expected
+    assert outcome.plan.untrained == (0, 1, 4)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_the_head_tracks_only_full_depth(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(0, 4), stage(5, 9)], spec=PRERESNET, training=replace(TRAINING, local_epochs=1))
+    train(job, Meter(), Quiet())
+    first = load_numpy(tmp_path / "out" / "part-0000.safetensors")
+    statistics = [name for name in first if name.endswith("num_batches_tracked")]
+    assert statistics and all(first[name] == 2 for name in statistics)  # two steps, none while building the cache
+    head = load_numpy(tmp_path / "out" / "part-0002.safetensors")
+    mean = next(tensor for name, tensor in head.items() if name.endswith("running_mean"))
+    # Were the first stage tracked, the 16 channels that exist there would have moved twice as often as the others.
+    variance = next(tensor for name, tensor in head.items() if name.endswith("running_var"))
+    assert mean.shape == (64,) and np.all(variance[32:] > 0.5)
+
+
+def test_a_shard_of_one_image_trains(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(0, 5, micro_batch=1)], count=1)
+    got = trained_tensors(job)
+    before = load_numpy(tmp_path / "weights.safetensors")
+    assert any(not np.array_equal(got[name], before[name]) for name in got)
+
+
+def test_the_proximal_term_pulls_towards_the_global_weights(tmp_path: Path) -> None:
+    free = trained_tensors(work(tmp_path, [stage(0, 5)]))
+    held = trained_tensors(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, proximal_mu=5.0)))
+    start = load_numpy(tmp_path / "weights.safetensors")
+    distance = {
+        key: sum(float(np.square(value[name] - start[name]).sum()) for name in start)
+        for key, value in (("free", free), ("held", held))
+    }
+    assert distance["held"] < 0.7 * distance["free"]
+
+
+def test_every_sample_is_seen_and_all_batches_have_one_size() -> None:
+    batches = list(epoch_batches(10, 4, torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert set(torch.cat(batches).tolist()) == set(range(10))
+
+
+def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> None:
+    job = replace(work(tmp_path, [stage(0, 5)]), enforce=True)
+    with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5\) took .* the budget is 1.0 KiB") as caught:
+        train(job, Meter(), Quiet(budget=1024))
+    assert caught.value.stage == 0 and caught.value.miss_bytes > 0
