@@ -75,7 +75,7 @@ data = "digits"
 """
 
 app = typer.Typer(add_completion=False)
-console = Console(stderr=False)
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 @dataclass(frozen=True)

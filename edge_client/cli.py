@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import signal
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import structlog
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 from edge_client import config as settings
-from edge_client.agent import Agent, Surroundings
 from edge_client.allowance import Allowance
-from edge_client.identity import StateLock, device_id
+from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
 from edge_client.trainer_process import torch_version
-from edge_client.transport import GrpcTransport
+from fedepth.child import module_argv
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.sizes import format_size
 from fedepth.task import Budget
-from fedepth.task import Progress as TaskProgress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,10 +61,11 @@ def run(
     }
     chosen = settings.load(config, _given(overrides))
     settings.check_runnable(chosen)
-    bar = None if json_logs or not sys.stderr.isatty() else _Bar(Console(stderr=True))
-    configure_logs(as_json=json_logs, console=bar.console if bar else None)
-    with StateLock(chosen.state_dir):
-        asyncio.run(_run(chosen, exit_when_done, Surroundings(on_progress=bar.show) if bar else Surroundings()))
+    started = Start(chosen, exit_when_done=exit_when_done, json_logs=json_logs)
+    # This process has loaded the command line's libraries, which an idle agent must not keep for months. The agent
+    # takes its place: same process id, same streams.
+    argv = [*module_argv("edge_client.daemon"), msgspec.json.encode(started).decode()]
+    os.execv(argv[0], argv)
 
 
 @app.command(epilog="Example: fedepth-client probe --json")
@@ -100,82 +94,6 @@ def main() -> None:
     except FedepthError as error:
         print(f"fedepth-client: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def configure_logs(*, as_json: bool, console: Console | None) -> None:
-    """Log lines on standard error, above the progress bar if there is one."""
-    renderer: Any = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=console is not None)
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=_BarLogger(console) if console else structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
-class _BarLogger:
-    """Prints lines through the console that draws the bar, so that neither overwrites the other."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, *_: object) -> _BarLogger:
-        return self
-
-    def msg(self, line: str) -> None:
-        self._console.print(Text.from_ansi(line), soft_wrap=True)
-
-    debug = info = warning = error = critical = msg
-
-
-async def _run(config: settings.Config, exit_when_done: bool, surroundings: Surroundings) -> None:
-    transport = GrpcTransport(config.coordinator, config.state_dir)
-    identity = device_id(config.state_dir)
-    agent = Agent(config, identity, transport, exit_when_done=exit_when_done, surroundings=surroundings)
-    task = asyncio.ensure_future(agent.run())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        structlog.get_logger().info("stopped; what was trained is kept and delivered at the next start")
-
-
-class _Bar:
-    """Where the task is, on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._line: TaskID | None = None
-
-    @property
-    def console(self) -> Console:
-        return self._progress.console
-
-    def show(self, now: TaskProgress | None) -> None:
-        """Draws `now`; None takes the bar away."""
-        if now is None:
-            if self._line is not None:
-                self._progress.remove_task(self._line)
-                self._progress.stop()
-                self._line = None
-            return
-        if self._line is None:
-            self._progress.start()
-            self._line = self._progress.add_task("", note="")
-        trains = now.stage_count > 0
-        name = f"{now.activity}: stage {now.stage + 1}/{now.stage_count}" if trains else now.activity
-        note = f"epoch {now.epoch}/{now.epochs}, loss {now.loss:.4f}" if now.epochs else ""
-        total = float(now.stage_count * max(1, now.epochs)) if trains else None
-        done = now.stage * max(1, now.epochs) + now.epoch
-        self._progress.update(self._line, description=name, total=total, completed=done, note=note)
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError,
 from fedepth.files import file_digest
 from fedepth.memory.meter import Meter, allocator, status_bytes
 from fedepth.models.split import split_spec
-from fedepth.task import Budget, Outcome, PartInfo, Plan, Result, Stage, StageResult, Task
+from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Plan, Result, Stage, StageResult, Task
 from fedepth.training.depthwise import Work, train
 from fedepth.training.warmup import prefers_channels_last, warm_up
 from fedepth.weights import open_weights
@@ -107,11 +107,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _start(device)
     lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator())
+    warm: set[ModelSpec] = set()
     while True:
         message = lines.hear()
         request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
         try:
-            result = run(request, lines, device)
+            result = run(request, lines, device, warm)
         except FedepthError as error:
             lines.tell(
                 event="failed",
@@ -127,15 +128,12 @@ def main() -> None:
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 
-def run(request: TrainRequest, lines: Lines, device: torch.device) -> Result:
-    """One task, from warm-up to its parts on disk."""
+def run(request: TrainRequest, lines: Lines, device: torch.device, warm: set[ModelSpec]) -> Result:
+    """One task, from warm-up to its parts on disk. `warm` holds the models that this process has warmed up for."""
     started = time.monotonic()
     task = request.task
     lines.epochs = task.training.local_epochs
     split = split_spec(task.model, request.allowed_models)
-    channels_last = prefers_channels_last(split, device)
-    warm_up(split, device, channels_last)
-    meter = Meter()
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +148,13 @@ def run(request: TrainRequest, lines: Lines, device: torch.device) -> Result:
             cache=cache,
             device_id=request.device_id,
             device=device,
-            channels_last=channels_last,
+            channels_last=prefers_channels_last(split, device),
             enforce=request.enforce,
         )
+        if task.model not in warm:
+            warm_up(work)
+            warm.add(task.model)
+        meter = Meter()
         trained = train(work, meter, lines)
     return Result(
         task_id=task.task_id,
@@ -175,7 +177,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device) -> Result:
 def _start(device: torch.device) -> None:
     """One forward and backward pass, so that what torch loads at first use counts as the trainer's start."""
     layer = torch.nn.Conv2d(1, 8, 3).to(device)
-    layer(torch.rand(2, 1, 8, 8, device=device)).sum().backward()
+    torch.autograd.backward(layer(torch.rand(2, 1, 8, 8, device=device)).sum())
 
 
 def _cuda_free_bytes() -> int:

@@ -7,10 +7,12 @@ writes any number of `measure`, `stage_started`, `progress` and `stage_done`, an
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -132,18 +134,19 @@ class TrainerProcess:
             ChildError: it ended, said something else than `ready`, or was silent for START_S.
         """
         child = await Child.start("trainer", argv, environment(config))
+        started = False
         try:
-            first = await within(START_S, child.receive())
-            return cls(child, msgspec.convert(first, Ready))
+            trainer = cls(child, msgspec.convert(await within(START_S, child.receive()), Ready))
+            started = True
+            return trainer
         except asyncio.TimeoutError:
-            child.kill()
             raise ChildError(f"the trainer (pid {child.pid}) was not ready after {START_S:g} s") from None
         except msgspec.ValidationError as error:
-            child.kill()
             raise ChildError(f"the trainer (pid {child.pid}) did not say that it is ready: {error}") from None
-        except asyncio.CancelledError:
-            child.kill()
-            raise
+        finally:
+            if not started:
+                child.kill()
+                await child.stop()
 
     @property
     def pid(self) -> int:
@@ -260,12 +263,16 @@ def environment(config: TrainerConfig, platform: str = sys.platform) -> dict[str
 
 
 def torch_version() -> str:
-    """The installed torch, without importing it.
+    """The installed torch, without importing it, nor importlib.metadata, which would cost an idle agent 6 MiB.
 
     Raises:
         ConfigError: there is none.
     """
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        raise ConfigError("torch is not installed here: pip install 'fedepth[train]'") from None
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError("torch is not installed here: pip install 'fedepth[train]'")
+    text = (Path(found.submodule_search_locations[0]) / "version.py").read_text(encoding="utf-8")
+    version = re.search(r"__version__ = '([^']+)'", text)
+    if version is None:
+        raise ConfigError(f"{found.submodule_search_locations[0]}/version.py names no version; install torch again")
+    return version[1]

@@ -77,11 +77,14 @@ def training_peak(
     moments: list[tuple[int, int, int]] = []  # (activations, temporaries, gradients)
     gradients_before = sum(trainable) if accumulates else 0
     held_after: list[int] = []
+    loose = 0  # the running unit's input, where nobody keeps it for the backward pass
     for k, step in enumerate((*units, exit_)):
         output = 0 if step.saves_output else step.output_bytes * micro_batch
-        moments.append((held + saved[k], output + step.forward.at(micro_batch), gradients_before))
-        held += saved[k] + (kept_outputs[k] if k < len(units) else 0)
-        held_after.append(held)
+        moments.append((held + saved[k], loose + output + step.forward.at(micro_batch), gradients_before))
+        held_after.append(held + saved[k])  # when the backward pass comes back here, the unit's output is gone
+        kept = kept_outputs[k] if k < len(units) else 0
+        held += saved[k] + kept
+        loose = 0 if kept or step.saves_output else step.output_bytes * micro_batch
     gradients = gradients_before
     for k in range(len(units), -1, -1):
         step = (*units, exit_)[k]

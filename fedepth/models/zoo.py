@@ -29,7 +29,7 @@ class ZooEntry:
 
 ZOO: dict[str, ZooEntry] = {
     "digits-cnn": ZooEntry(
-        "fedepth.models.zoo:digits_cnn", "six GroupNorm convolutions for small images, 77 k parameters"
+        "fedepth.models.zoo:digits_cnn", "six GroupNorm convolutions for small images, 87 k parameters"
     ),
     "preresnet20": ZooEntry("fedepth.models.zoo:preresnet20", "PreResNet-20 for 32 px, BatchNorm, 272 k parameters"),
     "resnet18": ZooEntry("fedepth.models.zoo:resnet18", "torchvision's ResNet-18, 11.2 M parameters"),

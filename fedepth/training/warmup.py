@@ -1,36 +1,77 @@
-"""The warm-up before a task's baseline: every unit runs forward and backward once on two samples.
+"""The warm-up before a task's baseline: the task itself, every unit a stage of its own, on two samples.
 
-It pages in the kernels that training will use and leaves no weights behind. What it
-costs belongs to the trainer's start, not to the budget.
+It goes through the very code that training will go through, so that what torch and the C library load, map and keep at
+first use counts as the trainer's start and not as the budget's. It leaves no weights behind.
 """
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
-from fedepth.models.skip import skip
-from fedepth.models.split import SplitModel, Unit, assign, release
+from fedepth.data.read import Images
+from fedepth.memory.meter import Meter
+from fedepth.models.split import SplitModel
+from fedepth.task import CachePlace, PeakComponents, Stage, StageResult
+from fedepth.training.depthwise import Work, train
 
 SAMPLES = 2
+_UNKNOWN = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
-def warm_up(split: SplitModel, device: torch.device, channels_last: bool) -> None:
-    """Runs every unit and every exit forward and backward, one at a time."""
-    _fill(split.head, device, channels_last)
-    for unit, shape in zip(split.units, split.input_shapes, strict=True):
-        x = torch.rand((SAMPLES, *shape), device=device, requires_grad=True)
-        if channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        _fill(unit, device, channels_last)
-        unit.train(True)
-        split.head.train(True)
-        logits = split.head(skip(unit(x), split.head_shape))
-        targets = torch.zeros(SAMPLES, dtype=torch.int64, device=device)
-        torch.autograd.backward(functional.cross_entropy(logits, targets))
-        release(unit)
-    release(split.head)
+def warm_up(work: Work) -> None:
+    """Trains on the first two samples in a folder of its own, without a limit."""
+    folder = work.cache / "warm-up"
+    folder.mkdir(parents=True, exist_ok=True)
+    places = list(CachePlace)
+    stages = tuple(
+        Stage(unit, unit, SAMPLES, places[unit % len(places)], SAMPLES, _UNKNOWN)
+        for unit in range(len(work.split.units))
+    )
+    task = replace(work.task, training=replace(work.task.training, batch=SAMPLES, local_epochs=2))
+    few = FirstImages(work.images, min(SAMPLES, len(work.images)))
+    plan = replace(work.plan, stages=stages, untrained=())
+    train(
+        replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), _Silent()
+    )
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class FirstImages:
+    """The first `count` of some images."""
+
+    images: Images
+    count: int
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.images.labels[: self.count]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        return self.images.read(indices)
+
+
+class _Silent:
+    """Hooks that grant any budget and tell nobody."""
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        return 1 << 62
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
+
+    def stage_done(self, result: StageResult) -> None: ...
 
 
 def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:
@@ -49,12 +90,3 @@ def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:
     strided = any(c.kernel_size == (1, 1) and c.stride != (1, 1) for c in convolutions)
     patches = any(c.kernel_size == c.stride for c in convolutions)  # a patch embedding is no convolutional trunk
     return device.type == "cpu" and bool(convolutions) and not strided and not patches
-
-
-def _fill(unit: Unit, device: torch.device, channels_last: bool) -> None:
-    """Real tensors in place of a unit's meta tensors; any values do."""
-    for name, like in (*unit.parameters(), *unit.buffers()):
-        tensor = torch.full(tuple(like.shape), 1, dtype=like.dtype, device=device)
-        if channels_last and tensor.dim() == 4:
-            tensor = tensor.to(memory_format=torch.channels_last)
-        assign(unit.model, name, tensor, requires_grad=name in unit.parameter_names)

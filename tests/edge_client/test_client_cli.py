@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_client.allowance import StartCost
+from edge_client.config import load
+from edge_client.daemon import Start
 from edge_client.identity import StateLock, remember
 from edge_client.trainer_process import torch_version
 
@@ -80,3 +83,10 @@ def test_probe_tells_the_budget_once_the_start_is_known(tmp_path: Path) -> None:
 
 def test_help_shows_an_example() -> None:
     assert "Example: fedepth-client run --coordinator" in client("run", "--help").stdout
+
+
+def test_every_setting_reaches_the_agents_own_process() -> None:
+    settings = {"coordinator": "h:1", "memory.cap": "11MiB", "trainer.enforce": False, "models.allow": ["m:f"]}
+    start = Start(load(None, settings), exit_when_done=True, json_logs=True)
+    assert msgspec.json.decode(msgspec.json.encode(start), type=Start) == start
+    assert start.config.memory.cap_bytes == 11 * MIB

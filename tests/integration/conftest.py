@@ -17,7 +17,7 @@ from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
 from fedepth.task import ModelSpec
 
-SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 16, 16), (0.3,), (0.35,))
+SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 32, 32), (0.3,), (0.35,))
 MIB = 1 << 20
 
 JOB = """\
@@ -35,7 +35,7 @@ policy = "paper"
 [model]
 name = "{model}"
 classes = 10
-input_shape = [1, 16, 16]
+input_shape = [1, 32, 32]
 mean = [0.3]
 std = [0.35]
 

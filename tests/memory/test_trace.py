@@ -85,13 +85,13 @@ def test_buffers_and_parameters_are_counted_apart() -> None:
 def test_every_exit_holds_the_same_head_behind_its_own_skip() -> None:
     costs = costs_of("digits-cnn")
     assert len(costs.exits) == len(costs.units)
-    assert {exit_.parameter_bytes for exit_ in costs.exits} == {(64 * 10 + 10) * FLOAT}
+    assert {exit_.parameter_bytes for exit_ in costs.exits} == {(64 * 16 * 10 + 10) * FLOAT}
     for unit, exit_ in zip(costs.units, costs.exits, strict=True):
         assert exit_.input_bytes == unit.output_bytes
         assert exit_.output_bytes == 0
     # Padding channels makes a new feature map, which the last unit's exit need not.
-    assert costs.exits[0].forward.per_sample > costs.exits[-1].forward.per_sample
-    assert costs.exits[-1].flops == 2 * 64 * 10
+    assert costs.exits[0].inference.per_sample > costs.exits[-1].inference.per_sample
+    assert costs.exits[-1].flops == 2 * 64 * 16 * 10
 
 
 def composed_saved(costs: ModelCosts, samples: int) -> int:

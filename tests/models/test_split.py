@@ -118,10 +118,10 @@ def test_assigned_units_compute_while_the_others_have_no_memory() -> None:
 def test_assign_uses_the_tensor_itself_and_sets_requires_grad() -> None:
     split_model = split_spec(spec_of("digits-cnn"))
     for requires_grad in (True, False):
-        weight = torch.ones(10, 64)
-        assign(split_model, "head.2.weight", weight, requires_grad)
-        parameter = dict(split_model.head.parameters())["head.2.weight"]
-        assert parameter.data_ptr() == weight.data_ptr()
+        bias = torch.ones(10)
+        assign(split_model, "head.2.bias", bias, requires_grad)
+        parameter = dict(split_model.head.parameters())["head.2.bias"]
+        assert parameter.data_ptr() == bias.data_ptr()
         assert parameter.requires_grad is requires_grad
 
 
@@ -142,8 +142,8 @@ def test_release_gives_the_memory_of_weights_and_gradients_back() -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("head.2.weight", torch.zeros(9, 64), r"\(9, 64\).*\(10, 64\).*other classes"),
-        ("head.2.weight", torch.zeros(10, 64, dtype=torch.float64), "float64.*float32"),
+        ("head.2.bias", torch.zeros(9), r"\(9,\).*\(10,\).*other classes"),
+        ("head.2.bias", torch.zeros(10, dtype=torch.float64), "float64.*float32"),
         ("head.2.scale", torch.zeros(1), "no tensor 'head.2.scale'"),
         ("tail.weight", torch.zeros(1), "no tensor 'tail.weight'"),
     ],

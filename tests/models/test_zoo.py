@@ -10,7 +10,7 @@ from fedepth.models import zoo
 from fedepth.task import ModelSpec
 
 PARAMETERS = {  # at 3 channels and 10 classes
-    "digits-cnn": 77_362,
+    "digits-cnn": 86_962,
     "preresnet20": 272_282,
     "resnet18": 11_181_642,
     "mobilenet-v3-small": 1_528_106,
