@@ -18,8 +18,8 @@ from pathlib import Path
 from fedepth.errors import ChildError
 from fedepth.sizes import format_size
 
-START_TIMEOUT_S = 120.0
-END_GRACE_S = 10.0
+START_TIMEOUT_S = 300.0  # importing torch from a cold, slow disk takes a minute
+END_GRACE_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_a_program_has_the_subcommand_and_its_options(command: str) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
         env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
     ).stdout
     for option in (word for word in rest if word.startswith("--")):

@@ -21,7 +21,7 @@ CLIENT = [sys.executable, "-m", "edge_client.cli"]
 
 
 def client(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLIENT, *map(str, argv)], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*CLIENT, *map(str, argv)], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

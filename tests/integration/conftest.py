@@ -82,7 +82,7 @@ class Rig:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.startswith("{")]
 
-    def wait(self, name: str, found: Callable[[dict[str, Any]], bool], timeout_s: float = 90) -> dict[str, Any]:
+    def wait(self, name: str, found: Callable[[dict[str, Any]], bool], timeout_s: float = 300) -> dict[str, Any]:
         """The first log line of process `name` for which `found` holds; fails after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -92,7 +92,7 @@ class Rig:
             time.sleep(0.05)
         raise AssertionError(f"{name} never said it:\n{self.lab.log(name).read_text()[-3000:]}")
 
-    def event(self, name: str, event: str, timeout_s: float = 90, **fields: Any) -> dict[str, Any]:
+    def event(self, name: str, event: str, timeout_s: float = 300, **fields: Any) -> dict[str, Any]:
         """The first log line of an event with these fields."""
         return self.wait(
             name,
@@ -100,7 +100,7 @@ class Rig:
             timeout_s,
         )
 
-    def end(self, name: str, timeout_s: float = 90) -> int:
+    def end(self, name: str, timeout_s: float = 300) -> int:
         """Waits for a process to end by itself; its exit status."""
         return self.lab.processes[name].wait(timeout_s)
 

@@ -21,7 +21,7 @@ MIB = 1 << 20
 def record(rig: Any) -> dict[str, Any]:
     """What the coordinator's record says, as a user would ask for it."""
     argv = [program("fedepth-coordinator"), "record", "--state", str(rig.lab.coordinator_state), "--json"]
-    loaded: dict[str, Any] = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=60).stdout)
+    loaded: dict[str, Any] = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=300).stdout)
     return loaded
 
 
@@ -100,7 +100,7 @@ def test_the_coordinator_goes_on_where_it_stopped(rig: Any) -> None:
     rig.event("coordinator", "task_given", round=2)
     first = rig.lab.processes["coordinator"]
     first.send_signal(signal.SIGTERM)
-    assert first.wait(30) == 0
+    assert first.wait(60) == 0
     port = rig.lab.address.rpartition(":")[2]
     rig.lab.log("coordinator").rename(rig.folder / "first.log")
     rig.lab.start_coordinator(job, "--port", port, "--exit-when-done")
@@ -160,7 +160,7 @@ def test_a_data_directory_that_is_missing_or_empty_is_told(rig: Any, missing: bo
         data.mkdir()
     argv = [program("fedepth-client"), "run", "--coordinator", "127.0.0.1:1", "--data", str(data)]
     ended = subprocess.run(
-        [*argv, "--state", str(rig.folder / "state")], capture_output=True, text=True, timeout=60, check=False
+        [*argv, "--state", str(rig.folder / "state")], capture_output=True, text=True, timeout=300, check=False
     )
     assert ended.returncode == 1
     assert str(data) in ended.stderr and "Traceback" not in ended.stderr
@@ -176,7 +176,7 @@ def test_an_unreachable_coordinator_is_told_at_once_and_retried(rig: Any) -> Non
     process = rig.lab.processes["device-0"]
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_port_in_use_is_told(rig: Any) -> None:
@@ -187,7 +187,7 @@ def test_a_port_in_use_is_told(rig: Any) -> None:
         [*argv, "--state", str(rig.folder / "other")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 1
@@ -198,7 +198,7 @@ def test_a_misspelt_key_is_named(rig: Any) -> None:
     job = rig.job()
     job.write_text(job.read_text().replace("learning_rate", "learning_rat"))
     argv = [program("fedepth-coordinator"), "serve", "--config", str(job), "--state", str(rig.folder / "s")]
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
     assert "learning_rat" in ended.stderr and "did you mean learning_rate?" in ended.stderr
 
@@ -225,7 +225,7 @@ def test_a_model_that_the_device_does_not_allow_is_not_imported(rig: Any) -> Non
         assert refused["outcome"] == "model_not_allowed" and "strange_model:build" in refused["message"]
         assert not marker.exists()
         rig.lab.processes["device-0"].terminate()
-        rig.lab.processes["device-0"].wait(20)
+        rig.lab.processes["device-0"].wait(60)
         rig.agent(1, "--allow-model", "strange_model:build")
         rig.event("coordinator", "update_accepted", device="device-1")
     finally:
