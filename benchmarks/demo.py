@@ -193,19 +193,25 @@ def demo(
     """Runs a federation of six devices with unequal memory, from nothing to an ONNX model."""
     folder = folder.resolve()
     console.print(f"[bold]fedepth demo[/bold]: {len(DEVICES)} devices, {ROUNDS} rounds, policy {policy.value}")
-    failing = fails_in_full(folder / "full", SPEC, job_file(folder / "full", seed, policy), TIERS, console)
-    if compare:
-        figures = _compare(folder, seed, policy, failing)
-    else:
-        recorded = expected()
-        full = recorded.get("accuracy_full_memory")
-        outcome = run_once(folder / "run", seed, policy, full_memory=False)
-        show(outcome, full)
-        figures = report(outcome, failing, full)
+    try:
+        figures = _figures(folder, seed, policy, compare=compare)
+    except KeyboardInterrupt:
+        console.print("stopped; every process is ended")
+        raise typer.Exit(130) from None
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
         console.print(f"figures: {json_file}")
+
+
+def _figures(folder: Path, seed: int, policy: Policy, *, compare: bool) -> dict[str, Any]:
+    failing = fails_in_full(folder / "full", SPEC, job_file(folder / "full", seed, policy), TIERS, console)
+    if compare:
+        return _compare(folder, seed, policy, failing)
+    full = expected().get("accuracy_full_memory")
+    outcome = run_once(folder / "run", seed, policy, full_memory=False)
+    show(outcome, full)
+    return report(outcome, failing, full)
 
 
 def _compare(folder: Path, seed: int, policy: Policy, failing: list[str]) -> dict[str, Any]:
@@ -227,10 +233,7 @@ def _compare(folder: Path, seed: int, policy: Policy, failing: list[str]) -> dic
 
 if __name__ == "__main__":
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except FedepthError as error:
         console.print(f"[red]{error}[/red]")
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        console.print("stopped; every process is ended")
-        sys.exit(130)

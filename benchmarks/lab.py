@@ -141,7 +141,8 @@ def lab(folder: Path) -> Iterator[Lab]:
     """A lab whose processes are gone afterwards, whatever happened. SIGTERM counts as Ctrl-C."""
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break into the clean-up
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     running = Lab(folder)
