@@ -14,7 +14,8 @@ from rich.console import Console
 from coordinator.config import load_config
 from coordinator.schedule import training_spec
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Failed, Measure, TrainerProcess, TrainRequest
+from edge_client.train_request import TrainRequest
+from edge_client.trainer_process import Failed, Measure, TrainerProcess
 from fedepth.child import Child, module_argv
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images

@@ -10,19 +10,19 @@ import gc
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 import torch
 
+from edge_client.train_request import TrainRequest
 from fedepth.data.read import open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.files import file_digest
 from fedepth.memory.meter import Meter, allocator, status_bytes
 from fedepth.models.split import split_spec
-from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Plan, Result, Stage, StageResult, Task
+from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
 from fedepth.training.depthwise import Work, train
 from fedepth.training.warmup import prefers_channels_last, warm_up
 from fedepth.weights import open_weights
@@ -33,22 +33,6 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     DataError: Outcome.DATA,
     ModelError: Outcome.MODEL_NOT_ALLOWED,
 }
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What the agent asks for. Paths are on this device."""
-
-    task: Task
-    plan: Plan
-    budget: Budget
-    weights: str
-    data: str
-    output: str
-    cache: str
-    device_id: str
-    allowed_models: tuple[str, ...] = ()
-    enforce: bool = True
 
 
 class Lines:

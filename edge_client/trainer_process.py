@@ -11,7 +11,6 @@ import importlib.util
 import re
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,29 +19,14 @@ import structlog
 from edge_client.config import TrainerConfig
 from edge_client.link import within
 from edge_client.probe import anonymous_bytes
+from edge_client.train_request import TrainRequest
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
-from fedepth.task import Budget, Outcome, Plan, Result, StageResult, Task
+from fedepth.task import Budget, Outcome, Result, StageResult
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer"))
 START_S = 600.0  # importing torch from an SD card takes a minute
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What the trainer is asked to do. Paths are absolute."""
-
-    task: Task
-    plan: Plan
-    budget: Budget
-    weights: str
-    data: str
-    output: str
-    cache: str
-    device_id: str
-    allowed_models: tuple[str, ...]
-    enforce: bool
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):

@@ -14,6 +14,7 @@ from edge_client.allowance import Allowance
 from edge_client.config import Config
 from edge_client.link import Link
 from edge_client.outbox import Outbox
+from edge_client.train_request import TrainRequest
 from edge_client.trainer_process import (
     Done,
     Failed,
@@ -23,7 +24,6 @@ from edge_client.trainer_process import (
     StageStarted,
     TrainerKeeper,
     TrainerProcess,
-    TrainRequest,
 )
 from edge_client.transport import Transport, UnreachableError
 from fedepth.data.scan import scan

@@ -25,7 +25,7 @@ from torch.nn import functional
 from fedepth.data.read import Images
 from fedepth.data.transforms import augment, views_rng
 from fedepth.errors import OverBudgetError, PlanError
-from fedepth.memory.meter import DataLimit, Meter, status_bytes
+from fedepth.memory.meter import DataLimit, Meter
 from fedepth.memory.predict import effective_batch
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, release
@@ -368,12 +368,13 @@ def _over_budget(error: BaseException, index: int, stage: Stage, budget: int, me
     if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(text):
         return error
     wanted = _WANTED.search(text)
-    short = status_bytes("VmData") + (int(wanted.group(1)) if wanted else 0) - meter.baseline.data_bytes
+    # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
+    needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)
     return OverBudgetError(
         f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met the limit of "
         f"{format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
         stage=index,
-        miss_bytes=max(0, short - budget - DATA_OVERHEAD_BYTES),
+        miss_bytes=max(0, needed - budget),
     )
 
 

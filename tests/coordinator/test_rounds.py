@@ -75,11 +75,8 @@ def test_a_quorum_starts_once_nobody_else_has_given_a_sign_of_life_for_a_lease()
 
 
 def test_too_few_devices_start_only_at_the_deadline_and_with_quorum() -> None:
-    events = [
-        Waiting("a", 0),
-        *(event for at in range(0, 100, 9) for event in (Waiting("b", at), Left("b", at))),
-    ]
-    state, _ = play(begin(RULES, 0), *events)
+    signs_of_life = (Left("b", at) for at in range(0, 100, 9))  # b lives and never waits
+    state, _ = play(begin(RULES, 0), Waiting("a", 0), *signs_of_life)
     assert play(state, Tick(99.9))[0].phase is Phase.GATHERING
     assert play(state, Tick(100))[0].phase is Phase.TRAINING
     wants_two = begin(replace(RULES, quorum=2), 0)

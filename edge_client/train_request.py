@@ -1,0 +1,29 @@
+"""What the agent asks of its trainer; both sides load this module, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedepth.task import Budget, Plan, Task
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One task to train. Paths are absolute, on this device.
+
+    Attributes:
+        plan: the task's plan, or a smaller one where memory has shrunk.
+        allowed_models: every `module:function` that this device may import.
+        enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
+    """
+
+    task: Task
+    plan: Plan
+    budget: Budget
+    weights: str
+    data: str
+    output: str
+    cache: str
+    device_id: str
+    allowed_models: tuple[str, ...]
+    enforce: bool
