@@ -116,7 +116,7 @@ def _line(event: Mapping[str, Any]) -> str:
         case "task_given":
             predicted, budget = format_size(event["predicted_peak"]), format_size(event["budget"])
             return f"  {event['device']:<10} plan {event['blocks']:<24} predicted {predicted:>10} of {budget}"
-        case "progress" if event["activity"] == "training" and event["epoch"] == 0:
+        case "progress" if event["stage_count"] and event["epoch"] == 0:
             return f"  {event['device']:<10} trains units {event['first']}-{event['last']}"
         case "update_accepted":
             peak = max(stage["measured_peak_bytes"] for stage in event["stages"])

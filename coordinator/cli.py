@@ -196,7 +196,7 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 
 
 async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
-    from coordinator.driver import export_fields
+    from coordinator.global_model import export_fields
     from coordinator.store import Store
     from coordinator.worker import ModelWorker
 

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
 
 from coordinator import rounds
 from coordinator.config import JobConfig, model_spec, policy
 from coordinator.events import Events, encode_event
+from coordinator.global_model import GlobalModel
 from coordinator.intake import Intake
+from coordinator.round_events import (
+    Accepted,
+    Action,
+    CloseRound,
+    Event,
+    Failed,
+    GiveTask,
+    Left,
+    Log,
+    LoseTask,
+    Progressed,
+    RoundDone,
+    StartRound,
+    Tick,
+    Waiting,
+)
 from coordinator.schedule import training_spec
-from coordinator.store import Prepared, RoundRecord, Store, TaskRecord
+from coordinator.store import Prepared, Store, TaskRecord
 from coordinator.worker import Models
-from fedepth.errors import FedepthError, StateError, UpdateError
-from fedepth.layout import ModelLayout
+from fedepth.errors import UpdateError
 from fedepth.planning.planner import make_plan
-from fedepth.task import DeviceReport, Failure, ModelCosts, Plan, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Plan, Progress, Result, Task
 
 TICK_S = 0.2
 
@@ -46,38 +60,6 @@ class _Waiter:
     answer: asyncio.Future[Task | None]  # None: nothing to do, the job is finished or the call is superseded
 
 
-async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
-    """Costs, layout and initial weights of the job's model, made now or in an earlier run.
-
-    Raises:
-        FedepthError: the model cannot be built, or the state is damaged.
-    """
-    training = training_spec(config, 1)
-    await asyncio.to_thread(store.verify_latest)
-    known = store.prepared()
-    started = store.latest_round() is not None
-    if known is not None and started and known.training == training:
-        return known
-    partial = store.directory / "weights" / "initial.partial"
-    answer = await models.request(
-        "prepare", model=model_spec(config), training=training, seed=config.job.seed, output=str(partial)
-    )
-    costs, layout = (
-        msgspec.convert(answer["costs"], ModelCosts),
-        msgspec.convert(answer["layout"], ModelLayout),
-    )
-    prepared = Prepared(costs, layout, training)
-    store.record_prepared(prepared)
-    if started:
-        partial.unlink()  # only the costs were asked for: the weights of this job are trained ones
-    else:
-        record = await asyncio.to_thread(store.seal_weights, partial, 0, 0, 0)
-        if record.digest != answer["digest"]:
-            raise StateError(f"initial weights have sha256 {record.digest[:12]}…, the model worker said otherwise")
-        store.record_round(record)
-    return prepared
-
-
 class Driver:
     """One job in progress. Everything runs in one event loop; what takes long, in a thread or the worker."""
 
@@ -95,15 +77,14 @@ class Driver:
         self.model = model_spec(config)
         self.finished = asyncio.Event()
         self.told_finished: set[str] = set()
-        self._models = models
         self._prepared = prepared
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
         self._names = store.device_names()
         self._reports: dict[str, DeviceReport] = {}
-        self._closing: rounds.CloseRound | None = None
+        self._closing: CloseRound | None = None
         self._wake = asyncio.Event()
-        self._weights = self._latest()
+        self.weights = GlobalModel(config, store, models, self.events)
         self.state = self._restore()
         self.intake = Intake(store, prepared.layout, lambda task_id: rounds.accepts(self.state, task_id))
 
@@ -121,15 +102,9 @@ class Driver:
         )
         kept = [
             rounds.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
-            for task in self.store.tasks_of(self._weights.round + 1)
+            for task in self.store.tasks_of(self.weights.record.round + 1)
         ]
-        return rounds.restore(rules, self._weights.round, kept, self._clock())
-
-    def _latest(self) -> RoundRecord:
-        record = self.store.latest_round()
-        if record is None:
-            raise StateError(f"{self.store.directory} has no weights to begin with")
-        return record
+        return rounds.restore(rules, self.weights.record.round, kept, self._clock())
 
     # --- what devices do
 
@@ -170,7 +145,7 @@ class Driver:
             older.answer.set_result(None)
         waiter = _Waiter(report, plan, asyncio.get_running_loop().create_future())
         self._waiters[report.device_id] = waiter
-        self.apply(rounds.Waiting(report.device_id, self._clock()))
+        self.apply(Waiting(report.device_id, self._clock()))
         return waiter.answer
 
     def stop_waiting(self, device_id: str, answer: asyncio.Future[Task | None]) -> None:
@@ -178,7 +153,7 @@ class Driver:
         waiter = self._waiters.get(device_id)
         if waiter is not None and waiter.answer is answer:
             del self._waiters[device_id]
-            self.apply(rounds.Left(device_id, self._clock()))
+            self.apply(Left(device_id, self._clock()))
 
     def progressed(self, progress: Progress) -> bool:
         """Renews a lease; whether the task is still wanted."""
@@ -192,7 +167,7 @@ class Driver:
 
     def touch(self, task_id: str) -> None:
         """A sign of life of a task, such as a chunk of its upload."""
-        self.apply(rounds.Progressed(task_id, self._clock()))
+        self.apply(Progressed(task_id, self._clock()))
 
     async def commit(self, result: Result) -> int:
         """Records an update and returns its round.
@@ -217,7 +192,7 @@ class Driver:
                 seconds=result.seconds,
                 stages=result.stages,
             )
-            self.apply(rounds.Accepted(result.task_id, self._clock()))
+            self.apply(Accepted(result.task_id, self._clock()))
         return result.round
 
     def refuse(self, task_id: str, device_id: str, error: UpdateError) -> None:
@@ -234,7 +209,7 @@ class Driver:
         )
         if owner and rounds.accepts(self.state, task_id):
             self.store.end_task(task_id, "refused", error.reason, str(error))
-            self.apply(rounds.Failed(task_id, self._clock()))
+            self.apply(Failed(task_id, self._clock()))
         else:
             self.store.count_refusal(task_id, error.reason, str(error))
 
@@ -246,24 +221,24 @@ class Driver:
         if rounds.accepts(self.state, failure.task_id):
             self.store.end_task(failure.task_id, "failed", failure.outcome.value, failure.message)
             self.events.tell("task_failed", device=self._name(failure.device_id), **vars(failure))
-            self.apply(rounds.Failed(failure.task_id, self._clock()))
+            self.apply(Failed(failure.task_id, self._clock()))
         return False
 
     # --- what follows
 
-    def apply(self, event: rounds.Event) -> None:
+    def apply(self, event: Event) -> None:
         """Feeds one event to the state machine and acts on what comes out."""
         self.state, actions = rounds.step(self.state, event)
         for action in actions:
             self._act(action)
 
-    def _act(self, action: rounds.Action) -> None:
-        if isinstance(action, rounds.GiveTask):
+    def _act(self, action: Action) -> None:
+        if isinstance(action, GiveTask):
             self._give(action)
-        elif isinstance(action, rounds.StartRound):
+        elif isinstance(action, StartRound):
             names = [self._name(device) for device in action.devices]
             self.events.tell("round_started", round=action.round, devices=names)
-        elif isinstance(action, rounds.LoseTask):
+        elif isinstance(action, LoseTask):
             self.store.end_task(action.task_id, "lost", "lost", action.reason)
             self.events.tell(
                 "task_failed",
@@ -273,15 +248,15 @@ class Driver:
                 outcome="lost",
                 message=action.reason,
             )
-        elif isinstance(action, rounds.CloseRound):
+        elif isinstance(action, CloseRound):
             self._closing = action
             self._wake.set()
-        elif isinstance(action, rounds.Log):
+        elif isinstance(action, Log):
             self.events.tell("log", message=action.message)
         else:
             self._wake.set()
 
-    def _give(self, action: rounds.GiveTask) -> None:
+    def _give(self, action: GiveTask) -> None:
         waiter = self._waiters.pop(action.device_id)
         record = TaskRecord(
             action.task_id,
@@ -303,8 +278,8 @@ class Driver:
             policy=policy(self.config),
             costs=self._prepared.costs,
             plan=waiter.plan,
-            weights_digest=self._weights.digest,
-            weights_bytes=self._weights.size_bytes,
+            weights_digest=self.weights.record.digest,
+            weights_bytes=self.weights.record.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
         )
         self.events.tell(
@@ -318,7 +293,7 @@ class Driver:
             predicted_peak=waiter.plan.predicted_peak_bytes,
             available=waiter.report.budget.available_bytes,
             budget=waiter.report.budget.budget_bytes,
-            weights_bytes=self._weights.size_bytes,
+            weights_bytes=self.weights.record.size_bytes,
         )
         if not waiter.answer.done():
             waiter.answer.set_result(task)
@@ -332,7 +307,7 @@ class Driver:
         if self.state.phase is rounds.Phase.FINISHED:
             await self._complete()
         while True:
-            self.apply(rounds.Tick(self._clock()))
+            self.apply(Tick(self._clock()))
             if self._closing is not None:
                 closing, self._closing = self._closing, None
                 await self._close(closing)
@@ -347,72 +322,32 @@ class Driver:
         finally:
             waker.cancel()
 
-    async def _close(self, closing: rounds.CloseRound) -> None:
+    async def _close(self, closing: CloseRound) -> None:
         results = self.store.updates_of(closing.round)
-        partial = self.store.directory / "weights" / f"round-{closing.round:04d}.partial"
-        base = self.store.weights_path(self._weights.round)
         updates = [(self.intake.paths(result), float(result.sample_count)) for result in results]
-        await asyncio.to_thread(average_updates, base, updates, partial)
-        samples = sum(result.sample_count for result in results)
-        record = await asyncio.to_thread(self.store.seal_weights, partial, closing.round, len(results), samples)
-        self.store.record_round(record)
-        self._weights = record
+        await self.weights.average(closing.round, updates, sum(result.sample_count for result in results))
         await asyncio.to_thread(self.store.drop_spools_before, closing.round + 1)
         self.intake.forget_round()
-        self.events.tell("round_closed", round=closing.round, updates=len(results), samples=samples)
+        await self.weights.evaluate()
         every = self.config.export.every
-        await self._evaluate()
         if closing.round >= self.config.job.rounds or (every and closing.round % every == 0):
-            await self._export()
-        self.apply(rounds.RoundDone(closing.round, self._clock()))
+            await self.weights.export()
+        self.apply(RoundDone(closing.round, self._clock()))
         if self.state.phase is rounds.Phase.FINISHED:
             await self._complete()
 
     async def _complete(self) -> None:
         """The job is finished; makes up what a crash may have kept from happening."""
-        if self._weights.accuracy < 0:
-            await self._evaluate()
-        if not self._weights.export_path:
-            await self._export()
+        if self.weights.record.accuracy < 0:
+            await self.weights.evaluate()
+        if not self.weights.record.export_path:
+            await self.weights.export()
         for device_id, waiter in list(self._waiters.items()):
             del self._waiters[device_id]
             if not waiter.answer.done():
                 waiter.answer.set_result(None)
-        self.events.tell("finished", rounds=self.config.job.rounds, accuracy=self._weights.accuracy)
+        self.events.tell("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
         self.finished.set()
-
-    async def _evaluate(self) -> None:
-        weights = self._weights
-        try:
-            answer = await self._models.request(
-                "evaluate",
-                model=self.model,
-                weights=str(self.store.weights_path(weights.round)),
-                test_data=self.config.test.data,
-            )
-        except FedepthError as error:  # the round stands without its accuracy
-            self.events.tell("log", message=f"round {weights.round} could not be evaluated: {error}")
-            return
-        self.store.set_evaluation(weights.round, answer["accuracy"], answer["loss"])
-        self._weights = self._latest()
-        self.events.tell("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
-
-    async def _export(self) -> None:
-        weights = self._weights
-        try:
-            answer = await self._models.request("export", **export_fields(self.config, self.store, weights))
-        except FedepthError as error:  # the weights stand; `fedepth-coordinator export` tries again
-            self.events.tell("log", message=f"round {weights.round} could not be exported: {error}")
-            return
-        self.store.set_export(weights.round, answer["path"], answer["parity_max_abs"])
-        self._weights = self._latest()
-        self.events.tell(
-            "exported",
-            round=weights.round,
-            path=answer["path"],
-            parity_max_abs=answer["parity_max_abs"],
-            samples=answer["samples"],
-        )
 
     # --- for people
 
@@ -426,7 +361,7 @@ class Driver:
             "rounds": self.config.job.rounds,
             "devices": len(rounds.live_devices(self.state, self._clock())),
             "accuracy": next((each.accuracy for each in reversed(done) if each.accuracy >= 0), -1.0),
-            "weights_digest": self._weights.digest,
+            "weights_digest": self.weights.record.digest,
             "onnx_path": next((each.export_path for each in reversed(done) if each.export_path), ""),
         }
 
@@ -439,26 +374,3 @@ class Driver:
 
     def _name(self, device_id: str) -> str:
         return self._names.get(device_id, device_id)
-
-
-def average_updates(base: Path, updates: Sequence[tuple[tuple[Path, ...], float]], output: Path) -> None:
-    """Writes the mean of updates, each given by its parts and its weight, to `output`."""
-    from fedepth.aggregation.mean import (  # numpy: only when there is something to average
-        ClientUpdate,
-        average,
-    )
-
-    average(base, [ClientUpdate(parts, weight) for parts, weight in updates], output)
-
-
-def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output: str = "") -> dict[str, Any]:
-    """The request that exports a round's weights, to `output` or to their place in the state directory."""
-    return {
-        "model": model_spec(config),
-        "weights": str(store.weights_path(weights.round)),
-        "weights_digest": weights.digest,
-        "job": config.job.name,
-        "round": weights.round,
-        "test_data": config.test.data,
-        "output": output or str(store.export_path(weights.round)),
-    }

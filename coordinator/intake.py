@@ -15,9 +15,9 @@ from pathlib import Path
 from fedepth_wire.chunks import append_chunk
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator.store import Store, TaskRecord, make_durable
+from coordinator.store import Store, TaskRecord
 from fedepth.errors import ProtocolError, UpdateError
-from fedepth.files import file_digest
+from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.task import PartInfo, Plan, Result
 

@@ -18,6 +18,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from coordinator.round_events import (
+    Accepted,
+    Action,
+    CloseRound,
+    Event,
+    Failed,
+    Finish,
+    GiveTask,
+    Left,
+    Log,
+    LoseTask,
+    Progressed,
+    RoundDone,
+    StartRound,
+    Waiting,
+)
+
 
 class Phase(str, Enum):
     GATHERING = "gathering"
@@ -88,104 +105,6 @@ class State:
     tasks: tuple[Assignment, ...]
     waiting: frozenset[str]
     seen: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A device asks for a task and waits."""
-
-    device_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Left:
-    """A device no longer waits."""
-
-    device_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Progressed:
-    """A sign of life of a task."""
-
-    task_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """An update is recorded. Only for tasks that `accepts` allows."""
-
-    task_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A task ended without an update: refused, declined, or broken."""
-
-    task_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Tick:
-    now: float
-
-
-@dataclass(frozen=True)
-class RoundDone:
-    """The round's average is recorded."""
-
-    round: int
-    now: float
-
-
-@dataclass(frozen=True)
-class StartRound:
-    round: int
-    devices: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class GiveTask:
-    """Hand this task to its device, which waits for it."""
-
-    task_id: str
-    device_id: str
-    attempt: int
-    round: int
-
-
-@dataclass(frozen=True)
-class LoseTask:
-    task_id: str
-    device_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class CloseRound:
-    """Average these tasks' updates, then say RoundDone."""
-
-    round: int
-    task_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    rounds: int
-
-
-@dataclass(frozen=True)
-class Log:
-    message: str
-
-
-Event = Waiting | Left | Progressed | Accepted | Failed | Tick | RoundDone
-Action = StartRound | GiveTask | LoseTask | CloseRound | Finish | Log
 
 
 def begin(rules: Rules, now: float) -> State:

@@ -21,7 +21,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from coordinator.config import JobConfig, model_spec
-from coordinator.driver import Driver, prepare
+from coordinator.driver import Driver
+from coordinator.global_model import prepare
 from coordinator.service import FederationService
 from coordinator.store import Store
 from coordinator.worker import Models

@@ -27,7 +27,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
 from fedepth.errors import StateError
-from fedepth.files import file_digest
+from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.task import DeviceReport, ModelCosts, ModelSpec, Plan, Result, TrainingSpec
 
@@ -70,16 +70,6 @@ class Prepared:
     training: TrainingSpec
 
 
-def make_durable(path: Path) -> None:
-    """Flushes a file and the folder that names it to the disk."""
-    for each in (path, path.parent):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def lock_state(directory: Path) -> IO[str]:
     """Takes the state directory for this process, until the file is closed or the process ends.
 
@@ -117,6 +107,7 @@ class Store:
         Raises:
             StateError: another coordinator has it, or it holds a job with another model.
         """
+        directory = directory.resolve()  # the record names files in it, for whoever reads it from elsewhere
         for folder in ("weights", "spool", "exports"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
         lock = lock_state(directory)

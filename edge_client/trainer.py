@@ -127,7 +127,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, warm: set[Mod
             plan=request.plan,
             split=split,
             weights=weights,
-            images=open_images(Path(request.data), task.model, "train"),
+            images=open_images(Path(request.data), task.model, "train", scratch=cache),
             output=output,
             cache=cache,
             device_id=request.device_id,

@@ -92,7 +92,7 @@ class Worker:
             self._check_model(task)
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
             weights = await self._weights(task)
-            self._report(replace(progress, activity="training"))
+            self._report(replace(progress, activity="starting the trainer"))
             request = TrainRequest(
                 task=task,
                 plan=task.plan,

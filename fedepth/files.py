@@ -52,6 +52,16 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_durable(path: Path) -> None:
+    """Flushes a file or folder, and the folder that names it, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()

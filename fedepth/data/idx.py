@@ -10,10 +10,13 @@ import gzip
 import math
 import os
 import struct
+import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from fedepth.errors import DataError
 from fedepth.files import replacing
@@ -47,16 +50,20 @@ def write_idx(path: Path, array: Buffer) -> None:
 class IdxFile:
     """An IDX file of unsigned bytes.
 
-    A plain file is read where it is asked for. A gzipped one cannot be: the first read of items
-    decompresses all of it into memory, where it stays.
+    Items are read where they are asked for. A gzipped file cannot be read so: the first read of items decompresses
+    it into a nameless file, which is gone when this object is.
 
     Attributes:
         shape: (items, …).
         item_bytes: bytes per item.
     """
 
-    def __init__(self, path: Path, dimensions: int) -> None:
+    def __init__(self, path: Path, dimensions: int, scratch: Path | None = None) -> None:
         """Reads the header.
+
+        Args:
+            scratch: an existing folder for the decompressed file, on a disk; without one, the system's folder for
+                temporary files, which may lie in memory.
 
         Raises:
             DataError: the file is no IDX file of unsigned bytes in `dimensions` dimensions, or too short or
@@ -65,7 +72,8 @@ class IdxFile:
         self.path = path
         self._zipped = path.suffix == ".gz"
         self._start = 4 + 4 * dimensions
-        self._data: bytes | None = None
+        self._scratch = scratch
+        self._plain: BinaryIO | None = None
         size = path.stat().st_size
         self.shape = self._parse(self._read_start(), dimensions)
         self.item_bytes = math.prod(self.shape[1:])
@@ -88,24 +96,15 @@ class IdxFile:
         return b"".join(self._items(indices))
 
     def _items(self, indices: Iterable[int]) -> Iterator[bytes]:
-        if self._zipped and self._data is None:
-            self._data = self._decompress()
-        descriptor = os.open(self.path, os.O_RDONLY) if self._data is None else -1
-        try:
+        with ExitStack() as opened:
+            file = self._decompressed() if self._zipped else opened.enter_context(open(self.path, "rb"))
             for index in indices:
                 if not 0 <= index < self.shape[0]:
                     raise IndexError(f"item {index} of {self.shape[0]} in {self.path}")
-                start = self._start + index * self.item_bytes
-                if self._data is None:
-                    item = os.pread(descriptor, self.item_bytes, start)
-                else:
-                    item = self._data[start : start + self.item_bytes]
+                item = os.pread(file.fileno(), self.item_bytes, self._start + index * self.item_bytes)
                 if len(item) != self.item_bytes:
                     raise DataError(f"{self.path} ends within item {index}; was it changed? Start again")
                 yield item
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
 
     def pieces(self) -> Iterator[bytes]:
         """All items in pieces of at most 1 MiB, in order, in little memory even for a gzipped file.
@@ -129,8 +128,20 @@ class IdxFile:
                 + ("more bytes than that" if surplus else f"{left} bytes less")
             )
 
-    def _decompress(self) -> bytes:
-        return bytes(self._start) + b"".join(self.pieces())
+    def _decompressed(self) -> BinaryIO:
+        if self._plain is None:
+            plain = cast(BinaryIO, tempfile.TemporaryFile(dir=self._scratch))  # noqa: SIM115 - it is kept open
+            weakref.finalize(self, plain.close)
+            try:
+                plain.write(bytes(self._start))
+                for piece in self.pieces():
+                    plain.write(piece)
+                plain.flush()
+            except BaseException:
+                plain.close()
+                raise
+            self._plain = plain
+        return self._plain
 
     def _read_start(self) -> bytes:
         try:

@@ -1,7 +1,6 @@
 """Images of any supported source as uint8 batches in a model's shape. numpy and PIL, no torch.
 
-A batch is read when it is asked for: a data set never lies in memory as a whole, except a gzipped one and the
-small set of digits.
+A batch is read when it is asked for: a data set never lies in memory as a whole, except the small set of digits.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Images(Protocol):
         """
 
 
-def open_images(source: Path | str, spec: ModelSpec, split: str = "train") -> Images:
+def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scratch: Path | None = None) -> Images:
     """Opens a data directory (see fedepth.data.scan), or "digits" for the set that comes with scikit-learn.
 
     Images of another size are resized (bilinear; the digits bicubic), colours become gray or gray becomes
@@ -55,6 +54,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train") -> Im
         source: the directory, or "digits"; a folder of that name needs its absolute path.
         spec: the model; its input shape must be (1 or 3, height, width).
         split: "train" or "test".
+        scratch: a folder on a disk, where gzipped files are decompressed to nameless ones.
 
     Raises:
         DataError: the data cannot be used, or the model takes no images.
@@ -68,7 +68,9 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train") -> Im
         return _GrayImages(lambda indices: images[indices], labels, shape, Image.Resampling.BICUBIC)
     directory = Path(source)
     idx = find_idx(directory, split)
-    return _FileImages(find_folders(directory, spec.classes, split), shape) if idx is None else _open_idx(*idx, spec)
+    if idx is None:
+        return _FileImages(find_folders(directory, spec.classes, split), shape)
+    return _open_idx(*idx, spec, scratch)
 
 
 class _GrayImages:
@@ -130,8 +132,8 @@ class _FileImages:
             raise DataError(f"{path} cannot be read as an image: {error}; repair or remove it") from error
 
 
-def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec) -> Images:
-    images, labels_file = IdxFile(images_path, 3), IdxFile(labels_path, 1)
+def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
+    images, labels_file = IdxFile(images_path, 3, scratch), IdxFile(labels_path, 1)
     check_pair(images, labels_file)
     labels = np.frombuffer(b"".join(labels_file.pieces()), np.uint8).astype(np.int64)
     check_labels(labels_path, np.unique(labels).tolist(), spec.classes)

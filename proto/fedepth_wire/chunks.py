@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 
 from fedepth.errors import ProtocolError
-from fedepth.files import file_digest
+from fedepth.files import file_digest, make_durable
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 CHUNK_BYTES = 1 << 20
@@ -51,6 +50,8 @@ async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, to
     Raises:
         ProtocolError: see `append_chunk`; or the stream ended early; or the digest differs.
     """
+    if total_bytes <= 0:
+        raise ProtocolError(f"{path.name}: a file of {total_bytes} bytes was announced")
     start = offset
     async for chunk in chunks:
         offset = append_chunk(path, chunk, offset, total_bytes)
@@ -60,6 +61,5 @@ async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, to
     if got != digest:
         path.unlink()
         raise ProtocolError(f"{path.name}: sha256 is {got[:12]}…, expected {digest[:12]}…")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    make_durable(path)
     return offset - start

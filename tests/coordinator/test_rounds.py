@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.rounds import (
+from coordinator.round_events import (
     Accepted,
     Action,
-    Assignment,
     CloseRound,
     Event,
     Failed,
@@ -18,15 +17,18 @@ from coordinator.rounds import (
     Left,
     Log,
     LoseTask,
-    Phase,
     Progressed,
     RoundDone,
-    Rules,
-    Standing,
     StartRound,
-    State,
     Tick,
     Waiting,
+)
+from coordinator.rounds import (
+    Assignment,
+    Phase,
+    Rules,
+    Standing,
+    State,
     accepts,
     begin,
     restore,

@@ -6,20 +6,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.rounds import (
+from coordinator.round_events import (
     Accepted,
     CloseRound,
     Event,
     Failed,
     GiveTask,
     Left,
-    Phase,
     Progressed,
     RoundDone,
-    Rules,
-    Standing,
     Tick,
     Waiting,
+)
+from coordinator.rounds import (
+    Phase,
+    Rules,
+    Standing,
     accepts,
     begin,
     restore,

@@ -16,10 +16,11 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 
-from coordinator import driver as driver_module
+from coordinator import global_model
 from coordinator import intake as intake_module
 from coordinator.config import model_spec
-from coordinator.driver import Driver, prepare
+from coordinator.driver import Driver
+from coordinator.global_model import prepare
 from coordinator.service import FederationService
 from coordinator.store import Store
 from fedepth.task import Failure, Outcome, Progress, Result, Task
@@ -86,7 +87,7 @@ Play = Callable[..., None]
 def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
-    monkeypatch.setattr(driver_module, "average_updates", fake_average)
+    monkeypatch.setattr(global_model, "average_updates", fake_average)
 
     @asynccontextmanager
     async def served(**job: Any) -> AsyncIterator[Rig]:
@@ -187,6 +188,7 @@ def test_a_device_that_hangs_up_no_longer_waits(play: Play) -> None:
         await until(rig, lambda: "a" in rig.driver.state.waiting)
         call.cancel()
         await until(rig, lambda: "a" not in rig.driver.state.waiting)
+        assert rig.driver.state.waiting == frozenset() and call.cancelled()
 
     play(scene)
 

@@ -53,10 +53,18 @@ def test_items_of_a_plain_file_are_read_when_they_are_asked_for(tmp_path: Path) 
 def test_a_gzipped_file_is_decompressed_once(tmp_path: Path) -> None:
     path = tmp_path / "images.gz"
     write_idx(path, IMAGES)
-    file = IdxFile(path, 3)
+    file = IdxFile(path, 3, scratch=tmp_path)
     first = file.read_items([1])
     path.unlink()
     assert file.read_items([1]) == first
+    assert list(tmp_path.iterdir()) == []  # the decompressed file has no name
+
+
+def test_a_gzipped_file_is_decompressed_where_it_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "images.gz"
+    write_idx(path, IMAGES)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        IdxFile(path, 3, scratch=tmp_path / "nowhere").read_items([1])
 
 
 def test_pieces_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
