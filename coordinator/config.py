@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from fedepth.errors import ConfigError
-from fedepth.task import ModelSpec, Policy
+from fedepth.task import CacheType, ModelSpec, Policy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,7 +49,7 @@ class JobSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rounds: AtLeastOne = 10
     devices_per_round: AtLeastOne = 2
     quorum: AtLeastOne | None = None
-    round_deadline_s: Positive = 600.0
+    round_deadline_s: Positive = 3600.0
     gather_s: NotNegative = 5.0
     lease_s: Positive = 60.0
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
@@ -84,6 +84,7 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: NotNegative = 0.0
     proximal_mu: NotNegative = 0.0
     augmentation: Literal["none", "crop-flip"] = "none"
+    cache_type: CacheType = CacheType.FLOAT32
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

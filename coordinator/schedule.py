@@ -46,4 +46,5 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         proximal_mu=section.proximal_mu,
         augmentation=section.augmentation,
         seed=config.job.seed + number,  # other shuffles in every round, the same after a restart
+        cache_type=section.cache_type,
     )

@@ -28,7 +28,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -77,6 +77,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linger_s: float = 60.0
     threads: int = 0
     enforce: bool = True
+    allocator: Literal["auto", "tcmalloc", "glibc"] = "auto"
 
     def __post_init__(self) -> None:
         if self.linger_s < 0:

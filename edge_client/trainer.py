@@ -20,11 +20,13 @@ from edge_client.train_request import TrainRequest
 from fedepth.data.read import open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.files import file_digest
-from fedepth.memory.meter import Meter, allocator, status_bytes
+from fedepth.memory import allocator
+from fedepth.memory.meter import Meter, status_bytes
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
-from fedepth.training.depthwise import Work, train
+from fedepth.training.depthwise import train
 from fedepth.training.warmup import prefers_channels_last, warm_up
+from fedepth.training.work import Work
 from fedepth.weights import open_weights
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
@@ -90,7 +92,7 @@ def main() -> None:
     os.dup2(2, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _start(device)
-    lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator())
+    lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
     warm: set[ModelSpec] = set()
     while True:
         message = lines.hear()
@@ -106,9 +108,10 @@ def main() -> None:
                 budget_bytes=getattr(error, "budget_bytes", request.budget.budget_bytes),
                 stage=getattr(error, "stage", 0),
                 miss_bytes=getattr(error, "miss_bytes", 0),
+                retained_bytes=allocator.retained_bytes(),
             )
         else:
-            lines.tell(event="done", result=result)
+            lines.tell(event="done", result=result, retained_bytes=allocator.retained_bytes())
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 
@@ -153,7 +156,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, warm: set[Mod
             PartInfo(number, path.stat().st_size, file_digest(path)) for number, path in enumerate(trained.parts)
         ),
         seconds=time.monotonic() - started,
-        allocator=allocator(),
+        allocator=allocator.name(),
         baseline_bytes=meter.baseline.resident_bytes,
     )
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import re
-import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from edge_client.allocators import environment
 from edge_client.config import TrainerConfig
 from edge_client.link import within
 from edge_client.probe import anonymous_bytes
@@ -76,9 +76,13 @@ class StageDone(_Event, tag="stage_done", frozen=True):
 
 
 class Done(_Event, tag="done", frozen=True):
-    """The task is trained, and its parts lie in the output folder."""
+    """The task is trained, and its parts lie in the output folder.
+
+    `retained_bytes`: address space that the allocator keeps for later, out of RLIMIT_DATA's reach.
+    """
 
     result: Result
+    retained_bytes: int = 0
 
 
 class Failed(_Event, tag="failed", frozen=True):
@@ -90,6 +94,7 @@ class Failed(_Event, tag="failed", frozen=True):
     budget_bytes: int = 0
     stage: int = 0
     miss_bytes: int = 0
+    retained_bytes: int = 0
 
 
 Event = Measure | StageStarted | StageProgress | StageDone | Done | Failed
@@ -102,6 +107,7 @@ class TrainerProcess:
         start_bytes: what it costs before weights and data, as it says itself.
         allocator: its memory allocator's name and version.
         idle_anonymous_bytes: the part of its start that the kernel cannot drop, seen from outside.
+        retained_bytes: address space that its allocator keeps since the last task.
     """
 
     def __init__(self, child: Child, ready: Ready) -> None:
@@ -109,6 +115,7 @@ class TrainerProcess:
         self.start_bytes = ready.start_bytes
         self.allocator = ready.allocator
         self.idle_anonymous_bytes = anonymous_bytes(child.pid)
+        self.retained_bytes = 0
 
     @classmethod
     async def start(cls, config: TrainerConfig, argv: Sequence[str] = TRAINER_ARGV) -> TrainerProcess:
@@ -117,7 +124,7 @@ class TrainerProcess:
         Raises:
             ChildError: it ended, said something else than `ready`, or was silent for START_S.
         """
-        child = await Child.start("trainer", argv, environment(config))
+        child = await Child.start("trainer", argv, environment(config.allocator, config.threads))
         started = False
         try:
             trainer = cls(child, msgspec.convert(await within(START_S, child.receive()), Ready))
@@ -158,6 +165,8 @@ class TrainerProcess:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
                 raise ChildError(f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}") from None
+            if isinstance(event, (Done, Failed)):
+                self.retained_bytes = event.retained_bytes
             yield event
             if isinstance(event, (Done, Failed)):
                 return
@@ -229,21 +238,6 @@ class TrainerKeeper:
         if self._stopping:
             await self._stopping
             self._stopping = None
-
-
-def environment(config: TrainerConfig, platform: str = sys.platform) -> dict[str, str]:
-    """What a trainer's environment needs so that its memory follows its tensors."""
-    settings = {
-        # Arenas of 1 GiB of address space would defeat RLIMIT_DATA (torch's aarch64 wheels bring mimalloc).
-        "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    }
-    if platform.startswith("linux"):
-        # glibc raises both as it runs, and then keeps what was freed; other C libraries ignore these.
-        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    if config.threads:
-        settings["OMP_NUM_THREADS"] = str(config.threads)
-    return settings
 
 
 def torch_version() -> str:

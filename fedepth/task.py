@@ -23,6 +23,18 @@ class CachePlace(str, Enum):
     DISK = "disk"
 
 
+class CacheType(str, Enum):
+    """How cached activations are kept; what is not float32 loses precision (fedepth.training.cache)."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    UINT8 = "uint8"
+
+    def row_bytes(self, values: int) -> int:
+        """Bytes of one cached sample of that many values; uint8 keeps two float32 numbers beside them."""
+        return {CacheType.FLOAT32: 4 * values, CacheType.FLOAT16: 2 * values, CacheType.UINT8: values + 8}[self]
+
+
 @dataclass(frozen=True)
 class MemoryLimit:
     """One bound on what a process may take.
@@ -112,6 +124,7 @@ class TrainingSpec:
     proximal_mu: float  # FedProx term; 0 switches it off
     augmentation: str  # "none" or "crop-flip"
     seed: int
+    cache_type: CacheType = CacheType.FLOAT32
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,7 @@ class Stage:
         cache: where the block's inputs are kept.
         build_batch: samples per forward pass while the inputs are computed from the stage before.
         predicted: the predicted peak by component.
+        checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
     """
 
     first: int
@@ -228,6 +242,7 @@ class Stage:
     cache: CachePlace
     build_batch: int
     predicted: PeakComponents
+    checkpoint: bool = False
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -293,6 +308,9 @@ class StageResult:
     """What one stage needed and did.
 
     Attributes:
+        micro_batch: the smallest that was used; smaller than planned where memory ran short in between.
+        rehearsed_peak_bytes: the same peak in the rehearsal, one optimizer step before training began; 0 where the
+            stage was planned too late to be rehearsed.
         measured_peak_bytes: VmHWM of the trainer above the task's baseline, while this stage ran.
         measured_anonymous_bytes: sampled anonymous part of it, a lower bound.
         steps: optimizer steps.
@@ -303,6 +321,7 @@ class StageResult:
     last: int
     micro_batch: int
     predicted_peak_bytes: int
+    rehearsed_peak_bytes: int
     measured_peak_bytes: int
     measured_anonymous_bytes: int
     budget_bytes: int

@@ -6,16 +6,13 @@ lower bound. `ru_maxrss` is of no use: a child inherits it from its parent.
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedepth.memory import allocator
+
 _STATUS = Path("/proc/self/status")
-_MAPS = Path("/proc/self/maps")
-_ALLOCATORS = re.compile(r"(tcmalloc_minimal|tcmalloc|jemalloc|mimalloc)[^/\s]*\.so[.\d]*")
 
 
 def status_bytes(field: str) -> int:
@@ -34,7 +31,7 @@ class Baseline:
     Attributes:
         resident_bytes: VmRSS.
         anonymous_bytes: RssAnon.
-        data_bytes: VmData, what RLIMIT_DATA counts.
+        data_bytes: VmData, what RLIMIT_DATA counts, without what the allocator has free.
     """
 
     resident_bytes: int
@@ -46,11 +43,14 @@ class Meter:
     """Peaks above one baseline. Reset it at the start of every stage; sample it between batches."""
 
     def __init__(self) -> None:
-        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), status_bytes("VmData"))
+        allocator.release()
+        data = status_bytes("VmData") - allocator.retained_bytes()
+        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), data)
         self._anonymous = 0
 
     def reset(self) -> None:
-        """Sets the kernel's high-water mark back to what is resident now."""
+        """Gives free pages back and sets the kernel's high-water mark to what is resident then."""
+        allocator.release()
         Path("/proc/self/clear_refs").write_text("5")
         self._anonymous = 0
         self.sample()
@@ -77,7 +77,9 @@ class Meter:
 class DataLimit:
     """RLIMIT_DATA as a soft limit around a task; the hard limit stays, so that the next task may have another.
 
-    Address space runs ahead of what is resident; `overhead_bytes` is by how much it may.
+    Address space runs ahead of what is resident; `overhead_bytes` is by how much it may. The kernel looks at the limit
+    when address space is asked for, so what an allocator has retained is out of its reach: a process that retains more
+    than the budget has to be replaced (`allocator.retained_bytes`).
     """
 
     def __init__(self, data_bytes: int, budget_bytes: int, overhead_bytes: int) -> None:
@@ -95,15 +97,3 @@ class DataLimit:
     @staticmethod
     def _set(soft: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def allocator() -> str:
-    """Name of the memory allocator that this process runs with, as its mapped files tell."""
-    found = _ALLOCATORS.search(_MAPS.read_text())
-    if found:
-        return found.group(0)
-    library = re.search(r"(libc\.so\.6|ld-musl[^\s]*)", _MAPS.read_text())
-
-    thresholds = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    name = " ".join(platform.libc_ver()) if library else "unknown"
-    return f"{name}, thresholds {thresholds}" if thresholds else name

@@ -5,8 +5,7 @@ A stage lives through these moments; each holds something else, and the peak is 
     build      the block's inputs are computed from the inputs of the stage before, without autograd
     forward k  the units before k have saved their activations, unit k is running
     exit       the skip connection and the head run forward, then backward
-    backward k everything up to unit k is still saved, unit k's gradients are being computed
-    update     all gradients and the optimizer state, no activations
+    backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The traced numbers see tensors only. Kernels want scratch memory on top; over the configurations measured, the larger of
 the largest activation and the largest parameter, plus 4 MiB, covered it (docs/memory.md).
@@ -14,11 +13,13 @@ the largest activation and the largest parameter, plus 4 MiB, covered it (docs/m
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from fedepth.task import CachePlace, ModelCosts, PeakComponents, TrainingSpec
+from fedepth.task import CachePlace, ModelCosts, PeakComponents, TrainingSpec, UnitCost
 
 SCRATCH_FIXED_BYTES = 4 << 20
+FLOAT_BYTES = 4
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
@@ -28,9 +29,11 @@ def effective_batch(costs: ModelCosts, training: TrainingSpec, sample_count: int
     return max(min(training.batch, sample_count), costs.smallest_micro_batch)
 
 
-def cached_sample_bytes(costs: ModelCosts, first: int) -> int:
-    """What one cached input of unit `first` takes: pixels as stored before unit 0, float32 afterwards."""
-    return costs.raw_input_bytes if first == 0 else costs.units[first].input_bytes
+def cached_sample_bytes(costs: ModelCosts, training: TrainingSpec, first: int) -> int:
+    """What one cached input of unit `first` takes: pixels as stored before unit 0, the job's cache type afterwards."""
+    if first == 0:
+        return costs.raw_input_bytes
+    return training.cache_type.row_bytes(costs.units[first].input_bytes // FLOAT_BYTES)
 
 
 def optimizer_copies(training: TrainingSpec) -> int:
@@ -47,12 +50,17 @@ def training_peak(
     *,
     accumulates: bool,
     cache_bytes: int,
+    checkpoint: bool = False,
 ) -> PeakComponents:
     """The worst moment of training units `first..last` with `micro_batch` samples per forward pass.
+
+    A parameter is updated, and its gradient freed, as soon as the backward pass is through with it; gradients of
+    several micro-batches live until the last of them.
 
     Args:
         accumulates: gradients of several micro-batches are summed, so that they live through the forward pass.
         cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
+        checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
     """
     units = costs.units[first : last + 1]
     exit_ = costs.exits[last]
@@ -67,39 +75,65 @@ def training_peak(
         scratch=_scratch(micro_batch, [unit.largest_activation_bytes for unit in (*units, exit_)], largest_parameter),
         cache=cache_bytes,
     )
-
-    saved = [unit.saved.at(micro_batch) for unit in (*units, exit_)]
-    kept_outputs = [  # between unit k and what follows: once, if either side keeps it and the unit has not counted it
-        unit.output_bytes * micro_batch if follower.saves_input and not unit.saves_output else 0
-        for unit, follower in zip(units, (*units[1:], exit_), strict=True)
-    ]
-    held = units[0].input_bytes * micro_batch  # activations that live before unit k runs
-    moments: list[tuple[int, int, int]] = []  # (activations, temporaries, gradients)
-    gradients_before = sum(trainable) if accumulates else 0
-    held_after: list[int] = []
-    loose = 0  # the running unit's input, where nobody keeps it for the backward pass
-    for k, step in enumerate((*units, exit_)):
-        output = 0 if step.saves_output else step.output_bytes * micro_batch
-        moments.append((held + saved[k], loose + output + step.forward.at(micro_batch), gradients_before))
-        held_after.append(held + saved[k])  # when the backward pass comes back here, the unit's output is gone
-        kept = kept_outputs[k] if k < len(units) else 0
-        held += saved[k] + kept
-        loose = 0 if kept or step.saves_output else step.output_bytes * micro_batch
-    gradients = gradients_before
-    for k in range(len(units), -1, -1):
-        step = (*units, exit_)[k]
-        # A fresh gradient and the sum it is added to live side by side, one parameter at a time.
-        fresh = step.largest_parameter_bytes if accumulates else trainable[k]
-        moments.append((held_after[k], step.backward.at(micro_batch) + fresh, gradients))
-        gradients += 0 if accumulates else trainable[k]
-    moments.append((0, largest_parameter, sum(trainable)))
+    moments = _checkpointed(units, exit_, micro_batch) if checkpoint else _plain(units, exit_, micro_batch)
+    summed = sum(trainable) if accumulates else 0
+    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
     return max(
         (
-            replace(resident, activations=activations, temporaries=temporaries, gradients=gradient_bytes)
-            for activations, temporaries, gradient_bytes in moments
+            replace(
+                resident,
+                activations=moment.activations,
+                temporaries=moment.temporaries,
+                gradients=summed + moment.fresh_gradient,
+            )
+            for moment in moments
         ),
         key=lambda peak: peak.total,
     )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What lives at one moment of a step, without weights, optimizer state and the sum of gradients."""
+
+    activations: int
+    temporaries: int
+    fresh_gradient: int = 0
+
+
+def _plain(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
+    """Forward and backward pass with everything kept that autograd wants."""
+    steps = (*units, exit_)
+    held = units[0].input_bytes * samples  # activations that live before unit k runs
+    held_after: list[int] = []
+    loose = 0  # the running unit's input, where nobody keeps it for the backward pass
+    for step, follower in zip(steps, (*steps[1:], None), strict=True):
+        saved, output = step.saved.at(samples), step.output_bytes * samples
+        yield _Moment(held + saved, loose + (0 if step.saves_output else output) + step.forward.at(samples))
+        held_after.append(held + saved)  # when the backward pass comes back here, the unit's output is gone
+        # Between two units: counted once, if either keeps it and the first has not counted it.
+        kept = output if follower and follower.saves_input and not step.saves_output else 0
+        held += saved + kept
+        loose = 0 if kept or step.saves_output else output
+    for step, held in zip(reversed(steps), reversed(held_after), strict=True):
+        yield _Moment(held, step.backward.at(samples), step.largest_parameter_bytes)
+
+
+def _checkpointed(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
+    """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
+    steps = (*units, exit_)
+    inputs = 0
+    inputs_up_to: list[int] = []  # the inputs that are kept when unit k runs, its own included
+    for step in steps:
+        inputs += step.input_bytes * samples
+        inputs_up_to.append(inputs)
+        if step is not exit_:
+            yield _Moment(inputs, step.output_bytes * samples + step.inference.at(samples))
+    for step, inputs in zip(reversed(steps), reversed(inputs_up_to), strict=True):
+        saved, output = step.saved.at(samples), step.output_bytes * samples
+        # In the forward pass the gradient of the output waits already.
+        yield _Moment(inputs + saved, output + (0 if step.saves_output else output) + step.forward.at(samples))
+        yield _Moment(inputs + saved, step.backward.at(samples), step.largest_parameter_bytes)
 
 
 def build_peak(
@@ -128,9 +162,9 @@ def build_peak(
     )
 
 
-def cache_bytes_in(place: CachePlace, costs: ModelCosts, first: int, sample_count: int) -> int:
+def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec, first: int, sample_count: int) -> int:
     """RAM that the cached inputs of unit `first` take; 0 for a cache on disk."""
-    return cached_sample_bytes(costs, first) * sample_count if place is CachePlace.RAM else 0
+    return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
 def _scratch(samples: int, activations_per_sample: list[int], largest_parameter: int) -> int:

@@ -4,7 +4,7 @@ The objective is lexicographic: fewest units left untrained, then fewest stages 
 time. The two policies differ only in what a stage may choose:
 
     paper  the job's batch in one piece (arXiv 2303.04887, section 4.1)
-    auto   any micro-batch, so that full depth is kept wherever accumulating gradients fits
+    auto   any micro-batch, with or without checkpointing, so that full depth is kept wherever that fits
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fedepth.memory.predict import (
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, ModelCosts, PeakComponents, Plan, Policy, Stage, TrainingSpec
 
-LARGEST_BUILD_BATCH = 256
 # Only the order that these give matters, never the absolute time.
 _DISK_FLOPS_PER_BYTE = 40.0  # reading a cached byte costs about as much as this much arithmetic
 _STEP_OVERHEAD_SAMPLES = 2.0  # a forward pass costs about this many samples more than its arithmetic
@@ -38,6 +37,7 @@ class _Choice:
     last: int
     micro_batch: int
     place: CachePlace
+    checkpoint: bool
     predicted: PeakComponents
     cost: float
 
@@ -83,7 +83,7 @@ def make_plan(
         best: _Path | None = None
         starts: list[_Path | None] = [None, *(path for path in paths if path.choice.last < choice.first)]
         for before in starts:
-            path = _extend(before, choice, costs, budget_bytes, sample_count, done)
+            path = _extend(before, choice, costs, budget_bytes, training, sample_count, done)
             if path and (best is None or path.key < best.key):
                 best = path
         if best:
@@ -123,27 +123,37 @@ def _choices(
     policy: Policy,
     done: Stage | None,
 ) -> Iterator[_Choice]:
-    """For every range of units and cache place, the largest micro-batch that fits."""
+    """For every range of units and cache place, the cheapest way that fits."""
     batch = effective_batch(costs, training, sample_count)
     start = done.last + 1 if done else 0
     for first in range(start, len(costs.units)):
         for last in range(first, len(costs.units)):
             for place in CachePlace:
-                cached = cache_bytes_in(place, costs, first, sample_count)
-                for micro_batch in _micro_batches(batch, policy, costs.smallest_micro_batch):
-                    predicted = training_peak(
-                        costs,
-                        training,
-                        first,
-                        last,
-                        micro_batch,
-                        accumulates=micro_batch < batch,
-                        cache_bytes=cached,
-                    )
-                    if predicted.total <= budget_bytes:
-                        cost = _cost(costs, training, sample_count, first, last, micro_batch, place)
-                        yield _Choice(first, last, micro_batch, place, predicted, cost)
-                        break
+                cached = cache_bytes_in(place, costs, training, first, sample_count)
+                ways: list[_Choice] = []
+                for checkpoint in _checkpoints(policy, first, last):
+                    for micro_batch in _micro_batches(batch, policy, costs.smallest_micro_batch):
+                        predicted = training_peak(
+                            costs,
+                            training,
+                            first,
+                            last,
+                            micro_batch,
+                            accumulates=micro_batch < batch,
+                            cache_bytes=cached,
+                            checkpoint=checkpoint,
+                        )
+                        if predicted.total <= budget_bytes:
+                            cost = _cost(costs, training, sample_count, first, last, micro_batch, place, checkpoint)
+                            ways.append(_Choice(first, last, micro_batch, place, checkpoint, predicted, cost))
+                            break  # a smaller micro-batch only costs more
+                if ways:
+                    yield min(ways, key=lambda way: way.cost)
+
+
+def _checkpoints(policy: Policy, first: int, last: int) -> tuple[bool, ...]:
+    """Keeping only the inputs of a single unit saves nothing: it is run again as a whole."""
+    return (False, True) if policy is Policy.AUTO and last > first else (False,)
 
 
 def _micro_batches(batch: int, policy: Policy, smallest: int) -> Iterator[int]:
@@ -169,12 +179,14 @@ def _cost(
     last: int,
     micro_batch: int,
     place: CachePlace,
+    checkpoint: bool,
 ) -> float:
     """Estimated work of a stage, in floating point operations; for comparison only."""
-    flops = 3.0 * (sum(unit.flops for unit in costs.units[first : last + 1]) + costs.exits[last].flops)
+    passes = 4.0 if checkpoint else 3.0  # a backward pass is worth two forward passes
+    flops = passes * sum(unit.flops for unit in costs.units[first : last + 1]) + 3.0 * costs.exits[last].flops
     flops *= 1.0 + _STEP_OVERHEAD_SAMPLES / micro_batch
     if place is CachePlace.DISK:
-        flops += _DISK_FLOPS_PER_BYTE * cached_sample_bytes(costs, first)
+        flops += _DISK_FLOPS_PER_BYTE * cached_sample_bytes(costs, training, first)
     return flops * sample_count * training.local_epochs
 
 
@@ -183,15 +195,16 @@ def _extend(
     choice: _Choice,
     costs: ModelCosts,
     budget_bytes: int,
+    training: TrainingSpec,
     sample_count: int,
     done: Stage | None,
 ) -> _Path | None:
     """`choice` trained after `before`, if building its inputs fits as well."""
     previous = before.stage if before else done
     source = previous.first if previous else 0
-    source_bytes = cache_bytes_in(previous.cache, costs, source, sample_count) if previous else 0
-    cache_bytes = cache_bytes_in(choice.place, costs, choice.first, sample_count)
-    build_batch = min(LARGEST_BUILD_BATCH, sample_count)
+    source_bytes = cache_bytes_in(previous.cache, costs, training, source, sample_count) if previous else 0
+    cache_bytes = cache_bytes_in(choice.place, costs, training, choice.first, sample_count)
+    build_batch = effective_batch(costs, training, sample_count)
     while True:
         peak = build_peak(costs, source, choice.first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
         if peak.total <= budget_bytes:
@@ -200,7 +213,9 @@ def _extend(
             return None
         build_batch //= 2
     predicted = max(peak, choice.predicted, key=lambda each: each.total)
-    stage = Stage(choice.first, choice.last, choice.micro_batch, choice.place, build_batch, predicted)
+    stage = Stage(
+        choice.first, choice.last, choice.micro_batch, choice.place, build_batch, predicted, choice.checkpoint
+    )
     skipped = choice.first - (before.choice.last + 1 if before else done.last + 1 if done else 0)
     return _Path(
         untrained=(before.untrained if before else 0) + skipped,
@@ -224,7 +239,7 @@ def _nothing_fits(
     micro_batch = list(_micro_batches(batch, policy, costs.smallest_micro_batch))[-1]
     start = done.last + 1 if done else 0
     source = done.first if done else 0
-    source_bytes = cache_bytes_in(done.cache, costs, source, sample_count) if done else 0
+    source_bytes = cache_bytes_in(done.cache, costs, training, source, sample_count) if done else 0
     needed = min(
         max(
             training_peak(

@@ -19,7 +19,8 @@ from fedepth.data.read import Images
 from fedepth.memory.meter import Meter
 from fedepth.models.split import SplitModel
 from fedepth.task import CachePlace, PeakComponents, Stage, StageResult
-from fedepth.training.depthwise import Work, train
+from fedepth.training.depthwise import train
+from fedepth.training.work import Work
 
 SAMPLES = 2
 _UNKNOWN = PeakComponents(0, 0, 0, 0, 0, 0, 0)

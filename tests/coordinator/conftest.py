@@ -105,7 +105,8 @@ def task_record(task_id: str = "t-0001-0000", device_id: str = "a", attempt: int
 def result_for(task: TaskRecord, parts: dict[int, bytes], **changes: Any) -> Result:
     plan: Plan = changes.get("plan", task.plan)
     stages = tuple(
-        StageResult(each.first, each.last, 8, 4000, 3900, 3800, 10_000, 2.0, 1.0, 3, 20, 0.5) for each in plan.stages
+        StageResult(each.first, each.last, 8, 4000, 3950, 3900, 3800, 10_000, 2.0, 1.0, 3, 20, 0.5)
+        for each in plan.stages
     )
     trained = tuple(unit for each in plan.stages for unit in range(each.first, each.last + 1))
     fields: dict[str, Any] = {

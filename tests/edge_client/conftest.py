@@ -84,7 +84,7 @@ def make_result(plan_for: Callable[[int], Plan], tmp_path: Path) -> Callable[...
         for number, content in enumerate(parts):
             (folder / f"part-{number:04d}.safetensors").write_bytes(content)
         infos = tuple(PartInfo(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in enumerate(parts))
-        stage = StageResult(0, 3, 4, 10, 9, 8, 200 * MIB, 2.0, 1.0, 2, 6, 0.5)
+        stage = StageResult(0, 3, 4, 10, 9, 9, 8, 200 * MIB, 2.0, 1.0, 2, 6, 0.5)
         trained = plan_for(200 * MIB)
         return Result(task_id, 1, "device", 3, 6, trained, (0, 1, 2, 3), (stage,), infos, 1.5, "fake 1", 5), folder
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import TrainerKeeper, TrainerProcess, environment
+from edge_client.trainer_process import TrainerKeeper, TrainerProcess
 from fedepth.errors import ChildError
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
@@ -16,17 +16,6 @@ FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 def argv(tmp_path: Path) -> list[str]:
     (tmp_path / "scenes").write_text(json.dumps([{"do": "ok"}]))
     return [sys.executable, str(FAKE_TRAINER), str(tmp_path / "scenes"), str(tmp_path / "journal")]
-
-
-def test_the_environment_makes_memory_follow_tensors() -> None:
-    assert environment(TrainerConfig(), "linux") == {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    }
-    assert environment(TrainerConfig(threads=3), "linux")["OMP_NUM_THREADS"] == "3"
-    assert not any(name.startswith("MALLOC_") for name in environment(TrainerConfig(), "darwin"))
 
 
 def test_an_idle_trainer_is_stopped_after_its_time(argv: list[str]) -> None:

@@ -29,7 +29,7 @@ def report(number: int) -> DeviceReport:
 
 def result_for(task: Task, device: DeviceReport, part: Path) -> Result:
     stages = tuple(
-        StageResult(s.first, s.last, s.micro_batch, 1, 1, 1, GIB, 2.0, 1.0, 3, 96, 0.1) for s in task.plan.stages
+        StageResult(s.first, s.last, s.micro_batch, 1, 1, 1, 1, GIB, 2.0, 1.0, 3, 96, 0.1) for s in task.plan.stages
     )
     units = tuple(unit for s in task.plan.stages for unit in range(s.first, s.last + 1))
     info = PartInfo(0, part.stat().st_size, file_digest(part))

@@ -55,16 +55,26 @@ def test_the_peak_of_a_stage_is_the_sum_of_what_lives_at_its_worst_moment() -> N
     assert peak.total == (30 + 6000 + 60) * KIB + SCRATCH_FIXED_BYTES + 7
 
 
-def test_parameters_gradients_and_momentum_count_once_each_when_weights_bind() -> None:
+def test_parameters_momentum_and_one_gradient_count_when_weights_bind() -> None:
     costs = model(2, saved=0)
     heavy = tuple(replace(u, parameter_bytes=MIB, largest_parameter_bytes=MIB) for u in costs.units)
     costs = replace(costs, units=heavy)
     sgd = training_peak(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0)
-    assert (sgd.parameters, sgd.optimizer_state, sgd.gradients) == (2 * MIB, 2 * MIB, 2 * MIB)
+    # Each gradient is used up before the next is computed; those of several micro-batches are summed up first.
+    assert (sgd.parameters, sgd.optimizer_state, sgd.gradients) == (2 * MIB, 2 * MIB, MIB)
+    summed = training_peak(costs, TRAINING, 0, 1, 1, accumulates=True, cache_bytes=0)
+    assert summed.gradients == 3 * MIB
     adamw = training_peak(costs, replace(TRAINING, optimizer="adamw"), 0, 1, 1, accumulates=False, cache_bytes=0)
     assert adamw.optimizer_state == 4 * MIB
     proximal = training_peak(costs, replace(TRAINING, proximal_mu=0.1), 0, 1, 1, accumulates=False, cache_bytes=0)
     assert proximal.parameters == 4 * MIB
+
+
+def test_checkpointing_keeps_the_inputs_and_one_unit_at_a_time() -> None:
+    # Three units, 2 samples a step: inputs of three units and the exit 4·2·10, one unit's 2·1000 saved, the output that
+    # is made again and its gradient 2·2·10 KiB.
+    peak = training_peak(model(), TRAINING, 0, 2, 2, accumulates=False, cache_bytes=0, checkpoint=True)
+    assert peak.activations + peak.temporaries == (60 + 2000 + 40) * KIB
 
 
 def test_full_depth_where_it_fits() -> None:
@@ -84,6 +94,13 @@ def test_the_paper_splits_where_auto_takes_smaller_micro_batches() -> None:
     assert [(s.first, s.last, s.micro_batch) for s in plan(model(), half).stages] == [(0, 1, 8), (2, 3, 8)]
     auto = plan(model(), half, Policy.AUTO)
     assert [(s.first, s.last, s.micro_batch) for s in auto.stages] == [(0, 3, 4)]
+
+
+def test_auto_computes_again_what_even_one_sample_at_a_time_could_not_keep() -> None:
+    tight = (4 * 10 + 1000 + 30) * KIB + SCRATCH_FIXED_BYTES
+    (whole,) = plan(model(), tight, Policy.AUTO).stages
+    assert (whole.first, whole.last, whole.micro_batch, whole.checkpoint) == (0, 3, 1, True)
+    assert not any(stage.checkpoint for stage in plan(model(), tight * 8).stages)
 
 
 def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -> None:
@@ -176,14 +193,14 @@ def test_every_plan_fits_and_names_every_unit_once(
     batch = max(min(training.batch, samples), costs.smallest_micro_batch)
     previous = None
     for stage in found.stages:
-        cached = cache_bytes_in(stage.cache, costs, stage.first, samples)
+        cached = cache_bytes_in(stage.cache, costs, training, stage.first, samples)
         training_bytes = training_peak(
             costs, training, stage.first, stage.last, stage.micro_batch,
-            accumulates=stage.micro_batch < batch, cache_bytes=cached,
+            accumulates=stage.micro_batch < batch, cache_bytes=cached, checkpoint=stage.checkpoint,
         ).total  # fmt: skip
         building_bytes = build_peak(
             costs, previous.first if previous else 0, stage.first, stage.build_batch,
-            source_bytes=cache_bytes_in(previous.cache, costs, previous.first, samples) if previous else 0,
+            source_bytes=cache_bytes_in(previous.cache, costs, training, previous.first, samples) if previous else 0,
             cache_bytes=cached,
         ).total  # fmt: skip
         assert max(training_bytes, building_bytes) == stage.predicted_peak_bytes <= budget

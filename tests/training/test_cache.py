@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedepth.task import CachePlace
-from fedepth.training.cache import open_cache
+from fedepth.task import CachePlace, CacheType
+from fedepth.training.cache import decode, encode, open_cache, row_bytes
 
 
 @pytest.mark.parametrize("place", CachePlace)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_what_is_written_is_read(place: CachePlace, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(None, torch.uint8), (CacheType.FLOAT32, torch.float32), (CacheType.FLOAT16, torch.float32)]
+)
+def test_what_is_written_is_read(place: CachePlace, kind: CacheType | None, dtype: torch.dtype, tmp_path: Path) -> None:
     samples = (torch.arange(10 * 2 * 3) % 251).view(10, 2, 3).to(dtype)
-    cache = open_cache(place, tmp_path / "inputs-0", 10, (2, 3), dtype)
+    cache = open_cache(place, tmp_path / "inputs-0", 10, (2, 3), kind)
     cache.write(0, samples[:4])
     cache.write(4, samples[4:])
     order = torch.tensor([9, 0, 4, 4])
@@ -23,8 +25,26 @@ def test_what_is_written_is_read(place: CachePlace, dtype: torch.dtype, tmp_path
 
 
 def test_a_row_that_was_never_written_is_an_error(tmp_path: Path) -> None:
-    cache = open_cache(CachePlace.DISK, tmp_path / "inputs-0", 4, (2,), torch.float32)
+    cache = open_cache(CachePlace.DISK, tmp_path / "inputs-0", 4, (2,), CacheType.FLOAT32)
     cache.write(0, torch.zeros(2, 2))
     with pytest.raises(OSError, match="0 of 8 bytes at row 3"):
         cache.read(torch.tensor([3]))
     cache.close()
+
+
+def test_a_byte_per_value_keeps_256_even_steps_between_the_extremes() -> None:
+    sample = torch.tensor([[-1.0, 0.0, 0.5, 1.55]])  # steps of 0.01: levels 0, 100, 150, 255
+    rows = encode(sample, CacheType.UINT8)
+    assert rows.dtype == torch.uint8 and rows.shape == (1, row_bytes((4,), CacheType.UINT8)) == (1, 12)
+    assert rows[0, 8:].tolist() == [0, 100, 150, 255]
+    torch.testing.assert_close(decode(rows, CacheType.UINT8, (4,)), sample)
+
+
+def test_a_constant_sample_survives_a_byte_per_value() -> None:
+    sample = torch.full((2, 3), 0.25)
+    assert torch.equal(decode(encode(sample, CacheType.UINT8), CacheType.UINT8, (3,)), sample)
+
+
+@pytest.mark.parametrize("kind", CacheType)
+def test_a_row_takes_what_it_is_said_to_take(kind: CacheType) -> None:
+    assert encode(torch.zeros(5, 2, 3), kind).shape == (5, row_bytes((2, 3), kind))

@@ -30,7 +30,9 @@ from fedepth.task import (
     Task,
     TrainingSpec,
 )
-from fedepth.training.depthwise import Work, epoch_batches, train
+from fedepth.training.depthwise import train
+from fedepth.training.stage import _seed, epoch_batches
+from fedepth.training.work import Work
 from fedepth.weights import load_numpy, open_weights, save
 
 NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
@@ -95,8 +97,6 @@ def trained_tensors(job: Work, hooks: Quiet | None = None) -> dict[str, np.ndarr
 
 def order(job: Work, index: int, count: int) -> list[torch.Tensor]:
     """The index batches that stage `index` trains on, all epochs."""
-    from fedepth.training.depthwise import _seed
-
     generator = torch.Generator().manual_seed(_seed(job, index))
     training = job.task.training
     return [b for _ in range(training.local_epochs) for b in epoch_batches(count, training.batch, generator)]
@@ -148,6 +148,19 @@ def test_blocks_in_sequence_are_the_papers_algorithm(tmp_path: Path, place: Cach
 
 def test_micro_batches_are_exact_with_group_norm(tmp_path: Path) -> None:
     job = work(tmp_path, [stage(0, 5, micro_batch=3)])
+    assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
+
+
+@pytest.mark.parametrize("spec", [SPEC, PRERESNET], ids=["group norm", "batch norm"])
+def test_checkpointing_trains_alike_to_the_running_statistics(tmp_path: Path, spec: ModelSpec) -> None:
+    last = 5 if spec is SPEC else 9
+    plain = trained_tensors(work(tmp_path, [stage(0, 2), stage(3, last)], spec))
+    again = [replace(stage(0, 2), checkpoint=True), replace(stage(3, last), checkpoint=True)]
+    assert_equal(trained_tensors(work(tmp_path, again, spec)), plain)
+
+
+def test_checkpointing_goes_with_micro_batches(tmp_path: Path) -> None:
+    job = work(tmp_path, [replace(stage(0, 5, micro_batch=3), checkpoint=True)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
 
 

@@ -56,6 +56,25 @@ CACHE_PLACE_RAM: CachePlace.ValueType  # 1
 CACHE_PLACE_DISK: CachePlace.ValueType  # 2
 Global___CachePlace: _TypeAlias = CachePlace  # noqa: Y015
 
+class _CacheType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CacheTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CACHE_TYPE_UNSPECIFIED: _CacheType.ValueType  # 0
+    CACHE_TYPE_FLOAT32: _CacheType.ValueType  # 1
+    CACHE_TYPE_FLOAT16: _CacheType.ValueType  # 2
+    CACHE_TYPE_UINT8: _CacheType.ValueType  # 3
+
+class CacheType(_CacheType, metaclass=_CacheTypeEnumTypeWrapper): ...
+
+CACHE_TYPE_UNSPECIFIED: CacheType.ValueType  # 0
+CACHE_TYPE_FLOAT32: CacheType.ValueType  # 1
+CACHE_TYPE_FLOAT16: CacheType.ValueType  # 2
+CACHE_TYPE_UINT8: CacheType.ValueType  # 3
+Global___CacheType: _TypeAlias = CacheType  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -240,6 +259,7 @@ class TrainingSpec(_message.Message):
     PROXIMAL_MU_FIELD_NUMBER: _builtins.int
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -249,6 +269,7 @@ class TrainingSpec(_message.Message):
     proximal_mu: _builtins.float
     augmentation: _builtins.str
     seed: _builtins.int
+    cache_type: Global___CacheType.ValueType
     def __init__(
         self,
         *,
@@ -261,10 +282,11 @@ class TrainingSpec(_message.Message):
         proximal_mu: _builtins.float = ...,
         augmentation: _builtins.str = ...,
         seed: _builtins.int = ...,
+        cache_type: Global___CacheType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,11 +459,13 @@ class Stage(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     BUILD_BATCH_FIELD_NUMBER: _builtins.int
     PREDICTED_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
     cache: Global___CachePlace.ValueType
     build_batch: _builtins.int
+    checkpoint: _builtins.bool
     @_builtins.property
     def predicted(self) -> Global___PeakComponents: ...
     def __init__(
@@ -453,10 +477,11 @@ class Stage(_message.Message):
         cache: Global___CachePlace.ValueType = ...,
         build_batch: _builtins.int = ...,
         predicted: Global___PeakComponents | None = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "cache", b"cache", "first", b"first", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "cache", b"cache", "checkpoint", b"checkpoint", "first", b"first", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,6 +589,7 @@ class StageResult(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     SAMPLES_SEEN_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    REHEARSED_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
@@ -576,6 +602,7 @@ class StageResult(_message.Message):
     steps: _builtins.int
     samples_seen: _builtins.int
     seconds: _builtins.float
+    rehearsed_peak_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -591,10 +618,11 @@ class StageResult(_message.Message):
         steps: _builtins.int = ...,
         samples_seen: _builtins.int = ...,
         seconds: _builtins.float = ...,
+        rehearsed_peak_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "predicted_peak_bytes", b"predicted_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "predicted_peak_bytes", b"predicted_peak_bytes", "rehearsed_peak_bytes", b"rehearsed_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

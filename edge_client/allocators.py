@@ -1,0 +1,65 @@
+"""Which memory allocator a trainer is started with.
+
+An allocator is fit for training inside a budget if its footprint follows the tensors. Measured (docs/memory.md):
+tcmalloc does, and is the fastest; glibc does once its thresholds are fixed, at half the speed, since every large tensor
+is then mapped and unmapped anew; glibc's defaults do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedepth.errors import ConfigError
+
+# Debian, Ubuntu, JetPack, Raspberry Pi OS (libtcmalloc-minimal4); Fedora and openSUSE (gperftools-libs); Alpine, Arch.
+_FOLDERS = ("usr/lib/*-linux-gnu*", "usr/lib64", "usr/lib", "usr/local/lib")
+_LIBRARY = "libtcmalloc_minimal.so.4"
+
+
+def find_tcmalloc(root: Path = Path("/")) -> Path | None:
+    """Where tcmalloc lies on this device."""
+    for folder in _FOLDERS:
+        found = sorted(root.glob(f"{folder}/{_LIBRARY}"))
+        if found:
+            return found[0]
+    return None
+
+
+def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dict[str, str]:
+    """What a trainer's environment needs so that its memory follows its tensors.
+
+    Args:
+        allocator: "tcmalloc", "glibc", or "auto" for tcmalloc where it is installed.
+        threads: for OpenMP; 0 leaves the choice to torch.
+
+    Raises:
+        ConfigError: tcmalloc was asked for by name and is not installed.
+    """
+    settings = {
+        # Arenas of 1 GiB of address space would defeat RLIMIT_DATA (torch's aarch64 wheels bring mimalloc).
+        "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        # glibc raises both as it runs, and then keeps what was freed; other allocators ignore them.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    if threads:
+        settings["OMP_NUM_THREADS"] = str(threads)
+    tcmalloc = find_tcmalloc(root) if allocator != "glibc" else None
+    if tcmalloc is not None:
+        settings["LD_PRELOAD"] = str(tcmalloc)
+        settings["TCMALLOC_MAX_TOTAL_THREAD_CACHE_BYTES"] = str(1 << 20)  # 32 MiB by itself, out of anyone's reach
+    elif allocator == "tcmalloc":
+        raise ConfigError(
+            f'trainer.allocator is "tcmalloc", but {_LIBRARY} is not installed: '
+            'apt install libtcmalloc-minimal4, or set it to "auto"'
+        )
+    return settings
+
+
+def advice(root: Path = Path("/")) -> Sequence[str]:
+    """What an operator could do to train faster."""
+    if find_tcmalloc(root):
+        return ()
+    return ("training is about twice as fast with tcmalloc: apt install libtcmalloc-minimal4",)

@@ -1,0 +1,55 @@
+"""The inputs of a stage, computed once: augmented views before the first unit, activations behind frozen ones after."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedepth.data.transforms import augment, views_rng
+from fedepth.models.split import release
+from fedepth.task import Stage
+from fedepth.training.cache import Cache, open_cache
+from fedepth.training.work import Work, load, to_device
+
+
+def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache | None) -> Cache:
+    """Fills the cache of `stage` from the one of the stage before, and closes that.
+
+    Args:
+        previous: the stage that `source` holds the inputs of; None if `stage` is the first.
+    """
+    count, batch = len(work.images), stage.build_batch
+    raw = stage.first == 0
+    target = open_cache(
+        stage.cache,
+        work.cache / f"inputs-{stage.first}",
+        count,
+        work.split.input_shapes[stage.first],
+        None if raw else work.task.training.cache_type,
+    )
+    start = previous.first if previous else 0
+    units = [work.split.units[index] for index in range(start, stage.first)]
+    rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
+    for unit in units:
+        load(work, unit, trainable=False)
+        unit.train(False)  # BatchNorm of frozen units uses its running statistics
+    with torch.no_grad():
+        for begin in range(0, count, batch):
+            indices = np.arange(begin, min(begin + batch, count))
+            if source is None:
+                views = augment(work.images.read(indices), work.task.training.augmentation, rng)
+                x = torch.from_numpy(views)
+            else:
+                x = source.read(torch.from_numpy(indices))
+            if not raw:
+                x = to_device(work, x, from_pixels=start == 0)
+                for unit in units:
+                    x = unit(x)
+                x = x.cpu()
+            target.write(begin, x)
+            del x
+    for unit in units:
+        release(unit)
+    if source is not None:
+        source.close()
+    return target

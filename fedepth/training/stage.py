@@ -1,0 +1,152 @@
+"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedepth.models.skip import skip
+from fedepth.models.split import Unit
+from fedepth.task import Stage
+from fedepth.training import checkpoint
+from fedepth.training.cache import Cache
+from fedepth.training.optimizers import optimizer_step
+from fedepth.training.relief import Relief
+from fedepth.training.work import Work, load, to_device
+
+
+class BlockTraining:
+    """A block and the head, loaded and trainable, until `close`.
+
+    Attributes:
+        micro_batch: samples per forward pass; may be lowered between steps.
+        steps: optimizer steps so far.
+        samples_seen: samples so far, counted once an epoch.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        stage: Stage,
+        cache: Cache,
+        labels: torch.Tensor,
+        index: int,
+        relieve: Relief,
+        *,
+        final: bool,
+    ) -> None:
+        """`index`: the place of the stage in its task; `final`: no stage follows."""
+        self.micro_batch = stage.micro_batch
+        self.steps = 0
+        self.samples_seen = 0
+        self._work = work
+        self._stage = stage
+        self._cache = cache
+        self._labels = labels
+        self._shuffle = torch.Generator().manual_seed(_seed(work, index))
+        torch.manual_seed(_seed(work, index) ^ 1)  # dropout
+        split = work.split
+        self._units = [split.units[each] for each in range(stage.first, stage.last + 1)]
+        for unit in self._units:
+            load(work, unit, trainable=True)
+            unit.train(True)
+        split.head.train(True)
+        # The head sees zero-padded channels until the last stage; their statistics must not reach its BatchNorm.
+        _track_statistics(split.head, track=final)
+        self._update = optimizer_step(work.task.training.optimizer)
+        self._last_piece = True
+        self._relieve = relieve
+        self._parameters = [p for unit in (*self._units, split.head) for _, p in unit.parameters()]
+        # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._updater(parameter))  # type: ignore[no-untyped-call]
+            for parameter in self._parameters
+        ]
+
+    def epoch_batches(self, batch: int) -> Iterator[torch.Tensor]:
+        """Index batches of the next epoch."""
+        return epoch_batches(len(self._labels), batch, self._shuffle)
+
+    def step(self, indices: torch.Tensor) -> float:
+        """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
+        self.steps += 1
+        pieces = torch.tensor_split(indices, -(-len(indices) // self.micro_batch))
+        loss_sum = 0.0
+        for number, piece in enumerate(pieces, 1):
+            self._last_piece = number == len(pieces)
+            loss_sum += self._accumulate(piece, len(indices))
+        self.samples_seen += len(indices)
+        return loss_sum
+
+    def close(self) -> None:
+        """Lets go of gradients and optimizer state; the weights stay."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for _, parameter in self._work.split.head.parameters():
+            parameter.requires_grad_(True)
+        self._hooks.clear()
+
+    def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
+        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
+        head, shape = self._work.split.head, self._work.split.head_shape
+        targets = self._labels[piece].to(self._work.device)
+
+        def loss_of(output: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(head(skip(output, shape)), targets, reduction="sum") / batch
+
+        x = to_device(self._work, self._cache.read(piece), from_pixels=self._stage.first == 0)
+        if self._stage.checkpoint:
+            return float(checkpoint.forward_backward(self._units, x, loss_of))
+        for unit in self._units:
+            x = unit(x)
+        loss = loss_of(x)
+        del x
+        torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    def _updater(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        spec = self._work.task.training
+        reference = parameter.detach().clone() if spec.proximal_mu > 0 else None
+        state: list[torch.Tensor] = []
+
+        def update(_: torch.Tensor) -> None:
+            self._relieve()
+            gradient = parameter.grad
+            if not self._last_piece or gradient is None:
+                return
+            parameter.grad = None
+            with torch.no_grad():
+                if reference is not None:
+                    gradient.add_(parameter - reference, alpha=spec.proximal_mu)
+                self._update(parameter, gradient, state, self.steps, spec)
+
+        return update
+
+
+def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Index batches of one epoch, all of one size: the last is filled from the start of the same permutation.
+
+    One size keeps the kernels' cached scratch small, and no sample of a small shard is ever dropped.
+    """
+    order = torch.randperm(count, generator=generator)
+    positions = torch.arange(-(-count // batch) * batch) % count
+    yield from torch.split(order[positions], batch)
+
+
+def _track_statistics(unit: Unit, *, track: bool) -> None:
+    for module in (module for top in unit.modules for module in top.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = track
+
+
+def _seed(work: Work, index: int) -> int:
+    """The same for the same job, round, device and stage; different for any other."""
+    text = f"{work.task.training.seed}/{work.task.round}/{work.device_id}/{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,61 @@
+"""One task on one device, opened: its model on the meta device, its weights file, its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedepth.data.read import Images
+from fedepth.models.split import SplitModel, Unit, assign
+from fedepth.task import Plan, Task
+from fedepth.weights import Reader
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the training functions work on.
+
+    Attributes:
+        split: the model, on the meta device.
+        output: where finished blocks go.
+        cache: where cached inputs go that do not lie in RAM.
+        enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
+    """
+
+    task: Task
+    plan: Plan
+    split: SplitModel
+    weights: Reader
+    images: Images
+    output: Path
+    cache: Path
+    device_id: str
+    device: torch.device
+    channels_last: bool
+    enforce: bool = True
+
+
+def load(work: Work, unit: Unit, *, trainable: bool) -> None:
+    """Reads a unit's tensors from the weights file to the device, unless they are there already."""
+    for name, present in (*unit.parameters(), *unit.buffers()):
+        if not present.is_meta:
+            continue
+        tensor = torch.from_numpy(work.weights.read(name)).to(work.device)
+        if work.channels_last and tensor.dim() == 4:
+            tensor = tensor.to(memory_format=torch.channels_last)
+        assign(work.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)
+
+
+def to_device(work: Work, x: torch.Tensor, *, from_pixels: bool) -> torch.Tensor:
+    """A cached batch as the unit wants it: float32, normalised if it holds pixels, in the model's memory format."""
+    x = x.to(work.device)
+    if from_pixels:
+        spec = work.task.model
+        mean = torch.tensor(spec.mean, device=work.device).view(-1, 1, 1)
+        std = torch.tensor(spec.std, device=work.device).view(-1, 1, 1)
+        x = x.float().div_(255.0).sub_(mean).div_(std)
+    if work.channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
