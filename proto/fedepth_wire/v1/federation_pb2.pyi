@@ -581,6 +581,7 @@ class StageResult(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_FIELD_NUMBER: _builtins.int
     PREDICTED_PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    REHEARSED_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     MEASURED_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     MEASURED_ANONYMOUS_BYTES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
@@ -589,11 +590,11 @@ class StageResult(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     SAMPLES_SEEN_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
-    REHEARSED_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
     predicted_peak_bytes: _builtins.int
+    rehearsed_peak_bytes: _builtins.int
     measured_peak_bytes: _builtins.int
     measured_anonymous_bytes: _builtins.int
     budget_bytes: _builtins.int
@@ -602,7 +603,6 @@ class StageResult(_message.Message):
     steps: _builtins.int
     samples_seen: _builtins.int
     seconds: _builtins.float
-    rehearsed_peak_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -610,6 +610,7 @@ class StageResult(_message.Message):
         last: _builtins.int = ...,
         micro_batch: _builtins.int = ...,
         predicted_peak_bytes: _builtins.int = ...,
+        rehearsed_peak_bytes: _builtins.int = ...,
         measured_peak_bytes: _builtins.int = ...,
         measured_anonymous_bytes: _builtins.int = ...,
         budget_bytes: _builtins.int = ...,
@@ -618,7 +619,6 @@ class StageResult(_message.Message):
         steps: _builtins.int = ...,
         samples_seen: _builtins.int = ...,
         seconds: _builtins.float = ...,
-        rehearsed_peak_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
