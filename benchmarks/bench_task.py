@@ -32,8 +32,8 @@ class Prepared:
 
 async def prepare(worker: ModelWorker, spec: ModelSpec, training: TrainingSpec, folder: Path) -> Prepared:
     """Costs at this batch, traced once per folder, and initial weights."""
-    name = f"{spec.name}-{spec.input_shape[-1]}-{training.batch}".replace(":", "-")
-    weights, costs_file = folder / f"{spec.name}.safetensors".replace(":", "-"), folder / f"{name}.costs.json"
+    name = f"{spec.name}-{spec.input_shape[-1]}".replace(":", "-")
+    weights, costs_file = folder / f"{name}.safetensors", folder / f"{name}-{training.batch}.costs.json"
     if not (weights.exists() and costs_file.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         answer = await worker.request("prepare", model=spec, training=training, seed=_SEED, output=str(weights))

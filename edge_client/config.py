@@ -77,7 +77,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linger_s: float = 60.0
     threads: int = 0
     enforce: bool = True
-    allocator: Literal["auto", "tcmalloc", "glibc"] = "auto"
+    allocator: Literal["glibc", "tcmalloc"] = "glibc"
 
     def __post_init__(self) -> None:
         if self.linger_s < 0:

@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,7 @@ from fedepth.memory.meter import Meter, status_bytes
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
 from fedepth.training.depthwise import train
+from fedepth.training.rehearsal import Peaks, rehearse
 from fedepth.training.warmup import prefers_channels_last, warm_up
 from fedepth.training.work import Work
 from fedepth.weights import open_weights
@@ -93,12 +95,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _start(device)
     lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
-    warm: set[ModelSpec] = set()
+    known = Known()
     while True:
         message = lines.hear()
         request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
         try:
-            result = run(request, lines, device, warm)
+            result = run(request, lines, device, known)
         except FedepthError as error:
             lines.tell(
                 event="failed",
@@ -115,8 +117,16 @@ def main() -> None:
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 
-def run(request: TrainRequest, lines: Lines, device: torch.device, warm: set[ModelSpec]) -> Result:
-    """One task, from warm-up to its parts on disk. `warm` holds the models that this process has warmed up for."""
+@dataclass
+class Known:
+    """What this process has been through: models it has warmed up for, and what it has rehearsed, with the peaks."""
+
+    warm: set[ModelSpec] = field(default_factory=set)
+    rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
+
+
+def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known) -> Result:
+    """One task, from warm-up to its parts on disk."""
     started = time.monotonic()
     task = request.task
     lines.epochs = task.training.local_epochs
@@ -138,11 +148,17 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, warm: set[Mod
             channels_last=prefers_channels_last(split, device),
             enforce=request.enforce,
         )
-        if task.model not in warm:
+        if task.model not in known.warm:
             warm_up(work)
-            warm.add(task.model)
+            known.warm.add(task.model)
         meter = Meter()
-        trained = train(work, meter, lines)
+        # Rounds differ in learning rate and seed, which change nothing about memory.
+        alike = replace(task.training, learning_rate=0.0, seed=0)
+        key = (task.model, alike, request.plan.stages, len(work.images), request.enforce)
+        if key not in known.rehearsed:
+            lines.tell(event="rehearsing")
+            known.rehearsed = {key: rehearse(work, meter, lines)}
+        trained = train(work, meter, lines, known.rehearsed[key])
     return Result(
         task_id=task.task_id,
         attempt=task.attempt,

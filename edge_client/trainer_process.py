@@ -47,6 +47,10 @@ class Measure(_Event, tag="measure", frozen=True):
     held_bytes: int
 
 
+class Rehearsing(_Event, tag="rehearsing", frozen=True):
+    """Every stage is tried for two steps; until the first stage starts, a death means that the plan needs too much."""
+
+
 class StageStarted(_Event, tag="stage_started", frozen=True):
     """A stage begins, perhaps with a smaller plan than it was asked for."""
 
@@ -97,7 +101,7 @@ class Failed(_Event, tag="failed", frozen=True):
     retained_bytes: int = 0
 
 
-Event = Measure | StageStarted | StageProgress | StageDone | Done | Failed
+Event = Measure | Rehearsing | StageStarted | StageProgress | StageDone | Done | Failed
 
 
 class TrainerProcess:

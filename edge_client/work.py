@@ -14,14 +14,13 @@ from edge_client.allowance import Allowance
 from edge_client.config import Config
 from edge_client.link import Link
 from edge_client.outbox import Outbox
+from edge_client.tell import Tell
 from edge_client.train_request import TrainRequest
 from edge_client.trainer_process import (
     Done,
     Failed,
     Measure,
-    StageDone,
-    StageProgress,
-    StageStarted,
+    Rehearsing,
     TrainerKeeper,
     TrainerProcess,
 )
@@ -36,6 +35,7 @@ from fedepth.errors import (
     PlanError,
     ProtocolError,
 )
+from fedepth.memory.predict import needed_bytes
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
 from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Task
@@ -86,13 +86,13 @@ class Worker:
             planned_samples: the number of samples that the coordinator made its plan for.
         """
         folder = self._folder / f"{task.task_id}-{task.attempt}"
-        progress = Progress(task.task_id, task.attempt, self._device_id, "downloading")
-        self._report(progress)
+        tell = Tell(task, self._device_id, self._report)
+        tell.activity("downloading")
         try:
             self._check_model(task)
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
             weights = await self._weights(task)
-            self._report(replace(progress, activity="starting the trainer"))
+            tell.activity("starting the trainer")
             request = TrainRequest(
                 task=task,
                 plan=task.plan,
@@ -106,7 +106,7 @@ class Worker:
                 enforce=self._config.trainer.enforce,
             )
             same_data = summary.sample_count == planned_samples  # more samples need a larger cache
-            done = await self._train(request, summary.sample_count, keep_plan=same_data)
+            done = await self._train(request, summary.sample_count, tell, keep_plan=same_data)
             self._outbox.put(done.result, folder / "output")
         except asyncio.CancelledError:
             await self._keeper.drop()
@@ -145,7 +145,7 @@ class Worker:
                 self._link.back()
                 return path
 
-    async def _train(self, request: TrainRequest, samples: int, *, keep_plan: bool) -> Done:
+    async def _train(self, request: TrainRequest, samples: int, tell: Tell, *, keep_plan: bool) -> Done:
         """Trains with smaller and smaller plans until one stays inside its budget."""
         limit: int | None = None
         deaths = smaller = 0
@@ -161,7 +161,7 @@ class Worker:
                     await self._keeper.drop()  # its limit could not hold it; a new process retains nothing
                     continue
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
-                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget))
+                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget), tell)
             except ChildError as error:
                 await self._keeper.drop()
                 self._allowance.died()
@@ -177,7 +177,7 @@ class Worker:
             smaller += 1
             # Counted from what the plan was predicted to need, not from the budget, which may lie far above
             # it: the next plan is then another one for certain.
-            peak = plan.predicted_peak_bytes
+            peak = needed_bytes(plan.predicted_peak_bytes)
             limit = max(0, peak - max(end.miss_bytes, int(peak * _SMALLEST_STEP)))
             _log.warning(
                 "a stage went over its budget",
@@ -202,7 +202,7 @@ class Worker:
             OverBudgetError: nothing fits below `limit`, which plans that went over have set.
         """
         free = budget.budget_bytes
-        enough = free >= max(task.plan.budget_bytes, task.plan.predicted_peak_bytes)
+        enough = free >= max(task.plan.budget_bytes, needed_bytes(task.plan.predicted_peak_bytes))
         if enough and keep and limit is None:
             return task.plan
         allowed = free if limit is None else min(free, limit)
@@ -229,46 +229,25 @@ class Worker:
         )
         return plan
 
-    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest) -> Done | Failed:
-        """One request to the trainer, with its events told on."""
-        task = request.task
-        progress = Progress(task.task_id, task.attempt, self._device_id, "training")
-        async for event in trainer.train(request):
-            if isinstance(event, Measure):
-                # The trainer counts from its start on; the budget needs all that it holds.
-                held = trainer.idle_anonymous_bytes + event.held_bytes
-                await trainer.answer(self._allowance.budget(held))
-            elif isinstance(event, StageStarted):
-                progress = replace(
-                    progress,
-                    stage=event.stage,
-                    stage_count=event.stage_count,
-                    first=event.first,
-                    last=event.last,
-                    epoch=0,
-                )
-                self._report(progress)
-                _log.info(
-                    "stage started",
-                    stage=f"{event.stage + 1}/{event.stage_count}",
-                    units=f"{event.first}-{event.last}",
-                    predicted_peak=format_size(event.predicted_peak_bytes),
-                )
-            elif isinstance(event, StageProgress):
-                progress = replace(progress, epoch=event.epoch, epochs=event.epochs, loss=event.loss)
-                self._report(progress)
-            elif isinstance(event, StageDone):
-                result = event.result
-                _log.info(
-                    "stage done",
-                    units=f"{result.first}-{result.last}",
-                    predicted_peak=format_size(result.predicted_peak_bytes),
-                    measured_peak=format_size(result.measured_peak_bytes),
-                    loss=round(result.loss_last, 4),
-                    seconds=round(result.seconds, 1),
-                )
-            else:
-                return event
+    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest, tell: Tell) -> Done | Failed:
+        """One request to the trainer, with its events told on. A death in the rehearsal means: over budget."""
+        rehearsing = False
+        try:
+            async for event in trainer.train(request):
+                rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
+                if isinstance(event, Measure):
+                    # The trainer counts from its start on; the budget needs all that it holds.
+                    held = trainer.idle_anonymous_bytes + event.held_bytes
+                    await trainer.answer(self._allowance.budget(held))
+                elif isinstance(event, (Done, Failed)):
+                    return event
+                else:
+                    tell(event)
+        except ChildError as error:
+            if not rehearsing:
+                raise
+            await self._keeper.drop()
+            return Failed(Outcome.OVER_BUDGET, f"the trainer died in its rehearsal: {error}")
         raise ChildError("the trainer ended its events without done or failed")
 
 

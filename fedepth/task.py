@@ -397,7 +397,7 @@ class Progress:
     task_id: str
     attempt: int
     device_id: str
-    activity: str  # "downloading", "starting the trainer", "training", "uploading"
+    activity: str  # such as "downloading", "rehearsing", "training", "uploading"
     stage: int = 0
     stage_count: int = 0
     first: int = 0

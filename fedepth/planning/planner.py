@@ -19,6 +19,7 @@ from fedepth.memory.predict import (
     cache_bytes_in,
     cached_sample_bytes,
     effective_batch,
+    needed_bytes,
     training_peak,
 )
 from fedepth.sizes import format_size
@@ -143,7 +144,7 @@ def _choices(
                             cache_bytes=cached,
                             checkpoint=checkpoint,
                         )
-                        if predicted.total <= budget_bytes:
+                        if needed_bytes(predicted.total) <= budget_bytes:
                             cost = _cost(costs, training, sample_count, first, last, micro_batch, place, checkpoint)
                             ways.append(_Choice(first, last, micro_batch, place, checkpoint, predicted, cost))
                             break  # a smaller micro-batch only costs more
@@ -207,7 +208,7 @@ def _extend(
     build_batch = effective_batch(costs, training, sample_count)
     while True:
         peak = build_peak(costs, source, choice.first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
-        if peak.total <= budget_bytes:
+        if needed_bytes(peak.total) <= budget_bytes:
             break
         if build_batch == 1:
             return None
@@ -240,19 +241,21 @@ def _nothing_fits(
     start = done.last + 1 if done else 0
     source = done.first if done else 0
     source_bytes = cache_bytes_in(done.cache, costs, training, source, sample_count) if done else 0
-    needed = min(
+    smallest = min(
         max(
-            training_peak(
-                costs, training, unit, unit, micro_batch, accumulates=micro_batch < batch, cache_bytes=0
-            ).total,
-            build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0).total,
+            needed_bytes(
+                training_peak(
+                    costs, training, unit, unit, micro_batch, accumulates=micro_batch < batch, cache_bytes=0
+                ).total
+            ),
+            needed_bytes(build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0).total),
         )
         for unit in range(start, len(costs.units))
     )
     return PlanError(
-        f"the smallest plan needs {format_size(needed)}, {format_size(budget_bytes)} are free "
+        f"the smallest plan needs {format_size(smallest)}, {format_size(budget_bytes)} are free "
         f"({costs.model}, policy {policy.value}, batch {batch}). Free memory on the device, raise its cap, "
         + ("or ask for policy auto, which may use micro-batches." if policy is Policy.PAPER else "or lower the batch."),
-        needed_bytes=needed,
+        needed_bytes=smallest,
         budget_bytes=budget_bytes,
     )

@@ -81,7 +81,8 @@ def open_cache(
 class RamCache:
     def __init__(self, count: int, shape: Sequence[int], kind: CacheType | None) -> None:
         self._shape, self._kind = tuple(shape), kind
-        self._rows: torch.Tensor | None = torch.empty((count, row_bytes(shape, kind)), dtype=torch.uint8)
+        # Filled, so that all of it is resident from the start on, and a stage does not grow while it runs.
+        self._rows: torch.Tensor | None = torch.full((count, row_bytes(shape, kind)), 0, dtype=torch.uint8)
 
     def write(self, start: int, batch: torch.Tensor) -> None:
         assert self._rows is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,10 +42,26 @@ def forward_backward(
         x = inputs.pop().detach().requires_grad_(bool(inputs))  # nobody wants the first unit's input gradient
         with _repeated(unit, random_states.pop(), x.device):
             output = unit(x)
-        torch.autograd.backward(output, gradient)
+        torch.autograd.backward(_Continue.apply(output, gradient))
         gradient = x.grad
         del x, output
     return loss.detach()
+
+
+class _Continue(torch.autograd.Function):
+    """A scalar whose backward pass goes on with a given gradient.
+
+    torch.autograd.backward would take it as its second argument, and import sympy to check its shape: 35 MiB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.gradient = gradient
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.gradient, None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,14 +20,16 @@ import numpy as np
 import torch
 
 from fedepth.errors import OverBudgetError, PlanError
+from fedepth.memory import allocator
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch
+from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
 from fedepth.task import Plan, Stage, StageResult
 from fedepth.training.cache import Cache
 from fedepth.training.prefix import build_inputs
+from fedepth.training.pressure import fitting_micro_batch
 from fedepth.training.relief import Relief
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
@@ -35,6 +37,8 @@ from fedepth.weights import save
 
 # Address space (what RLIMIT_DATA counts) runs ahead of resident memory: thread arenas, partly used mappings.
 DATA_OVERHEAD_BYTES = 16 << 20
+LOOK_S = 1.0  # how often a stage reports, and looks at what is free
+LONGEST_PAUSE_S = 600.0
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
@@ -64,8 +68,11 @@ class Trained:
     parts: tuple[Path, ...]
 
 
-def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
+def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, int], int] | None = None) -> Trained:
     """Trains every stage inside the budget that is measured before it.
+
+    Args:
+        rehearsed: peaks of stages that were rehearsed, by their first and last unit; they go into the results.
 
     Raises:
         PlanError: nothing fits before the first stage.
@@ -100,7 +107,8 @@ def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
                 block = BlockTraining(work, stage, cache, labels, len(done), relieve, final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                losses = _epochs(work, block, len(labels), meter, check, report)
+                yield_memory = partial(_yield_memory, work, stage, block, meter, hooks, len(done))
+                losses = _epochs(work, block, meter, check, yield_memory, report)
             except (RuntimeError, MemoryError) as error:
                 raise _over_budget(error, len(done), stage, budget, meter) from error
             parts.append(_write(work, len(parts), [split.units[i] for i in range(stage.first, stage.last + 1)]))
@@ -110,7 +118,7 @@ def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
                 last=stage.last,
                 micro_batch=block.micro_batch,
                 predicted_peak_bytes=stage.predicted_peak_bytes,
-                rehearsed_peak_bytes=0,
+                rehearsed_peak_bytes=(rehearsed or {}).get((stage.first, stage.last), 0),
                 measured_peak_bytes=_peak_bytes(meter, work.device),
                 measured_anonymous_bytes=meter.anonymous_peak_bytes,
                 budget_bytes=budget,
@@ -135,7 +143,7 @@ def train(work: Work, meter: Meter, hooks: Hooks) -> Trained:
 
 def _fit(work: Work, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
     """The stages still to train, planned anew if memory has shrunk below what they need."""
-    if max(stage.predicted_peak_bytes for stage in waiting) <= budget:
+    if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
         return waiting
     try:
         plan = make_plan(
@@ -156,14 +164,14 @@ def _fit(work: Work, waiting: list[Stage], done: list[Stage], budget: int) -> li
 def _epochs(
     work: Work,
     block: BlockTraining,
-    count: int,
     meter: Meter,
     check: Callable[[], None],
+    yield_memory: Callable[[], None],
     report: Callable[[int, float], None],
 ) -> list[float]:
     """Trains a block for all epochs; returns the mean loss of each."""
     spec = work.task.training
-    batch = effective_batch(work.task.costs, spec, count)
+    batch = effective_batch(work.task.costs, spec, len(work.images))
     losses: list[float] = []
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
@@ -174,13 +182,41 @@ def _epochs(
             meter.sample()
             if block.steps <= CHECKED_STEPS and work.enforce:
                 check()
-            if time.monotonic() - told > 1.0:
-                told = time.monotonic()
+            if time.monotonic() - told > LOOK_S:
                 report(epoch, total / batches)
+                yield_memory()
+                told = time.monotonic()
         losses.append(total / batches)
         report(epoch + 1, losses[-1])
     block.close()
     return losses
+
+
+def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, hooks: Hooks, index: int) -> None:
+    """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
+
+    Raises:
+        OverBudgetError: memory did not come back.
+    """
+    if not work.enforce:
+        return
+    waited = 0.0
+    while True:
+        budget = hooks.measure(index, meter.held_bytes)
+        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
+        if micro_batch is not None:
+            block.micro_batch = micro_batch
+            return
+        allocator.release()
+        if waited >= LONGEST_PAUSE_S:
+            raise OverBudgetError(
+                f"stage {index} (units {stage.first}-{stage.last}) paused for {waited:.0f} s because only "
+                f"{format_size(budget)} were free for it; others on this device hold the memory",
+                stage=index,
+                miss_bytes=max(0, stage.predicted_peak_bytes - budget),
+            )
+        time.sleep(LOOK_S)
+        waited += LOOK_S
 
 
 def _write(work: Work, number: int, units: list[Unit]) -> Path:

@@ -23,7 +23,7 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     target = open_cache(
         stage.cache,
         work.cache / f"inputs-{stage.first}",
-        count,
+        count + work.cache_room,
         work.split.input_shapes[stage.first],
         None if raw else work.task.training.cache_type,
     )

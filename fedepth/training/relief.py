@@ -16,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from fedepth.memory import allocator
 from fedepth.models.split import Unit
 
-_NEAR = 0.5  # of the predicted peak; nearer the peak, small blocks slip through between two operations
+# Of the predicted peak: pages in use from which on none are kept, and resident pages that are never passed knowingly.
+_IN_USE = 0.9
+_RESIDENT = 1.04
 _WORTH_BYTES = 1 << 20
 
 
@@ -25,7 +27,8 @@ class Relief:
 
     def __init__(self, units: Sequence[Unit], baseline_bytes: int, predicted_bytes: int) -> None:
         """`baseline_bytes`: what was resident before the task; the predicted peak comes on top of it."""
-        self._line = baseline_bytes + int(predicted_bytes * _NEAR)
+        self._in_use = baseline_bytes + int(predicted_bytes * _IN_USE)
+        self._resident = baseline_bytes + int(predicted_bytes * _RESIDENT)
         self._modules = {module for unit in units for top in unit.modules for module in top.modules()}
         self._handles: list[RemovableHandle] = []
 
@@ -35,8 +38,13 @@ class Relief:
         return self
 
     def __call__(self, *_: Any) -> None:
-        if self._handles and allocator.free_bytes() > _WORTH_BYTES and allocator.resident_bytes() > self._line:
-            allocator.release()
+        if self._handles:
+            free = allocator.free_bytes()
+            # What is in use decides, not what is resident: far from the peak, free pages will serve the next requests.
+            if free > _WORTH_BYTES:
+                resident = allocator.resident_bytes()
+                if resident - free > self._in_use or resident > self._resident:
+                    allocator.release()
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

@@ -7,19 +7,16 @@ first use counts as the trainer's start and not as the budget's. It leaves no we
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedepth.data.read import Images
 from fedepth.memory.meter import Meter
 from fedepth.models.split import SplitModel
-from fedepth.task import CachePlace, PeakComponents, Stage, StageResult
+from fedepth.task import CachePlace, PeakComponents, Stage
 from fedepth.training.depthwise import train
+from fedepth.training.rehearsal import FirstImages, Unheard
 from fedepth.training.work import Work
 
 SAMPLES = 2
@@ -32,47 +29,16 @@ def warm_up(work: Work) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     places = list(CachePlace)
     stages = tuple(
-        Stage(unit, unit, SAMPLES, places[unit % len(places)], SAMPLES, _UNKNOWN)
+        Stage(unit, unit, SAMPLES, places[unit % len(places)], SAMPLES, _UNKNOWN, checkpoint=unit % 2 == 1)
         for unit in range(len(work.split.units))
     )
     task = replace(work.task, training=replace(work.task.training, batch=SAMPLES, local_epochs=2))
     few = FirstImages(work.images, min(SAMPLES, len(work.images)))
     plan = replace(work.plan, stages=stages, untrained=())
     train(
-        replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), _Silent()
+        replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), Unheard()
     )
     shutil.rmtree(folder)
-
-
-@dataclass(frozen=True)
-class FirstImages:
-    """The first `count` of some images."""
-
-    images: Images
-    count: int
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        return self.images.labels[: self.count]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        return self.images.read(indices)
-
-
-class _Silent:
-    """Hooks that grant any budget and tell nobody."""
-
-    def measure(self, stage: int, held_bytes: int) -> int:
-        return 1 << 62
-
-    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
-
-    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
-
-    def stage_done(self, result: StageResult) -> None: ...
 
 
 def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:

@@ -22,6 +22,7 @@ class Work:
         output: where finished blocks go.
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
+        cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
     """
 
     task: Task
@@ -35,6 +36,7 @@ class Work:
     device: torch.device
     channels_last: bool
     enforce: bool = True
+    cache_room: int = 0
 
 
 def load(work: Work, unit: Unit, *, trainable: bool) -> None:

@@ -29,6 +29,7 @@ from edge_client.transport import (
     UnreachableError,
 )
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
+from fedepth.memory.predict import needed_bytes
 from fedepth.sizes import format_size
 from fedepth.task import (
     Budget,
@@ -339,9 +340,9 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     transport.answers = [make_task()]
     bench.run(transport, {"do": "over", "miss": 3 * MIB}, {"do": "over", "miss": 0}, OK)
     first, second, third = bench.plans()
-    assert second == plan_for(first.predicted_peak_bytes - 3 * MIB)
-    peak = second.predicted_peak_bytes
-    assert third == plan_for(peak - int(peak * 0.05))
+    assert second == plan_for(needed_bytes(first.predicted_peak_bytes) - 3 * MIB)
+    needed = needed_bytes(second.predicted_peak_bytes)
+    assert third == plan_for(needed - int(needed * 0.05))
     assert len(bench.said("a stage went over its budget")) == 2
     budgets = {request["budget"]["budget_bytes"] for request in bench.requests}
     assert budgets == {390 * MIB}  # what is free has not changed

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.allocators import advice, environment, find_tcmalloc
+from edge_client.allocators import environment, find_tcmalloc
 from fedepth.errors import ConfigError
 
 DEBIAN = "usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"
@@ -18,29 +18,20 @@ def install(root: Path, path: str) -> Path:
 
 
 @pytest.mark.parametrize("path", [DEBIAN, "usr/lib64/libtcmalloc_minimal.so.4", "usr/lib/libtcmalloc_minimal.so.4"])
-def test_tcmalloc_is_taken_where_it_is_installed(tmp_path: Path, path: str) -> None:
+def test_tcmalloc_is_found_where_distributions_put_it(tmp_path: Path, path: str) -> None:
     library = install(tmp_path, path)
     assert find_tcmalloc(tmp_path) == library
-    for choice in ("auto", "tcmalloc"):
-        assert environment(choice, root=tmp_path)["LD_PRELOAD"] == str(library)
-    assert advice(tmp_path) == ()
+    assert environment("tcmalloc", root=tmp_path)["LD_PRELOAD"] == str(library)
 
 
-def test_without_it_glibc_is_told_to_give_back_what_is_freed(tmp_path: Path) -> None:
-    assert environment("auto", root=tmp_path) == {
+def test_glibc_is_told_to_give_back_what_is_freed(tmp_path: Path) -> None:
+    assert environment("glibc", root=tmp_path) == {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     }
-    assert environment("auto", threads=3, root=tmp_path)["OMP_NUM_THREADS"] == "3"
-    (line,) = advice(tmp_path)
-    assert "apt install libtcmalloc-minimal4" in line
-
-
-def test_the_operator_may_stay_with_glibc(tmp_path: Path) -> None:
-    install(tmp_path, DEBIAN)
-    assert "LD_PRELOAD" not in environment("glibc", root=tmp_path)
+    assert environment("glibc", threads=3, root=tmp_path)["OMP_NUM_THREADS"] == "3"
 
 
 def test_tcmalloc_by_name_has_to_be_there(tmp_path: Path) -> None:

@@ -216,6 +216,6 @@ def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> N
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
     job = replace(work(tmp_path, [stage(0, 5, micro_batch=64)], large, training, count=64), enforce=True)
-    with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5.* 1.0 MiB") as caught:
-        train(job, Meter(), Quiet(budget=1 << 20))
+    with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5.* 4.0 MiB") as caught:
+        train(job, Meter(), Quiet(budget=4 << 20))
     assert caught.value.stage == 0 and caught.value.miss_bytes > 0

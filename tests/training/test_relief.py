@@ -37,25 +37,27 @@ def unit() -> Unit:
     return Unit("0", (module,), (module,), ("0.0.weight", "0.0.bias"), (), nn.Sequential(module))
 
 
-def test_far_from_the_peak_pages_are_kept(heap: Heap) -> None:
+def test_pages_are_kept_while_what_is_in_use_is_far_from_the_peak(heap: Heap) -> None:
     block = unit()
     with Relief([block], 100 * MIB, 40 * MIB) as relieve:
-        heap.resident = 120 * MIB
+        heap.resident = 100 * MIB + 41 * MIB  # 33 of them in use, 8 kept from the step before
         block(torch.zeros(1, 2))
         relieve()
     assert heap.released == 0
 
 
-def test_near_the_peak_they_are_given_back_before_the_next_operation(heap: Heap) -> None:
+@pytest.mark.parametrize(("resident", "free"), [(100 + 39, 2), (100 + 42, 30)], ids=["use nears the peak", "beyond it"])
+def test_near_the_peak_they_are_given_back_before_the_next_operation(heap: Heap, resident: int, free: int) -> None:
     block = unit()
+    heap.free = free * MIB
     with Relief([block], 100 * MIB, 40 * MIB) as relieve:
-        heap.resident = 121 * MIB
+        heap.resident = resident * MIB
         block(torch.zeros(1, 2))
         assert heap.released == 1  # then nothing was left to give back
-        heap.free = MIB + 1
+        heap.free = 2 * MIB
         relieve()
         assert heap.released == 2
-    heap.free = 8 * MIB
+    heap.free = free * MIB
     block(torch.zeros(1, 2))
     relieve()
     assert heap.released == 2

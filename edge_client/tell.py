@@ -1,0 +1,71 @@
+"""Tells on what a trainer reports: to the coordinator as progress, to the log in words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from edge_client.trainer_process import Event, Rehearsing, StageDone, StageProgress, StageStarted
+from fedepth.sizes import format_size
+from fedepth.task import Progress, Task
+
+LOG_EVERY_S = 30.0
+_log = structlog.get_logger()
+
+
+class Tell:
+    """Takes the events of one task. A long stage writes a line every half a minute."""
+
+    def __init__(self, task: Task, device_id: str, report: Callable[[Progress], None]) -> None:
+        self._task = task
+        self._device_id = device_id
+        self._report = report
+        self._logged_at = time.monotonic()
+
+    def activity(self, name: str) -> None:
+        self._report(Progress(self._task.task_id, self._task.attempt, self._device_id, name))
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Rehearsing):
+            self.activity("rehearsing")
+            _log.info("rehearsing every stage for two steps")
+        elif isinstance(event, (StageStarted, StageProgress)):
+            self._training(event)
+        elif isinstance(event, StageDone):
+            result = event.result
+            _log.info(
+                "stage done",
+                units=f"{result.first}-{result.last}",
+                predicted_peak=format_size(result.predicted_peak_bytes),
+                rehearsed_peak=format_size(result.rehearsed_peak_bytes),
+                measured_peak=format_size(result.measured_peak_bytes),
+                loss=round(result.loss_last, 4),
+                seconds=round(result.seconds, 1),
+            )
+
+    def _training(self, event: StageStarted | StageProgress) -> None:
+        started = isinstance(event, StageStarted)
+        self._report(
+            Progress(
+                self._task.task_id,
+                self._task.attempt,
+                self._device_id,
+                "training",
+                stage=event.stage,
+                stage_count=event.stage_count,
+                first=event.first,
+                last=event.last,
+                epoch=0 if isinstance(event, StageStarted) else event.epoch,
+                epochs=0 if isinstance(event, StageStarted) else event.epochs,
+                loss=0.0 if isinstance(event, StageStarted) else event.loss,
+            )
+        )
+        where = {"stage": f"{event.stage + 1}/{event.stage_count}", "units": f"{event.first}-{event.last}"}
+        if isinstance(event, StageStarted):
+            _log.info("stage started", **where, predicted_peak=format_size(event.predicted_peak_bytes))
+        elif time.monotonic() - self._logged_at >= LOG_EVERY_S:
+            _log.info("training", **where, epoch=f"{event.epoch}/{event.epochs}", loss=round(event.loss, 4))
+        if started or time.monotonic() - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = time.monotonic()

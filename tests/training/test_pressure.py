@@ -1,0 +1,40 @@
+"""Memory that others take in the middle of a stage shrinks its micro-batch, or makes it wait."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedepth.memory.predict import needed_bytes, training_peak
+from fedepth.task import CachePlace, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
+from fedepth.training.pressure import fitting_micro_batch
+
+MIB = 1 << 20
+TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+ZERO = Size(0, 0)
+UNIT = UnitCost("u", MIB, 0, MIB, 1000, 1000, Size(0, 4 * MIB), True, False, ZERO, ZERO, ZERO, 1000, 10)
+EXIT = replace(UNIT, name="exit", parameter_bytes=0, largest_parameter_bytes=0, saved=ZERO, output_bytes=0)
+COSTS = ModelCosts("m", (UNIT,), (EXIT,), 1000, 250, 1)
+STAGE = Stage(0, 0, 16, CachePlace.DISK, 16, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+
+
+def needed(micro_batch: int) -> int:
+    peak = training_peak(COSTS, TRAINING, 0, 0, micro_batch, accumulates=micro_batch < 16, cache_bytes=0)
+    return needed_bytes(peak.total)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 8, 4, 2, 1])
+def test_the_largest_half_that_fits_is_taken(micro_batch: int) -> None:
+    assert fitting_micro_batch(COSTS, TRAINING, STAGE, 64, needed(micro_batch)) == micro_batch
+
+
+def test_below_one_sample_nothing_fits() -> None:
+    assert fitting_micro_batch(COSTS, TRAINING, STAGE, 64, needed(1) - 1) is None
+
+
+def test_batch_norm_keeps_its_two_samples() -> None:
+    costs = replace(COSTS, smallest_micro_batch=2)
+    assert fitting_micro_batch(costs, TRAINING, STAGE, 64, needed(2) - 1) is None
+
+
+def test_it_never_grows_beyond_what_was_planned() -> None:
+    assert fitting_micro_batch(COSTS, TRAINING, replace(STAGE, micro_batch=4), 64, 1 << 40) == 4
