@@ -175,10 +175,7 @@ class Worker:
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _Told(end)
             smaller += 1
-            # Counted from what the plan was predicted to need, not from the budget, which may lie far above
-            # it: the next plan is then another one for certain.
-            peak = needed_bytes(plan.predicted_peak_bytes)
-            limit = max(0, peak - max(end.miss_bytes, int(peak * _SMALLEST_STEP)))
+            limit = smaller_limit(plan, end.miss_bytes)
             _log.warning(
                 "a stage went over its budget",
                 message=end.message,
@@ -249,6 +246,16 @@ class Worker:
             await self._keeper.drop()
             return Failed(Outcome.OVER_BUDGET, f"the trainer died in its rehearsal: {error}")
         raise ChildError("the trainer ended its events without done or failed")
+
+
+def smaller_limit(plan: Plan, miss_bytes: int) -> int:
+    """What a plan may need after `plan` has gone over its budget by `miss_bytes` (0 if nobody could tell).
+
+    Counted from what the plan was predicted to need, not from the budget, which may lie far above it: the next plan is
+    then another one for certain.
+    """
+    needed = needed_bytes(plan.predicted_peak_bytes)
+    return max(0, needed - max(miss_bytes, int(needed * _SMALLEST_STEP)))
 
 
 class _Told(FedepthError):

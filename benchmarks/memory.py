@@ -1,0 +1,237 @@
+"""Does training stay inside its budget, and how good is the prediction? Random jobs, each in a fresh trainer.
+
+    python -m benchmarks.memory --quick --json FILE    24 trials
+    python -m benchmarks.memory --json FILE            200 trials
+
+Every trial draws model, batch, optimizer, policy and a budget between what the smallest plan needs and what full
+training needs. The trainer enforces the budget (RLIMIT_DATA, its own checks) as on a device; a plan that goes over is
+replaced by a smaller one, also as there. Every eighth trial is run without enforcement. Finished trials are kept beside
+the JSON file, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.bench_task import Prepared, prepare, request, train_once, write_digits
+from coordinator.worker import ModelWorker
+from edge_client.config import TrainerConfig
+from edge_client.trainer_process import Done
+from edge_client.work import SMALLER_PLANS, smaller_limit
+from fedepth.errors import PlanError
+from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
+from fedepth.sizes import format_size
+from fedepth.task import ModelSpec, Outcome, Plan, Policy, TrainingSpec
+
+TRIALS, QUICK_TRIALS = 200, 24
+UNENFORCED_EVERY = 8
+# Name, side of the image in pixels, batches; what a trial costs decides how large they may be.
+MODELS = (
+    ("digits-cnn", 1, 40, (32, 64, 128, 256)),
+    ("preresnet20", 3, 32, (16, 32, 64, 128)),
+    ("resnet18", 3, 64, (16, 32, 64)),
+    ("mobilenet-v3-small", 3, 64, (16, 32, 64)),
+    ("vit-tiny", 3, 64, (8, 16, 32, 64)),
+)
+
+app = typer.Typer(add_completion=False)
+console = Console(width=None if sys.stdout.isatty() else 130)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial and what came of it. Sizes are bytes.
+
+    Attributes:
+        tries: plans that were tried; 1 if the first one held.
+        outcome: "trained", or why it was not.
+        forced: full training at the job's batch did not fit, so that a finer plan was made.
+        predicted_bytes: the estimate of the plan that was trained, without its margin.
+        measured_bytes: the worst stage of that plan.
+    """
+
+    model: str
+    batch: int
+    optimizer: str
+    policy: str
+    enforced: bool
+    budget_bytes: int
+    blocks: str
+    forced: bool
+    tries: int
+    outcome: str
+    predicted_bytes: int
+    measured_bytes: int
+    rehearsed_bytes: int
+    seconds: float
+
+
+async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> list[Trial]:
+    """Runs what is not there yet, and returns all."""
+    journal = folder / "trials.jsonl"
+    done = journal.read_text().splitlines() if journal.exists() else []
+    chance = random.Random(seed)
+    worker = ModelWorker(on_progress=lambda text: None)
+    try:
+        for number in track(range(count), "trials", console=console):
+            drawn = draw(chance)
+            if number < len(done):
+                continue
+            trial = await run_trial(folder, drawn, worker, number % UNENFORCED_EVERY != 0, allocator)
+            with open(journal, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(trial)) + "\n")
+    finally:
+        await worker.stop()
+    return [msgspec.json.decode(line, type=Trial) for line in journal.read_text().splitlines()[:count]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides. `height` places the budget between the smallest need (0) and that of full training (1)."""
+
+    spec: ModelSpec
+    training: TrainingSpec
+    policy: Policy
+    height: float
+
+
+def draw(chance: random.Random) -> Drawn:
+    name, channels, side, batches = chance.choice(MODELS)
+    spec = ModelSpec(name, tuple("0123456789"), (channels, side, side), (0.3,) * channels, (0.35,) * channels)
+    optimizer = chance.choice(["sgd", "adamw"])
+    training = TrainingSpec(chance.choice(batches), 1, optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
+    return Drawn(spec, training, chance.choice(list(Policy)), chance.random())
+
+
+async def run_trial(folder: Path, drawn: Drawn, worker: ModelWorker, enforce: bool, allocator: str) -> Trial:
+    prepared = replace(await prepare(worker, drawn.spec, drawn.training, folder / "models"), training=drawn.training)
+    samples = 4 * drawn.training.batch
+    costs, training = prepared.costs, drawn.training
+    low = smallest_peak(costs, training, samples, drawn.policy)
+    high = max(low, int(full_training_peak(costs, training, samples).total * 1.1) + (2 << 20))
+    budget = int(low * (high / low) ** drawn.height)
+    started = time.monotonic()
+    plan, tries, end = await _train(folder, prepared, drawn.policy, budget, samples, enforce, allocator)
+    stages = end.result.stages if isinstance(end, Done) else ()
+    whole = len(plan.stages) == 1 and plan.stages[0].micro_batch >= training.batch and not plan.untrained
+    return Trial(
+        model=drawn.spec.name,
+        batch=training.batch,
+        optimizer=training.optimizer,
+        policy=drawn.policy.value,
+        enforced=enforce,
+        budget_bytes=budget,
+        blocks=plan.blocks,
+        forced=not whole,
+        tries=tries,
+        outcome="trained" if isinstance(end, Done) else end.message,
+        predicted_bytes=plan.predicted_peak_bytes,
+        measured_bytes=max((stage.measured_peak_bytes for stage in stages), default=0),
+        rehearsed_bytes=max((stage.rehearsed_peak_bytes for stage in stages), default=0),
+        seconds=time.monotonic() - started,
+    )
+
+
+async def _train(
+    folder: Path, prepared: Prepared, policy: Policy, budget: int, samples: int, enforce: bool, allocator: str
+) -> tuple[Plan, int, Any]:
+    """Trains with smaller and smaller plans, as the agent does, each in a trainer of its own."""
+    data = write_digits(folder / "data", samples)
+    limit, tries = budget, 0
+    while True:
+        plan = make_plan(
+            prepared.costs, budget_bytes=limit, training=prepared.training, sample_count=samples, policy=policy
+        )
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        task = request(prepared, replace(plan, budget_bytes=budget), budget, data, folder / "run", enforce=enforce)
+        end = await train_once(task, TrainerConfig(threads=2, allocator=allocator))  # type: ignore[arg-type]
+        tries += 1
+        if isinstance(end, Done):
+            return end.result.plan, tries, end
+        if end.outcome not in (Outcome.OVER_BUDGET, Outcome.TRAINER_DIED) or tries > SMALLER_PLANS:
+            return plan, tries, end
+        try:
+            limit = min(limit, smaller_limit(plan, end.miss_bytes))
+            make_plan(
+                prepared.costs, budget_bytes=limit, training=prepared.training, sample_count=samples, policy=policy
+            )
+        except PlanError:
+            return plan, tries, end
+
+
+def figures(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What the JSON file says."""
+    enforced = [trial for trial in trials if trial.enforced]
+    free = [trial for trial in trials if not trial.enforced]
+    trained = [trial for trial in enforced if trial.outcome == "trained"]
+    used = [trial.measured_bytes / trial.budget_bytes for trial in trained if trial.forced]
+    return {
+        "trials": len(trials),
+        "over_budget": sum(trial.measured_bytes > trial.budget_bytes for trial in enforced),
+        "failed": sum(trial.outcome != "trained" for trial in trials),
+        "first_try_fraction": sum(trial.tries == 1 for trial in trained) / max(1, len(enforced)),
+        "median_utilisation": statistics.median(used) if used else None,
+        **_errors(trained),
+        "unenforced": {
+            "trials": len(free),
+            "over_budget": sum(trial.measured_bytes > trial.budget_bytes for trial in free),
+            **_errors([trial for trial in free if trial.outcome == "trained"]),
+        },
+    }
+
+
+def _errors(trials: Sequence[Trial]) -> dict[str, float | None]:
+    errors = sorted(abs(trial.predicted_bytes - trial.measured_bytes) / trial.measured_bytes for trial in trials)
+    if not errors:
+        return {"median_abs_error": None, "p95_abs_error": None}
+    return {
+        "median_abs_error": statistics.median(errors),
+        "p95_abs_error": errors[min(len(errors) - 1, int(0.95 * len(errors)))],
+    }
+
+
+@app.command()
+def memory(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
+    quick: Annotated[bool, typer.Option(help=f"{QUICK_TRIALS} trials instead of {TRIALS}.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where trials are kept; the next run goes on there.")] = Path(
+        "runs/memory"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
+    allocator: Annotated[str, typer.Option(help="glibc or tcmalloc.")] = "glibc",
+) -> None:
+    """Trains random jobs inside random budgets and compares prediction, rehearsal and measurement."""
+    folder = folder.resolve() / f"{allocator}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else TRIALS, seed, allocator))
+    for trial in trials:
+        if trial.outcome != "trained" or trial.tries > 1 or trial.measured_bytes > trial.budget_bytes:
+            console.print(
+                f"{trial.model} batch {trial.batch} {trial.optimizer} {trial.policy}: budget "
+                f"{format_size(trial.budget_bytes)}, measured {format_size(trial.measured_bytes)}, "
+                f"{trial.tries} tries, {trial.outcome[:100]}"
+            )
+    found = {**figures(trials), "allocator": allocator, "seed": seed}
+    console.print_json(json.dumps(found))
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({**found, "all": [asdict(trial) for trial in trials]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
