@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from edge_client.trainer_process import Event, Rehearsing, StageDone, StageProgress, StageStarted
+from edge_client.trainer_process import Event, Rehearsing, StageDone, StageProgress, StageStarted, Waiting
 from fedepth.sizes import format_size
 from fedepth.task import Progress, Task
 
@@ -33,6 +33,13 @@ class Tell:
             _log.info("rehearsing every stage for two steps")
         elif isinstance(event, (StageStarted, StageProgress)):
             self._training(event)
+        elif isinstance(event, Waiting):
+            self.activity("waiting for memory")
+            _log.warning(
+                "paused: others on this device hold the memory",
+                stage=event.stage + 1,
+                free_for_training=format_size(event.budget_bytes),
+            )
         elif isinstance(event, StageDone):
             result = event.result
             _log.info(

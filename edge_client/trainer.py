@@ -84,6 +84,9 @@ class Lines:
             loss=loss,
         )
 
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+        self.tell(event="waiting", stage=index, budget_bytes=budget_bytes)
+
     def stage_done(self, result: StageResult) -> None:
         self.tell(event="stage_done", result=result)
 

@@ -73,6 +73,13 @@ class StageProgress(_Event, tag="progress", frozen=True):
     loss: float
 
 
+class Waiting(_Event, tag="waiting", frozen=True):
+    """A stage pauses: not even its smallest micro-batch fits into what is free now."""
+
+    stage: int
+    budget_bytes: int
+
+
 class StageDone(_Event, tag="stage_done", frozen=True):
     """A stage has ended well."""
 
@@ -101,7 +108,7 @@ class Failed(_Event, tag="failed", frozen=True):
     retained_bytes: int = 0
 
 
-Event = Measure | Rehearsing | StageStarted | StageProgress | StageDone | Done | Failed
+Event = Measure | Rehearsing | StageStarted | StageProgress | Waiting | StageDone | Done | Failed
 
 
 class TrainerProcess:

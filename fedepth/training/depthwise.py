@@ -56,6 +56,9 @@ class Hooks(Protocol):
 
     def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
 
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+        """The stage pauses: not even its smallest micro-batch fits into what is free now."""
+
     def stage_done(self, result: StageResult) -> None: ...
 
 
@@ -116,7 +119,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
             StageResult(
                 first=stage.first,
                 last=stage.last,
-                micro_batch=block.micro_batch,
+                micro_batch=block.smallest_micro_batch,
                 predicted_peak_bytes=stage.predicted_peak_bytes,
                 rehearsed_peak_bytes=(rehearsed or {}).get((stage.first, stage.last), 0),
                 measured_peak_bytes=_peak_bytes(meter, work.device),
@@ -173,9 +176,9 @@ def _epochs(
     spec = work.task.training
     batch = effective_batch(work.task.costs, spec, len(work.images))
     losses: list[float] = []
+    told = time.monotonic()
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
-        told = time.monotonic()
         for indices in block.epoch_batches(batch):
             total += block.step(indices)
             batches += 1
@@ -208,6 +211,7 @@ def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, 
             block.micro_batch = micro_batch
             return
         allocator.release()
+        hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(
                 f"stage {index} (units {stage.first}-{stage.last}) paused for {waited:.0f} s because only "

@@ -23,7 +23,8 @@ class BlockTraining:
     """A block and the head, loaded and trainable, until `close`.
 
     Attributes:
-        micro_batch: samples per forward pass; may be lowered between steps.
+        micro_batch: samples per forward pass; may be changed between steps.
+        smallest_micro_batch: the smallest so far.
         steps: optimizer steps so far.
         samples_seen: samples so far, counted once an epoch.
     """
@@ -40,7 +41,7 @@ class BlockTraining:
         final: bool,
     ) -> None:
         """`index`: the place of the stage in its task; `final`: no stage follows."""
-        self.micro_batch = stage.micro_batch
+        self.micro_batch = self.smallest_micro_batch = stage.micro_batch
         self.steps = 0
         self.samples_seen = 0
         self._work = work
@@ -74,6 +75,7 @@ class BlockTraining:
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
         self.steps += 1
+        self.smallest_micro_batch = min(self.smallest_micro_batch, self.micro_batch)
         pieces = torch.tensor_split(indices, -(-len(indices) // self.micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):

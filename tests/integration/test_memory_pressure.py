@@ -1,0 +1,34 @@
+"""A second process takes the memory that training was promised, in the middle of a stage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+from edge_client.probe import measure
+
+MIB = 1 << 20
+TRAINING_BYTES = 800 * MIB  # left for training by the operator's reserve
+HOG = "import sys; held = b'x' * int(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig: Any) -> None:
+    rig.lab.start_coordinator(rig.job(devices=1, quorum=1, epochs=300, deadline=600), "--exit-when-done")
+    # A trainer costs 500 to 600 MiB before it trains; the fraction of the available memory is 0.9 by default.
+    reserve = int(measure().available_bytes * 0.9) - 600 * MIB - TRAINING_BYTES
+    config = rig.folder / "client.toml"
+    config.write_text(f'[memory]\nreserve = "{reserve}"\n')
+    rig.agent(0, "--config", str(config), "--exit-when-done")
+    rig.event("device-0", "stage started")
+    hog = subprocess.Popen(
+        [sys.executable, "-c", HOG, str(3 * TRAINING_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with hog:
+        assert hog.stdout is not None and hog.stdout.readline() == b"held\n"
+        rig.event("device-0", "paused: others on this device hold the memory")
+        assert not [line for line in rig.log("device-0") if line.get("event") == "stage done"]
+        hog.communicate()  # its standard input closes, and it ends
+    rig.event("device-0", "stage done")
+    rig.event("device-0", "update accepted")
+    assert rig.end("device-0") == 0
