@@ -22,7 +22,7 @@ def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig:
     rig.agent(0, "--config", str(config), "--exit-when-done")
     rig.event("device-0", "stage started")
     hog = subprocess.Popen(
-        [sys.executable, "-c", HOG, str(3 * TRAINING_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOG, str(2 * TRAINING_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with hog:
         assert hog.stdout is not None and hog.stdout.readline() == b"held\n"
