@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedepth.errors import FedepthError, StateError, TransportError
+from fedepth.sizes import format_size
 
 CALL_S = 10.0
 
@@ -157,8 +158,8 @@ def describe(event: dict[str, Any]) -> str:
     text = " ".join(f"{key}={value}" for key, value in event.items())
     for stage in stages:
         text += (
-            f"\n    units {stage['first']}-{stage['last']}: predicted {_mib(stage['predicted_peak_bytes'])}, "
-            f"measured {_mib(stage['measured_peak_bytes'])}, budget {_mib(stage['budget_bytes'])}"
+            f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
+            f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
     return f"{name:<16} {text}"
 
@@ -249,10 +250,10 @@ def _tables(record: dict[str, Any]) -> list[Table]:
                 update["device"],
                 f"{stage.first}-{stage.last}",
                 str(stage.micro_batch),
-                _mib(stage.predicted_peak_bytes),
-                _mib(stage.rehearsed_peak_bytes),
-                _mib(stage.measured_peak_bytes),
-                _mib(stage.budget_bytes),
+                format_size(stage.predicted_peak_bytes),
+                format_size(stage.rehearsed_peak_bytes),
+                format_size(stage.measured_peak_bytes),
+                format_size(stage.budget_bytes),
                 f"{stage.loss_first:.3f} → {stage.loss_last:.3f}",
                 f"{stage.seconds:.1f}",
             )
@@ -260,7 +261,3 @@ def _tables(record: dict[str, Any]) -> list[Table]:
     for what, times in record["failures"].items():
         failures.add_row(what, str(times))
     return [overview, stages, failures]
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 20):.1f} MiB"

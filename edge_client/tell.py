@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
@@ -31,8 +32,14 @@ class Tell:
         if isinstance(event, Rehearsing):
             self.activity("rehearsing")
             _log.info("rehearsing every stage for two steps")
-        elif isinstance(event, (StageStarted, StageProgress)):
-            self._training(event)
+        elif isinstance(event, StageStarted):
+            self._report(self._training(event))
+            self._log("stage started", event, predicted_peak=format_size(event.predicted_peak_bytes))
+        elif isinstance(event, StageProgress):
+            progress = self._training(event)
+            self._report(replace(progress, epoch=event.epoch, epochs=event.epochs, loss=event.loss))
+            if time.monotonic() - self._logged_at >= LOG_EVERY_S:
+                self._log("training", event, epoch=f"{event.epoch}/{event.epochs}", loss=round(event.loss, 4))
         elif isinstance(event, Waiting):
             self.activity("waiting for memory")
             _log.warning(
@@ -52,27 +59,18 @@ class Tell:
                 seconds=round(result.seconds, 1),
             )
 
-    def _training(self, event: StageStarted | StageProgress) -> None:
-        started = isinstance(event, StageStarted)
-        self._report(
-            Progress(
-                self._task.task_id,
-                self._task.attempt,
-                self._device_id,
-                "training",
-                stage=event.stage,
-                stage_count=event.stage_count,
-                first=event.first,
-                last=event.last,
-                epoch=0 if isinstance(event, StageStarted) else event.epoch,
-                epochs=0 if isinstance(event, StageStarted) else event.epochs,
-                loss=0.0 if isinstance(event, StageStarted) else event.loss,
-            )
+    def _training(self, event: StageStarted | StageProgress) -> Progress:
+        return Progress(
+            self._task.task_id,
+            self._task.attempt,
+            self._device_id,
+            "training",
+            stage=event.stage,
+            stage_count=event.stage_count,
+            first=event.first,
+            last=event.last,
         )
-        where = {"stage": f"{event.stage + 1}/{event.stage_count}", "units": f"{event.first}-{event.last}"}
-        if isinstance(event, StageStarted):
-            _log.info("stage started", **where, predicted_peak=format_size(event.predicted_peak_bytes))
-        elif time.monotonic() - self._logged_at >= LOG_EVERY_S:
-            _log.info("training", **where, epoch=f"{event.epoch}/{event.epochs}", loss=round(event.loss, 4))
-        if started or time.monotonic() - self._logged_at >= LOG_EVERY_S:
-            self._logged_at = time.monotonic()
+
+    def _log(self, name: str, event: StageStarted | StageProgress, **more: object) -> None:
+        _log.info(name, stage=f"{event.stage + 1}/{event.stage_count}", units=f"{event.first}-{event.last}", **more)
+        self._logged_at = time.monotonic()

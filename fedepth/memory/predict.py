@@ -8,8 +8,8 @@ A stage lives through these moments; each holds something else, and the peak is 
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: on average half the
-larger of the largest activation and the largest parameter, plus 1 MiB. That is the estimate. It is as often too low as
-too high, by 3 % in the middle, so a plan has to leave a margin (docs/memory.md).
+larger of the largest activation and the largest parameter, plus 1 MiB. That is the estimate. It is off by 5 % in the
+middle, more often too low than too high, so a plan has to leave a margin (docs/memory.md).
 """
 
 from __future__ import annotations

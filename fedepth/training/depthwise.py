@@ -112,8 +112,12 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
                 report = partial(hooks.progress, len(done), count, stage)
                 yield_memory = partial(_yield_memory, work, stage, block, meter, hooks, len(done))
                 losses = _epochs(work, block, meter, check, yield_memory, report)
-            except (RuntimeError, MemoryError) as error:
-                raise _over_budget(error, len(done), stage, budget, meter) from error
+            except BaseException as error:
+                if cache is not None:
+                    cache.close()  # a trainer lives on after a failed task, and must not keep its files open
+                if isinstance(error, (RuntimeError, MemoryError)):
+                    raise _over_budget(error, len(done), stage, budget, meter) from error
+                raise
             parts.append(_write(work, len(parts), [split.units[i] for i in range(stage.first, stage.last + 1)]))
         results.append(
             StageResult(
@@ -198,6 +202,8 @@ def _epochs(
 def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, hooks: Hooks, index: int) -> None:
     """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
 
+    While the peak that was measured stays inside, nothing changes: only what really does not fit is worth a change.
+
     Raises:
         OverBudgetError: memory did not come back.
     """
@@ -206,6 +212,9 @@ def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, 
     waited = 0.0
     while True:
         budget = hooks.measure(index, meter.held_bytes)
+        if _peak_bytes(meter, work.device) <= budget:
+            block.micro_batch = stage.micro_batch
+            return
         micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
         if micro_batch is not None:
             block.micro_batch = micro_batch

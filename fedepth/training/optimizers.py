@@ -13,7 +13,6 @@ import torch
 from fedepth.errors import ConfigError
 from fedepth.task import TrainingSpec
 
-State = dict[int, list[torch.Tensor]]
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor], int, TrainingSpec], None]
 
 ADAM_BETAS = (0.9, 0.999)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from fedepth.data.transforms import augment, views_rng
-from fedepth.models.split import release
+from fedepth.models.split import Unit, release
 from fedepth.task import Stage
 from fedepth.training.cache import Cache, open_cache
 from fedepth.training.work import Work, load, to_device
@@ -29,10 +31,25 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     )
     start = previous.first if previous else 0
     units = [work.split.units[index] for index in range(start, stage.first)]
-    rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
     for unit in units:
         load(work, unit, trainable=False)
         unit.train(False)  # BatchNorm of frozen units uses its running statistics
+    try:
+        _fill(work, target, units, source, batch, first=start)
+    except BaseException:
+        target.close()
+        raise
+    for unit in units:
+        release(unit)
+    if source is not None:
+        source.close()
+    return target
+
+
+def _fill(work: Work, target: Cache, units: Sequence[Unit], source: Cache | None, batch: int, *, first: int) -> None:
+    """`first`: the unit whose inputs lie in `source`, or 0."""
+    rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
+    count = len(work.images)
     with torch.no_grad():
         for begin in range(0, count, batch):
             indices = np.arange(begin, min(begin + batch, count))
@@ -41,15 +58,10 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
                 x = torch.from_numpy(views)
             else:
                 x = source.read(torch.from_numpy(indices))
-            if not raw:
-                x = to_device(work, x, from_pixels=start == 0)
+            if units:
+                x = to_device(work, x, from_pixels=first == 0)
                 for unit in units:
                     x = unit(x)
                 x = x.cpu()
             target.write(begin, x)
             del x
-    for unit in units:
-        release(unit)
-    if source is not None:
-        source.close()
-    return target

@@ -3,7 +3,8 @@
 An allocator that keeps freed pages is fast, but what it keeps at the moment of the peak counts as well: with tcmalloc
 up to 40 % on top of the tensors. Giving everything back at once is exact, and as slow as mapping every tensor anew.
 Between the two: keep pages while there is room, and give them back, between two operations, once the process nears its
-predicted peak. Then the footprint follows the tensors at nearly the allocator's own speed (docs/memory.md).
+predicted peak. That is most of the speed, and most of the exactness: small tensors in one long operation still slip by
+(docs/memory.md).
 """
 
 from __future__ import annotations

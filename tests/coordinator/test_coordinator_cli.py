@@ -84,4 +84,4 @@ def test_an_event_is_told_in_lines() -> None:
     }
     lines = describe(event).splitlines()
     assert lines[0].split() == ["update_accepted", "device=pi"]
-    assert lines[1].strip() == "units 0-1: predicted 1.0 MiB, measured 0.5 MiB, budget 2.0 MiB"
+    assert lines[1].strip() == "units 0-1: predicted 1.0 MiB, measured 512.0 KiB, budget 2.0 MiB"

@@ -61,7 +61,9 @@ def failed(outcome: str, **more: int) -> None:
 
 def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
     kind = scene["do"]
-    if kind == "die":
+    if kind == "die_rehearsing":
+        tell(event="rehearsing")
+    if kind in ("die", "die_rehearsing"):
         os.kill(os.getpid(), 11)
     stage_started(request["plan"])
     if kind == "hang":

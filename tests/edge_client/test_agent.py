@@ -349,6 +349,18 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     assert len(transport.delivered) == 1
 
 
+def test_a_death_in_the_rehearsal_is_a_plan_that_needs_too_much(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "die_rehearsing"}, OK)
+    first, second = bench.plans()
+    needed = needed_bytes(first.predicted_peak_bytes)
+    assert second == plan_for(needed - int(needed * 0.05))  # nobody could tell by how much
+    assert bench.said("planning smaller from now on") == []  # it was this plan, not the device
+    assert len(transport.delivered) == 1
+
+
 def test_after_four_smaller_plans_the_device_gives_up(
     bench: Bench, transport: FakeTransport, make_task: MakeTask
 ) -> None:

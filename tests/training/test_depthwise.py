@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,14 @@ from fedepth.task import (
     PeakComponents,
     Plan,
     Policy,
+    Size,
     Stage,
     StageResult,
     Task,
     TrainingSpec,
+    UnitCost,
 )
+from fedepth.training import depthwise
 from fedepth.training.depthwise import train
 from fedepth.training.stage import _seed, epoch_batches
 from fedepth.training.work import Work
@@ -40,6 +44,8 @@ SPEC = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 COSTS = ModelCosts("test", (), (), 256, 64, 1)
+ZERO = Size(0, 0)
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, ZERO, ZERO, ZERO, 0, 1)
 
 
 class Quiet:
@@ -211,6 +217,57 @@ def test_every_sample_is_seen_and_all_batches_have_one_size() -> None:
     batches = list(epoch_batches(10, 4, torch.Generator().manual_seed(0)))
     assert [len(batch) for batch in batches] == [4, 4, 4]
     assert set(torch.cat(batches).tolist()) == set(range(10))
+
+
+class Shrinking(Quiet):
+    """What is free falls to `later` after the first look; `measured` counts the looks."""
+
+    def __init__(self, later: int) -> None:
+        super().__init__()
+        self.later = later
+        self.measured = 0
+        self.waits = 0
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        self.measured += 1
+        return self.budget if self.measured == 1 else self.later
+
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+        self.waits += 1
+        self.later = self.budget  # and then it is there again
+
+
+@pytest.mark.parametrize(("later", "waits"), [(1 << 39, 0), (0, 1)], ids=["enough for what it takes", "nothing"])
+def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int, waits: int
+) -> None:
+    monkeypatch.setattr(depthwise, "LOOK_S", 0.001)
+    monkeypatch.setattr(depthwise, "LONGEST_PAUSE_S", 0.05)
+    hooks = Shrinking(later)
+    costs = replace(COSTS, units=(HUNGRY,) * 6, exits=(HUNGRY,) * 6)
+    job = work(tmp_path, [stage(0, 5)])
+    job = replace(job, task=replace(job.task, costs=costs), enforce=True)
+    (result,) = train(job, Meter(), hooks).stages
+    assert hooks.measured > 1 and hooks.waits == waits
+    assert result.micro_batch == 8  # the estimate of a TiB does not shrink what was seen to fit
+
+
+def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
+    large = replace(SPEC, input_shape=(1, 64, 64))
+    training = replace(TRAINING, batch=64, local_epochs=1)
+    stages = [stage(0, 5, micro_batch=64, cache=CachePlace.DISK)]
+    job = replace(work(tmp_path, stages, large, training, count=64), enforce=True)
+    with pytest.raises(OverBudgetError):
+        train(job, Meter(), Quiet(budget=4 << 20))
+    assert not [path for path in open_files() if "inputs-0" in path]
+
+
+def open_files() -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one through which this folder is read
+            found.append(str(link.readlink()))
+    return found
 
 
 def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""A rehearsal measures every stage as it will be, and leaves nothing of itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedepth.errors import OverBudgetError
+from fedepth.memory.meter import Meter
+from fedepth.task import CachePlace, StageResult
+from fedepth.training.depthwise import train
+from fedepth.training.rehearsal import rehearse
+from tests.training.test_depthwise import SPEC, TRAINING, Quiet, stage, trained_tensors, work
+
+MIB = 1 << 20
+
+
+class Counting(Quiet):
+    def __init__(self, budget: int = 1 << 40) -> None:
+        super().__init__(budget)
+        self.results: list[StageResult] = []
+
+    def stage_done(self, result: StageResult) -> None:
+        self.results.append(result)
+
+
+def test_every_stage_has_a_peak_that_goes_into_its_result(tmp_path: Path) -> None:
+    job = work(tmp_path, [stage(0, 2), stage(3, 5)], count=40)
+    hooks = Counting()
+    peaks = rehearse(job, Meter(), hooks)
+    assert peaks.keys() == {(0, 2), (3, 5)}
+    assert hooks.results == []  # nobody is told of stages that are not trained
+    results = train(job, Meter(), hooks, {(0, 2): 7, (3, 5): 9}).stages
+    assert [result.rehearsed_peak_bytes for result in results] == [7, 9]
+
+
+def test_it_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
+    def job(folder: Path):  # type: ignore[no-untyped-def]
+        folder.mkdir()
+        return work(folder, [stage(0, 2), stage(3, 5)], count=40)
+
+    fresh, rehearsed = job(tmp_path / "a"), job(tmp_path / "b")
+    before = sorted(path.name for path in (tmp_path / "b").rglob("*"))
+    rehearse(rehearsed, Meter(), Quiet())
+    assert sorted(path.name for path in (tmp_path / "b").rglob("*")) == before
+    one, other = trained_tensors(fresh), trained_tensors(rehearsed)
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
+    large = replace(SPEC, input_shape=(1, 128, 128))
+    stages = [stage(0, 0, micro_batch=1), stage(1, 1, micro_batch=1, cache=CachePlace.RAM)]
+    job = work(tmp_path, stages, large, replace(TRAINING, batch=1), count=60)
+    values = job.split.input_shapes[1]
+    cached = 4 * values[0] * values[1] * values[2] * 60  # tens of MiB, though two samples are all that is trained
+    assert cached == 30 * MIB
+    assert rehearse(job, Meter(), Quiet())[(1, 1)] > 0.9 * cached
+
+
+def test_a_plan_that_needs_too_much_is_found_out(tmp_path: Path) -> None:
+    large = replace(SPEC, input_shape=(1, 64, 64))
+    job = work(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)
+    with pytest.raises(OverBudgetError):
+        rehearse(replace(job, enforce=True), Meter(), Quiet(budget=4 << 20))
