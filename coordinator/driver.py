@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -36,7 +36,7 @@ from coordinator.store import Prepared, Store, TaskRecord
 from coordinator.worker import Models
 from fedepth.errors import UpdateError
 from fedepth.planning.planner import make_plan
-from fedepth.task import DeviceReport, Failure, Plan, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, ModelCosts, Plan, Progress, Result, Task
 
 TICK_S = 0.2
 
@@ -115,12 +115,15 @@ class Driver:
             PlanError: nothing fits its budget.
         """
         return make_plan(
-            self._prepared.costs,
+            self._costs_on(report),
             budget_bytes=report.budget.budget_bytes,
             training=training_spec(self.config, self.state.round),
             sample_count=report.sample_count,
             policy=policy(self.config),
         )
+
+    def _costs_on(self, report: DeviceReport) -> ModelCosts:
+        return replace(self._prepared.costs, calibration=report.calibration)
 
     def see(self, report: DeviceReport) -> None:
         """Takes note of a device that called, whether or not it can take part."""
@@ -276,7 +279,7 @@ class Driver:
             model=self.model,
             training=training_spec(self.config, action.round),
             policy=policy(self.config),
-            costs=self._prepared.costs,
+            costs=self._costs_on(waiter.report),
             plan=waiter.plan,
             weights_digest=self.weights.record.digest,
             weights_bytes=self.weights.record.size_bytes,

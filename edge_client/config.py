@@ -12,6 +12,7 @@ fraction = 0.9        # part of the available memory that may be used at all
 linger_s = 60         # how long an idle trainer stays in memory
 threads = 0           # 0 leaves the choice to torch
 enforce = true        # stop a stage that goes over its budget
+allocator = "auto"    # tcmalloc where it is installed, else glibc; or one of them by name
 [models]
 allow = ["mypackage.models:make"]
 [retry]
@@ -77,7 +78,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linger_s: float = 60.0
     threads: int = 0
     enforce: bool = True
-    allocator: Literal["glibc", "tcmalloc"] = "glibc"
+    allocator: Literal["auto", "glibc", "tcmalloc"] = "auto"
 
     def __post_init__(self) -> None:
         if self.linger_s < 0:

@@ -78,6 +78,32 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
+
+    scratch = fixed + activation_share · largest activation + parameter_share · largest parameter
+              + convolution_bytes · convolutions. The defaults are those of a desktop with glibc.
+
+    Attributes:
+        allocator: the allocator it was measured with; empty for the defaults.
+        torch: the version of torch.
+        fixed_bytes: whatever the block.
+        activation_share: of the largest activation of a micro-batch: reordered copies, per-thread buffers.
+        parameter_share: of the largest parameter: reordered weights, per-thread sums of its gradient.
+        convolution_bytes: compiled kernels, for every convolution of the block.
+        seconds_per_gflop: time of a training step on this device, for every 10⁹ operations; 0 if not measured.
+    """
+
+    allocator: str = ""
+    torch: str = ""
+    fixed_bytes: int = 2 << 20
+    activation_share: float = 0.1
+    parameter_share: float = 1.0
+    convolution_bytes: int = 150_000
+    seconds_per_gflop: float = 0.0
+
+
+@dataclass(frozen=True)
 class DeviceReport:
     """What a device says of itself when it asks for work."""
 
@@ -90,6 +116,7 @@ class DeviceReport:
     accelerator: str = ""
     software: str = ""
     fedepth_version: str = ""
+    calibration: Calibration = Calibration()
 
 
 @dataclass(frozen=True)
@@ -158,6 +185,7 @@ class UnitCost:
             gradients of input and output counted, parameter gradients not.
         inference: the most that lives at once in a forward pass without autograd beyond input and output.
         largest_activation_bytes: the largest single activation, per sample.
+        convolutions: how many convolutions it runs; a backend keeps compiled kernels for each.
         flops: floating point operations of one forward pass, per sample.
     """
 
@@ -174,6 +202,7 @@ class UnitCost:
     backward: Size
     inference: Size
     largest_activation_bytes: int
+    convolutions: int
     flops: int
 
 
@@ -189,6 +218,7 @@ class ModelCosts:
         input_bytes: one input sample as float32.
         raw_input_bytes: one input sample as stored (uint8).
         smallest_micro_batch: 2 where BatchNorm needs more than one value per channel, else 1.
+        calibration: of the device that the table is used for.
     """
 
     model: str
@@ -197,6 +227,7 @@ class ModelCosts:
     input_bytes: int
     raw_input_bytes: int
     smallest_micro_batch: int
+    calibration: Calibration = Calibration()
 
 
 @dataclass(frozen=True)

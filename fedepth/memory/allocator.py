@@ -1,8 +1,12 @@
-"""The memory allocator that this process runs with: its name, and what it keeps for itself.
+"""The memory allocator that this process runs with: its name, what it keeps for itself, and a cap on that.
 
 What was freed is not always given back. tcmalloc (of gperftools) keeps spans of pages for the next request, which makes
 training about twice as fast; glibc with low thresholds gives large blocks back at once. A measurement must not count
 what is merely kept, and the next task must not find it missing.
+
+What tcmalloc keeps would come to as much as half of what the tensors need. Its heap limit is the remedy: a request that
+would pass the limit first gives free pages back, and fails only where that is not enough. So pages are kept while there
+is room, and the footprint follows the tensors to within the cap.
 """
 
 from __future__ import annotations
@@ -20,7 +24,12 @@ _NAMES = re.compile(r"(tcmalloc_minimal|tcmalloc|jemalloc|mimalloc)[^/\s]*\.so[.
 # gperftools/malloc_extension.h: pages that are free but mapped, and free pages whose memory was given back.
 _FREE = b"tcmalloc.pageheap_free_bytes"
 _UNMAPPED = b"tcmalloc.pageheap_unmapped_bytes"
-_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+_COMMITTED = b"tcmalloc.pageheap_committed_bytes"
+_LIMIT = b"tcmalloc.heap_limit_mb"
+_METADATA = re.compile(rb"(\d+) \([^)]*\) Bytes in malloc metadata")
+_STATISTICS_BYTES = 32 << 10
+_MIB = 1 << 20
+_WIDER_SHARE = 0.04
 
 
 def name() -> str:
@@ -55,20 +64,56 @@ def release() -> None:
         library.malloc_trim(0)
 
 
-def free_bytes() -> int:
-    """Pages that are free and still resident, as far as the allocator tells. Takes about a microsecond."""
-    return _property(_FREE)
-
-
 def retained_bytes() -> int:
     """Address space that is free inside the allocator: it counts in VmData and serves the next requests."""
     return _property(_FREE) + _property(_UNMAPPED)
 
 
-def resident_bytes() -> int:
-    """VmRSS, read in the quickest way."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE_BYTES
+def heap_bytes() -> int:
+    """Pages in use as the heap limit counts them, the allocator's own records included; 0 for other allocators."""
+    return _property(_COMMITTED) - _property(_FREE) + _metadata_bytes() if keeps_pages() else 0
+
+
+class HeapCap:
+    """A bound on the heap within a `with` block; without effect for allocators that give everything back at once.
+
+    Attributes:
+        cap_bytes: what may be added above `held_bytes`.
+    """
+
+    def __init__(self, held_bytes: int, cap_bytes: int, most_bytes: int) -> None:
+        """`held_bytes`: what the heap held when nothing was added yet. The cap never passes `most_bytes`."""
+        self._held = held_bytes
+        self._most = most_bytes
+        self.cap_bytes = min(cap_bytes, most_bytes)
+
+    def __enter__(self) -> HeapCap:
+        self._set(self._held + self.cap_bytes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(0)
+
+    def widen(self) -> bool:
+        """Raises the cap by a few percent; False if that cannot help."""
+        if not keeps_pages() or self.cap_bytes >= self._most:
+            return False
+        self.cap_bytes = min(self._most, self.cap_bytes + int(self.cap_bytes * _WIDER_SHARE) + _MIB)
+        self._set(self._held + self.cap_bytes)
+        return True
+
+    def lower(self, most_bytes: int) -> None:
+        """Keeps the cap at most there from now on, and gives free pages back."""
+        self._most = min(self._most, most_bytes)
+        if self.cap_bytes > self._most:
+            self.cap_bytes = self._most
+            self._set(self._held + self.cap_bytes)
+        release()
+
+    @staticmethod
+    def _set(limit_bytes: int) -> None:
+        if keeps_pages():
+            _library().MallocExtension_SetNumericProperty(_LIMIT, ctypes.c_size_t(-(-limit_bytes // _MIB)))
 
 
 def _property(key: bytes) -> int:
@@ -76,3 +121,11 @@ def _property(key: bytes) -> int:
     if keeps_pages():
         _library().MallocExtension_GetNumericProperty(key, ctypes.byref(value))
     return value.value
+
+
+def _metadata_bytes() -> int:
+    """tcmalloc's own records, which its heap limit counts; told in its statistics only, as text."""
+    text = ctypes.create_string_buffer(_STATISTICS_BYTES)
+    _library().MallocExtension_GetStats(text, _STATISTICS_BYTES)
+    found = _METADATA.search(text.value)
+    return int(found[1]) if found else 0

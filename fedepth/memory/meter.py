@@ -32,11 +32,13 @@ class Baseline:
         resident_bytes: VmRSS.
         anonymous_bytes: RssAnon.
         data_bytes: VmData, what RLIMIT_DATA counts, without what the allocator has free.
+        heap_bytes: what the allocator's own limit counts; 0 where it has none.
     """
 
     resident_bytes: int
     anonymous_bytes: int
     data_bytes: int
+    heap_bytes: int
 
 
 class Meter:
@@ -45,7 +47,7 @@ class Meter:
     def __init__(self) -> None:
         allocator.release()
         data = status_bytes("VmData") - allocator.retained_bytes()
-        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), data)
+        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), data, allocator.heap_bytes())
         self._anonymous = 0
 
     def reset(self) -> None:

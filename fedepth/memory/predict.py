@@ -7,9 +7,9 @@ A stage lives through these moments; each holds something else, and the peak is 
     exit       the skip connection and the head run forward, then backward
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
-The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: on average half the
-larger of the largest activation and the largest parameter, plus 1 MiB. That is the estimate. It is off by 5 % in the
-middle, more often too low than too high, so a plan has to leave a margin (docs/memory.md).
+The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: that is the device's
+calibration, which comes with the cost table. The estimate can be too low, so a plan has to leave a margin
+(docs/memory.md).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 
 from fedepth.task import CachePlace, ModelCosts, PeakComponents, TrainingSpec, UnitCost
 
-SCRATCH_FIXED_BYTES = 1 << 20
-SCRATCH_SHARE = 0.5
 MARGIN_BYTES = 2 << 20
 MARGIN_SHARE = 0.06
+FOOTPRINT_BYTES = 1 << 20
+FOOTPRINT_SHARE = 0.03
 FLOAT_BYTES = 4
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
@@ -43,6 +43,11 @@ def cached_sample_bytes(costs: ModelCosts, training: TrainingSpec, first: int) -
 def needed_bytes(predicted_bytes: int) -> int:
     """The budget that a stage with this predicted peak needs: the estimate and its margin."""
     return predicted_bytes + int(predicted_bytes * MARGIN_SHARE) + MARGIN_BYTES
+
+
+def footprint_bytes(predicted_bytes: int) -> int:
+    """What an allocator that keeps freed pages may hold in all, so that its footprint follows the tensors."""
+    return predicted_bytes + int(predicted_bytes * FOOTPRINT_SHARE) + FOOTPRINT_BYTES
 
 
 def optimizer_copies(training: TrainingSpec) -> int:
@@ -76,12 +81,11 @@ def training_peak(
     trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
     buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
     reference = sum(trainable) if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
-    largest_parameter = max(unit.largest_parameter_bytes for unit in (*units, exit_))
     resident = replace(
         _NOTHING,
         parameters=sum(trainable) + buffers + reference,
         optimizer_state=optimizer_copies(training) * sum(trainable),
-        scratch=_scratch(micro_batch, [unit.largest_activation_bytes for unit in (*units, exit_)], largest_parameter),
+        scratch=_scratch(costs, (*units, exit_), micro_batch),
         cache=cache_bytes,
     )
     moments = _checkpointed(units, exit_, micro_batch) if checkpoint else _plain(units, exit_, micro_batch)
@@ -162,11 +166,7 @@ def build_peak(
         _NOTHING,
         parameters=sum(unit.parameter_bytes + unit.buffer_bytes for unit in units),
         temporaries=max(live),
-        scratch=_scratch(
-            build_batch,
-            [unit.largest_activation_bytes for unit in units],
-            max(unit.largest_parameter_bytes for unit in units),
-        ),
+        scratch=_scratch(costs, units, build_batch),
         cache=source_bytes + cache_bytes,
     )
 
@@ -176,5 +176,10 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _scratch(samples: int, activations_per_sample: list[int], largest_parameter: int) -> int:
-    return int(max(samples * max(activations_per_sample), largest_parameter) * SCRATCH_SHARE) + SCRATCH_FIXED_BYTES
+def _scratch(costs: ModelCosts, units: Sequence[UnitCost], samples: int) -> int:
+    device = costs.calibration
+    return device.fixed_bytes + int(
+        device.activation_share * samples * max(unit.largest_activation_bytes for unit in units)
+        + device.parameter_share * max(unit.largest_parameter_bytes for unit in units)
+        + device.convolution_bytes * sum(unit.convolutions for unit in units)
+    )

@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,6 +168,7 @@ def _cost(
         backward=line(batches, (small.backward, large.backward)),
         inference=line(batches, (small.inference, large.inference)),
         largest_activation_bytes=-(-large.largest // batches[1]),
+        convolutions=sum(isinstance(m, _ConvNd) for top in unit.modules for m in top.modules()),
         flops=flops // batches[1],
     )
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, needed_bytes
+from fedepth.memory.predict import effective_batch, footprint_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -30,7 +30,6 @@ from fedepth.task import Plan, Stage, StageResult
 from fedepth.training.cache import Cache
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import fitting_micro_batch
-from fedepth.training.relief import Relief
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
 from fedepth.weights import save
@@ -39,11 +38,13 @@ from fedepth.weights import save
 DATA_OVERHEAD_BYTES = 16 << 20
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
+_UNBOUNDED = 1 << 50
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
 )
 _WANTED = re.compile(r"tried to allocate (\d+) bytes")
+T = TypeVar("T")
 
 
 class Hooks(Protocol):
@@ -69,13 +70,25 @@ class Trained:
     plan: Plan
     stages: tuple[StageResult, ...]
     parts: tuple[Path, ...]
+    caps: tuple[int, ...]  # of the heap above the baseline, with which each stage got through
 
 
-def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, int], int] | None = None) -> Trained:
+@dataclass(frozen=True)
+class Need:
+    """What a stage needed in its rehearsal: its measured peak, and the cap of the heap with which it got through."""
+
+    peak_bytes: int
+    cap_bytes: int
+
+
+Rehearsed = Mapping[tuple[int, int], Need]
+
+
+def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = None) -> Trained:
     """Trains every stage inside the budget that is measured before it.
 
     Args:
-        rehearsed: peaks of stages that were rehearsed, by their first and last unit; they go into the results.
+        rehearsed: what stages needed in their rehearsal, by their first and last unit.
 
     Raises:
         PlanError: nothing fits before the first stage.
@@ -86,6 +99,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
     done: list[Stage] = []
     results: list[StageResult] = []
     parts: list[Path] = []
+    caps: list[int] = []
     cache: Cache | None = None
     labels = torch.from_numpy(work.images.labels.astype(np.int64))
     load(work, split.head, trainable=True)
@@ -95,6 +109,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
         if not waiting:
             break
         stage = waiting.pop(0)
+        need = (rehearsed or {}).get((stage.first, stage.last))
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
         meter.reset()
@@ -102,16 +117,15 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
         with ExitStack() as limits:
             if work.enforce:
                 limits.enter_context(DataLimit(meter.baseline.data_bytes, budget, DATA_OVERHEAD_BYTES))
-            used = split.units[done[-1].first if done else 0 : stage.last + 1]
-            relief = Relief((*used, split.head), meter.baseline.resident_bytes, stage.predicted_peak_bytes)
-            relieve = limits.enter_context(relief)
+            cap = limits.enter_context(_heap_cap(work, meter, stage, need, budget))
+            attempt = partial(_widening, cap) if work.rehearsing else _once
             try:
-                cache = build_inputs(work, stage, done[-1] if done else None, cache)
-                block = BlockTraining(work, stage, cache, labels, len(done), relieve, final=not waiting)
+                cache = attempt(partial(build_inputs, work, stage, done[-1] if done else None, cache))
+                block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                yield_memory = partial(_yield_memory, work, stage, block, meter, hooks, len(done))
-                losses = _epochs(work, block, meter, check, yield_memory, report)
+                yield_memory = partial(_yield_memory, work, stage, block, meter, cap, hooks, len(done))
+                losses = _epochs(work, block, meter, attempt, check, yield_memory, report)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -125,7 +139,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
                 last=stage.last,
                 micro_batch=block.smallest_micro_batch,
                 predicted_peak_bytes=stage.predicted_peak_bytes,
-                rehearsed_peak_bytes=(rehearsed or {}).get((stage.first, stage.last), 0),
+                rehearsed_peak_bytes=need.peak_bytes if need else 0,
                 measured_peak_bytes=_peak_bytes(meter, work.device),
                 measured_anonymous_bytes=meter.anonymous_peak_bytes,
                 budget_bytes=budget,
@@ -136,6 +150,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
                 seconds=time.monotonic() - started,
             )
         )
+        caps.append(cap.cap_bytes)
         hooks.stage_done(results[-1])
         done.append(stage)
     if cache is not None:
@@ -145,7 +160,38 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Mapping[tuple[int, 
         release(unit)
     trained = {unit for stage in done for unit in range(stage.first, stage.last + 1)}
     untrained = tuple(unit for unit in range(len(split.units)) if unit not in trained)
-    return Trained(replace(work.plan, stages=tuple(done), untrained=untrained), tuple(results), tuple(parts))
+    plan = replace(work.plan, stages=tuple(done), untrained=untrained)
+    return Trained(plan, tuple(results), tuple(parts), tuple(caps))
+
+
+def _heap_cap(work: Work, meter: Meter, stage: Stage, need: Need | None, budget: int) -> allocator.HeapCap:
+    """A rehearsal starts from the estimate and finds out what is enough; training gets that and a little more."""
+    most = budget if work.enforce else _UNBOUNDED
+    if work.rehearsing:
+        cap = footprint_bytes(stage.predicted_peak_bytes)
+    elif need:
+        cap = footprint_bytes(need.cap_bytes)
+    else:
+        cap = most
+    return allocator.HeapCap(meter.baseline.heap_bytes, cap, most)
+
+
+def _once(action: Callable[[], T]) -> T:
+    return action()
+
+
+def _widening(cap: allocator.HeapCap, action: Callable[[], T]) -> T:
+    """Tries again with a wider cap, as long as there is one."""
+    while True:
+        try:
+            return action()
+        except (RuntimeError, MemoryError) as error:
+            if not (_is_out_of_memory(error) and cap.widen()):
+                raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def _fit(work: Work, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
@@ -172,6 +218,7 @@ def _epochs(
     work: Work,
     block: BlockTraining,
     meter: Meter,
+    attempt: Callable[[Callable[[], float]], float],
     check: Callable[[], None],
     yield_memory: Callable[[], None],
     report: Callable[[int, float], None],
@@ -184,7 +231,7 @@ def _epochs(
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches(batch):
-            total += block.step(indices)
+            total += attempt(partial(block.step, indices))
             batches += 1
             meter.sample()
             if block.steps <= CHECKED_STEPS and work.enforce:
@@ -199,7 +246,15 @@ def _epochs(
     return losses
 
 
-def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, hooks: Hooks, index: int) -> None:
+def _yield_memory(
+    work: Work,
+    stage: Stage,
+    block: BlockTraining,
+    meter: Meter,
+    cap: allocator.HeapCap,
+    hooks: Hooks,
+    index: int,
+) -> None:
     """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
 
     While the peak that was measured stays inside, nothing changes: only what really does not fit is worth a change.
@@ -216,10 +271,10 @@ def _yield_memory(work: Work, stage: Stage, block: BlockTraining, meter: Meter, 
             block.micro_batch = stage.micro_batch
             return
         micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
+        cap.lower(budget)
         if micro_batch is not None:
             block.micro_batch = micro_batch
             return
-        allocator.release()
         hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(
@@ -263,9 +318,9 @@ def _check(meter: Meter, work: Work, budget: int, index: int, stage: Stage) -> N
 
 def _over_budget(error: BaseException, index: int, stage: Stage, budget: int, meter: Meter) -> BaseException:
     """An allocator's error as OverBudgetError; any other error as it is."""
-    text = str(error)
-    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(text):
+    if not _is_out_of_memory(error):
         return error
+    text = str(error)
     wanted = _WANTED.search(text)
     # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
     needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)

@@ -18,16 +18,15 @@ from fedepth.data.read import Images
 from fedepth.memory.meter import Meter
 from fedepth.memory.predict import effective_batch
 from fedepth.task import Stage, StageResult
-from fedepth.training.depthwise import Hooks, train
+from fedepth.training.depthwise import Hooks, Need, Rehearsed, train
 from fedepth.training.work import Work
 
 STEPS = 2
 
-Peaks = dict[tuple[int, int], int]
 
 
-def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
-    """The measured peak of every stage, by its first and last unit. Caches in RAM have their full size.
+def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Rehearsed:
+    """What every stage needed, by its first and last unit. Caches in RAM have their full size.
 
     Raises:
         PlanError: nothing fits what is free now.
@@ -43,6 +42,7 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
             work,
             task=replace(work.task, training=training),
             images=FirstImages(work.images, few),
+            rehearsing=True,
             cache_room=count - few,
             output=folder,
             cache=folder,
@@ -51,7 +51,10 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
         Unheard(hooks),
     )
     shutil.rmtree(folder)
-    return {(stage.first, stage.last): stage.measured_peak_bytes for stage in rehearsed.stages}
+    return {
+        (stage.first, stage.last): Need(stage.measured_peak_bytes, cap)
+        for stage, cap in zip(rehearsed.stages, rehearsed.caps, strict=True)
+    }
 
 
 @dataclass(frozen=True)

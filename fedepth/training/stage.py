@@ -15,7 +15,6 @@ from fedepth.task import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Cache
 from fedepth.training.optimizers import optimizer_step
-from fedepth.training.relief import Relief
 from fedepth.training.work import Work, load, to_device
 
 
@@ -36,7 +35,6 @@ class BlockTraining:
         cache: Cache,
         labels: torch.Tensor,
         index: int,
-        relieve: Relief,
         *,
         final: bool,
     ) -> None:
@@ -60,7 +58,6 @@ class BlockTraining:
         _track_statistics(split.head, track=final)
         self._update = optimizer_step(work.task.training.optimizer)
         self._last_piece = True
-        self._relieve = relieve
         self._parameters = [p for unit in (*self._units, split.head) for _, p in unit.parameters()]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
@@ -119,7 +116,6 @@ class BlockTraining:
         state: list[torch.Tensor] = []
 
         def update(_: torch.Tensor) -> None:
-            self._relieve()
             gradient = parameter.grad
             if not self._last_piece or gradient is None:
                 return

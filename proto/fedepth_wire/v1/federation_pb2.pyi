@@ -179,6 +179,7 @@ class DeviceReport(_message.Message):
     ACCELERATOR_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     FEDEPTH_VERSION_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -190,6 +191,8 @@ class DeviceReport(_message.Message):
     def budget(self) -> Global___Budget: ...
     @_builtins.property
     def class_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def calibration(self) -> Global___Calibration: ...
     def __init__(
         self,
         *,
@@ -202,14 +205,56 @@ class DeviceReport(_message.Message):
         accelerator: _builtins.str = ...,
         software: _builtins.str = ...,
         fedepth_version: _builtins.str = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "class_counts", b"class_counts", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "name", b"name", "sample_count", b"sample_count", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "name", b"name", "sample_count", b"sample_count", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceReport: _TypeAlias = DeviceReport  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """What a backend and its allocator take beside the tensors, as the device has measured it. A device that has not measured
+    leaves it out, and the coordinator plans with defaults.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOCATOR_FIELD_NUMBER: _builtins.int
+    TORCH_FIELD_NUMBER: _builtins.int
+    FIXED_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_SHARE_FIELD_NUMBER: _builtins.int
+    PARAMETER_SHARE_FIELD_NUMBER: _builtins.int
+    CONVOLUTION_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_GFLOP_FIELD_NUMBER: _builtins.int
+    allocator: _builtins.str
+    torch: _builtins.str
+    fixed_bytes: _builtins.int
+    activation_share: _builtins.float
+    parameter_share: _builtins.float
+    convolution_bytes: _builtins.int
+    seconds_per_gflop: _builtins.float
+    def __init__(
+        self,
+        *,
+        allocator: _builtins.str = ...,
+        torch: _builtins.str = ...,
+        fixed_bytes: _builtins.int = ...,
+        activation_share: _builtins.float = ...,
+        parameter_share: _builtins.float = ...,
+        convolution_bytes: _builtins.int = ...,
+        seconds_per_gflop: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_share", b"activation_share", "allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "fixed_bytes", b"fixed_bytes", "parameter_share", b"parameter_share", "seconds_per_gflop", b"seconds_per_gflop", "torch", b"torch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
 
 @_typing.final
 class ModelSpec(_message.Message):
@@ -331,6 +376,7 @@ class UnitCost(_message.Message):
     BACKWARD_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
     LARGEST_ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
@@ -341,6 +387,7 @@ class UnitCost(_message.Message):
     saves_input: _builtins.bool
     saves_output: _builtins.bool
     largest_activation_bytes: _builtins.int
+    convolutions: _builtins.int
     flops: _builtins.int
     @_builtins.property
     def saved(self) -> Global___Size: ...
@@ -366,11 +413,12 @@ class UnitCost(_message.Message):
         backward: Global___Size | None = ...,
         inference: Global___Size | None = ...,
         largest_activation_bytes: _builtins.int = ...,
+        convolutions: _builtins.int = ...,
         flops: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "buffer_bytes", b"buffer_bytes", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "largest_activation_bytes", b"largest_activation_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "largest_activation_bytes", b"largest_activation_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,6 +434,7 @@ class ModelCosts(_message.Message):
     INPUT_BYTES_FIELD_NUMBER: _builtins.int
     RAW_INPUT_BYTES_FIELD_NUMBER: _builtins.int
     SMALLEST_MICRO_BATCH_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     input_bytes: _builtins.int
     raw_input_bytes: _builtins.int
@@ -394,6 +443,10 @@ class ModelCosts(_message.Message):
     def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
     @_builtins.property
     def exits(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """of the device that the task is for"""
+
     def __init__(
         self,
         *,
@@ -403,10 +456,11 @@ class ModelCosts(_message.Message):
         input_bytes: _builtins.int = ...,
         raw_input_bytes: _builtins.int = ...,
         smallest_micro_batch: _builtins.int = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exits", b"exits", "input_bytes", b"input_bytes", "model", b"model", "raw_input_bytes", b"raw_input_bytes", "smallest_micro_batch", b"smallest_micro_batch", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "exits", b"exits", "input_bytes", b"input_bytes", "model", b"model", "raw_input_bytes", b"raw_input_bytes", "smallest_micro_batch", b"smallest_micro_batch", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
