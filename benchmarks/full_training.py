@@ -15,6 +15,7 @@ from coordinator.schedule import training_spec
 from coordinator.worker import ModelWorker
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed
+from fedepth.memory.predict import MARGIN_BYTES, MARGIN_SHARE
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, ModelCosts, ModelSpec, PeakComponents, Plan, Policy, Stage
@@ -40,7 +41,7 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
     )
     failing = []
     for tier, limit in tiers.items():
-        plan = full_plan(prepared.costs, training.batch)
+        plan = full_plan(prepared.costs, training.batch, limit)
         end = await train_once(
             request(prepared, plan, limit, data, folder / tier, enforce=True), TrainerConfig(threads=2)
         )
@@ -51,9 +52,10 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
     return failing
 
 
-def full_plan(costs: ModelCosts, micro_batch: int) -> Plan:
-    """Everything in one stage. It claims to need nothing: a plan that says what it needs would not be tried at all."""
+def full_plan(costs: ModelCosts, micro_batch: int, budget_bytes: int) -> Plan:
+    """Everything in one stage. It claims to need what there is: a plan that says what it needs would not be tried."""
+    claim = int((budget_bytes - MARGIN_BYTES) / (1 + MARGIN_SHARE))
     stage = Stage(
-        0, len(costs.units) - 1, micro_batch, CachePlace.DISK, micro_batch, PeakComponents(0, 0, 0, 0, 0, 0, 0)
+        0, len(costs.units) - 1, micro_batch, CachePlace.DISK, micro_batch, PeakComponents(0, 0, 0, 0, 0, claim, 0)
     )
-    return Plan((stage,), (), Policy.PAPER, 0)
+    return Plan((stage,), (), Policy.PAPER, budget_bytes)

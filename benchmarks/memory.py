@@ -36,7 +36,7 @@ from edge_client.work import SMALLER_PLANS, smaller_limit
 from fedepth.errors import PlanError
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Outcome, Plan, Policy, TrainingSpec
+from fedepth.task import ModelSpec, Outcome, Plan, Policy, Stage, TrainingSpec
 
 TRIALS, QUICK_TRIALS = 200, 24
 UNENFORCED_EVERY = 8
@@ -54,6 +54,15 @@ console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 @dataclass(frozen=True)
+class StageFigures:
+    """One stage as it was planned, and what it took in its rehearsal and in training, in bytes."""
+
+    planned: Stage
+    rehearsed_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True)
 class Trial:
     """One trial and what came of it. Sizes are bytes.
 
@@ -63,6 +72,7 @@ class Trial:
         forced: full training at the job's batch did not fit, so that a finer plan was made.
         predicted_bytes: the estimate of the plan that was trained, without its margin.
         measured_bytes: the worst stage of that plan.
+        stages: predicted components and measured peaks of every stage.
     """
 
     model: str
@@ -79,6 +89,7 @@ class Trial:
     measured_bytes: int
     rehearsed_bytes: int
     seconds: float
+    stages: tuple[StageFigures, ...]
 
 
 async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> list[Trial]:
@@ -94,7 +105,7 @@ async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> lis
                 continue
             trial = await run_trial(folder, drawn, worker, number % UNENFORCED_EVERY != 0, allocator)
             with open(journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(trial)) + "\n")
+                file.write(msgspec.json.encode(trial).decode() + "\n")
     finally:
         await worker.stop()
     return [msgspec.json.decode(line, type=Trial) for line in journal.read_text().splitlines()[:count]]
@@ -144,6 +155,10 @@ async def run_trial(folder: Path, drawn: Drawn, worker: ModelWorker, enforce: bo
         measured_bytes=max((stage.measured_peak_bytes for stage in stages), default=0),
         rehearsed_bytes=max((stage.rehearsed_peak_bytes for stage in stages), default=0),
         seconds=time.monotonic() - started,
+        stages=tuple(
+            StageFigures(planned, stage.rehearsed_peak_bytes, stage.measured_peak_bytes)
+            for planned, stage in zip(plan.stages, stages, strict=False)
+        ),
     )
 
 
@@ -213,7 +228,7 @@ def memory(
         "runs/memory"
     ),
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
-    allocator: Annotated[str, typer.Option(help="glibc or tcmalloc.")] = "glibc",
+    allocator: Annotated[str, typer.Option(help="auto, glibc or tcmalloc.")] = "auto",
 ) -> None:
     """Trains random jobs inside random budgets and compares prediction, rehearsal and measurement."""
     folder = folder.resolve() / f"{allocator}-{seed}"

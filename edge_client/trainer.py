@@ -25,7 +25,7 @@ from fedepth.memory import allocator
 from fedepth.memory.meter import Meter, status_bytes
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
-from fedepth.training.depthwise import Rehearsed, train
+from fedepth.training.depthwise import Peaks, train
 from fedepth.training.rehearsal import rehearse
 from fedepth.training.warmup import prefers_channels_last, warm_up
 from fedepth.training.work import Work
@@ -122,10 +122,10 @@ def main() -> None:
 
 @dataclass
 class Known:
-    """What this process has been through: models it has warmed up for, and what it has rehearsed, with what it needed."""
+    """What this process has been through: models it has warmed up for, and what it has rehearsed, with the peaks."""
 
     warm: set[ModelSpec] = field(default_factory=set)
-    rehearsed: dict[tuple[object, ...], Rehearsed] = field(default_factory=dict)
+    rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
 
 
 def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known) -> Result:

@@ -265,6 +265,8 @@ class Stage:
         build_batch: samples per forward pass while the inputs are computed from the stage before.
         predicted: the predicted peak by component.
         checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
+        build_streamed: while the inputs are computed, the units in front are read from the weights file one at a time,
+            each run over all samples, with its outputs on disk in between.
     """
 
     first: int
@@ -274,6 +276,7 @@ class Stage:
     build_batch: int
     predicted: PeakComponents
     checkpoint: bool = False
+    build_streamed: bool = False
 
     @property
     def predicted_peak_bytes(self) -> int:

@@ -15,6 +15,8 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,9 @@ _FREE = b"tcmalloc.pageheap_free_bytes"
 _UNMAPPED = b"tcmalloc.pageheap_unmapped_bytes"
 _COMMITTED = b"tcmalloc.pageheap_committed_bytes"
 _LIMIT = b"tcmalloc.heap_limit_mb"
-_METADATA = re.compile(rb"(\d+) \([^)]*\) Bytes in malloc metadata")
-_STATISTICS_BYTES = 32 << 10
+_DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
+_MOST_RECORDS_MIB = 64
 _MIB = 1 << 20
-_WIDER_SHARE = 0.04
 
 
 def name() -> str:
@@ -46,7 +47,9 @@ def name() -> str:
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    return library
 
 
 @lru_cache(maxsize=1)
@@ -69,51 +72,85 @@ def retained_bytes() -> int:
     return _property(_FREE) + _property(_UNMAPPED)
 
 
+def data_overhead_bytes(budget_bytes: int) -> int:
+    """By how much address space, which RLIMIT_DATA counts, may run ahead of what is resident.
+
+    Thread arenas and partly used mappings come to 10 MiB. What tcmalloc gives back stays in its address space, and may
+    lie in pieces; its cap is the tighter limit.
+    """
+    return (32 << 20) + budget_bytes // 2 if keeps_pages() else 16 << 20
+
+
 def heap_bytes() -> int:
-    """Pages in use as the heap limit counts them, the allocator's own records included; 0 for other allocators."""
-    return _property(_COMMITTED) - _property(_FREE) + _metadata_bytes() if keeps_pages() else 0
+    """Pages in use as the heap limit counts them, to the MiB; 0 for allocators without a limit.
+
+    The limit counts records of the allocator's own that no statistic tells, so the figure is searched for: it is the
+    highest limit under which not even 1 MiB can be had.
+    """
+    if not keeps_pages():
+        return 0
+    release()
+    low = _property(_COMMITTED) // _MIB
+    high = low + _MOST_RECORDS_MIB
+    while low < high:
+        limit = (low + high) // 2
+        _set_property(_LIMIT, limit)
+        if _can_have(_MIB):
+            high = limit
+        else:
+            low = limit + 1
+    _set_property(_LIMIT, 0)
+    return (high - 1) * _MIB
+
+
+def _can_have(size_bytes: int) -> bool:
+    library = _library()
+    address = library.malloc(ctypes.c_size_t(size_bytes))
+    library.free(ctypes.c_void_p(address))
+    release()  # the limit does not look at pages that are still there
+    return address is not None
 
 
 class HeapCap:
-    """A bound on the heap within a `with` block; without effect for allocators that give everything back at once.
+    """A bound on the heap within a `with` block; without effect for allocators that give everything back at once."""
 
-    Attributes:
-        cap_bytes: what may be added above `held_bytes`.
-    """
-
-    def __init__(self, held_bytes: int, cap_bytes: int, most_bytes: int) -> None:
-        """`held_bytes`: what the heap held when nothing was added yet. The cap never passes `most_bytes`."""
+    def __init__(self, held_bytes: int, cap_bytes: int) -> None:
+        """`held_bytes`: what the heap held when nothing was added yet; `cap_bytes`: what may be added."""
         self._held = held_bytes
-        self._most = most_bytes
-        self.cap_bytes = min(cap_bytes, most_bytes)
+        self._cap = cap_bytes
 
     def __enter__(self) -> HeapCap:
-        self._set(self._held + self.cap_bytes)
+        self._set(self._held + self._cap)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._set(0)
 
-    def widen(self) -> bool:
-        """Raises the cap by a few percent; False if that cannot help."""
-        if not keeps_pages() or self.cap_bytes >= self._most:
-            return False
-        self.cap_bytes = min(self._most, self.cap_bytes + int(self.cap_bytes * _WIDER_SHARE) + _MIB)
-        self._set(self._held + self.cap_bytes)
-        return True
-
-    def lower(self, most_bytes: int) -> None:
-        """Keeps the cap at most there from now on, and gives free pages back."""
-        self._most = min(self._most, most_bytes)
-        if self.cap_bytes > self._most:
-            self.cap_bytes = self._most
-            self._set(self._held + self.cap_bytes)
+    def lower(self, cap_bytes: int) -> None:
+        """At most that from now on; gives free pages back."""
+        if cap_bytes < self._cap:
+            self._cap = cap_bytes
+            self._set(self._held + self._cap)
         release()
 
     @staticmethod
     def _set(limit_bytes: int) -> None:
-        if keeps_pages():
-            _library().MallocExtension_SetNumericProperty(_LIMIT, ctypes.c_size_t(-(-limit_bytes // _MIB)))
+        _set_property(_LIMIT, -(-limit_bytes // _MIB))
+
+
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Within the block, what is freed is given back at once: slow, and the high-water mark is that of the tensors."""
+    _set_property(_DECOMMIT, 1)
+    try:
+        yield
+    finally:
+        _set_property(_DECOMMIT, 0)
+
+
+def _set_property(key: bytes, value: int) -> None:
+    if keeps_pages():
+        _library().MallocExtension_SetNumericProperty(key, ctypes.c_size_t(value))
 
 
 def _property(key: bytes) -> int:
@@ -121,11 +158,3 @@ def _property(key: bytes) -> int:
     if keeps_pages():
         _library().MallocExtension_GetNumericProperty(key, ctypes.byref(value))
     return value.value
-
-
-def _metadata_bytes() -> int:
-    """tcmalloc's own records, which its heap limit counts; told in its statistics only, as text."""
-    text = ctypes.create_string_buffer(_STATISTICS_BYTES)
-    _library().MallocExtension_GetStats(text, _STATISTICS_BYTES)
-    found = _METADATA.search(text.value)
-    return int(found[1]) if found else 0

@@ -21,8 +21,6 @@ from fedepth.task import CachePlace, ModelCosts, PeakComponents, TrainingSpec, U
 
 MARGIN_BYTES = 2 << 20
 MARGIN_SHARE = 0.06
-FOOTPRINT_BYTES = 1 << 20
-FOOTPRINT_SHARE = 0.03
 FLOAT_BYTES = 4
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
@@ -43,11 +41,6 @@ def cached_sample_bytes(costs: ModelCosts, training: TrainingSpec, first: int) -
 def needed_bytes(predicted_bytes: int) -> int:
     """The budget that a stage with this predicted peak needs: the estimate and its margin."""
     return predicted_bytes + int(predicted_bytes * MARGIN_SHARE) + MARGIN_BYTES
-
-
-def footprint_bytes(predicted_bytes: int) -> int:
-    """What an allocator that keeps freed pages may hold in all, so that its footprint follows the tensors."""
-    return predicted_bytes + int(predicted_bytes * FOOTPRINT_SHARE) + FOOTPRINT_BYTES
 
 
 def optimizer_copies(training: TrainingSpec) -> int:
@@ -150,17 +143,38 @@ def _checkpointed(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> I
 
 
 def build_peak(
-    costs: ModelCosts, source: int, first: int, build_batch: int, *, source_bytes: int, cache_bytes: int
+    costs: ModelCosts,
+    source: int,
+    first: int,
+    build_batch: int,
+    *,
+    source_bytes: int,
+    cache_bytes: int,
+    streamed: bool = False,
 ) -> PeakComponents:
     """The worst moment of computing the inputs of unit `first` from those of unit `source`.
 
     Args:
         source_bytes: cached inputs of unit `source` that lie in RAM meanwhile.
         cache_bytes: the new cache, if it lies in RAM.
+        streamed: one unit at a time is loaded and run over all samples.
     """
     units = costs.units[source:first]
     if not units:
         return replace(_NOTHING, cache=cache_bytes, activations=costs.input_bytes * build_batch)
+    if streamed:
+        passes = [
+            build_peak(
+                costs,
+                unit,
+                unit + 1,
+                build_batch,
+                source_bytes=source_bytes,
+                cache_bytes=cache_bytes if unit + 1 == first else 0,
+            )
+            for unit in range(source, first)
+        ]
+        return max(passes, key=lambda each: each.total)
     live = [(u.input_bytes + u.output_bytes) * build_batch + u.inference.at(build_batch) for u in units]
     return replace(
         _NOTHING,

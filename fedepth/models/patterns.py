@@ -104,7 +104,7 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "torchvision.models.vision_transformer.VisionTransformer": Pattern(
         units=(
-            ("@vit_embed", "encoder.dropout", "encoder.layers.encoder_layer_0"),
+            ("@vit_embed", "encoder.dropout"),
             ("encoder.layers.*",),
         ),
         head=("encoder.ln", "@class_token", "heads"),

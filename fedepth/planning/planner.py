@@ -205,17 +205,29 @@ def _extend(
     source = previous.first if previous else 0
     source_bytes = cache_bytes_in(previous.cache, costs, training, source, sample_count) if previous else 0
     cache_bytes = cache_bytes_in(choice.place, costs, training, choice.first, sample_count)
-    build_batch = effective_batch(costs, training, sample_count)
-    while True:
-        peak = build_peak(costs, source, choice.first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
+    for build_batch, streamed in _builds(effective_batch(costs, training, sample_count), source, choice.first):
+        peak = build_peak(
+            costs,
+            source,
+            choice.first,
+            build_batch,
+            source_bytes=source_bytes,
+            cache_bytes=cache_bytes,
+            streamed=streamed,
+        )
         if needed_bytes(peak.total) <= budget_bytes:
             break
-        if build_batch == 1:
-            return None
-        build_batch //= 2
-    predicted = max(peak, choice.predicted, key=lambda each: each.total)
+    else:
+        return None
     stage = Stage(
-        choice.first, choice.last, choice.micro_batch, choice.place, build_batch, predicted, choice.checkpoint
+        choice.first,
+        choice.last,
+        choice.micro_batch,
+        choice.place,
+        build_batch,
+        predicted=max(peak, choice.predicted, key=lambda each: each.total),
+        checkpoint=choice.checkpoint,
+        build_streamed=streamed,
     )
     skipped = choice.first - (before.choice.last + 1 if before else done.last + 1 if done else 0)
     return _Path(
@@ -226,6 +238,15 @@ def _extend(
         stage=stage,
         before=before,
     )
+
+
+def _builds(batch: int, source: int, first: int) -> Iterator[tuple[int, bool]]:
+    """Ways to compute a stage's inputs, (samples at a time, unit by unit or not), the quickest first."""
+    while batch:
+        yield batch, False
+        if first - source > 1:
+            yield batch, True
+        batch //= 2
 
 
 def _nothing_fits(
@@ -248,7 +269,9 @@ def _nothing_fits(
                     costs, training, unit, unit, micro_batch, accumulates=micro_batch < batch, cache_bytes=0
                 ).total
             ),
-            needed_bytes(build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0).total),
+            needed_bytes(
+                build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0, streamed=True).total
+            ),
         )
         for unit in range(start, len(costs.units))
     )

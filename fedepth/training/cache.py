@@ -66,7 +66,7 @@ class Cache(Protocol):
         """The samples at `indices` (n,), as a new tensor (n, *shape)."""
 
     def close(self) -> None:
-        """Gives memory and file back."""
+        """Gives memory and file back; a second time does nothing."""
 
 
 def open_cache(
@@ -101,9 +101,10 @@ class DiskCache:
         self._path = path
         self._shape, self._kind = tuple(shape), kind
         self._row_bytes = row_bytes(shape, kind)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def write(self, start: int, batch: torch.Tensor) -> None:
+        assert self._file is not None
         data = encode(batch, self._kind).numpy().data.cast("B")
         offset = start * self._row_bytes
         while data:
@@ -112,6 +113,7 @@ class DiskCache:
             offset += written
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
+        assert self._file is not None
         rows = torch.empty((len(indices), self._row_bytes), dtype=torch.uint8)
         data = rows.numpy().data.cast("B")
         for row, index in enumerate(indices.tolist()):
@@ -122,5 +124,7 @@ class DiskCache:
         return decode(rows, self._kind, self._shape)
 
     def close(self) -> None:
-        os.close(self._file)
-        self._path.unlink()
+        if self._file is not None:
+            os.close(self._file)
+            self._path.unlink()
+            self._file = None

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, footprint_bytes, needed_bytes
+from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -32,19 +32,19 @@ from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import fitting_micro_batch
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
-from fedepth.weights import save
+from fedepth.weights import write_tensors
 
-# Address space (what RLIMIT_DATA counts) runs ahead of resident memory: thread arenas, partly used mappings.
-DATA_OVERHEAD_BYTES = 16 << 20
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 _UNBOUNDED = 1 << 50
+# Beside what its tensors need, a stage may keep this much of freed memory for the next requests.
+KEPT_SHARE = 0.03
+KEPT_BYTES = 2 << 20
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
 )
 _WANTED = re.compile(r"tried to allocate (\d+) bytes")
-T = TypeVar("T")
 
 
 class Hooks(Protocol):
@@ -70,25 +70,16 @@ class Trained:
     plan: Plan
     stages: tuple[StageResult, ...]
     parts: tuple[Path, ...]
-    caps: tuple[int, ...]  # of the heap above the baseline, with which each stage got through
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a stage needed in its rehearsal: its measured peak, and the cap of the heap with which it got through."""
-
-    peak_bytes: int
-    cap_bytes: int
+Peaks = Mapping[tuple[int, int], int]
 
 
-Rehearsed = Mapping[tuple[int, int], Need]
-
-
-def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = None) -> Trained:
+def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
     """Trains every stage inside the budget that is measured before it.
 
     Args:
-        rehearsed: what stages needed in their rehearsal, by their first and last unit.
+        rehearsed: peaks of stages in their rehearsal, by their first and last unit.
 
     Raises:
         PlanError: nothing fits before the first stage.
@@ -99,7 +90,6 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = 
     done: list[Stage] = []
     results: list[StageResult] = []
     parts: list[Path] = []
-    caps: list[int] = []
     cache: Cache | None = None
     labels = torch.from_numpy(work.images.labels.astype(np.int64))
     load(work, split.head, trainable=True)
@@ -109,23 +99,24 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = 
         if not waiting:
             break
         stage = waiting.pop(0)
-        need = (rehearsed or {}).get((stage.first, stage.last))
+        rehearsed_bytes = (rehearsed or {}).get((stage.first, stage.last), 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
         meter.reset()
         started = time.monotonic()
         with ExitStack() as limits:
             if work.enforce:
-                limits.enter_context(DataLimit(meter.baseline.data_bytes, budget, DATA_OVERHEAD_BYTES))
-            cap = limits.enter_context(_heap_cap(work, meter, stage, need, budget))
-            attempt = partial(_widening, cap) if work.rehearsing else _once
+                limits.enter_context(
+                    DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
+                )
+            cap = limits.enter_context(_heap_cap(work, meter, rehearsed_bytes, budget))
             try:
-                cache = attempt(partial(build_inputs, work, stage, done[-1] if done else None, cache))
+                cache = build_inputs(work, stage, done[-1] if done else None, cache)
                 block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
                 yield_memory = partial(_yield_memory, work, stage, block, meter, cap, hooks, len(done))
-                losses = _epochs(work, block, meter, attempt, check, yield_memory, report)
+                losses = _epochs(work, block, meter, check, yield_memory, report)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -139,7 +130,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = 
                 last=stage.last,
                 micro_batch=block.smallest_micro_batch,
                 predicted_peak_bytes=stage.predicted_peak_bytes,
-                rehearsed_peak_bytes=need.peak_bytes if need else 0,
+                rehearsed_peak_bytes=rehearsed_bytes,
                 measured_peak_bytes=_peak_bytes(meter, work.device),
                 measured_anonymous_bytes=meter.anonymous_peak_bytes,
                 budget_bytes=budget,
@@ -150,7 +141,6 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = 
                 seconds=time.monotonic() - started,
             )
         )
-        caps.append(cap.cap_bytes)
         hooks.stage_done(results[-1])
         done.append(stage)
     if cache is not None:
@@ -161,33 +151,15 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Rehearsed | None = 
     trained = {unit for stage in done for unit in range(stage.first, stage.last + 1)}
     untrained = tuple(unit for unit in range(len(split.units)) if unit not in trained)
     plan = replace(work.plan, stages=tuple(done), untrained=untrained)
-    return Trained(plan, tuple(results), tuple(parts), tuple(caps))
+    return Trained(plan, tuple(results), tuple(parts))
 
 
-def _heap_cap(work: Work, meter: Meter, stage: Stage, need: Need | None, budget: int) -> allocator.HeapCap:
-    """A rehearsal starts from the estimate and finds out what is enough; training gets that and a little more."""
-    most = budget if work.enforce else _UNBOUNDED
-    if work.rehearsing:
-        cap = footprint_bytes(stage.predicted_peak_bytes)
-    elif need:
-        cap = footprint_bytes(need.cap_bytes)
-    else:
-        cap = most
-    return allocator.HeapCap(meter.baseline.heap_bytes, cap, most)
-
-
-def _once(action: Callable[[], T]) -> T:
-    return action()
-
-
-def _widening(cap: allocator.HeapCap, action: Callable[[], T]) -> T:
-    """Tries again with a wider cap, as long as there is one."""
-    while True:
-        try:
-            return action()
-        except (RuntimeError, MemoryError) as error:
-            if not (_is_out_of_memory(error) and cap.widen()):
-                raise
+def _heap_cap(work: Work, meter: Meter, rehearsed_bytes: int, budget: int) -> allocator.HeapCap:
+    """What the stage needed in its rehearsal, and a little for pages that are worth keeping; at most the budget."""
+    cap = budget if work.enforce else _UNBOUNDED
+    if rehearsed_bytes:
+        cap = min(cap, rehearsed_bytes + int(rehearsed_bytes * KEPT_SHARE) + KEPT_BYTES)
+    return allocator.HeapCap(meter.baseline.heap_bytes, cap)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -218,7 +190,6 @@ def _epochs(
     work: Work,
     block: BlockTraining,
     meter: Meter,
-    attempt: Callable[[Callable[[], float]], float],
     check: Callable[[], None],
     yield_memory: Callable[[], None],
     report: Callable[[int, float], None],
@@ -231,7 +202,7 @@ def _epochs(
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches(batch):
-            total += attempt(partial(block.step, indices))
+            total += block.step(indices)
             batches += 1
             meter.sample()
             if block.steps <= CHECKED_STEPS and work.enforce:
@@ -288,10 +259,11 @@ def _yield_memory(
 
 
 def _write(work: Work, number: int, units: list[Unit]) -> Path:
-    """The tensors of `units` as one immutable part."""
+    """The tensors of `units` as one immutable part, one tensor at a time."""
     path = work.output / f"part-{number:04d}.safetensors"
-    tensors = [named for unit in units for named in (*unit.parameters(), *unit.buffers())]
-    save(path, {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors})
+    tensors = {name: tensor for unit in units for name, tensor in (*unit.parameters(), *unit.buffers())}
+    infos = {name: work.weights.info(name) for name in tensors}
+    write_tensors(path, infos, lambda name: (tensors[name].detach().cpu().contiguous().numpy(),))
     return path
 
 

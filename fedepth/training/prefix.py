@@ -9,7 +9,7 @@ import torch
 
 from fedepth.data.transforms import augment, views_rng
 from fedepth.models.split import Unit, release
-from fedepth.task import Stage
+from fedepth.task import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, open_cache
 from fedepth.training.work import Work, load, to_device
 
@@ -20,34 +20,49 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     Args:
         previous: the stage that `source` holds the inputs of; None if `stage` is the first.
     """
-    count, batch = len(work.images), stage.build_batch
-    raw = stage.first == 0
-    target = open_cache(
-        stage.cache,
-        work.cache / f"inputs-{stage.first}",
-        count + work.cache_room,
-        work.split.input_shapes[stage.first],
-        None if raw else work.task.training.cache_type,
-    )
     start = previous.first if previous else 0
-    units = [work.split.units[index] for index in range(start, stage.first)]
-    for unit in units:
-        load(work, unit, trainable=False)
-        unit.train(False)  # BatchNorm of frozen units uses its running statistics
-    try:
-        _fill(work, target, units, source, batch, first=start)
-    except BaseException:
-        target.close()
-        raise
-    for unit in units:
-        release(unit)
-    if source is not None:
-        source.close()
+    ends = [*range(start + 1, stage.first), stage.first] if stage.build_streamed else [stage.first]
+    given = source
+    for end in ends:
+        target = _open(work, stage, end)
+        try:
+            _pass(work, target, range(start, end), given, stage.build_batch)
+        except BaseException:
+            target.close()
+            raise
+        finally:
+            if given is not None:
+                given.close()
+        given, start = target, end
     return target
 
 
-def _fill(work: Work, target: Cache, units: Sequence[Unit], source: Cache | None, batch: int, *, first: int) -> None:
-    """`first`: the unit whose inputs lie in `source`, or 0."""
+def _open(work: Work, stage: Stage, unit: int) -> Cache:
+    """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
+    count, shape = len(work.images) + work.cache_room, work.split.input_shapes[unit]
+    if unit == stage.first:
+        kind = None if unit == 0 else work.task.training.cache_type
+        return open_cache(stage.cache, work.cache / f"inputs-{unit}", count, shape, kind)
+    # In full precision: the job's cache type rounds once a stage, however it is built.
+    return open_cache(CachePlace.DISK, work.cache / f"between-{unit}", count, shape, CacheType.FLOAT32)
+
+
+def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch: int) -> None:
+    """Loads the units at `indices` and runs them over all samples; `source` holds the inputs of the first of them."""
+    units = [work.split.units[index] for index in indices]
+    try:
+        for unit in units:
+            load(work, unit, trainable=False)
+            unit.train(False)  # BatchNorm of frozen units uses its running statistics
+        _fill(work, target, units, source, batch, from_pixels=indices.start == 0)
+    finally:
+        for unit in units:
+            release(unit)
+
+
+def _fill(
+    work: Work, target: Cache, units: Sequence[Unit], source: Cache | None, batch: int, *, from_pixels: bool
+) -> None:
     rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
     count = len(work.images)
     with torch.no_grad():
@@ -59,7 +74,7 @@ def _fill(work: Work, target: Cache, units: Sequence[Unit], source: Cache | None
             else:
                 x = source.read(torch.from_numpy(indices))
             if units:
-                x = to_device(work, x, from_pixels=first == 0)
+                x = to_device(work, x, from_pixels=from_pixels)
                 for unit in units:
                     x = unit(x)
                 x = x.cpu()

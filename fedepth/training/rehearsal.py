@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.data.read import Images
+from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.memory.predict import effective_batch
 from fedepth.task import Stage, StageResult
-from fedepth.training.depthwise import Hooks, Need, Rehearsed, train
+from fedepth.training.depthwise import Hooks, Peaks, train
 from fedepth.training.work import Work
 
 STEPS = 2
 
 
-
-def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Rehearsed:
-    """What every stage needed, by its first and last unit. Caches in RAM have their full size.
+def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
+    """The measured peak of every stage, by its first and last unit. Caches in RAM have their full size.
 
     Raises:
         PlanError: nothing fits what is free now.
@@ -37,24 +37,18 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Rehearsed:
     count = len(work.images)
     few = min(count, effective_batch(work.task.costs, work.task.training, count))
     training = replace(work.task.training, local_epochs=STEPS)
-    rehearsed = train(
-        replace(
-            work,
-            task=replace(work.task, training=training),
-            images=FirstImages(work.images, few),
-            rehearsing=True,
-            cache_room=count - few,
-            output=folder,
-            cache=folder,
-        ),
-        meter,
-        Unheard(hooks),
+    shortened = replace(
+        work,
+        task=replace(work.task, training=training),
+        images=FirstImages(work.images, few),
+        cache_room=count - few,
+        output=folder,
+        cache=folder,
     )
+    with allocator.keeping_nothing():
+        rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
-    return {
-        (stage.first, stage.last): Need(stage.measured_peak_bytes, cap)
-        for stage, cap in zip(rehearsed.stages, rehearsed.caps, strict=True)
-    }
+    return {(stage.first, stage.last): stage.measured_peak_bytes for stage in rehearsed.stages}
 
 
 @dataclass(frozen=True)

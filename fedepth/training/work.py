@@ -22,7 +22,6 @@ class Work:
         output: where finished blocks go.
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
-        rehearsing: nothing of it will stay, so that a step that failed may be tried again.
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
     """
 
@@ -37,7 +36,6 @@ class Work:
     device: torch.device
     channels_last: bool
     enforce: bool = True
-    rehearsing: bool = False
     cache_room: int = 0
 
 

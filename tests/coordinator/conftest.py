@@ -49,6 +49,7 @@ def cost(name: str) -> UnitCost:
         backward=Size(0, 512),
         inference=Size(0, 256),
         largest_activation_bytes=256,
+        convolutions=0,
         flops=1000,
     )
 

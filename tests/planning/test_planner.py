@@ -39,6 +39,7 @@ def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> Un
         backward=Size(0, 0),
         inference=Size(0, 0),
         largest_activation_bytes=0,
+        convolutions=0,
         flops=1000,
     )
 
@@ -174,6 +175,7 @@ units = st.builds(
     backward=sizes,
     inference=sizes,
     largest_activation_bytes=st.integers(0, 5000),
+    convolutions=st.integers(0, 3),
     flops=st.integers(0, 10**9),
 )
 
