@@ -2,10 +2,12 @@
 
 A stage lives through these moments; each holds something else, and the peak is the largest:
 
-    build      the block's inputs are computed from the inputs of the stage before, without autograd
+    build k    the block's inputs are computed from the inputs of the stage before, without autograd; unit k is running
     forward k  the units before k have saved their activations, unit k is running
-    exit       the skip connection and the head run forward, then backward
+    again k    with checkpointing: unit k runs again, from its input, for its backward pass
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
+
+The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
 
 The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: that is the device's
 calibration, which comes with the cost table. The estimate can be too low, so a plan has to leave a margin
@@ -76,6 +78,80 @@ def training_peak(
         cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
     """
+    resident, live = _step(
+        costs,
+        training,
+        first,
+        last,
+        micro_batch,
+        accumulates=accumulates,
+        cache_bytes=cache_bytes,
+        checkpoint=checkpoint,
+    )
+    return _at(resident, max(live, key=lambda moment: moment.size))
+
+
+def training_moments(
+    costs: ModelCosts,
+    training: TrainingSpec,
+    first: int,
+    last: int,
+    micro_batch: int,
+    *,
+    accumulates: bool,
+    cache_bytes: int,
+    checkpoint: bool = False,
+) -> tuple[tuple[str, PeakComponents], ...]:
+    """Every moment of one step in order, by name ("forward 3"); `training_peak` is the largest. Same arguments."""
+    resident, live = _step(
+        costs,
+        training,
+        first,
+        last,
+        micro_batch,
+        accumulates=accumulates,
+        cache_bytes=cache_bytes,
+        checkpoint=checkpoint,
+    )
+    return tuple((moment.name, _at(resident, moment)) for moment in live)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What lives at one moment of a step, without weights, optimizer state and the sum of gradients."""
+
+    name: str
+    activations: int
+    temporaries: int
+    fresh_gradient: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.activations + self.temporaries + self.fresh_gradient
+
+
+def _at(resident: PeakComponents, moment: _Moment) -> PeakComponents:
+    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
+    return replace(
+        resident,
+        activations=moment.activations,
+        temporaries=moment.temporaries,
+        gradients=resident.gradients + moment.fresh_gradient,
+    )
+
+
+def _step(
+    costs: ModelCosts,
+    training: TrainingSpec,
+    first: int,
+    last: int,
+    micro_batch: int,
+    *,
+    accumulates: bool,
+    cache_bytes: int,
+    checkpoint: bool,
+) -> tuple[PeakComponents, Iterator[_Moment]]:
+    """What lives through the whole step, and what comes on top at each of its moments."""
     units = costs.units[first : last + 1]
     exit_ = costs.exits[last]
     trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
@@ -84,69 +160,51 @@ def training_peak(
     resident = replace(
         _NOTHING,
         parameters=sum(trainable) + buffers + reference,
+        gradients=sum(trainable) if accumulates else 0,
         optimizer_state=optimizer_copies(training) * sum(trainable),
         scratch=_scratch(costs, (*units, exit_), micro_batch),
         cache=cache_bytes,
     )
-    moments = _checkpointed(units, exit_, micro_batch) if checkpoint else _plain(units, exit_, micro_batch)
-    summed = sum(trainable) if accumulates else 0
-    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
-    return max(
-        (
-            replace(
-                resident,
-                activations=moment.activations,
-                temporaries=moment.temporaries,
-                gradients=summed + moment.fresh_gradient,
-            )
-            for moment in moments
-        ),
-        key=lambda peak: peak.total,
-    )
+    names = (*(str(unit) for unit in range(first, last + 1)), "exit")
+    moments = _checkpointed if checkpoint else _plain
+    return resident, moments(names, units, exit_, micro_batch)
 
 
-@dataclass(frozen=True)
-class _Moment:
-    """What lives at one moment of a step, without weights, optimizer state and the sum of gradients."""
-
-    activations: int
-    temporaries: int
-    fresh_gradient: int = 0
-
-
-def _plain(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
-    """Forward and backward pass with everything kept that autograd wants."""
+def _plain(names: Sequence[str], units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
+    """Forward and backward pass with everything kept that autograd wants. `names` are those of units and exit."""
     steps = (*units, exit_)
     held = units[0].input_bytes * samples  # activations that live before unit k runs
     held_after: list[int] = []
     loose = 0  # the running unit's input, where nobody keeps it for the backward pass
-    for step, follower in zip(steps, (*steps[1:], None), strict=True):
+    for name, step, follower in zip(names, steps, (*steps[1:], None), strict=True):
         saved, output = step.saved.at(samples), step.output_bytes * samples
-        yield _Moment(held + saved, loose + (0 if step.saves_output else output) + step.forward.at(samples))
+        made = 0 if step.saves_output else output
+        yield _Moment(f"forward {name}", held + saved, loose + made + step.forward.at(samples))
         held_after.append(held + saved)  # when the backward pass comes back here, the unit's output is gone
         # Between two units: counted once, if either keeps it and the first has not counted it.
         kept = output if follower and follower.saves_input and not step.saves_output else 0
         held += saved + kept
         loose = 0 if kept or step.saves_output else output
-    for step, held in zip(reversed(steps), reversed(held_after), strict=True):
-        yield _Moment(held, step.backward.at(samples), step.largest_parameter_bytes)
+    for name, step, held in zip(reversed(names), reversed(steps), reversed(held_after), strict=True):
+        yield _Moment(f"backward {name}", held, step.backward.at(samples), step.largest_parameter_bytes)
 
 
-def _checkpointed(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
+def _checkpointed(names: Sequence[str], units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
     """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
     steps = (*units, exit_)
     inputs = 0
     inputs_up_to: list[int] = []  # the inputs that are kept when unit k runs, its own included
-    for step in steps:
+    for name, step in zip(names, steps, strict=True):
         inputs += step.input_bytes * samples
         inputs_up_to.append(inputs)
         if step is not exit_:
-            yield _Moment(inputs, step.output_bytes * samples + step.inference.at(samples))
-    for step, inputs in zip(reversed(steps), reversed(inputs_up_to), strict=True):
+            yield _Moment(f"forward {name}", inputs, step.output_bytes * samples + step.inference.at(samples))
+    for name, step, inputs in zip(reversed(names), reversed(steps), reversed(inputs_up_to), strict=True):
         saved, output = step.saved.at(samples), step.output_bytes * samples
+        made = 0 if step.saves_output else output
         # In the forward pass the gradient of the output waits already.
-        yield _Moment(inputs + saved, output + (0 if step.saves_output else output) + step.forward.at(samples))
-        yield _Moment(inputs + saved, step.backward.at(samples), step.largest_parameter_bytes)
+        yield _Moment(f"again {name}", inputs + saved, output + made + step.forward.at(samples))
+        yield _Moment(f"backward {name}", inputs + saved, step.backward.at(samples), step.largest_parameter_bytes)
 
 
 def build_peak(
@@ -158,17 +216,33 @@ def build_peak(
         source_bytes: cached inputs of unit `source` that lie in RAM meanwhile.
         cache_bytes: the new cache, if it lies in RAM.
     """
+    resident, live = _build(costs, source, first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
+    return _at(resident, max(live, key=lambda moment: moment.size))
+
+
+def build_moments(
+    costs: ModelCosts, source: int, first: int, build_batch: int, *, source_bytes: int, cache_bytes: int
+) -> tuple[tuple[str, PeakComponents], ...]:
+    """Every moment of it in order, by name ("build 3": unit 3 runs); `build_peak` is the largest. Same arguments."""
+    resident, live = _build(costs, source, first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes)
+    return tuple((moment.name, _at(resident, moment)) for moment in live)
+
+
+def _build(
+    costs: ModelCosts, source: int, first: int, build_batch: int, *, source_bytes: int, cache_bytes: int
+) -> tuple[PeakComponents, Sequence[_Moment]]:
+    """What lives while all inputs are computed, and what comes on top as each unit runs."""
     units = costs.units[source:first]
     if not units:
-        return replace(_NOTHING, cache=cache_bytes, activations=costs.input_bytes * build_batch)
-    live = [(u.input_bytes + u.output_bytes) * build_batch + u.inference.at(build_batch) for u in units]
-    return replace(
+        return replace(_NOTHING, cache=cache_bytes), [_Moment("build", costs.input_bytes * build_batch, 0)]
+    resident = replace(
         _NOTHING,
         parameters=sum(unit.parameter_bytes + unit.buffer_bytes for unit in units),
-        temporaries=max(live),
         scratch=_scratch(costs, units, build_batch),
         cache=source_bytes + cache_bytes,
     )
+    live = ((unit.input_bytes + unit.output_bytes) * build_batch + unit.inference.at(build_batch) for unit in units)
+    return resident, [_Moment(f"build {index}", 0, temporaries) for index, temporaries in enumerate(live, source)]
 
 
 def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec, first: int, sample_count: int) -> int:
