@@ -24,13 +24,13 @@ class Alternative:
 
     Attributes:
         budget_bytes: the budget.
-        plan: the plan that it gives; None where nothing fits.
-        work: estimated floating point operations of that plan in one round; 0 without a plan. Comparable only between
-            plans of one job that train the same units.
+        plan: the plan that it gives.
+        work: estimated floating point operations of that plan in one round. Comparable only between plans of one job
+            that train the same units.
     """
 
     budget_bytes: int
-    plan: Plan | None
+    plan: Plan
     work: float
 
 
@@ -39,20 +39,24 @@ class Explanation:
     """A plan among its neighbours.
 
     Attributes:
-        chosen: the budget and its plan.
+        plan: the plan for the budget.
+        work: estimated floating point operations of it in one round.
         full_training_bytes: the budget that training all units at once with the job's batch in one piece needs.
         coarser: plans that train every unit, in fewer stages if the chosen one does so too: each at the smallest
             budget that gives it, the number of stages falling to one. A number that no budget gives is left out.
         larger: the smallest larger budget with a better plan: fewer units untrained, then fewer stages, then clearly
             less work; None where no amount of memory gives one.
-        smaller: the largest smaller budget with a worse plan, or none.
+        least_bytes: the smallest budget whose plan is as good.
+        smaller: the largest budget with a worse plan, one byte less than that; None where nothing fits.
     """
 
-    chosen: Alternative
+    plan: Plan
+    work: float
     full_training_bytes: int
     coarser: tuple[Alternative, ...]
     larger: Alternative | None
-    smaller: Alternative
+    least_bytes: int
+    smaller: Alternative | None
 
 
 def explain(
@@ -66,37 +70,41 @@ def explain(
     plan = make_plan(costs, budget_bytes=budget_bytes, training=training, sample_count=sample_count, policy=policy)
     planner = _Planner(costs, training, sample_count, policy)
     planner.ask(budget_bytes)
-    most = planner.ask(_UNLIMITED)
+    most = planner.ask(_UNLIMITED) or plan  # where any plan fits, one fits there
     work = planner.work(plan)
 
-    def better(other: Plan | None) -> bool:
-        clearly_less = _rank(other) == _rank(plan) and planner.work(other) <= CLEARLY_LESS * work
+    def better(other: Plan) -> bool:
+        clearly_less = _rank(other) == _rank(plan) and planner.work(other) < CLEARLY_LESS * work
         return _rank(other) < _rank(plan) or clearly_less
 
-    def as_good(other: Plan | None) -> bool:
-        clearly_more = _rank(other) == _rank(plan) and CLEARLY_LESS * planner.work(other) >= work
+    def as_good(other: Plan) -> bool:
+        clearly_more = _rank(other) == _rank(plan) and CLEARLY_LESS * planner.work(other) > work
         return _rank(other) <= _rank(plan) and not clearly_more
 
-    def in_at_most(stages: int) -> Callable[[Plan | None], bool]:
+    def in_at_most(stages: int) -> Callable[[Plan], bool]:
         return lambda other: _rank(other) <= (0, stages)
 
     coarser: list[Alternative] = []
     stages = len(costs.units) if plan.untrained else len(plan.stages) - 1
     while stages:
         coarser.append(planner.smallest(in_at_most(stages)))
-        stages = _rank(coarser[-1].plan)[1] - 1
+        stages = len(coarser[-1].plan.stages) - 1
+    least = planner.smallest(as_good).budget_bytes
+    worse = planner.ask(least - 1)
     return Explanation(
-        chosen=Alternative(budget_bytes, plan, work),
+        plan=plan,
+        work=work,
         full_training_bytes=needed_bytes(full_training_peak(costs, training, sample_count).total),
         coarser=tuple(coarser),
         larger=planner.smallest(better) if better(most) else None,
-        smaller=planner.at(planner.smallest(as_good).budget_bytes - 1),
+        least_bytes=least,
+        smaller=planner.alternative(least - 1, worse) if worse else None,
     )
 
 
-def _rank(plan: Plan | None) -> tuple[float, int]:
-    """What the planner looks at before the time: units left untrained, then stages. Nothing is worse than any plan."""
-    return (len(plan.untrained), len(plan.stages)) if plan else (float("inf"), 0)
+def _rank(plan: Plan) -> tuple[int, int]:
+    """What the planner looks at before the time: units left untrained, then stages."""
+    return len(plan.untrained), len(plan.stages)
 
 
 @dataclass(frozen=True)
@@ -137,22 +145,22 @@ class _Planner:
         self._answers.append(_Answer(needed_bytes(plan.predicted_peak_bytes), budget_bytes, plan))
         return plan
 
-    def at(self, budget_bytes: int) -> Alternative:
-        plan = self.ask(budget_bytes)
-        return Alternative(budget_bytes, plan and replace(plan, budget_bytes=budget_bytes), self.work(plan))
+    def alternative(self, budget_bytes: int, plan: Plan) -> Alternative:
+        return Alternative(budget_bytes, replace(plan, budget_bytes=budget_bytes), self.work(plan))
 
-    def work(self, plan: Plan | None) -> float:
-        return estimated_work(self._costs, self._training, self._sample_count, plan) if plan else 0.0
+    def work(self, plan: Plan) -> float:
+        return estimated_work(self._costs, self._training, self._sample_count, plan)
 
-    def smallest(self, wanted: Callable[[Plan | None], bool]) -> Alternative:
-        """The smallest budget whose plan is wanted. A known one is; with more memory a wanted plan stays wanted."""
+    def smallest(self, wanted: Callable[[Plan], bool]) -> Alternative:
+        """The smallest budget whose plan is wanted; a known one is, and with more memory it stays so."""
         self.ask(0)
         halve = True
         while True:
-            low = max(answer.most_bytes for answer in self._answers if not wanted(answer.plan))
-            high = min(answer.least_bytes for answer in self._answers if wanted(answer.plan))
-            if high - low <= 1:
-                return self.at(high)
-            # One byte below a plan that is wanted is either the end of the search or the next wanted plan.
-            self.ask((low + high) // 2 if halve else high - 1)
+            good = [(known.least_bytes, known.plan) for known in self._answers if known.plan and wanted(known.plan)]
+            bad = [known.most_bytes for known in self._answers if not (known.plan and wanted(known.plan))]
+            least, plan = min(good, key=lambda each: each[0])
+            if least - max(bad) <= 1:
+                return self.alternative(least, plan)
+            # One byte below a wanted plan lies either the end of the search or the next wanted plan.
+            self.ask((max(bad) + least) // 2 if halve else least - 1)
             halve = not halve

@@ -24,6 +24,7 @@ from fedepth.training.work import Work
 STEPS = 2
 
 
+
 def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Rehearsed:
     """What every stage needed, by its first and last unit. Caches in RAM have their full size.
 

@@ -10,7 +10,7 @@ from fedepth.errors import PlanError
 from fedepth.memory.predict import needed_bytes
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
-from fedepth.task import Calibration, ModelCosts, Plan, Policy, Size, TrainingSpec, UnitCost
+from fedepth.task import Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
 
 KIB = 1024
 MIB = KIB * KIB
@@ -40,16 +40,12 @@ def explained(costs: ModelCosts, budget: int, policy: Policy = Policy.PAPER, sam
     return explain(costs, budget_bytes=budget, training=TRAINING, sample_count=samples, policy=policy)
 
 
-def blocks(plan: Plan | None) -> str:
-    return plan.blocks if plan else "nothing"
-
-
 def test_every_smaller_number_of_stages_with_the_smallest_budget_that_gives_it() -> None:
     costs = model(1000, 1000, 1000, 1000)
     found = explained(costs, block_needs(1000) + 9)
-    assert len(found.chosen.plan.stages) == 4  # type: ignore[union-attr]
+    assert len(found.plan.stages) == 4
     # Three stages need as much as two: a block of two units.
-    assert [(each.budget_bytes, blocks(each.plan)) for each in found.coarser] == [
+    assert [(each.budget_bytes, each.plan.blocks) for each in found.coarser] == [
         (block_needs(1000, 1000), "0-1 | 2-3"),
         (block_needs(1000, 1000, 1000, 1000), "0-3"),
     ]
@@ -59,19 +55,19 @@ def test_every_smaller_number_of_stages_with_the_smallest_budget_that_gives_it()
 def test_the_next_larger_and_the_next_smaller_budget() -> None:
     costs = model(1000, 1000, 1000, 1000)
     found = explained(costs, 20 * MIB)
-    assert blocks(found.chosen.plan) == "0-1 | 2-3"
+    assert found.plan.blocks == "0-1 | 2-3"
     assert found.larger is not None
-    assert (found.larger.budget_bytes, blocks(found.larger.plan)) == (block_needs(*[1000] * 4), "0-3")
-    assert found.smaller.budget_bytes == block_needs(1000, 1000) - 1
-    assert blocks(found.smaller.plan) == "0 | 1 | 2 | 3"
+    assert (found.larger.budget_bytes, found.larger.plan.blocks) == (block_needs(*[1000] * 4), "0-3")
+    assert found.smaller is not None
+    assert found.least_bytes == block_needs(1000, 1000)
+    assert (found.smaller.budget_bytes, found.smaller.plan.blocks) == (found.least_bytes - 1, "0 | 1 | 2 | 3")
     for each in (found.larger, found.smaller, *found.coarser):
-        assert each.plan is not None
         assert each.plan.budget_bytes == each.budget_bytes
 
 
 def test_below_the_smallest_plan_there_is_none() -> None:
     found = explained(model(1000, 1000), block_needs(1000))
-    assert (found.smaller.budget_bytes, found.smaller.plan) == (block_needs(1000) - 1, None)
+    assert (found.least_bytes, found.smaller) == (block_needs(1000), None)
 
 
 def test_more_memory_than_helps_buys_nothing() -> None:
@@ -82,20 +78,20 @@ def test_more_memory_than_helps_buys_nothing() -> None:
 
 def test_a_unit_that_is_left_out_comes_first() -> None:
     found = explained(model(9000, 1000), block_needs(1000))
-    assert blocks(found.chosen.plan) == "1 (untrained: 0)"
+    assert found.plan.blocks == "1 (untrained: 0)"
     assert found.larger is not None
-    assert (found.larger.budget_bytes, blocks(found.larger.plan)) == (block_needs(9000), "0 | 1")
-    assert [blocks(each.plan) for each in found.coarser] == ["0 | 1", "0-1"]
+    assert (found.larger.budget_bytes, found.larger.plan.blocks) == (block_needs(9000), "0 | 1")
+    assert [each.plan.blocks for each in found.coarser] == ["0 | 1", "0-1"]
 
 
 def test_micro_batches_buy_time() -> None:
     # One sample at a time takes (1 + 2/1) times the arithmetic, two (1 + 2/2): a third less.
     least = needed_bytes((10 + 2 * 1010) * KIB)
     found = explained(model(1000, 1000), least, Policy.AUTO)
-    (stage,) = found.chosen.plan.stages  # type: ignore[union-attr]
+    (stage,) = found.plan.stages
     assert (stage.micro_batch, stage.checkpoint) == (1, False)
-    assert found.larger is not None and found.larger.plan is not None
-    assert found.larger.work <= CLEARLY_LESS * found.chosen.work
+    assert found.larger is not None
+    assert found.larger.work < CLEARLY_LESS * found.work
     assert found.larger.budget_bytes < needed_bytes((20 + 4 * 1010) * KIB) + 1
     assert found.coarser == ()
     assert found.full_training_bytes == block_needs(1000, 1000)
@@ -141,25 +137,25 @@ def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, polic
         return (len(plan.untrained), len(plan.stages), estimated_work(costs, TRAINING, 20, plan))
 
     def better(one: tuple[float, int, float], other: tuple[float, int, float]) -> bool:
-        return one[:2] < other[:2] or (one[:2] == other[:2] and one[2] <= CLEARLY_LESS * other[2])
+        return one[:2] < other[:2] or (one[:2] == other[:2] and one[2] < CLEARLY_LESS * other[2])
 
     least = smallest_peak(costs, TRAINING, 20, policy)
     budget = least + int(share * max(0, needed_bytes(full_training_peak(costs, TRAINING, 20).total) - least))
     chosen = key(budget)
     found = explained(costs, budget, policy, samples=20)
-    assert found.chosen.work == chosen[2]
+    assert found.work == chosen[2]
     if found.larger:
         assert found.larger.budget_bytes > budget
         assert better(key(found.larger.budget_bytes), chosen)
         assert not better(key(found.larger.budget_bytes - 1), chosen)
     else:
         assert not better(key(1 << 50), chosen)
-    assert found.smaller.budget_bytes < budget
-    assert better(chosen, key(found.smaller.budget_bytes))
-    assert not better(chosen, key(found.smaller.budget_bytes + 1))
+    assert found.least_bytes <= budget
+    assert not better(chosen, key(found.least_bytes))
+    assert better(chosen, key(found.least_bytes - 1))
+    assert (found.smaller is None) == (key(found.least_bytes - 1)[0] == float("inf"))
     for each in found.coarser:
         untrained, stages, work = key(each.budget_bytes)
-        assert each.plan is not None
         assert (untrained, stages, work) == (0, len(each.plan.stages), each.work)
         assert key(each.budget_bytes - 1)[:2] > (0, stages)
     assert found.coarser or chosen[:2] == (0, 1)
