@@ -21,6 +21,7 @@ _COMPONENTS = tuple(field.name for field in fields(PeakComponents))
 # Okabe and Ito's colours, which people with colour blindness can tell apart; what stays for the whole stage is darker.
 _COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#BBBBBB", "#009E73")
 _MANY_STAGES = 6  # from here on, a stage is too narrow for more than its units
+_FAR = 2.5  # a budget this many times the peak is named, but not shown
 _LETTER = 0.006  # about what a letter of a phase's name takes of the width
 
 
@@ -57,12 +58,13 @@ def save_timeline(path: Path, moments: Sequence[Moment], plan: Plan, title: str)
 def _mark_budget(axes: Axes, plan: Plan) -> None:
     budget, peak = plan.budget_bytes / _MIB, plan.predicted_peak_bytes / _MIB
     name = f"budget, {format_size(plan.budget_bytes)}"
-    top = min(budget * 1.2, peak * 3)  # the stages' names stand above the budget
-    axes.set_ylim(0, top)
-    if budget < top:
-        axes.axhline(budget, color="black", linestyle="--", linewidth=1.5, label=name)
-    else:  # a line up there would press the plan flat
-        axes.plot([], [], color="black", linestyle="--", linewidth=1.5, label=f"{name} (above)")
+    line = axes.axhline(budget, color="black", linestyle="--", linewidth=1.5)
+    if budget < _FAR * peak:
+        axes.set_ylim(0, budget * 1.2)  # the stages' names stand above the budget
+        line.set_label(name)
+    else:  # an axis up to there would press the plan flat
+        axes.set_ylim(0, peak * 1.3)
+        line.set_label(f"{name} (above)")
 
 
 def _mark_stages(axes: Axes, moments: Sequence[Moment], plan: Plan) -> None:
