@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from fedepth.errors import ConfigError
@@ -42,14 +43,23 @@ def parse_size(text: str | int) -> int:
     return round(float(number) * factor) if "." in number else int(number) * factor
 
 
-def format_size(size_bytes: int) -> str:
-    """`size_bytes` in the largest binary unit that leaves at least 1: "34.1 MiB", "-2.0 KiB", "512 B"."""
+def format_size(size_bytes: int, *, round_up: bool = False) -> str:
+    """`size_bytes` in the largest binary unit that leaves at least 1: "34.1 MiB", "-2.0 KiB", "512 B".
+
+    Args:
+        round_up: never print less than `size_bytes`: for a size that somebody has to provide.
+    """
     size = abs(size_bytes)
     sign = "-" if size_bytes < 0 else ""
     if size < 1 << 10:
         return f"{sign}{size} B"
+
+    def rounded(exponent: int) -> float:
+        number = size / (1 << exponent)
+        return math.ceil(number * 10) / 10 if round_up else round(number, 1)
+
     for exponent, unit in ((10, "KiB"), (20, "MiB"), (30, "GiB")):
         # What would be printed as 1024.0 belongs to the next unit.
-        if round(size / (1 << exponent), 1) < 1024:
-            return f"{sign}{size / (1 << exponent):.1f} {unit}"
-    return f"{sign}{size / (1 << 40):.1f} TiB"
+        if (number := rounded(exponent)) < 1024:
+            return f"{sign}{number:.1f} {unit}"
+    return f"{sign}{rounded(40):.1f} TiB"

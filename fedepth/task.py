@@ -81,13 +81,15 @@ class Budget:
 class Calibration:
     """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
 
-    scratch = fixed + activation_share · largest activation + parameter_share · largest parameter
-              + convolution_bytes · convolutions. The defaults are those of a desktop with glibc.
+    scratch = fixed + kept_share · tensors + activation_share · largest activation of the running unit
+              + parameter_share · its largest parameter + convolution_bytes · convolutions of the block.
+    The defaults were measured on a desktop with tcmalloc.
 
     Attributes:
         allocator: the allocator it was measured with; empty for the defaults.
         torch: the version of torch.
         fixed_bytes: whatever the block.
+        kept_share: of all tensors, in freed pages that the allocator keeps.
         activation_share: of the largest activation of a micro-batch: reordered copies, per-thread buffers.
         parameter_share: of the largest parameter: reordered weights, per-thread sums of its gradient.
         convolution_bytes: compiled kernels, for every convolution of the block.
@@ -97,6 +99,7 @@ class Calibration:
     allocator: str = ""
     torch: str = ""
     fixed_bytes: int = 2 << 20
+    kept_share: float = 0.03
     activation_share: float = 0.1
     parameter_share: float = 1.0
     convolution_bytes: int = 150_000

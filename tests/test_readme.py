@@ -19,7 +19,7 @@ COMMANDS = [
 JOBS = [block for kind, block in BLOCKS if kind == "toml"]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("fedepth-")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("fedepth")])
 def test_a_program_has_the_subcommand_and_its_options(command: str) -> None:
     program, subcommand, *rest = command.split()
     path = Path(sysconfig.get_path("scripts")) / program

@@ -55,3 +55,8 @@ def test_sizes_are_written(size: int, text: str) -> None:
 def test_a_written_size_is_read_back_within_its_rounding(size: int) -> None:
     # One decimal of the unit: an error of at most 0.05 of it, which is 5 % at 1.0.
     assert abs(parse_size(format_size(size)) - size) <= 0.05 * max(size, 1)
+
+
+@given(st.integers(min_value=0, max_value=1 << 60))
+def test_a_size_to_provide_is_never_written_too_small(size: int) -> None:
+    assert parse_size(format_size(size, round_up=True)) >= size

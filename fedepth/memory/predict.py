@@ -2,10 +2,12 @@
 
 A stage lives through these moments; each holds something else, and the peak is the largest:
 
-    build      the block's inputs are computed from the inputs of the stage before, without autograd
+    build k    the block's inputs are computed from the inputs of the stage before, without autograd; unit k is running
     forward k  the units before k have saved their activations, unit k is running
-    exit       the skip connection and the head run forward, then backward
+    again k    with checkpointing: unit k runs again, from its input, for its backward pass
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
+
+The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
 
 The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: that is the device's
 calibration, which comes with the cost table. The estimate can be too low, so a plan has to leave a margin
@@ -17,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedepth.task import CachePlace, ModelCosts, PeakComponents, TrainingSpec, UnitCost
+from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, TrainingSpec, UnitCost
 
 MARGIN_BYTES = 2 << 20
 MARGIN_SHARE = 0.06
@@ -69,77 +71,158 @@ def training_peak(
         cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
     """
-    units = costs.units[first : last + 1]
-    exit_ = costs.exits[last]
-    trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
-    buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
-    reference = sum(trainable) if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
-    resident = replace(
-        _NOTHING,
-        parameters=sum(trainable) + buffers + reference,
-        optimizer_state=optimizer_copies(training) * sum(trainable),
-        scratch=_scratch(costs, (*units, exit_), micro_batch),
-        cache=cache_bytes,
+    resident, live = _step(
+        costs,
+        training,
+        first,
+        last,
+        micro_batch,
+        accumulates=accumulates,
+        cache_bytes=cache_bytes,
+        checkpoint=checkpoint,
     )
-    moments = _checkpointed(units, exit_, micro_batch) if checkpoint else _plain(units, exit_, micro_batch)
-    summed = sum(trainable) if accumulates else 0
-    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
-    return max(
-        (
-            replace(
-                resident,
-                activations=moment.activations,
-                temporaries=moment.temporaries,
-                gradients=summed + moment.fresh_gradient,
-            )
-            for moment in moments
-        ),
-        key=lambda peak: peak.total,
+    return _at(resident, max(live, key=lambda moment: moment.size))
+
+
+def training_moments(
+    costs: ModelCosts,
+    training: TrainingSpec,
+    first: int,
+    last: int,
+    micro_batch: int,
+    *,
+    accumulates: bool,
+    cache_bytes: int,
+    checkpoint: bool = False,
+) -> tuple[tuple[str, PeakComponents], ...]:
+    """Every moment of one step in order, by name ("forward 3"); `training_peak` is the largest. Same arguments."""
+    resident, live = _step(
+        costs,
+        training,
+        first,
+        last,
+        micro_batch,
+        accumulates=accumulates,
+        cache_bytes=cache_bytes,
+        checkpoint=checkpoint,
     )
+    return tuple((moment.name, _at(resident, moment)) for moment in live)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a unit takes beside its tensors while it runs: so many bytes, and a share of what lives."""
+
+    fixed: int
+    share: float
 
 
 @dataclass(frozen=True)
 class _Moment:
     """What lives at one moment of a step, without weights, optimizer state and the sum of gradients."""
 
+    name: str
     activations: int
     temporaries: int
+    beside: _Beside
     fresh_gradient: int = 0
 
+    @property
+    def scratch(self) -> int:
+        live = self.activations + self.temporaries + self.fresh_gradient
+        return self.beside.fixed + int(self.beside.share * live)
 
-def _plain(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
-    """Forward and backward pass with everything kept that autograd wants."""
-    steps = (*units, exit_)
-    held = units[0].input_bytes * samples  # activations that live before unit k runs
+    @property
+    def size(self) -> int:
+        return self.activations + self.temporaries + self.fresh_gradient + self.scratch
+
+
+def _at(resident: PeakComponents, moment: _Moment) -> PeakComponents:
+    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
+    return replace(
+        resident,
+        activations=moment.activations,
+        temporaries=moment.temporaries,
+        scratch=resident.scratch + moment.scratch,
+        gradients=resident.gradients + moment.fresh_gradient,
+    )
+
+
+def _resident(calibration: Calibration, **components: int) -> PeakComponents:
+    tensors = replace(_NOTHING, **components)
+    return replace(tensors, scratch=int(calibration.kept_share * tensors.total))
+
+
+def _step(
+    costs: ModelCosts,
+    training: TrainingSpec,
+    first: int,
+    last: int,
+    micro_batch: int,
+    *,
+    accumulates: bool,
+    cache_bytes: int,
+    checkpoint: bool,
+) -> tuple[PeakComponents, Iterator[_Moment]]:
+    """What lives through the whole step, and what comes on top at each of its moments."""
+    units = costs.units[first : last + 1]
+    exit_ = costs.exits[last]
+    trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
+    buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
+    reference = sum(trainable) if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
+    resident = _resident(
+        costs.calibration,
+        parameters=sum(trainable) + buffers + reference,
+        gradients=sum(trainable) if accumulates else 0,
+        optimizer_state=optimizer_copies(training) * sum(trainable),
+        cache=cache_bytes,
+    )
+    convolutions = sum(unit.convolutions for unit in (*units, exit_))
+    scratch = [_scratch(costs.calibration, unit, micro_batch, convolutions) for unit in (*units, exit_)]
+    names = (*(str(unit) for unit in range(first, last + 1)), "exit")
+    moments = _checkpointed if checkpoint else _plain
+    return resident, moments(names, (*units, exit_), scratch, micro_batch)
+
+
+def _plain(
+    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[_Beside], samples: int
+) -> Iterator[_Moment]:
+    """Forward and backward pass with everything kept that autograd wants. The last of the `steps` is the exit."""
+    held = steps[0].input_bytes * samples  # activations that live before unit k runs
     held_after: list[int] = []
     loose = 0  # the running unit's input, where nobody keeps it for the backward pass
-    for step, follower in zip(steps, (*steps[1:], None), strict=True):
+    for name, step, beside, follower in zip(names, steps, scratch, (*steps[1:], None), strict=True):
         saved, output = step.saved.at(samples), step.output_bytes * samples
-        yield _Moment(held + saved, loose + (0 if step.saves_output else output) + step.forward.at(samples))
+        made = 0 if step.saves_output else output
+        yield _Moment(f"forward {name}", held + saved, loose + made + step.forward.at(samples), beside)
         held_after.append(held + saved)  # when the backward pass comes back here, the unit's output is gone
         # Between two units: counted once, if either keeps it and the first has not counted it.
         kept = output if follower and follower.saves_input and not step.saves_output else 0
         held += saved + kept
         loose = 0 if kept or step.saves_output else output
-    for step, held in zip(reversed(steps), reversed(held_after), strict=True):
-        yield _Moment(held, step.backward.at(samples), step.largest_parameter_bytes)
+    for name, step, beside, held in zip(names[::-1], steps[::-1], scratch[::-1], held_after[::-1], strict=True):
+        yield _Moment(f"backward {name}", held, step.backward.at(samples), beside, step.largest_parameter_bytes)
 
 
-def _checkpointed(units: Sequence[UnitCost], exit_: UnitCost, samples: int) -> Iterator[_Moment]:
+def _checkpointed(
+    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[_Beside], samples: int
+) -> Iterator[_Moment]:
     """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
-    steps = (*units, exit_)
     inputs = 0
     inputs_up_to: list[int] = []  # the inputs that are kept when unit k runs, its own included
-    for step in steps:
+    for name, step, beside in zip(names, steps, scratch, strict=True):
         inputs += step.input_bytes * samples
         inputs_up_to.append(inputs)
-        if step is not exit_:
-            yield _Moment(inputs, step.output_bytes * samples + step.inference.at(samples))
-    for step, inputs in zip(reversed(steps), reversed(inputs_up_to), strict=True):
+        if step is not steps[-1]:
+            yield _Moment(f"forward {name}", inputs, step.output_bytes * samples + step.inference.at(samples), beside)
+    for name, step, beside, inputs in zip(names[::-1], steps[::-1], scratch[::-1], inputs_up_to[::-1], strict=True):
         saved, output = step.saved.at(samples), step.output_bytes * samples
+        made = 0 if step.saves_output else output
         # In the forward pass the gradient of the output waits already.
-        yield _Moment(inputs + saved, output + (0 if step.saves_output else output) + step.forward.at(samples))
-        yield _Moment(inputs + saved, step.backward.at(samples), step.largest_parameter_bytes)
+        yield _Moment(f"again {name}", inputs + saved, output + made + step.forward.at(samples), beside)
+        yield _Moment(
+            f"backward {name}", inputs + saved, step.backward.at(samples), beside, step.largest_parameter_bytes
+        )
 
 
 def build_peak(
@@ -159,30 +242,42 @@ def build_peak(
         cache_bytes: the new cache, if it lies in RAM.
         streamed: one unit at a time is loaded and run over all samples.
     """
-    units = costs.units[source:first]
-    if not units:
-        return replace(_NOTHING, cache=cache_bytes, activations=costs.input_bytes * build_batch)
-    if streamed:
-        passes = [
-            build_peak(
-                costs,
-                unit,
-                unit + 1,
-                build_batch,
-                source_bytes=source_bytes,
-                cache_bytes=cache_bytes if unit + 1 == first else 0,
-            )
-            for unit in range(source, first)
-        ]
-        return max(passes, key=lambda each: each.total)
-    live = [(u.input_bytes + u.output_bytes) * build_batch + u.inference.at(build_batch) for u in units]
-    return replace(
-        _NOTHING,
-        parameters=sum(unit.parameter_bytes + unit.buffer_bytes for unit in units),
-        temporaries=max(live),
-        scratch=_scratch(costs, units, build_batch),
-        cache=source_bytes + cache_bytes,
+    moments = build_moments(
+        costs, source, first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes, streamed=streamed
     )
+    return max((components for _, components in moments), key=lambda each: each.total)
+
+
+def build_moments(
+    costs: ModelCosts,
+    source: int,
+    first: int,
+    build_batch: int,
+    *,
+    source_bytes: int,
+    cache_bytes: int,
+    streamed: bool = False,
+) -> tuple[tuple[str, PeakComponents], ...]:
+    """Every moment of it in order, by name ("build 3": unit 3 runs); `build_peak` is the largest. Same arguments."""
+    units = costs.units[source:first]
+    device = costs.calibration
+    if not units:
+        samples = costs.input_bytes * build_batch
+        moment = _Moment("build", samples, 0, _Beside(device.fixed_bytes, device.kept_share))
+        return ((moment.name, _at(_resident(device, cache=cache_bytes), moment)),)
+    loaded = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
+    convolutions = sum(unit.convolutions for unit in units)
+    moments = []
+    for index, unit in enumerate(units, source):
+        resident = _resident(
+            device,
+            parameters=unit.parameter_bytes + unit.buffer_bytes if streamed else loaded,
+            cache=source_bytes + cache_bytes,
+        )
+        live = (unit.input_bytes + unit.output_bytes) * build_batch + unit.inference.at(build_batch)
+        moment = _Moment(f"build {index}", 0, live, _scratch(device, unit, build_batch, convolutions))
+        moments.append((moment.name, _at(resident, moment)))
+    return tuple(moments)
 
 
 def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec, first: int, sample_count: int) -> int:
@@ -190,10 +285,11 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _scratch(costs: ModelCosts, units: Sequence[UnitCost], samples: int) -> int:
-    device = costs.calibration
-    return device.fixed_bytes + int(
-        device.activation_share * samples * max(unit.largest_activation_bytes for unit in units)
-        + device.parameter_share * max(unit.largest_parameter_bytes for unit in units)
-        + device.convolution_bytes * sum(unit.convolutions for unit in units)
+def _scratch(device: Calibration, unit: UnitCost, samples: int, convolutions: int) -> _Beside:
+    """Beside the tensors while `unit` runs; kernels of all `convolutions` of the block are kept."""
+    fixed = device.fixed_bytes + int(
+        device.activation_share * samples * unit.largest_activation_bytes
+        + device.parameter_share * unit.largest_parameter_bytes
+        + device.convolution_bytes * convolutions
     )
+    return _Beside(fixed, device.kept_share)

@@ -116,6 +116,14 @@ def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, 
     return start.needed_bytes
 
 
+def estimated_work(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan: Plan) -> float:
+    """What the planner takes for a plan's time, in floating point operations; for comparing plans of one job only."""
+    return sum(
+        _cost(costs, training, sample_count, each.first, each.last, each.micro_batch, each.cache, each.checkpoint)
+        for each in plan.stages
+    )
+
+
 def _choices(
     costs: ModelCosts,
     budget_bytes: int,

@@ -1,0 +1,264 @@
+"""The command `fedepth`: questions about the method that need neither a coordinator nor a device."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fedepth.errors import ConfigError, FedepthError
+from fedepth.memory.predict import effective_batch, needed_bytes
+from fedepth.memory.timeline import Moment, timeline
+from fedepth.planning.explain import Alternative, Explanation, explain
+from fedepth.sizes import format_size, parse_size
+from fedepth.task import ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
+
+_PLAIN_WIDTH = 120  # of tables that are piped or written to a file
+
+app = typer.Typer(
+    name="fedepth",
+    help="Answers questions about training within little memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Optimizer(str, Enum):
+    """The optimizers that a job may name."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+@app.callback()
+def commands() -> None:
+    """Answers questions about training within little memory."""
+
+
+@app.command("plan", epilog="Example: fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, or your own as module:function.")],
+    budget: Annotated[str, typer.Option(help="What training may add to a device's memory, as 300MiB.")],
+    policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
+        Policy.AUTO
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
+    optimizer: Annotated[Optimizer, typer.Option(help="Decides how much state a weight has.")] = Optimizer.SGD,
+    momentum: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sgd; 0 saves its state.")] = 0.9,
+    input_shape: Annotated[
+        str | None, typer.Option("--input", help="CxHxW, as 3x32x32; models of the zoo have a default.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Samples on the device; decides on caches.")] = 1024,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over them in a round.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
+
+    Kernels and allocators are counted as on a desktop with glibc; a device that takes part in a job measures its own.
+    """
+    budget_bytes = parse_size(budget)
+    save_timeline = _plotting() if plot else None
+    title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
+    training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0)
+    errors = Console(stderr=True)
+    with errors.status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
+        costs = _trace(model, input_shape, classes, training)
+        status.update("Comparing plans")
+        found = explain(costs, budget_bytes=budget_bytes, training=training, sample_count=samples, policy=policy)
+        moments = timeline(costs, training, samples, found.plan)
+        if plot and save_timeline:
+            save_timeline(plot, moments, found.plan, title)
+    if as_json:
+        print(json.dumps(_fields(model, samples, training, found, moments)))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        console.print(_stages(found.plan, title))
+        console.print(_coarser(found, budget_bytes, effective_batch(costs, training, samples)))
+        for line in _neighbours(found, budget_bytes):
+            console.print(line, markup=False, soft_wrap=True)
+        if plot:
+            console.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Runs a command. Errors of ours end it with their message and status 1."""
+    try:
+        app()
+    except FedepthError as error:
+        print(f"fedepth: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
+    try:
+        from fedepth.memory.plot import save_timeline
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
+        ) from error
+    return save_timeline
+
+
+def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
+    try:
+        from fedepth.memory.trace import trace_costs
+    except ImportError as error:
+        raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
+
+    shape = _input_shape(model, input_shape)
+    names = tuple(str(label) for label in range(classes))
+    # Whoever types the command trusts the model.
+    return trace_costs(ModelSpec(model, names, shape, (0.0,) * shape[0], (1.0,) * shape[0]), training, allowed=None)
+
+
+def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
+    from fedepth.models.zoo import ZOO
+
+    if text is not None:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+            raise ConfigError(f'--input: "{text}" is no shape; write channels, height and width, as 3x32x32')
+        return tuple(map(int, text.split("x")))
+    if model not in ZOO:
+        raise ConfigError(
+            f"{model} is none of {', '.join(sorted(ZOO))}. For your own module:function, say what it is trained on, "
+            "as --input 3x32x32."
+        )
+    return ZOO[model].input_shape
+
+
+def _fields(
+    model: str, samples: int, training: TrainingSpec, found: Explanation, moments: Sequence[Moment]
+) -> dict[str, Any]:
+    explanation = msgspec.to_builtins(found)
+    plan = explanation.pop("plan")
+    peak = max(moments, key=lambda moment: moment.components.total)
+    return {
+        "model": model,
+        "sample_count": samples,
+        "training": msgspec.to_builtins(training),
+        "plan": plan,
+        "needed_bytes": needed_bytes(found.plan.predicted_peak_bytes),
+        "explanation": explanation,
+        "timeline": {
+            "moments": len(moments),
+            "peak_bytes": peak.components.total,
+            "peak_stage": peak.stage,
+            "peak_label": peak.label,
+        },
+    }
+
+
+def _stages(plan: Plan, title: str) -> Table:
+    """One row per stage; the components add up to the peak."""
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    for name in ("units", "micro-\nbatch", "check-\npoint", "inputs\nin"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "para-\nmeters",
+        "gradi-\nents",
+        "optimizer\nstate",
+        "activa-\ntions",
+        "tempo-\nraries",
+        "scratch",
+        "cache",
+        "peak\nMiB",
+        "needs\nMiB",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        parts = stage.predicted
+        sizes = (
+            parts.parameters,
+            parts.gradients,
+            parts.optimizer_state,
+            parts.activations,
+            parts.temporaries,
+            parts.scratch,
+            parts.cache,
+            parts.total,
+            needed_bytes(parts.total),
+        )
+        table.add_row(
+            _units(stage),
+            str(stage.micro_batch),
+            "yes" if stage.checkpoint else "no",
+            stage.cache.value,
+            *(f"{size / (1 << 20):.1f}" for size in sizes),
+        )
+    notes = [f"Units left untrained: {', '.join(map(str, plan.untrained))}."] if plan.untrained else []
+    table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
+    return table
+
+
+def _coarser(found: Explanation, budget_bytes: int, batch: int) -> Table:
+    """What plans with fewer stages need, and training everything at once."""
+    table = Table(title="Why not coarser", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("stages", justify="right")
+    table.add_column("blocks", overflow="fold")
+    table.add_column("needs", justify="right", no_wrap=True)
+    table.add_column("over the budget", justify="right", no_wrap=True)
+
+    def row(stages: str, blocks: str, needed: int) -> None:
+        over = format_size(needed - budget_bytes, round_up=True) if needed > budget_bytes else "fits"
+        table.add_row(stages, blocks, format_size(needed, round_up=True), over)
+
+    for each in found.coarser:
+        row(str(len(each.plan.stages)), each.plan.blocks, each.budget_bytes)
+    row("full", f"all units at once, {batch} samples in one piece", found.full_training_bytes)
+    return table
+
+
+def _neighbours(found: Explanation, budget_bytes: int) -> list[str]:
+    """What more and less memory would buy, in sentences."""
+    if found.larger:
+        size = format_size(found.larger.budget_bytes, round_up=True)
+        more = format_size(found.larger.budget_bytes - budget_bytes, round_up=True)
+        what = f"{_difference(found, found.larger)}: {_summary(found.larger.plan)}"
+        lines = [f"More memory: with {size} ({more} more), {what}"]
+    else:
+        lines = ["More memory: no amount gives a clearly better plan."]
+    least = format_size(found.least_bytes, round_up=True)
+    less = format_size(budget_bytes - found.least_bytes)
+    below = f"{_difference(found, found.smaller)}: {_summary(found.smaller.plan)}" if found.smaller else "nothing fits"
+    lines.append(f"Less memory: as good down to {least} ({less} less); below, {below}")
+    return lines
+
+
+def _difference(found: Explanation, other: Alternative) -> str:
+    """The first thing, in the planner's order, by which another plan is better or worse."""
+    untrained, now = len(other.plan.untrained), len(found.plan.untrained)
+    if untrained != now:
+        return f"units untrained: {untrained} instead of {now}"
+    stages, now = len(other.plan.stages), len(found.plan.stages)
+    if stages != now:
+        return f"{stages} {'stage' if stages == 1 else 'stages'} instead of {now}"
+    change = other.work / found.work - 1
+    return f"about {abs(change):.0%} {'more' if change > 0 else 'less'} work"
+
+
+def _summary(plan: Plan) -> str:
+    sizes = sorted({stage.micro_batch for stage in plan.stages})
+    text = f"{plan.blocks}, micro-batch {', '.join(map(str, sizes))}"
+    return text + (", checkpointed" if any(stage.checkpoint for stage in plan.stages) else "")
+
+
+def _units(stage: Stage) -> str:
+    return f"{stage.first}-{stage.last}" if stage.last > stage.first else str(stage.first)
+
+
+if __name__ == "__main__":
+    main()

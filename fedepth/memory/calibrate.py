@@ -1,0 +1,118 @@
+"""Fitting a device's calibration to stages that were measured on it. Pure arithmetic; no torch, no numpy.
+
+A stage's peak is the largest of its moments, and at each of them linear in the calibration's coefficients. So the fit
+alternates: which moment is the worst under the coefficients so far, and which coefficients, none negative, bring these
+moments closest to what was measured, in relative terms. Few stages cannot tell all coefficients apart; each is drawn a
+little towards its default, so that what was not seen stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from fedepth.memory.predict import effective_batch, training_moments
+from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, TrainingSpec
+
+# What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
+_UNITS = {
+    "fixed_bytes": float(1 << 20),
+    "kept_share": 0.03,
+    "activation_share": 1.0,
+    "parameter_share": 1.0,
+    "convolution_bytes": 100_000.0,
+}
+_PULL = 0.002  # weight of a default beside the squared relative error of one stage
+_ROUNDS = 20
+_SWEEPS = 200
+
+
+@dataclass(frozen=True)
+class MeasuredStage:
+    """A stage that was trained, and its peak in bytes above the baseline. Its inputs lay on disk."""
+
+    costs: ModelCosts
+    training: TrainingSpec
+    stage: Stage
+    sample_count: int
+    measured_bytes: int
+
+
+def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
+    """The calibration that predicts these stages best, starting from, and drawn towards, `start`."""
+    found = start
+    for _ in range(_ROUNDS):
+        before = found
+        rows = [_worst(each, found) for each in measured]
+        found = _coefficients(rows, start)
+        if found == before:
+            break
+    return found
+
+
+def relative_errors(measured: Sequence[MeasuredStage], calibration: Calibration) -> list[float]:
+    """(predicted − measured) / measured of every stage."""
+    return [predicted_bytes(each, calibration) / each.measured_bytes - 1 for each in measured]
+
+
+def predicted_bytes(each: MeasuredStage, calibration: Calibration) -> int:
+    return max(components.total for _, components in _moments(each, calibration))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One stage at its worst moment: measured − tensors = Σ feature · coefficient, all over measured."""
+
+    features: dict[str, float]
+    target: float
+
+
+def _moments(each: MeasuredStage, calibration: Calibration) -> tuple[tuple[str, PeakComponents], ...]:
+    stage = each.stage
+    return training_moments(
+        replace(each.costs, calibration=calibration),
+        each.training,
+        stage.first,
+        stage.last,
+        stage.micro_batch,
+        accumulates=stage.micro_batch < effective_batch(each.costs, each.training, each.sample_count),
+        cache_bytes=0,
+        checkpoint=stage.checkpoint,
+    )
+
+
+def _worst(each: MeasuredStage, calibration: Calibration) -> _Row:
+    """Each coefficient's part in the worst moment is what the moment grows by when the coefficient grows by a unit."""
+    with_all = [components.total for _, components in _moments(each, calibration)]
+    worst = with_all.index(max(with_all))
+    nothing = replace(calibration, **{name: 0 for name in _UNITS})
+    tensors = _moments(each, nothing)[worst][1].total
+    features = {}
+    for name, unit in _UNITS.items():
+        value = int(unit) if _is_integer(name) else unit
+        alone = _moments(each, replace(nothing, **{name: value}))[worst][1].total
+        features[name] = (alone - tensors) / each.measured_bytes
+    return _Row(features, (each.measured_bytes - tensors) / each.measured_bytes)
+
+
+def _coefficients(rows: Sequence[_Row], start: Calibration) -> Calibration:
+    """Least squares by coordinate descent, no coefficient below 0."""
+    defaults = {name: getattr(start, name) / unit for name, unit in _UNITS.items()}
+    values = dict(defaults)
+    for _ in range(_SWEEPS):
+        for name in _UNITS:
+            above = _PULL * defaults[name]
+            below = _PULL
+            for row in rows:
+                others = sum(row.features[other] * values[other] for other in _UNITS if other != name)
+                above += row.features[name] * (row.target - others)
+                below += row.features[name] ** 2
+            values[name] = max(0.0, above / below)
+    found = {
+        name: round(values[name] * unit) if _is_integer(name) else values[name] * unit for name, unit in _UNITS.items()
+    }
+    return replace(start, **found)
+
+
+def _is_integer(name: str) -> bool:
+    return next(field.type for field in fields(Calibration) if field.name == name) == "int"

@@ -1,0 +1,101 @@
+"""Memory over time: its peak is the plan's, stage by stage."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedepth.memory.predict import needed_bytes
+from fedepth.memory.timeline import timeline
+from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
+from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+
+KIB = 1024
+TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+BARE = Calibration(fixed_bytes=0, activation_share=0.0, parameter_share=0.0, convolution_bytes=0)
+ZERO = Size(0, 0)
+
+
+def model(count: int) -> ModelCosts:
+    """Units that keep their input of 10 KiB and 100 KiB of every sample, and have 4 KiB of weights in one tensor."""
+    one = UnitCost(
+        "u", 4 * KIB, 0, 4 * KIB, 10 * KIB, 10 * KIB, Size(0, 100 * KIB), True, False, ZERO, ZERO, ZERO, 0, 0, 1000
+    )
+    exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)
+    return ModelCosts("hand", (one,) * count, (exit_,) * count, 10 * KIB, 2 * KIB, 1, BARE)
+
+
+def test_the_moments_of_two_stages_in_order() -> None:
+    costs = model(3)
+    two_units = needed_bytes(int(2.2 * 1024) * KIB)
+    plan = make_plan(costs, budget_bytes=two_units, training=TRAINING, sample_count=8, policy=Policy.PAPER)
+    assert plan.blocks == "0 | 1-2"
+    assert [stage.cache for stage in plan.stages] == [CachePlace.RAM, CachePlace.RAM]
+    moments = timeline(costs, TRAINING, 8, plan)
+    assert [(moment.stage, moment.label) for moment in moments] == [
+        (0, "build"), (0, "forward 0"), (0, "forward exit"), (0, "backward exit"), (0, "backward 0"),
+        (1, "build 0"), (1, "forward 1"), (1, "forward 2"), (1, "forward exit"),
+        (1, "backward exit"), (1, "backward 2"), (1, "backward 1"),
+    ]  # fmt: skip
+    by_label = {(moment.stage, moment.label): moment.components for moment in moments}
+    # Eight samples: pixels of 2 KiB, the inputs of unit 1 of 10 KiB; both caches live while the second is built.
+    assert by_label[0, "build"].cache == 16 * KIB
+    assert by_label[1, "build 0"].cache == (16 + 80) * KIB
+    assert by_label[1, "forward 1"].cache == 80 * KIB
+    assert by_label[1, "build 0"].parameters == 4 * KIB
+    # The second unit of the block runs beside what the first has saved.
+    assert by_label[1, "forward 1"].activations == (80 + 800) * KIB
+    assert by_label[1, "forward 2"].activations == (80 + 800 + 80 + 800) * KIB
+    assert by_label[1, "forward 2"].gradients == 0
+    assert by_label[1, "backward 2"].gradients == 4 * KIB
+
+
+def test_with_checkpointing_every_unit_runs_again() -> None:
+    costs = model(2)
+    tight = needed_bytes((3 * 10 + 100 + 20 + 5 * 8) * KIB)
+    plan = make_plan(costs, budget_bytes=tight, training=TRAINING, sample_count=8, policy=Policy.AUTO)
+    assert plan.stages[0].checkpoint
+    labels = [moment.label for moment in timeline(costs, TRAINING, 8, plan)]
+    assert labels[-6:] == ["again exit", "backward exit", "again 1", "backward 1", "again 0", "backward 0"]
+    assert labels[:3] == ["build", "forward 0", "forward 1"]
+
+
+sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
+units = st.builds(
+    UnitCost,
+    name=st.just("u"),
+    parameter_bytes=st.integers(0, 200_000),
+    buffer_bytes=st.integers(0, 1000),
+    largest_parameter_bytes=st.integers(0, 1000),
+    input_bytes=st.integers(1, 5000),
+    output_bytes=st.integers(1, 5000),
+    saved=sizes,
+    saves_input=st.booleans(),
+    saves_output=st.booleans(),
+    forward=sizes,
+    backward=sizes,
+    inference=sizes,
+    largest_activation_bytes=st.integers(0, 5000),
+    convolutions=st.integers(0, 2),
+    flops=st.integers(0, 10**9),
+)
+models = st.lists(st.tuples(units, units), min_size=1, max_size=6).map(
+    lambda drawn: ModelCosts("drawn", tuple(u for u, _ in drawn), tuple(e for _, e in drawn), 1000, 250, 1)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(models, st.floats(0, 1.1), st.sampled_from(Policy), st.floats(0, 1), st.integers(1, 60))
+def test_the_peak_of_a_stage_is_its_largest_moment(
+    costs: ModelCosts, share: float, policy: Policy, proximal_mu: float, samples: int
+) -> None:
+    training = replace(TRAINING, proximal_mu=proximal_mu)
+    least = smallest_peak(costs, training, samples, policy)
+    budget = least + int(share * max(0, needed_bytes(full_training_peak(costs, training, samples).total) - least))
+    plan = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)
+    moments = timeline(costs, training, samples, plan)
+    for index, stage in enumerate(plan.stages):
+        own = [moment.components for moment in moments if moment.stage == index]
+        assert stage.predicted in own
+        assert max(each.total for each in own) == stage.predicted_peak_bytes
+    assert [moment.stage for moment in moments] == sorted(moment.stage for moment in moments)

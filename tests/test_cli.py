@@ -1,0 +1,122 @@
+"""`fedepth plan` as it is typed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedepth.cli import app
+from fedepth.errors import ConfigError, ModelError, PlanError
+from fedepth.memory.predict import needed_bytes
+from fedepth.sizes import parse_size
+
+MODEL = "digits-cnn"
+
+
+def plan(*argv: str) -> str:
+    return CliRunner().invoke(app, ["plan", *argv], catch_exceptions=False, env={"COLUMNS": "200"}).stdout
+
+
+def test_the_plan_and_what_other_budgets_buy() -> None:
+    shown = plan(MODEL, "--budget", "9MiB", "--policy", "paper")
+    assert "digits-cnn, batch 128, sgd, policy paper, budget 9.0 MiB" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    (first, second) = (row for row in rows if row[1:2] == ["128"])
+    assert (first[0][0], second[0][-1]) == ("0", "5")
+    *components, peak, _ = map(float, first[4:])
+    assert sum(components) == pytest.approx(peak, abs=0.3)  # each is rounded to a tenth
+    assert "all units at once, 128 samples in one piece" in shown
+    assert "1 stage instead of 2: 0-5" in shown
+    assert "Less memory: as good down to" in shown
+
+
+def test_json_holds_the_plan_the_explanation_and_the_peak() -> None:
+    told = json.loads(plan(MODEL, "--budget", "9MiB", "--policy", "paper", "--optimizer", "adamw", "--json"))
+    stages = told["plan"]["stages"]
+    peak = max(sum(stage["predicted"].values()) for stage in stages)
+    assert told["timeline"]["peak_bytes"] == peak
+    assert sum(stages[told["timeline"]["peak_stage"]]["predicted"].values()) == peak
+    assert told["needed_bytes"] == needed_bytes(peak) <= parse_size("9MiB")
+    assert told["training"]["optimizer"] == "adamw"
+    larger = told["explanation"]["larger"]
+    assert larger["budget_bytes"] > parse_size("9MiB")
+    assert told["explanation"]["coarser"][-1]["plan"]["untrained"] == []
+    # The budget that it names gives the plan that it promises.
+    again = json.loads(
+        plan(
+            MODEL, "--budget", str(larger["budget_bytes"]), "--policy", "paper", "--optimizer", "adamw", "--json"
+        )
+    )  # fmt: skip
+    assert again["plan"] == larger["plan"]
+
+
+def test_samples_and_classes_and_input_count() -> None:
+    def cache(*options: str) -> int:
+        (stage,) = json.loads(plan(MODEL, "--budget", "1GiB", "--json", *options))["plan"]["stages"]
+        return int(stage["predicted"]["cache"])
+
+    assert cache("--samples", "100") == 100 * 64  # pixels as bytes
+    assert cache("--samples", "100", "--input", "3x16x16", "--classes", "3") == 100 * 3 * 256
+
+
+@pytest.mark.parametrize("argv", [["--budget", "9MiB", "--policy", "paper"], ["--budget", "1GiB"]])
+def test_the_plot_is_a_png(argv: list[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    shown = plan(MODEL, *argv, "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in shown
+
+
+def test_a_plot_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing/plan\.png: No such file"):
+        plan(MODEL, "--budget", "9MiB", "--plot", str(tmp_path / "missing" / "plan.png"))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "fedepth.memory.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedepth\[plot\]'"):
+        plan(MODEL, "--budget", "9MiB", "--plot", str(tmp_path / "plan.png"))
+
+
+def own_model() -> object:
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_a_model_of_ones_own_needs_an_input_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    name = f"{Path(__file__).stem}:own_model"
+    with pytest.raises(ConfigError, match="as --input 3x32x32"):
+        plan(name, "--budget", "1GiB")
+    with pytest.raises(ConfigError, match='--input: "8x8" is no shape'):
+        plan(name, "--budget", "1GiB", "--input", "8x8")
+    assert json.loads(plan(name, "--budget", "1GiB", "--input", "1x8x8", "--json"))["plan"]["untrained"] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "says"),
+    [
+        ([MODEL, "--budget", "1MiB"], PlanError, "the smallest plan needs"),
+        ([MODEL, "--budget", "much"], ConfigError, '"much" is not a size'),
+        (["resnet19", "--budget", "1GiB"], ConfigError, "resnet19 is none of digits-cnn"),
+        (["resnet19", "--budget", "1GiB", "--input", "3x32x32"], ModelError, "There is no model 'resnet19'"),
+    ],
+)
+def test_errors_name_the_cause(argv: list[str], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        plan(*argv)
+
+
+def test_an_error_ends_the_program_with_status_1() -> None:
+    program = [sys.executable, "-m", "fedepth.cli", "plan", MODEL, "--budget", "1MiB"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("fedepth: the smallest plan needs ")
+    assert "1.0 MiB are free" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
