@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.bench_task import prepare, request, train_once, write_digits
+from benchmarks.bench_task import prepare, write_digits
 from coordinator.config import load_config
 from coordinator.schedule import training_spec
-from coordinator.worker import ModelWorker
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed
+from edge_client.trial import trial_request, try_in_fresh_trainer
 from fedepth.memory.predict import MARGIN_BYTES, MARGIN_SHARE
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
@@ -28,11 +28,7 @@ def fails_in_full(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, 
 
 async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console) -> list[str]:
     training = replace(training_spec(load_config(job), 1), local_epochs=1)
-    worker = ModelWorker(on_progress=lambda text: None)
-    try:
-        prepared = await prepare(worker, spec, training, folder)
-    finally:
-        await worker.stop()
+    prepared = await prepare(spec, training, folder)
     samples = 2 * training.batch
     data = write_digits(folder / "data", samples)
     peak = full_training_peak(prepared.costs, training, samples)
@@ -42,8 +38,8 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
     failing = []
     for tier, limit in tiers.items():
         plan = full_plan(prepared.costs, training.batch, limit)
-        end = await train_once(
-            request(prepared, plan, limit, data, folder / tier, enforce=True), TrainerConfig(threads=2)
+        end = await try_in_fresh_trainer(
+            trial_request(prepared, plan, limit, data, folder / tier, enforce=True), TrainerConfig(threads=2)
         )
         verdict = end.message if isinstance(end, Failed) else ""
         console.print(f"  {tier:<7} {format_size(limit):>10}: {verdict or 'trains'}")

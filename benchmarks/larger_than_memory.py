@@ -24,11 +24,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.bench_task import Prepared, prepare, request, train_once, write_digits
+from benchmarks.bench_task import prepare, write_digits
 from benchmarks.full_training import full_plan
 from coordinator.worker import ModelWorker
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done, Failed
+from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
 from fedepth.aggregation.mean import ClientUpdate, average
 from fedepth.data.read import open_images
 from fedepth.errors import FedepthError
@@ -84,7 +85,7 @@ async def run(folder: Path, optimizer: str, data: Path | None, budget: int, allo
     worker = ModelWorker(on_progress=lambda text: console.print(f"  {text}"))
     try:
         console.print(f"[bold]{spec.name}[/bold] at 224 px, {optimizer}, {IMAGES} images, {format_size(budget)}")
-        prepared = await prepare(worker, spec, training, folder / "models")
+        prepared = await prepare(spec, training, folder / "models")
         failed = await _fails(folder, prepared, budget, images, allocator)
         plan = make_plan(
             prepared.costs, budget_bytes=budget, training=training, sample_count=IMAGES, policy=Policy.AUTO
@@ -132,7 +133,7 @@ def _micro(training: TrainingSpec) -> TrainingSpec:
     return TrainingSpec(**{**asdict(training), "batch": 1})
 
 
-async def _fails(folder: Path, prepared: Prepared, budget: int, images: Path, allocator: str) -> str:
+async def _fails(folder: Path, prepared: TrialModel, budget: int, images: Path, allocator: str) -> str:
     """What training all at once with single samples says under the same limit; empty if it trains."""
     needed = full_training_peak(prepared.costs, _micro(prepared.training), IMAGES).total
     console.print(f"full training at micro-batch 1 is predicted to need {format_size(needed)}; trying it:")
@@ -142,11 +143,11 @@ async def _fails(folder: Path, prepared: Prepared, budget: int, images: Path, al
 
 
 async def _train(
-    folder: Path, prepared: Prepared, plan: Plan, budget: int, images: Path, allocator: str
+    folder: Path, prepared: TrialModel, plan: Plan, budget: int, images: Path, allocator: str
 ) -> Done | Failed:
     shutil.rmtree(folder / "run", ignore_errors=True)
-    task = request(prepared, plan, budget, images, folder / "run", enforce=True)
-    return await train_once(task, TrainerConfig(threads=0, allocator=allocator))  # type: ignore[arg-type]
+    task = trial_request(prepared, plan, budget, images, folder / "run", enforce=True)
+    return await try_in_fresh_trainer(task, TrainerConfig(threads=0, allocator=allocator))  # type: ignore[arg-type]
 
 
 def show(plan: Plan) -> None:

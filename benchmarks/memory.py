@@ -28,10 +28,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.bench_task import Prepared, prepare, request, train_once, write_digits
-from coordinator.worker import ModelWorker
+from benchmarks.bench_task import prepare, write_digits
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done
+from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
 from edge_client.work import SMALLER_PLANS, smaller_limit
 from fedepth.errors import PlanError
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
@@ -97,17 +97,13 @@ async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> lis
     journal = folder / "trials.jsonl"
     done = journal.read_text().splitlines() if journal.exists() else []
     chance = random.Random(seed)
-    worker = ModelWorker(on_progress=lambda text: None)
-    try:
-        for number in track(range(count), "trials", console=console):
-            drawn = draw(chance)
-            if number < len(done):
-                continue
-            trial = await run_trial(folder, drawn, worker, number % UNENFORCED_EVERY != 0, allocator)
-            with open(journal, "a", encoding="utf-8") as file:
-                file.write(msgspec.json.encode(trial).decode() + "\n")
-    finally:
-        await worker.stop()
+    for number in track(range(count), "trials", console=console):
+        drawn = draw(chance)
+        if number < len(done):
+            continue
+        trial = await run_trial(folder, drawn, number % UNENFORCED_EVERY != 0, allocator)
+        with open(journal, "a", encoding="utf-8") as file:
+            file.write(msgspec.json.encode(trial).decode() + "\n")
     return [msgspec.json.decode(line, type=Trial) for line in journal.read_text().splitlines()[:count]]
 
 
@@ -129,8 +125,8 @@ def draw(chance: random.Random) -> Drawn:
     return Drawn(spec, training, chance.choice(list(Policy)), chance.random())
 
 
-async def run_trial(folder: Path, drawn: Drawn, worker: ModelWorker, enforce: bool, allocator: str) -> Trial:
-    prepared = replace(await prepare(worker, drawn.spec, drawn.training, folder / "models"), training=drawn.training)
+async def run_trial(folder: Path, drawn: Drawn, enforce: bool, allocator: str) -> Trial:
+    prepared = replace(await prepare(drawn.spec, drawn.training, folder / "models"), training=drawn.training)
     samples = 4 * drawn.training.batch
     costs, training = prepared.costs, drawn.training
     low = smallest_peak(costs, training, samples, drawn.policy)
@@ -163,7 +159,7 @@ async def run_trial(folder: Path, drawn: Drawn, worker: ModelWorker, enforce: bo
 
 
 async def _train(
-    folder: Path, prepared: Prepared, policy: Policy, budget: int, samples: int, enforce: bool, allocator: str
+    folder: Path, prepared: TrialModel, policy: Policy, budget: int, samples: int, enforce: bool, allocator: str
 ) -> tuple[Plan, int, Any]:
     """Trains with smaller and smaller plans, as the agent does, each in a trainer of its own."""
     data = write_digits(folder / "data", samples)
@@ -173,8 +169,10 @@ async def _train(
             prepared.costs, budget_bytes=limit, training=prepared.training, sample_count=samples, policy=policy
         )
         shutil.rmtree(folder / "run", ignore_errors=True)
-        task = request(prepared, replace(plan, budget_bytes=budget), budget, data, folder / "run", enforce=enforce)
-        end = await train_once(task, TrainerConfig(threads=2, allocator=allocator))  # type: ignore[arg-type]
+        task = trial_request(
+            prepared, replace(plan, budget_bytes=budget), budget, data, folder / "run", enforce=enforce
+        )
+        end = await try_in_fresh_trainer(task, TrainerConfig(threads=2, allocator=allocator))  # type: ignore[arg-type]
         tries += 1
         if isinstance(end, Done):
             return end.result.plan, tries, end

@@ -93,7 +93,6 @@ class Calibration:
         activation_share: of the largest activation of a micro-batch: reordered copies, per-thread buffers.
         parameter_share: of the largest parameter: reordered weights, per-thread sums of its gradient.
         convolution_bytes: compiled kernels, for every convolution of the block.
-        seconds_per_gflop: time of a training step on this device, for every 10⁹ operations; 0 if not measured.
     """
 
     allocator: str = ""
@@ -103,7 +102,6 @@ class Calibration:
     activation_share: float = 0.1
     parameter_share: float = 1.0
     convolution_bytes: int = 150_000
-    seconds_per_gflop: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ little towards its default, so that what was not seen stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fedepth.memory.predict import effective_batch, training_moments
 from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, TrainingSpec
 
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
 _UNITS = {
-    "fixed_bytes": float(1 << 20),
+    "fixed_bytes": 1 << 20,
     "kept_share": 0.03,
     "activation_share": 1.0,
     "parameter_share": 1.0,
-    "convolution_bytes": 100_000.0,
+    "convolution_bytes": 100_000,
 }
 _PULL = 0.002  # weight of a default beside the squared relative error of one stage
 _ROUNDS = 20
@@ -85,12 +86,11 @@ def _worst(each: MeasuredStage, calibration: Calibration) -> _Row:
     """Each coefficient's part in the worst moment is what the moment grows by when the coefficient grows by a unit."""
     with_all = [components.total for _, components in _moments(each, calibration)]
     worst = with_all.index(max(with_all))
-    nothing = replace(calibration, **{name: 0 for name in _UNITS})
+    nothing = _with(calibration, dict.fromkeys(_UNITS, 0.0))
     tensors = _moments(each, nothing)[worst][1].total
     features = {}
-    for name, unit in _UNITS.items():
-        value = int(unit) if _is_integer(name) else unit
-        alone = _moments(each, replace(nothing, **{name: value}))[worst][1].total
+    for name in _UNITS:
+        alone = _moments(each, _with(nothing, {name: 1.0}))[worst][1].total
         features[name] = (alone - tensors) / each.measured_bytes
     return _Row(features, (each.measured_bytes - tensors) / each.measured_bytes)
 
@@ -108,11 +108,13 @@ def _coefficients(rows: Sequence[_Row], start: Calibration) -> Calibration:
                 above += row.features[name] * (row.target - others)
                 below += row.features[name] ** 2
             values[name] = max(0.0, above / below)
-    found = {
-        name: round(values[name] * unit) if _is_integer(name) else values[name] * unit for name, unit in _UNITS.items()
+    return _with(start, values)
+
+
+def _with(calibration: Calibration, values: Mapping[str, float]) -> Calibration:
+    """`values` are counted in _UNITS; those that are not named stay."""
+    scaled: dict[str, Any] = {
+        name: round(value * unit) if isinstance(unit := _UNITS[name], int) else value * unit
+        for name, value in values.items()
     }
-    return replace(start, **found)
-
-
-def _is_integer(name: str) -> bool:
-    return next(field.type for field in fields(Calibration) if field.name == name) == "int"
+    return replace(calibration, **scaled)

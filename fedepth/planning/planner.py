@@ -266,27 +266,24 @@ def _nothing_fits(
     done: Stage | None,
 ) -> PlanError:
     batch = effective_batch(costs, training, sample_count)
-    micro_batch = list(_micro_batches(batch, policy, costs.smallest_micro_batch))[-1]
+    # Single samples take the least activations, the whole batch in one piece needs no sum of gradients.
+    sizes = list(_micro_batches(batch, policy, costs.smallest_micro_batch))
     start = done.last + 1 if done else 0
     source = done.first if done else 0
     source_bytes = cache_bytes_in(done.cache, costs, training, source, sample_count) if done else 0
     smallest = min(
         max(
-            needed_bytes(
-                training_peak(
-                    costs, training, unit, unit, micro_batch, accumulates=micro_batch < batch, cache_bytes=0
-                ).total
-            ),
-            needed_bytes(
-                build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0, streamed=True).total
-            ),
+            training_peak(costs, training, unit, unit, size, accumulates=size < batch, cache_bytes=0).total,
+            build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0, streamed=True).total,
         )
         for unit in range(start, len(costs.units))
+        for size in {sizes[0], sizes[-1]}
     )
+    needed = needed_bytes(smallest)
     return PlanError(
-        f"the smallest plan needs {format_size(smallest)}, {format_size(budget_bytes)} are free "
+        f"the smallest plan needs {format_size(needed, round_up=True)}, {format_size(budget_bytes)} are free "
         f"({costs.model}, policy {policy.value}, batch {batch}). Free memory on the device, raise its cap, "
         + ("or ask for policy auto, which may use micro-batches." if policy is Policy.PAPER else "or lower the batch."),
-        needed_bytes=smallest,
+        needed_bytes=needed,
         budget_bytes=budget_bytes,
     )

@@ -226,34 +226,31 @@ class Calibration(_message.Message):
     ALLOCATOR_FIELD_NUMBER: _builtins.int
     TORCH_FIELD_NUMBER: _builtins.int
     FIXED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_SHARE_FIELD_NUMBER: _builtins.int
     ACTIVATION_SHARE_FIELD_NUMBER: _builtins.int
     PARAMETER_SHARE_FIELD_NUMBER: _builtins.int
     CONVOLUTION_BYTES_FIELD_NUMBER: _builtins.int
-    SECONDS_PER_GFLOP_FIELD_NUMBER: _builtins.int
-    KEPT_SHARE_FIELD_NUMBER: _builtins.int
     allocator: _builtins.str
     torch: _builtins.str
     fixed_bytes: _builtins.int
+    kept_share: _builtins.float
     activation_share: _builtins.float
     parameter_share: _builtins.float
     convolution_bytes: _builtins.int
-    seconds_per_gflop: _builtins.float
-    kept_share: _builtins.float
     def __init__(
         self,
         *,
         allocator: _builtins.str = ...,
         torch: _builtins.str = ...,
         fixed_bytes: _builtins.int = ...,
+        kept_share: _builtins.float = ...,
         activation_share: _builtins.float = ...,
         parameter_share: _builtins.float = ...,
         convolution_bytes: _builtins.int = ...,
-        seconds_per_gflop: _builtins.float = ...,
-        kept_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_share", b"activation_share", "allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "fixed_bytes", b"fixed_bytes", "kept_share", b"kept_share", "parameter_share", b"parameter_share", "seconds_per_gflop", b"seconds_per_gflop", "torch", b"torch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_share", b"activation_share", "allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "fixed_bytes", b"fixed_bytes", "kept_share", b"kept_share", "parameter_share", b"parameter_share", "torch", b"torch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,105 @@
+"""Training that is tried and measured, not delivered: a real trainer, with real limits, on images of noise.
+
+What memory and time a stage takes does not depend on what the images show.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.config import TrainerConfig
+from edge_client.train_request import TrainRequest
+from edge_client.trainer_process import Done, Event, Failed, Measure, TrainerProcess
+from fedepth.data.idx import write_idx
+from fedepth.errors import ChildError
+from fedepth.task import Budget, ModelCosts, ModelSpec, Outcome, Plan, Task, TrainingSpec
+
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class TrialModel:
+    """A model that is ready for trials: what it costs, and a file with weights."""
+
+    spec: ModelSpec
+    training: TrainingSpec
+    costs: ModelCosts
+    weights: Path
+
+
+def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
+    """`count` random images of the model's size as IDX files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, height, width = spec.input_shape
+    noise = random.Random(_SEED)
+    pixels = memoryview(noise.randbytes(count * height * width)).cast("B", (count, height, width))
+    labels = memoryview(bytes(index % len(spec.classes) for index in range(count)))
+    write_idx(folder / "train-images-idx3-ubyte", pixels)
+    write_idx(folder / "train-labels-idx1-ubyte", labels)
+    return folder
+
+
+def trial_request(
+    model: TrialModel, plan: Plan, budget_bytes: int, data: Path, folder: Path, *, enforce: bool
+) -> TrainRequest:
+    """One task as the agent would hand it to its trainer. Its files go to `folder`."""
+    task = Task(
+        task_id="trial",
+        attempt=1,
+        job="trial",
+        round=1,
+        model=model.spec,
+        training=model.training,
+        policy=plan.policy,
+        costs=model.costs,
+        plan=plan,
+        weights_digest="",
+        weights_bytes=0,
+        deadline_ms=0,
+    )
+    return TrainRequest(
+        task=task,
+        plan=plan,
+        budget=fixed_budget(budget_bytes),
+        weights=str(model.weights),
+        data=str(data),
+        output=str(folder / "output"),
+        cache=str(folder / "cache"),
+        device_id="trial",
+        allowed_models=(model.spec.name,),
+        enforce=enforce,
+    )
+
+
+def fixed_budget(budget_bytes: int) -> Budget:
+    """A budget that does not depend on what is free."""
+    return Budget(0, budget_bytes, (), 0, 0, 1.0, budget_bytes, budget_bytes)
+
+
+async def try_training(
+    trainer: TrainerProcess, request: TrainRequest, tell: Callable[[Event], None] = lambda _: None
+) -> Done | Failed:
+    """Runs a request in a trainer; one that dies counts as failed, with its last words."""
+    try:
+        async for event in trainer.train(request):
+            if isinstance(event, Measure):
+                await trainer.answer(request.budget)
+            elif isinstance(event, (Done, Failed)):
+                return event
+            else:
+                tell(event)
+    except ChildError as error:
+        return Failed(outcome=Outcome.TRAINER_DIED, message=str(error))
+    raise AssertionError("a trainer's events end with done or failed")
+
+
+async def try_in_fresh_trainer(request: TrainRequest, config: TrainerConfig) -> Done | Failed:
+    """The same in a process of its own."""
+    trainer = await TrainerProcess.start(config)
+    try:
+        return await try_training(trainer, request)
+    finally:
+        await trainer.kill()
