@@ -35,7 +35,7 @@ from fedepth import __version__
 from fedepth.data.scan import scan
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import Calibration, DeviceReport, Failure, Progress, Result, Task
 
 POLL_S = 30.0
 BEAT_S = 5.0
@@ -63,6 +63,7 @@ class Agent:
         config: Config,
         device_id: str,
         transport: Transport,
+        calibration: Calibration | None = None,
         *,
         exit_when_done: bool = False,
         surroundings: Surroundings | None = None,
@@ -72,6 +73,7 @@ class Agent:
         self._config = config
         self._device_id = device_id
         self._transport = transport
+        self._calibration = calibration or Calibration()
         self._exit_when_done = exit_when_done
         self._around = around
         self._outbox = Outbox(state)
@@ -281,6 +283,7 @@ class Agent:
             accelerator=", ".join(memory.cuda) or (memory.board if memory.unified else ""),
             software=f"Python {platform.python_version()}, torch {torch_version()}",
             fedepth_version=__version__,
+            calibration=self._calibration,
         )
 
 

@@ -2,8 +2,8 @@
 
 An allocator is fit for training inside a budget if its footprint follows the tensors. glibc's does once its thresholds
 are fixed, though every large tensor is then mapped and unmapped anew; with its defaults it does not. tcmalloc trains up
-to three times as fast, and its footprint follows the tensors under a cap (fedepth.memory.allocator). So tcmalloc is
-taken where it is installed.
+to three times as fast, and its footprint follows the tensors under a cap (fedepth.memory.allocator). Which of them
+suits a device is measured there (edge_client.calibrate).
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ def find_tcmalloc(root: Path = Path("/")) -> Path | None:
         if found:
             return found[0]
     return None
+
+
+def available(root: Path = Path("/")) -> dict[str, Path | None]:
+    """The allocators that a trainer can be started with here, by name, with the library to load first if any."""
+    tcmalloc = find_tcmalloc(root)
+    return {"glibc": None} if tcmalloc is None else {"glibc": None, "tcmalloc": tcmalloc}
 
 
 def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dict[str, str]:

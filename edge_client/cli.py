@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from edge_client import config as settings
 from edge_client.allowance import Allowance
+from edge_client.calibrate import Calibrated, calibrated
 from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
 from edge_client.trainer_process import torch_version
@@ -87,6 +89,26 @@ def probe(
         Console().print(_table(memory, budget))
 
 
+@app.command(epilog="Example: fedepth-client calibrate --json")
+def calibrate(
+    config: _ConfigFile = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Measures anew which allocator suits this device, and what its backend takes beside the tensors.
+
+    An agent does this by itself at its first start, and when torch or the allocator has changed.
+    """
+    chosen = settings.load(config, _given({"trainer.threads": threads}))
+    with Console(stderr=True).status("starting") as status:
+        found = asyncio.run(calibrated(chosen.trainer, status.update, again=True))
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        for table in _calibration_tables(found):
+            Console().print(table)
+
+
 def main() -> None:
     """The program. The one place where an error becomes an exit status."""
     try:
@@ -107,6 +129,23 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     except ConfigError:
         return None  # no torch: this device can be probed, but not train
     return allowance.budget() if allowance.start_bytes is not None else None
+
+
+def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
+    allocators = Table("allocator", "version", "peak", "s/step", "", title="Allocators")
+    for trial in found.trials:
+        chosen = "chosen" if trial.allocator == found.calibration.allocator else ""
+        peak = format_size(trial.peak_bytes)
+        allocators.add_row(trial.allocator, trial.name, peak, f"{trial.seconds_per_step:.3f}", chosen)
+    calibration = found.calibration
+    beside = Table(show_header=False, title="What training takes beside its tensors")
+    beside.add_row("whatever the block", format_size(calibration.fixed_bytes))
+    beside.add_row("kept by the allocator", f"{calibration.kept_share:.1%} of all tensors")
+    beside.add_row("of the largest activation", f"{calibration.activation_share:.0%}")
+    beside.add_row("of the largest parameter", f"{calibration.parameter_share:.0%}")
+    beside.add_row("for every convolution", format_size(calibration.convolution_bytes))
+    beside.add_row("error of the estimate", f"{found.median_error:.1%} in the middle of {found.stages} stages")
+    return allocators, beside
 
 
 def _table(memory: Memory, budget: Budget | None) -> Table:

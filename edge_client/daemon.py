@@ -14,8 +14,10 @@ from typing import Any
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from edge_client.agent import Agent, Surroundings
+from edge_client.calibrate import calibrated
 from edge_client.config import Config
 from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
@@ -71,8 +73,16 @@ def _surroundings(json_logs: bool) -> Surroundings:
 async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings) -> None:
     transport = GrpcTransport(config.coordinator, config.state_dir)
     identity = device_id(config.state_dir)
-    agent = Agent(config, identity, transport, exit_when_done=exit_when_done, surroundings=surroundings)
-    task = asyncio.ensure_future(agent.run())
+
+    async def work() -> None:
+        calibration = (await calibrated(config.trainer, _tell)).calibration
+        settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
+        agent = Agent(
+            settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings
+        )
+        await agent.run()
+
+    task = asyncio.ensure_future(work())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
@@ -80,6 +90,10 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         await task
     except asyncio.CancelledError:
         structlog.get_logger().info("stopped; what was trained is kept and delivered at the next start")
+
+
+def _tell(what: str) -> None:
+    structlog.get_logger().info("measuring once what training takes on this device", step=what)
 
 
 if __name__ == "__main__":

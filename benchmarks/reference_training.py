@@ -1,0 +1,155 @@
+"""Ways of training that fedepth is compared with, each in a process of its own.
+
+    full       a plain loop: the whole model, torch.optim.SGD, pixels in memory
+    recompute  depth-wise, with the frozen prefix computed anew for every batch of every epoch
+
+Run by benchmarks.overhead as `python -m benchmarks.reference_training WAY`, with a TrainRequest as JSON on standard
+input; writes {"seconds", "peak_bytes", "allocator", "steps"} to standard output. Start and a warm-up of two steps do
+not count.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch.nn import functional
+
+from edge_client.train_request import TrainRequest
+from fedepth.data.read import Images, open_images
+from fedepth.memory import allocator
+from fedepth.memory.meter import Meter
+from fedepth.models.load import load_model
+from fedepth.models.split import Unit, release, split_spec
+from fedepth.training.stage import BlockTraining, epoch_batches
+from fedepth.training.warmup import prefers_channels_last, warm_up
+from fedepth.training.work import Work, load, to_device
+from fedepth.weights import open_weights
+
+WARM_STEPS = 2
+
+
+class Recomputed:
+    """Stands where a cache of a stage's inputs would: reads images and runs the frozen units on them every time."""
+
+    def __init__(self, work: Work, units: list[Unit]) -> None:
+        self._work, self._units = work, units
+
+    def write(self, start: int, batch: torch.Tensor) -> None:
+        raise AssertionError("nothing is written to it")
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        x = torch.from_numpy(self._work.images.read(indices.numpy()))
+        if not self._units:
+            return x
+        with torch.no_grad():
+            x = to_device(self._work, x, from_pixels=True)
+            for unit in self._units:
+                x = unit(x)
+        return x
+
+    def close(self) -> None:
+        for unit in self._units:
+            release(unit)
+
+
+def train_recomputing(request: TrainRequest) -> dict[str, object]:
+    """The plan's stages in order, without caches."""
+    task = request.task
+    split = split_spec(task.model, request.allowed_models)
+    output, cache = Path(request.output), Path(request.cache)
+    for folder in (output, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    with open_weights(Path(request.weights)) as weights:
+        images = open_images(Path(request.data), task.model, "train")
+        channels_last = prefers_channels_last(split, device)
+        work = Work(task, request.plan, split, weights, images, output, cache, "reference", device, channels_last)
+        warm_up(work)
+        meter = Meter()
+        meter.reset()
+        started = time.monotonic()
+        steps = 0
+        load(work, split.head, trainable=True)
+        labels = torch.from_numpy(images.labels.astype(np.int64))
+        for index, stage in enumerate(request.plan.stages):
+            prefix = list(split.units[: stage.first])
+            for unit in prefix:
+                load(work, unit, trainable=False)
+                unit.train(False)
+            source = Recomputed(work, prefix)
+            block = BlockTraining(work, stage, source, labels, index, final=index == len(request.plan.stages) - 1)
+            for _ in range(task.training.local_epochs):
+                for indices in block.epoch_batches(task.training.batch):
+                    block.step(indices)
+            steps += block.steps
+            block.close()
+        return _figures(started, meter, steps)
+
+
+def train_full(request: TrainRequest) -> dict[str, object]:
+    """All parameters at once, the job's batch in one piece."""
+    task, spec = request.task, request.task.training
+    split = load_model(task.model, Path(request.weights), request.allowed_models)
+    images = open_images(Path(request.data), task.model, "train")
+    model = split.model
+    if prefers_channels_last(split, torch.device("cpu")):
+        model = model.to(memory_format=torch.channels_last)
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
+    labels = torch.from_numpy(images.labels.astype(np.int64))
+    mean = torch.tensor(task.model.mean).view(-1, 1, 1)
+    std = torch.tensor(task.model.std).view(-1, 1, 1)
+    order = torch.Generator().manual_seed(spec.seed)
+
+    def step(indices: torch.Tensor) -> None:
+        x = _pixels(images, indices).float().div_(255.0).sub_(mean).div_(std)
+        x = x.contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        torch.autograd.backward(functional.cross_entropy(model(x), labels[indices]))
+        optimizer.step()
+
+    for indices in list(epoch_batches(len(images), spec.batch, order))[:WARM_STEPS]:
+        step(indices)
+    meter = Meter()
+    meter.reset()
+    started = time.monotonic()
+    steps = 0
+    for _ in range(spec.local_epochs):
+        for indices in epoch_batches(len(images), spec.batch, order):
+            step(indices)
+            steps += 1
+    return _figures(started, meter, steps)
+
+
+def _pixels(images: Images, indices: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(images.read(indices.numpy()))
+
+
+def _figures(started: float, meter: Meter, steps: int) -> dict[str, object]:
+    return {
+        "seconds": time.monotonic() - started,
+        "peak_bytes": meter.peak_bytes,
+        "allocator": allocator.name(),
+        "steps": steps,
+    }
+
+
+WAYS = {"full": train_full, "recompute": train_recomputing}
+
+
+def main() -> None:
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
+    print(msgspec.json.encode(WAYS[sys.argv[1]](request)).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

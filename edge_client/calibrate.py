@@ -1,0 +1,237 @@
+"""What this device's backend and allocator take beside the tensors: measured once, in seconds, and kept on disk.
+
+Small models are trained for a few steps in the real trainer. The first of them is tried with every allocator that is
+there: of those whose footprint follows the tensors, the fastest is taken. Then the coefficients of the prediction are
+fitted to what all of them took (fedepth.memory.calibrate). The record is the machine's, not one agent's: agents that
+start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, or the number of
+threads has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from edge_client.allocators import available
+from edge_client.config import TrainerConfig
+from edge_client.identity import recall, remember
+from edge_client.trainer_process import Done, TrainerProcess, torch_version
+from edge_client.trial import TrialModel, trial_request, try_training, write_noise
+from fedepth import __version__
+from fedepth.errors import ChildError
+from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors
+from fedepth.memory.predict import training_peak
+from fedepth.memory.traced import traced_costs
+from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
+
+# An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
+FOLLOWS = 1.15
+_STEPS = 3
+_LOOK_S = 0.5
+_FAR_BYTES = 1 << 40
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small job whose stages are measured: blocks as (first unit, last unit), all with one micro-batch."""
+
+    model: str
+    input_shape: tuple[int, ...]
+    optimizer: str
+    batch: int
+    micro_batch: int
+    blocks: tuple[tuple[int, int], ...]
+    checkpoint: bool = False
+
+
+# Convolutions with BatchNorm, a transformer, GroupNorm; whole batches, accumulation and checkpointing.
+PROBES = (
+    Probe("preresnet20", (3, 32, 32), "sgd", 64, 64, ((0, 1), (2, 4), (5, 9))),
+    Probe("preresnet20", (3, 32, 32), "sgd", 64, 8, ((0, 9),)),
+    Probe("vit-tiny", (3, 32, 32), "adamw", 16, 16, ((0, 3), (4, 12))),
+    Probe("vit-tiny", (3, 32, 32), "adamw", 16, 4, ((0, 12),), checkpoint=True),
+    Probe("digits-cnn", (1, 40, 40), "sgd", 32, 32, ((0, 1), (2, 2), (3, 5))),
+    Probe("digits-cnn", (1, 40, 40), "sgd", 32, 4, ((0, 5),)),
+)
+
+
+@dataclass(frozen=True)
+class AllocatorTrial:
+    """What one allocator made of the first probe."""
+
+    allocator: str
+    name: str
+    peak_bytes: int
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The record on disk.
+
+    Attributes:
+        fingerprint: what it depends on; another one asks for a new measurement.
+        median_error: of the fitted prediction, over the stages that it was fitted to.
+    """
+
+    fingerprint: str
+    calibration: Calibration
+    trials: tuple[AllocatorTrial, ...]
+    stages: int
+    median_error: float
+
+
+async def calibrated(
+    config: TrainerConfig, tell: Tell, *, again: bool = False, folder: Path | None = None
+) -> Calibrated:
+    """The calibration of this machine: the one on disk, or a new one.
+
+    Args:
+        tell: hears what is being measured.
+        again: measure even if the record still holds.
+        folder: where the record lies; the user's cache folder by default.
+
+    Raises:
+        ChildError: a trainer could not be started, or a probe failed.
+        ConfigError: tcmalloc was asked for by name and is not installed.
+    """
+    folder = folder or default_cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = _fingerprint(config)
+    file = folder / f"calibration-{config.threads}-{config.allocator}.json"
+    async with _locked(folder / "calibration.lock"):
+        kept = recall(file, Calibrated)
+        if kept and kept.fingerprint == fingerprint and not again:
+            return kept
+        found = await _measure(config, fingerprint, tell)
+        remember(file, found)
+        return found
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/fedepth-client`, else below ~/.cache (XDG Base Directory Specification 0.8)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "fedepth-client"
+
+
+def choose(trials: tuple[AllocatorTrial, ...]) -> AllocatorTrial:
+    """The fastest of those whose footprint follows the tensors."""
+    least = min(trial.peak_bytes for trial in trials)
+    fit_for_it = [trial for trial in trials if trial.peak_bytes <= FOLLOWS * least]
+    return min(fit_for_it, key=lambda trial: trial.seconds_per_step)
+
+
+def _fingerprint(config: TrainerConfig) -> str:
+    libraries = ", ".join(
+        f"{name}: {library.resolve().name if library else ''}" for name, library in available().items()
+    )
+    return (
+        f"fedepth {__version__}, torch {torch_version()}, {' '.join(platform.libc_ver())}, {libraries}, "
+        f"{config.threads} of {os.cpu_count()} threads, allocator {config.allocator}"
+    )
+
+
+@asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """Only one process at a time is inside; others wait, and can be cancelled meanwhile."""
+    with open(path, "w", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(_LOOK_S)
+        yield
+
+
+async def _measure(config: TrainerConfig, fingerprint: str, tell: Tell) -> Calibrated:
+    names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
+    with tempfile.TemporaryDirectory(prefix="fedepth-calibrate-") as text:
+        folder = Path(text)
+        tell("tracing small models")
+        models = {probe: await _prepare(probe, folder) for probe in PROBES}
+        first, *others = PROBES
+        trials: list[AllocatorTrial] = []
+        measured: dict[str, list[MeasuredStage]] = {}
+        trainers: dict[str, TrainerProcess] = {}
+        try:
+            for name in names:
+                tell(f"trying {name}")
+                trainers[name] = await TrainerProcess.start(msgspec.structs.replace(config, allocator=name))
+                done = await _run(trainers[name], models[first], first, folder)
+                trials.append(_trial(name, trainers[name], done))
+                measured[name] = _stages(models[first], first, done)
+            chosen = choose(tuple(trials)).allocator
+            for probe in others:
+                tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
+                done = await _run(trainers[chosen], models[probe], probe, folder)
+                measured[chosen] += _stages(models[probe], probe, done)
+        finally:
+            for trainer in trainers.values():
+                await trainer.kill()
+    start = replace(Calibration(), allocator=chosen, torch=torch_version())
+    calibration = fit(measured[chosen], start)
+    errors = [abs(error) for error in relative_errors(measured[chosen], calibration)]
+    return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
+
+
+async def _prepare(probe: Probe, folder: Path) -> TrialModel:
+    channels = probe.input_shape[0]
+    spec = ModelSpec(probe.model, tuple("0123456789"), probe.input_shape, (0.5,) * channels, (0.25,) * channels)
+    training = TrainingSpec(probe.batch, 1, probe.optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
+    weights = folder / f"{probe.model}.safetensors"
+    costs_file = folder / f"{probe.model}.costs.json"
+    if not costs_file.exists():
+        costs_file.write_bytes(msgspec.json.encode(await traced_costs(spec, training, weights, ())))
+        write_noise(folder / probe.model, spec, _STEPS * probe.batch)
+    return TrialModel(spec, training, msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts), weights)
+
+
+async def _run(trainer: TrainerProcess, model: TrialModel, probe: Probe, folder: Path) -> Done:
+    request = trial_request(model, _plan(model, probe), _FAR_BYTES, folder / probe.model, folder / "run", enforce=False)
+    end = await try_training(trainer, request)
+    if not isinstance(end, Done):
+        raise ChildError(f"calibrating with {probe.model} failed: {end.message}")
+    return end
+
+
+def _plan(model: TrialModel, probe: Probe) -> Plan:
+    stages = []
+    for first, last in probe.blocks:
+        peak = training_peak(
+            model.costs,
+            model.training,
+            first,
+            last,
+            probe.micro_batch,
+            accumulates=probe.micro_batch < probe.batch,
+            cache_bytes=0,
+            checkpoint=probe.checkpoint,
+        )
+        stages.append(Stage(first, last, probe.micro_batch, CachePlace.DISK, probe.micro_batch, peak, probe.checkpoint))
+    return Plan(tuple(stages), (), Policy.AUTO, _FAR_BYTES)
+
+
+def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
+    return [
+        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, result.measured_peak_bytes)
+        for planned, result in zip(done.result.plan.stages, done.result.stages, strict=True)
+    ]
+
+
+def _trial(allocator: str, trainer: TrainerProcess, done: Done) -> AllocatorTrial:
+    stages = done.result.stages
+    seconds = sum(stage.seconds for stage in stages) / sum(stage.steps for stage in stages)
+    return AllocatorTrial(allocator, trainer.allocator, max(stage.measured_peak_bytes for stage in stages), seconds)
