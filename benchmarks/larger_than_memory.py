@@ -39,7 +39,7 @@ from fedepth.task import CacheType, ModelSpec, Plan, Policy, TrainingSpec
 
 MIB = 1 << 20
 BUDGETS = {"sgd": 256 * MIB, "adamw": 320 * MIB}
-RATES = {"sgd": 0.01, "adamw": 1e-4}
+RATES = {"sgd": 1e-3, "adamw": 1e-5}
 IMAGES = 256
 BATCH = 32
 

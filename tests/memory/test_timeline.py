@@ -12,7 +12,7 @@ from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, Trai
 
 KIB = 1024
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
-BARE = Calibration(fixed_bytes=0, activation_share=0.0, parameter_share=0.0, convolution_bytes=0)
+BARE = Calibration(fixed_bytes=0, kept_share=0.0, activation_share=0.0, parameter_share=0.0, convolution_bytes=0)
 ZERO = Size(0, 0)
 
 

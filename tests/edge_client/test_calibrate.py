@@ -1,0 +1,80 @@
+"""When a device measures itself again, which allocator it takes, and that agents wait for one another."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_client import calibrate
+from edge_client.calibrate import AllocatorTrial, Calibrated, calibrated, choose
+from edge_client.config import TrainerConfig
+from fedepth.task import Calibration
+
+MIB = 1 << 20
+GLIBC = AllocatorTrial("glibc", "glibc 2.36", 100 * MIB, 0.5)
+
+
+def quiet(_: str) -> None: ...
+
+
+class Measured:
+    """Stands for the measurement, which takes seconds, and counts how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.inside = 0
+
+    async def __call__(self, config: TrainerConfig, fingerprint: str, tell: object) -> Calibrated:
+        self.times += 1
+        self.inside += 1
+        assert self.inside == 1  # one at a time
+        await asyncio.sleep(0)
+        self.inside -= 1
+        return Calibrated(fingerprint, Calibration("glibc", fixed_bytes=self.times), (GLIBC,), 1, 0.01)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    found = Measured()
+    monkeypatch.setattr(calibrate, "_measure", found)
+    return found
+
+
+def test_the_fastest_of_those_that_follow_the_tensors_is_taken() -> None:
+    fast = AllocatorTrial("tcmalloc", "libtcmalloc", 110 * MIB, 0.2)
+    assert choose((GLIBC, fast)) == fast
+    assert choose((GLIBC, replace(fast, peak_bytes=116 * MIB))) == GLIBC
+
+
+def test_it_is_measured_once_and_again_when_asked_or_when_something_changed(
+    tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainerConfig()
+    first = asyncio.run(calibrated(config, quiet, folder=tmp_path))
+    assert asyncio.run(calibrated(config, quiet, folder=tmp_path)) == first
+    assert measured.times == 1
+    assert asyncio.run(calibrated(config, quiet, again=True, folder=tmp_path)).calibration.fixed_bytes == 2
+    monkeypatch.setattr(calibrate, "torch_version", lambda: "99.0")
+    assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3
+    assert asyncio.run(calibrated(TrainerConfig(threads=1), quiet, folder=tmp_path)).calibration.fixed_bytes == 4
+    assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3  # each has its record
+
+
+def test_agents_that_start_together_measure_once(tmp_path: Path, measured: Measured) -> None:
+    async def both() -> list[Calibrated]:
+        return await asyncio.gather(*(calibrated(TrainerConfig(), quiet, folder=tmp_path) for _ in range(2)))
+
+    one, other = asyncio.run(both())
+    assert one == other
+    assert measured.times == 1
+
+
+def test_a_damaged_record_is_measured_again(tmp_path: Path, measured: Measured) -> None:
+    asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+    (record,) = tmp_path.glob("calibration-*.json")
+    record.write_text("{")
+    asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+    assert measured.times == 2

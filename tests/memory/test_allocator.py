@@ -1,0 +1,95 @@
+"""The cap on what tcmalloc keeps, in a process that really runs with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from edge_client.allocators import environment, find_tcmalloc
+
+MIB = 1 << 20
+# Pieces of 4 MiB are written to, freed, and asked for again in another size, which fits none of the free ones.
+PROGRAM = """
+import ctypes, json, sys
+from fedepth.memory import allocator
+from fedepth.memory.meter import Meter
+
+MIB = 1 << 20
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+
+def take(mebibytes):
+    address = library.malloc(ctypes.c_size_t(mebibytes * MIB))
+    if address:
+        ctypes.memset(address, 1, mebibytes * MIB)
+    return address
+
+def give(*addresses):
+    for address in addresses:
+        library.free(ctypes.c_void_p(address))
+
+def holes_then_large():
+    meter.reset()
+    small = [take(4) for _ in range(10)]
+    give(*small[::2])
+    large = take(12)
+    served = large is not None
+    give(*small[1::2], *([large] if served else []))
+    return {"served": served, "peak": meter.peak_bytes}
+
+meter = Meter()
+held = meter.baseline.heap_bytes
+told = {"held": held, "committed": allocator._property(allocator._COMMITTED)}
+told["free"] = holes_then_large()
+with allocator.HeapCap(held, 44 * MIB):
+    told["capped"] = holes_then_large()
+with allocator.HeapCap(held, 30 * MIB):
+    taken = [take(4) for _ in range(10)]
+    told["too_low"] = [address is not None for address in taken]
+    give(*(address for address in taken if address))
+with allocator.keeping_nothing():
+    told["nothing_kept"] = holes_then_large()
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    if find_tcmalloc() is None:
+        pytest.skip("tcmalloc is not installed here (apt install libtcmalloc-minimal4)")
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **environment("tcmalloc")},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
+
+
+def test_without_a_cap_holes_come_on_top(told: dict[str, Any]) -> None:
+    assert told["free"]["served"]
+    assert told["free"]["peak"] >= 50 * MIB  # 40, and 12 that fit into no hole
+
+
+def test_under_a_cap_free_pages_are_given_back_before_a_request_fails(told: dict[str, Any]) -> None:
+    assert told["capped"]["served"]
+    assert told["capped"]["peak"] <= 46 * MIB
+
+
+def test_what_does_not_fit_under_the_cap_is_refused(told: dict[str, Any]) -> None:
+    assert told["too_low"].count(True) == 7  # of 4 MiB each, in 30
+
+
+def test_with_nothing_kept_the_high_water_mark_is_that_of_what_is_in_use(told: dict[str, Any]) -> None:
+    assert told["nothing_kept"]["served"]
+    assert 39 * MIB <= told["nothing_kept"]["peak"] <= 42 * MIB
+
+
+def test_what_the_limit_counts_is_found_though_no_statistic_tells_it(told: dict[str, Any]) -> None:
+    assert told["committed"] <= told["held"] <= told["committed"] + 64 * MIB

@@ -1,0 +1,61 @@
+"""Coefficients are found again from stages that follow them, and stay where nothing was seen."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors
+from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
+
+MIB = 1 << 20
+ZERO = Size(0, 0)
+START = Calibration("tcmalloc", "2.0", 2 * MIB, 0.03, 0.5, 1.0, 100_000)
+TRUE = replace(START, fixed_bytes=3 * MIB, kept_share=0.06, activation_share=0.9, parameter_share=2.0)
+
+
+def stage(parameters: int, activation: int, convolutions: int, micro_batch: int, true: Calibration) -> MeasuredStage:
+    unit = UnitCost(
+        "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
+        ZERO, ZERO, ZERO, activation, convolutions, 1,
+    )  # fmt: skip
+    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, ZERO, ZERO, ZERO, 0, 0, 1)
+    costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
+    training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+    planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+    empty = MeasuredStage(costs, training, planned, 16, 0)
+    return replace(empty, measured_bytes=predicted_bytes(empty, true))
+
+
+def many(true: Calibration) -> list[MeasuredStage]:
+    return [
+        stage(parameters * MIB, activation * 1000, convolutions, micro_batch, true)
+        for parameters in (0, 1, 6)
+        for activation in (10, 400)
+        for convolutions in (0, 12)
+        for micro_batch in (4, 16)
+    ]
+
+
+def test_what_stages_follow_is_found() -> None:
+    found = fit(many(TRUE), START)
+    assert found.fixed_bytes == pytest.approx(3 * MIB, rel=0.05)
+    assert found.parameter_share == pytest.approx(2.0, rel=0.05)
+    assert found.convolution_bytes == pytest.approx(100_000, rel=0.1)
+    assert max(map(abs, relative_errors(many(TRUE), found))) < 0.01
+    assert max(map(abs, relative_errors(many(TRUE), START))) > 0.1
+    assert (found.allocator, found.torch) == ("tcmalloc", "2.0")
+
+
+def test_no_coefficient_becomes_negative() -> None:
+    bare = replace(TRUE, fixed_bytes=0, kept_share=0.0, activation_share=0.0, parameter_share=0.0, convolution_bytes=0)
+    smaller = [replace(each, measured_bytes=int(0.9 * each.measured_bytes)) for each in many(bare)]
+    found = fit(smaller, START)
+    assert min(found.fixed_bytes, found.kept_share, found.activation_share, found.parameter_share) >= 0
+
+
+def test_what_was_not_seen_stays_as_it_was() -> None:
+    one = stage(0, 400_000, 0, 16, TRUE)  # no weights, no convolutions
+    found = fit([one], START)
+    assert found.parameter_share == START.parameter_share
+    assert found.convolution_bytes == START.convolution_bytes
+    assert abs(relative_errors([one], found)[0]) < abs(relative_errors([one], START)[0])

@@ -1,0 +1,41 @@
+"""The inputs of a stage are the same, whether the units in front are loaded together or one after the other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedepth.errors import StateError
+from fedepth.training.prefix import build_inputs
+from tests.training.test_depthwise import PRERESNET, stage, work
+
+
+def inputs(folder: Path, *, streamed: bool) -> torch.Tensor:
+    folder.mkdir()
+    job = work(folder, [stage(4, 9)], PRERESNET, count=10)
+    cache = build_inputs(job, replace(stage(4, 9), build_streamed=streamed), None, None)
+    assert all(tensor.is_meta for unit in job.split.units for _, tensor in unit.parameters())  # nothing stays loaded
+    return cache.read(torch.arange(10))
+
+
+def test_one_unit_at_a_time_gives_what_all_units_at_once_give(tmp_path: Path) -> None:
+    together, streamed = inputs(tmp_path / "a", streamed=False), inputs(tmp_path / "b", streamed=True)
+    assert together.shape == (10, 16, 8, 8)
+    assert torch.equal(together, streamed)
+    assert not list((tmp_path / "b").glob("between-*"))  # what lay between the units is gone
+
+
+def test_a_failure_leaves_no_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = work(tmp_path, [stage(4, 9)], PRERESNET, count=10)
+    read = type(job.weights).read
+
+    def fails_at_the_third_unit(reader: object, name: str):  # type: ignore[no-untyped-def]
+        if name.startswith("blocks.1."):
+            raise StateError("gone")
+        return read(job.weights, name)
+
+    monkeypatch.setattr(type(job.weights), "read", fails_at_the_third_unit)
+    with pytest.raises(StateError):
+        build_inputs(job, replace(stage(4, 9), build_streamed=True), None, None)
+    assert not list(tmp_path.glob("between-*")) and not list(tmp_path.glob("inputs-*"))
