@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -147,7 +148,7 @@ async def _train(
 ) -> Done | Failed:
     shutil.rmtree(folder / "run", ignore_errors=True)
     task = trial_request(prepared, plan, budget, images, folder / "run", enforce=True)
-    return await try_in_fresh_trainer(task, TrainerConfig(threads=0, allocator=allocator))  # type: ignore[arg-type]
+    return await try_in_fresh_trainer(task, msgspec.structs.replace(TrainerConfig(), allocator=allocator))
 
 
 def show(plan: Plan) -> None:

@@ -5,8 +5,8 @@
 
 Every trial draws model, batch, optimizer, policy and a budget between what the smallest plan needs and what full
 training needs. The trainer enforces the budget (RLIMIT_DATA, its own checks) as on a device; a plan that goes over is
-replaced by a smaller one, also as there. Every eighth trial is run without enforcement. Finished trials are kept beside
-the JSON file, so that a run that was stopped goes on where it was.
+replaced by a smaller one, also as there. Every eighth trial is run without enforcement. Finished trials are kept in
+a folder, so that a run that was stopped goes on where it was. `--plot FILE.png` draws predicted against measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.bench_task import prepare, write_digits
+from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done
 from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
@@ -36,7 +37,7 @@ from edge_client.work import SMALLER_PLANS, smaller_limit
 from fedepth.errors import PlanError
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Outcome, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import Calibration, ModelSpec, Outcome, Plan, Policy, Stage, TrainingSpec
 
 TRIALS, QUICK_TRIALS = 200, 24
 UNENFORCED_EVERY = 8
@@ -92,7 +93,7 @@ class Trial:
     stages: tuple[StageFigures, ...]
 
 
-async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> list[Trial]:
+async def run_trials(folder: Path, count: int, seed: int, calibration: Calibration) -> list[Trial]:
     """Runs what is not there yet, and returns all."""
     journal = folder / "trials.jsonl"
     done = journal.read_text().splitlines() if journal.exists() else []
@@ -101,7 +102,7 @@ async def run_trials(folder: Path, count: int, seed: int, allocator: str) -> lis
         drawn = draw(chance)
         if number < len(done):
             continue
-        trial = await run_trial(folder, drawn, number % UNENFORCED_EVERY != 0, allocator)
+        trial = await run_trial(folder, drawn, number % UNENFORCED_EVERY != 0, calibration)
         with open(journal, "a", encoding="utf-8") as file:
             file.write(msgspec.json.encode(trial).decode() + "\n")
     return [msgspec.json.decode(line, type=Trial) for line in journal.read_text().splitlines()[:count]]
@@ -125,15 +126,17 @@ def draw(chance: random.Random) -> Drawn:
     return Drawn(spec, training, chance.choice(list(Policy)), chance.random())
 
 
-async def run_trial(folder: Path, drawn: Drawn, enforce: bool, allocator: str) -> Trial:
-    prepared = replace(await prepare(drawn.spec, drawn.training, folder / "models"), training=drawn.training)
-    samples = 4 * drawn.training.batch
-    costs, training = prepared.costs, drawn.training
+async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Calibration) -> Trial:
+    training = drawn.training
+    prepared = await prepare(drawn.spec, training, folder / "models")
+    costs = replace(prepared.costs, calibration=calibration)
+    prepared = replace(prepared, training=training, costs=costs)
+    samples = 4 * training.batch
     low = smallest_peak(costs, training, samples, drawn.policy)
     high = max(low, int(full_training_peak(costs, training, samples).total * 1.1) + (2 << 20))
     budget = int(low * (high / low) ** drawn.height)
     started = time.monotonic()
-    plan, tries, end = await _train(folder, prepared, drawn.policy, budget, samples, enforce, allocator)
+    plan, tries, end = await _train(folder, prepared, drawn.policy, budget, samples, enforce)
     stages = end.result.stages if isinstance(end, Done) else ()
     whole = len(plan.stages) == 1 and plan.stages[0].micro_batch >= training.batch and not plan.untrained
     return Trial(
@@ -159,7 +162,7 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, allocator: str) -
 
 
 async def _train(
-    folder: Path, prepared: TrialModel, policy: Policy, budget: int, samples: int, enforce: bool, allocator: str
+    folder: Path, prepared: TrialModel, policy: Policy, budget: int, samples: int, enforce: bool
 ) -> tuple[Plan, int, Any]:
     """Trains with smaller and smaller plans, as the agent does, each in a trainer of its own."""
     data = write_digits(folder / "data", samples)
@@ -172,7 +175,7 @@ async def _train(
         task = trial_request(
             prepared, replace(plan, budget_bytes=budget), budget, data, folder / "run", enforce=enforce
         )
-        end = await try_in_fresh_trainer(task, TrainerConfig(threads=2, allocator=allocator))  # type: ignore[arg-type]
+        end = await try_in_fresh_trainer(task, _config(prepared.costs.calibration.allocator))
         tries += 1
         if isinstance(end, Done):
             return end.result.plan, tries, end
@@ -185,6 +188,10 @@ async def _train(
             )
         except PlanError:
             return plan, tries, end
+
+
+def _config(allocator: str) -> TrainerConfig:
+    return msgspec.structs.replace(TrainerConfig(threads=2), allocator=allocator)
 
 
 def figures(trials: Sequence[Trial]) -> dict[str, Any]:
@@ -218,6 +225,29 @@ def _errors(trials: Sequence[Trial]) -> dict[str, float | None]:
     }
 
 
+def draw_errors(trials: Sequence[Trial], path: Path) -> None:
+    """Every stage's predicted against its measured peak, and how the relative errors are spread."""
+    from matplotlib.figure import Figure
+
+    mib = 1 << 20
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    scatter, spread = figure.subplots(1, 2)
+    errors = []
+    for name in dict.fromkeys(trial.model for trial in trials):
+        stages = [each for trial in trials if trial.model == name for each in trial.stages]
+        predicted = [each.planned.predicted_peak_bytes / mib for each in stages]
+        measured = [each.measured_bytes / mib for each in stages]
+        scatter.loglog(measured, predicted, ".", alpha=0.6, label=name)
+        errors += [100 * (one / other - 1) for one, other in zip(predicted, measured, strict=True)]
+    ends = scatter.get_xlim()
+    scatter.loglog(ends, ends, color="gray", linewidth=1)
+    scatter.set(xlabel="measured peak of a stage, MiB", ylabel="predicted peak, MiB", title="every trained stage")
+    scatter.legend()
+    spread.hist(errors, bins=40, range=(-30, 30), color="tab:blue")
+    spread.set(xlabel="(predicted − measured) / measured, %", ylabel="stages", title="error of the estimate")
+    figure.savefig(path, dpi=110)
+
+
 @app.command()
 def memory(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
@@ -227,11 +257,13 @@ def memory(
     ),
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
     allocator: Annotated[str, typer.Option(help="auto, glibc or tcmalloc.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="PNG of predicted against measured peaks.")] = None,
 ) -> None:
     """Trains random jobs inside random budgets and compares prediction, rehearsal and measurement."""
-    folder = folder.resolve() / f"{allocator}-{seed}"
+    calibration = asyncio.run(calibrated(_config(allocator), console.print)).calibration
+    folder = folder.resolve() / f"{calibration.allocator}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else TRIALS, seed, allocator))
+    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else TRIALS, seed, calibration))
     for trial in trials:
         if trial.outcome != "trained" or trial.tries > 1 or trial.measured_bytes > trial.budget_bytes:
             console.print(
@@ -239,11 +271,14 @@ def memory(
                 f"{format_size(trial.budget_bytes)}, measured {format_size(trial.measured_bytes)}, "
                 f"{trial.tries} tries, {trial.outcome[:100]}"
             )
-    found = {**figures(trials), "allocator": allocator, "seed": seed}
+    found = {**figures(trials), "calibration": asdict(calibration), "seed": seed}
     console.print_json(json.dumps(found))
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps({**found, "all": [asdict(trial) for trial in trials]}, indent=1) + "\n")
+    if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_errors(trials, plot)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Lab:
 
     async def trainer(self, way: str, plan: Plan, allocator: str, epochs: int, budget: int) -> Run:
         """The device's trainer. Its time begins with the rehearsal, when its warm-up is over."""
-        process = await TrainerProcess.start(TrainerConfig(allocator=allocator))  # type: ignore[arg-type]
+        process = await TrainerProcess.start(msgspec.structs.replace(TrainerConfig(), allocator=allocator))
         began: list[float] = []
 
         def hear(event: Event) -> None:

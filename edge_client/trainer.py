@@ -22,6 +22,7 @@ from fedepth.data.read import open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.files import file_digest
 from fedepth.memory import allocator
+from fedepth.memory.device import bounded
 from fedepth.memory.meter import Meter, status_bytes
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
@@ -42,9 +43,10 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
 class Lines:
     """The agent's end of the standard streams, as the trainer's hooks."""
 
-    def __init__(self, source: TextIO, sink: TextIO) -> None:
+    def __init__(self, source: TextIO, sink: TextIO, device: torch.device) -> None:
         self._source = source
         self._sink = sink
+        self._device = device
         self.epochs = 0
 
     def tell(self, **message: Any) -> None:
@@ -59,8 +61,7 @@ class Lines:
 
     def measure(self, stage: int, held_bytes: int) -> int:
         self.tell(event="measure", stage=stage, held_bytes=held_bytes)
-        budget = msgspec.convert(self.hear()["budget"], Budget).budget_bytes
-        return min(budget, _cuda_free_bytes()) if torch.cuda.is_available() else budget
+        return bounded(msgspec.convert(self.hear()["budget"], Budget).budget_bytes, self._device)
 
     def stage_started(self, index: int, count: int, stage: Stage) -> None:
         self.tell(
@@ -93,9 +94,9 @@ class Lines:
 
 def main() -> None:
     # The protocol keeps the real standard output; whatever a library prints goes to standard error.
-    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"), device)
+    os.dup2(2, 1)
     _start(device)
     lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
     known = Known()
@@ -184,13 +185,6 @@ def _start(device: torch.device) -> None:
     """One forward and backward pass, so that what torch loads at first use counts as the trainer's start."""
     layer = torch.nn.Conv2d(1, 8, 3).to(device)
     torch.autograd.backward(layer(torch.rand(2, 1, 8, 8, device=device)).sum())
-
-
-def _cuda_free_bytes() -> int:
-    free, total = torch.cuda.mem_get_info()
-    budget = int(free * 0.9) + torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
-    return budget
 
 
 if __name__ == "__main__":

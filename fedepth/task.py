@@ -97,11 +97,11 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 2 << 20
-    kept_share: float = 0.03
-    activation_share: float = 0.1
-    parameter_share: float = 1.0
-    convolution_bytes: int = 150_000
+    fixed_bytes: int = 13 << 18
+    kept_share: float = 0.047
+    activation_share: float = 0.08
+    parameter_share: float = 0.9
+    convolution_bytes: int = 25_000
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _UNITS = {
     "parameter_share": 1.0,
     "convolution_bytes": 100_000,
 }
-_PULL = 0.002  # weight of a default beside the squared relative error of one stage
+_PULL = 0.1  # weight of a default beside the squared relative error of one stage
 _ROUNDS = 20
 _SWEEPS = 200
 

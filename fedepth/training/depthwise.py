@@ -21,6 +21,7 @@ import torch
 
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
+from fedepth.memory.device import peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
 from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.models.split import Unit, release
@@ -102,7 +103,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
         rehearsed_bytes = (rehearsed or {}).get((stage.first, stage.last), 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
-        meter.reset()
+        reset(meter, work.device)
         started = time.monotonic()
         with ExitStack() as limits:
             if work.enforce:
@@ -131,7 +132,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 micro_batch=block.smallest_micro_batch,
                 predicted_peak_bytes=stage.predicted_peak_bytes,
                 rehearsed_peak_bytes=rehearsed_bytes,
-                measured_peak_bytes=_peak_bytes(meter, work.device),
+                measured_peak_bytes=peak_bytes(meter, work.device),
                 measured_anonymous_bytes=meter.anonymous_peak_bytes,
                 budget_bytes=budget,
                 loss_first=losses[0],
@@ -238,7 +239,7 @@ def _yield_memory(
     waited = 0.0
     while True:
         budget = hooks.measure(index, meter.held_bytes)
-        if _peak_bytes(meter, work.device) <= budget:
+        if peak_bytes(meter, work.device) <= budget:
             block.micro_batch = stage.micro_batch
             return
         micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
@@ -267,18 +268,8 @@ def _write(work: Work, number: int, units: list[Unit]) -> Path:
     return path
 
 
-def _peak_bytes(meter: Meter, device: torch.device) -> int:
-    """The stage's peak above the baseline: host memory, or the GPU's where that is larger."""
-    if device.type != "cuda":
-        return meter.peak_bytes
-    reserved = torch.cuda.max_memory_reserved(device)
-    if torch.cuda.get_device_properties(device).is_integrated:
-        return meter.peak_bytes + reserved  # unified memory: both come out of the same bytes
-    return max(meter.peak_bytes, reserved)
-
-
 def _check(meter: Meter, work: Work, budget: int, index: int, stage: Stage) -> None:
-    peak = _peak_bytes(meter, work.device)
+    peak = peak_bytes(meter, work.device)
     if peak > budget:
         raise OverBudgetError(
             f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first steps, "
