@@ -338,9 +338,9 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
 ) -> None:
     transport.answers = [make_task()]
-    bench.run(transport, {"do": "over", "miss": 3 * MIB}, {"do": "over", "miss": 0}, OK)
+    bench.run(transport, {"do": "over", "miss": 6 * MIB}, {"do": "over", "miss": 0}, OK)
     first, second, third = bench.plans()
-    assert second == plan_for(needed_bytes(first.predicted_peak_bytes) - 3 * MIB)
+    assert second == plan_for(needed_bytes(first.predicted_peak_bytes) - 6 * MIB)
     needed = needed_bytes(second.predicted_peak_bytes)
     assert third == plan_for(needed - int(needed * 0.05))
     assert len(bench.said("a stage went over its budget")) == 2

@@ -37,7 +37,7 @@ def many(true: Calibration) -> list[MeasuredStage]:
 
 
 def test_what_stages_follow_is_found() -> None:
-    found = fit(many(TRUE), START)
+    found = fit(many(TRUE) * 50, START)
     assert found.fixed_bytes == pytest.approx(3 * MIB, rel=0.05)
     assert found.parameter_share == pytest.approx(2.0, rel=0.05)
     assert found.convolution_bytes == pytest.approx(100_000, rel=0.1)
