@@ -40,6 +40,7 @@ from fedepth.task import (
 RUNGS = 6
 _STEPS = 3  # optimizer state is whole from the second one on
 _FEWEST_SAMPLES = 256  # fewer take too short to be timed
+_DESKTOP = Calibration()
 
 Tell = Callable[[str], None]
 
@@ -163,12 +164,12 @@ def default_samples(batch: int) -> int:
 
 
 async def make_report(
-    wanted: Wanted, config: Config, *, calibration: Calibration = Calibration(), tell: Tell = lambda _: None
+    wanted: Wanted, config: Config, *, calibration: Calibration = _DESKTOP, tell: Tell = lambda _: None
 ) -> Report:
     """Traces the model and trains it row by row. Takes minutes for a large model; cancelling ends the trainer.
 
     Args:
-        calibration: of this device.
+        calibration: of this device; without one the prediction counts as for a desktop.
         tell: hears what is being done.
 
     Raises:

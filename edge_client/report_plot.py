@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from edge_client.report import Measured, PlanRow, Report, Verdict
-from edge_client.report_tables import micro_batches, title
+from edge_client.report_tables import title
 from fedepth.errors import ConfigError
 from fedepth.sizes import format_size
 
@@ -105,9 +105,16 @@ def _named(row: PlanRow) -> str:
         return size
     stages = len(row.plan.stages)
     sizes = sorted({stage.micro_batch for stage in row.plan.stages})
-    batches = micro_batches(row.plan) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
-    untrained = f"\n{len(row.plan.untrained)} untrained" if row.plan.untrained else ""
-    return f"{size}\n{stages} {'stage' if stages == 1 else 'stages'}\nmicro-batch {batches}{untrained}"
+    lines = [
+        size,
+        f"{stages} {'stage' if stages == 1 else 'stages'}",
+        f"micro-batch {sizes[0]}" + (f"-{sizes[-1]}" if len(sizes) > 1 else ""),
+    ]
+    if any(stage.checkpoint for stage in row.plan.stages):
+        lines.append("checkpointed")
+    if row.plan.untrained:
+        lines.append(f"{len(row.plan.untrained)} untrained")
+    return "\n".join(lines)
 
 
 def _peak_mib(measured: Measured | None) -> float:
