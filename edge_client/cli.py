@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import structlog
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +22,16 @@ from edge_client.allowance import Allowance
 from edge_client.calibrate import Calibrated, calibrated
 from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
+from edge_client.report import Report, Wanted, default_samples, make_report
+from edge_client.report_tables import tables
 from edge_client.trainer_process import torch_version
 from fedepth.child import module_argv
 from fedepth.errors import ConfigError, FedepthError
-from fedepth.sizes import format_size
-from fedepth.task import Budget
+from fedepth.models.catalog import named_spec
+from fedepth.sizes import format_size, parse_size
+from fedepth.task import Budget, Optimizer, Policy, TrainingSpec
+
+_PLAIN_WIDTH = 130  # of tables that are piped or written to a file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +42,7 @@ app = typer.Typer(
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
 _State = Annotated[Path | None, typer.Option(help="Where identity and kept updates live.")]
+_Allow = Annotated[list[str] | None, typer.Option(help="Allow a job to name module:function.")]
 _Cap = Annotated[str | None, typer.Option(help="The most that training may add, as 300MiB.")]
 
 
@@ -46,7 +56,7 @@ def run(
     budget_cap: _Cap = None,
     linger: Annotated[float | None, typer.Option(help="Seconds that an idle trainer stays.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
-    allow_model: Annotated[list[str] | None, typer.Option(help="Allow a job to name module:function.")] = None,
+    allow_model: _Allow = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when the job is finished.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
 ) -> None:
@@ -109,6 +119,60 @@ def calibrate(
             Console().print(table)
 
 
+@app.command(epilog="Example: fedepth-client report preresnet20 --batch 32 --plot report.png")
+def report(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, or your own as module:function.")],
+    batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
+    optimizer: Annotated[Optimizer, typer.Option(help="Decides how much state a weight has.")] = Optimizer.SGD,
+    policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
+        Policy.AUTO
+    ),
+    input_shape: Annotated[
+        str | None, typer.Option("--input", help="CxHxW, as 3x32x32; models of the zoo have a default.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
+    samples: Annotated[int | None, typer.Option(min=2, help="Samples to train on; enough for a few steps.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="A budget to try, as 300MiB; may be repeated.")] = None,
+    budget_cap: _Cap = None,
+    allow_model: _Allow = None,
+    config: _ConfigFile = None,
+    state: _State = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Measures what this device can train: each unit alone, and the best plans for a ladder of budgets.
+
+    Trains on images of noise, under the limits that a job would have. Takes a minute for a small model on a desktop.
+    """
+    overrides = {
+        "state": str(state) if state else None,
+        "memory.cap": budget_cap,
+        "models.allow": allow_model or None,
+    }
+    chosen = settings.load(config, _given(overrides))
+    save_report = _plotting(plot) if plot else None
+    wanted = Wanted(
+        model=named_spec(model, input_shape, classes),
+        training=TrainingSpec(batch, 1, optimizer.value, 1e-3, 0.9, 5e-4, 0.0, "none", 1),
+        policy=policy,
+        sample_count=samples or default_samples(batch),
+        budgets=tuple(parse_size(text) for text in budget or ()),
+    )
+    _log_warnings_only()
+    with Console(stderr=True).status("starting") as status:  # shows nothing where stderr is no terminal
+        found = asyncio.run(_report(wanted, chosen, status.update))
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        for table in tables(found):
+            console.print(table)
+    if plot and save_report:
+        save_report(plot, found)
+        if not as_json:
+            print(f"Picture: {plot}")
+
+
 def main() -> None:
     """The program. The one place where an error becomes an exit status."""
     try:
@@ -131,6 +195,13 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     return allowance.budget() if allowance.start_bytes is not None else None
 
 
+async def _report(wanted: Wanted, config: settings.Config, tell: Callable[[str], None]) -> Report:
+    """With the device's own calibration and the allocator that suits it."""
+    calibration = (await calibrated(config.trainer, tell)).calibration
+    settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
+    return await make_report(wanted, settled, calibration=calibration, tell=tell)
+
+
 def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     allocators = Table("allocator", "version", "peak", "s/step", "", title="Allocators")
     for trial in found.trials:
@@ -146,6 +217,27 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     beside.add_row("for every convolution", format_size(calibration.convolution_bytes))
     beside.add_row("error of the estimate", f"{found.median_error:.1%} in the middle of {found.stages} stages")
     return allocators, beside
+
+
+def _plotting(path: Path) -> Callable[[Path, Report], None]:
+    """Says what is missing before minutes of training, not after them."""
+    try:
+        from edge_client.report_plot import save_report
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
+        ) from error
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot: the folder {path.parent} does not exist; make it, or name another file")
+    return save_report
+
+
+def _log_warnings_only() -> None:
+    """To standard error: standard output belongs to the report."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def _table(memory: Memory, budget: Budget | None) -> Table:

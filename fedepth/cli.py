@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +17,10 @@ from rich.table import Table
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.memory.timeline import Moment, timeline
+from fedepth.models.catalog import named_spec
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelCosts, Optimizer, Plan, Policy, Stage, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 
@@ -33,13 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Optimizer(str, Enum):
-    """The optimizers that a job may name."""
-
-    SGD = "sgd"
-    ADAMW = "adamw"
 
 
 @app.callback()
@@ -119,25 +111,8 @@ def _trace(model: str, input_shape: str | None, classes: int, training: Training
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 
-    shape = _input_shape(model, input_shape)
-    names = tuple(str(label) for label in range(classes))
     # Whoever types the command trusts the model.
-    return trace_costs(ModelSpec(model, names, shape, (0.0,) * shape[0], (1.0,) * shape[0]), training, allowed=None)
-
-
-def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
-    from fedepth.models.zoo import ZOO
-
-    if text is not None:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-            raise ConfigError(f'--input: "{text}" is no shape; write channels, height and width, as 3x32x32')
-        return tuple(map(int, text.split("x")))
-    if model not in ZOO:
-        raise ConfigError(
-            f"{model} is none of {', '.join(sorted(ZOO))}. For your own module:function, say what it is trained on, "
-            "as --input 3x32x32."
-        )
-    return ZOO[model].input_shape
+    return trace_costs(named_spec(model, input_shape, classes), training, allowed=None)
 
 
 def _fields(

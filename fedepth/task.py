@@ -16,6 +16,13 @@ class Policy(str, Enum):
     AUTO = "auto"  # fewest depth splits first, by micro-batching where that fits
 
 
+class Optimizer(str, Enum):
+    """The optimizers that a job may name."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
 class CachePlace(str, Enum):
     """Where a stage keeps the inputs of its block."""
 

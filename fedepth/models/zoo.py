@@ -1,52 +1,17 @@
-"""The models a job may name. torchvision costs 170 MiB, so only the builders that need it import it."""
+"""Building the models that a job may name. torchvision costs 170 MiB, so only the builders that need it import it."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fedepth.errors import ModelError
+from fedepth.models.catalog import ZOO
 from fedepth.task import ModelSpec
-
-
-@dataclass(frozen=True)
-class ZooEntry:
-    """One model of the zoo.
-
-    Attributes:
-        builder: "module:function"; the function takes a ModelSpec.
-        description: one line for people.
-        input_shape: (channels, height, width) that it is commonly trained on; a job may name another.
-    """
-
-    builder: str
-    description: str
-    input_shape: tuple[int, int, int]
-
-
-ZOO: dict[str, ZooEntry] = {
-    "digits-cnn": ZooEntry(
-        "fedepth.models.zoo:digits_cnn", "six GroupNorm convolutions for small images, 87 k parameters", (1, 8, 8)
-    ),
-    "preresnet20": ZooEntry(
-        "fedepth.models.zoo:preresnet20", "PreResNet-20 for 32 px, BatchNorm, 272 k parameters", (3, 32, 32)
-    ),
-    "resnet18": ZooEntry("fedepth.models.zoo:resnet18", "torchvision's ResNet-18, 11.2 M parameters", (3, 64, 64)),
-    "mobilenet-v3-small": ZooEntry(
-        "fedepth.models.zoo:mobilenet_v3_small", "torchvision's MobileNetV3-Small, 1.5 M", (3, 64, 64)
-    ),
-    "vit-tiny": ZooEntry(
-        "fedepth.models.zoo:vit_tiny", "ViT-Tiny: 12 layers of width 192, 8×8 patches, 5.4 M", (3, 64, 64)
-    ),
-    "vit-b-16": ZooEntry(
-        "fedepth.models.zoo:vit_b_16", "ViT-B/16: 12 layers of width 768, 86 M parameters", (3, 224, 224)
-    ),
-}
 
 
 def build(spec: ModelSpec, allowed: Sequence[str] | None = None) -> nn.Module:

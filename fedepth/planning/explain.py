@@ -6,12 +6,13 @@ and a plan stays the best one down to the budget that it needs itself: one answe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fedepth.errors import PlanError
 from fedepth.memory.predict import needed_bytes
-from fedepth.planning.planner import estimated_work, full_training_peak, make_plan
+from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
 from fedepth.task import ModelCosts, Plan, Policy, TrainingSpec
 
 CLEARLY_LESS = 0.9  # of the estimated work; finer differences are within what the estimate can tell
@@ -74,12 +75,10 @@ def explain(
     work = planner.work(plan)
 
     def better(other: Plan) -> bool:
-        clearly_less = _rank(other) == _rank(plan) and planner.work(other) < CLEARLY_LESS * work
-        return _rank(other) < _rank(plan) or clearly_less
+        return _better(planner.alternative(0, other), planner.alternative(0, plan))
 
     def as_good(other: Plan) -> bool:
-        clearly_more = _rank(other) == _rank(plan) and CLEARLY_LESS * planner.work(other) > work
-        return _rank(other) <= _rank(plan) and not clearly_more
+        return not _better(planner.alternative(0, plan), planner.alternative(0, other))
 
     def in_at_most(stages: int) -> Callable[[Plan], bool]:
         return lambda other: _rank(other) <= (0, stages)
@@ -100,6 +99,45 @@ def explain(
         least_bytes=least,
         smaller=planner.alternative(least - 1, worse) if worse else None,
     )
+
+
+def ladder(
+    costs: ModelCosts, *, most_bytes: int, training: TrainingSpec, sample_count: int, policy: Policy, count: int
+) -> tuple[Alternative, ...]:
+    """At most `count` budgets to compare, ascending, each the smallest one that gives its plan.
+
+    They lie in about equal proportions between what the smallest plan needs and what full training needs, or
+    `most_bytes` where that is less; each is clearly better than the one before, except for the last one, which is the
+    best there is. Other arguments as for `make_plan`.
+
+    Raises:
+        PlanError: nothing fits into `most_bytes`; carries what the smallest plan needs.
+    """
+    full_bytes = needed_bytes(full_training_peak(costs, training, sample_count).total)
+    least_bytes = smallest_peak(costs, training, sample_count, policy)
+    top_bytes = min(most_bytes, max(full_bytes, least_bytes))
+    # Raises where even the smallest plan is too large.
+    make_plan(costs, budget_bytes=top_bytes, training=training, sample_count=sample_count, policy=policy)
+    planner = _Planner(costs, training, sample_count, policy)
+    rungs: list[Alternative] = []
+    for step in range(count):
+        share = step / (count - 1) if count > 1 else 1.0
+        # Exactly the top at the end, whatever a power's rounding would make of it.
+        wanted_bytes = top_bytes if share == 1.0 else math.ceil(least_bytes * (top_bytes / least_bytes) ** share)
+        plan = planner.ask(wanted_bytes)
+        if plan is None:
+            continue
+        rung = planner.alternative(needed_bytes(plan.predicted_peak_bytes), plan)
+        if not rungs or (share == 1.0 and rung.budget_bytes > rungs[-1].budget_bytes) or _better(rung, rungs[-1]):
+            rungs.append(rung)
+    return tuple(rungs)
+
+
+def _better(other: Alternative, than: Alternative) -> bool:
+    """Fewer units untrained, then fewer stages, then clearly less work."""
+    if _rank(other.plan) != _rank(than.plan):
+        return _rank(other.plan) < _rank(than.plan)
+    return other.work < CLEARLY_LESS * than.work
 
 
 def _rank(plan: Plan) -> tuple[int, int]:

@@ -104,6 +104,22 @@ def make_plan(
     return Plan(tuple(stages), untrained, policy, budget_bytes)
 
 
+def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_count: int, policy: Policy) -> Plan:
+    """Only this unit is trained, with the job's batch in one piece and its inputs on disk.
+
+    The plan's budget is what that needs at least; the inputs are computed as fast as they can be inside it.
+    """
+    batch = effective_batch(costs, training, sample_count)
+    predicted = training_peak(costs, training, unit, unit, batch, accumulates=False, cache_bytes=0)
+    slowest_build = build_peak(costs, 0, unit, 1, source_bytes=0, cache_bytes=0, streamed=True)
+    budget_bytes = needed_bytes(max(predicted.total, slowest_build.total))
+    choice = _Choice(unit, unit, batch, CachePlace.DISK, False, predicted, cost=0.0)
+    path = _extend(None, choice, costs, budget_bytes, training, sample_count, None)
+    assert path is not None, "the budget counts the slowest way to compute the inputs"
+    others = tuple(other for other in range(len(costs.units)) if other != unit)
+    return Plan((path.stage,), others, policy, budget_bytes)
+
+
 def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> PeakComponents:
     """The predicted peak of training all units at once with the job's batch, inputs on disk."""
     batch = effective_batch(costs, training, sample_count)

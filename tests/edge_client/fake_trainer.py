@@ -31,9 +31,31 @@ def stage_started(plan: dict[str, Any]) -> None:
     )
 
 
-def done(request: dict[str, Any]) -> None:
+def stage_result(stage: dict[str, Any], peak: int) -> dict[str, Any]:
+    """Two steps of four samples in all, half a second, and a rehearsal that took one byte less."""
+    return {
+        "first": stage["first"],
+        "last": stage["last"],
+        "micro_batch": stage["micro_batch"],
+        "predicted_peak_bytes": sum(stage["predicted"].values()),
+        "rehearsed_peak_bytes": peak - 1,
+        "measured_peak_bytes": peak,
+        "measured_anonymous_bytes": peak,
+        "budget_bytes": 0,
+        "loss_first": 2.0,
+        "loss_last": 1.0,
+        "steps": 2,
+        "samples_seen": 4,
+        "seconds": 0.5,
+    }
+
+
+def done(request: dict[str, Any], peak: int = 0, retained: int = 0) -> None:
+    """`peak`: what every stage took; 0 leaves the stages out."""
     content = b"trained"
-    Path(request["output"], "part-0000.safetensors").write_bytes(content)
+    output = Path(request["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "part-0000.safetensors").write_bytes(content)
     task, plan = request["task"], request["plan"]
     part = {"part": 0, "size_bytes": len(content), "digest": hashlib.sha256(content).hexdigest()}
     tell(
@@ -46,12 +68,13 @@ def done(request: dict[str, Any]) -> None:
             "sample_count": 6,
             "plan": plan,
             "trained_units": [0],
-            "stages": [],
+            "stages": [stage_result(stage, peak) for stage in plan["stages"]] if peak else [],
             "parts": [part],
             "seconds": 0.5,
             "allocator": "fake 1",
             "baseline_bytes": START_BYTES,
         },
+        retained_bytes=retained,
     )
 
 
@@ -80,7 +103,7 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
             tell(event="measure", stage=0, held_bytes=scene["held"])
             with open(journal.with_suffix(".answers"), "a") as file:
                 file.write(sys.stdin.readline())
-        done(request)
+        done(request, scene.get("peak", 0), scene.get("retained", 0))
 
 
 def main() -> None:

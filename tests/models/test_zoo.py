@@ -7,6 +7,7 @@ from torch import nn
 
 from fedepth.errors import ModelError
 from fedepth.models import zoo
+from fedepth.models.catalog import ZOO
 from fedepth.task import ModelSpec
 
 PARAMETERS = {  # at 3 channels and 10 classes
@@ -53,10 +54,10 @@ def test_models_adapt_to_channels_and_classes(name: str, channels: int, classes:
 
 
 def test_every_name_of_the_zoo_builds() -> None:
-    for name in zoo.ZOO:
+    for name in ZOO:
         with torch.device("meta"):
             assert isinstance(zoo.build(spec_of(name, size=64)), nn.Module)
-        assert zoo.ZOO[name].description
+        assert ZOO[name].description
 
 
 def test_a_fresh_vit_sends_gradients_below_its_classifier() -> None:
