@@ -47,7 +47,7 @@ MODELS = (
     ("preresnet20", 3, 32, (16, 32, 64, 128)),
     ("resnet18", 3, 64, (16, 32, 64)),
     ("mobilenet-v3-small", 3, 64, (16, 32, 64)),
-    ("vit-tiny", 3, 64, (8, 16, 32, 64)),
+    ("vit-tiny", 3, 64, (8, 16, 32)),
 )
 
 app = typer.Typer(add_completion=False)
@@ -131,7 +131,7 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Cali
     prepared = await prepare(drawn.spec, training, folder / "models")
     costs = replace(prepared.costs, calibration=calibration)
     prepared = replace(prepared, training=training, costs=costs)
-    samples = 4 * training.batch
+    samples = 3 * training.batch
     low = smallest_peak(costs, training, samples, drawn.policy)
     high = max(low, int(full_training_peak(costs, training, samples).total * 1.1) + (2 << 20))
     budget = int(low * (high / low) ** drawn.height)

@@ -163,19 +163,23 @@ async def _measure(config: TrainerConfig, fingerprint: str, tell: Tell) -> Calib
         first, *others = PROBES
         trials: list[AllocatorTrial] = []
         measured: dict[str, list[MeasuredStage]] = {}
+        kept: dict[str, list[float]] = {}
         for name in names:
             tell(f"trying {name}")
             version, done = await _run(config, name, models[first], first, folder)
             trials.append(_trial(name, version, done))
             measured[name] = _stages(models[first], first, done)
+            kept[name] = [_kept_share(done)]
         chosen = choose(tuple(trials)).allocator
         for probe in others:
             tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
             _, done = await _run(config, chosen, models[probe], probe, folder)
             measured[chosen] += _stages(models[probe], probe, done)
+            kept[chosen].append(_kept_share(done))
     start = replace(Calibration(), allocator=chosen, torch=torch_version())
-    calibration = fit(measured[chosen], start)
-    errors = [abs(error) for error in relative_errors(measured[chosen], calibration)]
+    need = fit(measured[chosen], start)
+    errors = [abs(error) for error in relative_errors(measured[chosen], need)]
+    calibration = replace(need, kept_share=statistics.median(kept[chosen]))
     return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
 
 
@@ -224,9 +228,16 @@ def _plan(model: TrialModel, probe: Probe) -> Plan:
 
 def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
     return [
-        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, result.measured_peak_bytes)
+        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, result.rehearsed_peak_bytes)
         for planned, result in zip(done.result.plan.stages, done.result.stages, strict=True)
     ]
+
+
+def _kept_share(done: Done) -> float:
+    """By how much the plan's peak was above its rehearsal."""
+    stages = done.result.stages
+    need = max(stage.rehearsed_peak_bytes for stage in stages)
+    return max(0.0, max(stage.measured_peak_bytes for stage in stages) / need - 1)
 
 
 def _trial(allocator: str, version: str, done: Done) -> AllocatorTrial:

@@ -98,6 +98,7 @@ def main() -> None:
     lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"), device)
     os.dup2(2, 1)
     _start(device)
+    gc.freeze()  # what was imported stays, and need not be looked through again and again
     lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
     known = Known()
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from fedepth.memory.timeline import Moment, timeline
 from fedepth.models.catalog import named_spec
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import ModelCosts, Optimizer, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import Calibration, ModelCosts, Optimizer, Plan, Policy, Stage, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 
@@ -55,20 +56,25 @@ def plan_command(
     classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
     samples: Annotated[int, typer.Option(min=1, help="Samples on the device; decides on caches.")] = 1024,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over them in a round.")] = 1,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Of a device: what fedepth-client calibrate --json printed there.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
-    Kernels and allocators are counted as on a desktop with glibc; a device that takes part in a job measures its own.
+    What kernels and the allocator take is counted as on a desktop with tcmalloc, unless a device's calibration is given;
+    a device that takes part in a job measures its own.
     """
+    device = _calibration(calibration) if calibration else Calibration()
     budget_bytes = parse_size(budget)
     save_timeline = _plotting() if plot else None
     title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
     training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0)
     errors = Console(stderr=True)
     with errors.status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
-        costs = _trace(model, input_shape, classes, training)
+        costs = replace(_trace(model, input_shape, classes, training), calibration=device)
         status.update("Comparing plans")
         found = explain(costs, budget_bytes=budget_bytes, training=training, sample_count=samples, policy=policy)
         moments = timeline(costs, training, samples, found.plan)
@@ -103,6 +109,15 @@ def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
             "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
         ) from error
     return save_timeline
+
+
+def _calibration(path: Path) -> Calibration:
+    try:
+        return msgspec.convert(msgspec.json.decode(path.read_bytes())["calibration"], Calibration)
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no calibration ({error}); write it with: fedepth-client calibrate --json > {path}"
+        ) from None
 
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:

@@ -104,11 +104,11 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 13 << 18
-    kept_share: float = 0.047
-    activation_share: float = 0.08
-    parameter_share: float = 0.9
-    convolution_bytes: int = 25_000
+    fixed_bytes: int = 3 << 19
+    kept_share: float = 0.1
+    activation_share: float = 0.0
+    parameter_share: float = 1.0
+    convolution_bytes: int = 15_000
 
 
 @dataclass(frozen=True)

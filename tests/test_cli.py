@@ -120,3 +120,17 @@ def test_an_error_ends_the_program_with_status_1() -> None:
     assert "1.0 MiB are free" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_device_has_its_own_calibration(tmp_path: Path) -> None:
+    record = tmp_path / "device.json"
+    record.write_text(json.dumps({"calibration": {"fixed_bytes": 5 << 20, "kept_share": 0.0}, "stages": 10}))
+
+    def scratch(*options: str) -> int:
+        (stage,) = json.loads(plan(MODEL, "--budget", "1GiB", "--json", *options))["plan"]["stages"]
+        return int(stage["predicted"]["scratch"])
+
+    assert scratch("--calibration", str(record)) >= 5 << 20
+    record.write_text("{}")
+    with pytest.raises(ConfigError, match="holds no calibration"):
+        scratch("--calibration", str(record))

@@ -31,6 +31,7 @@ _LIMIT = b"tcmalloc.heap_limit_mb"
 _DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
 _MOST_RECORDS_MIB = 64
 _MIB = 1 << 20
+_RESERVED_MOST = 1 << 36  # beyond that a cap is none
 
 
 def name() -> str:
@@ -121,6 +122,8 @@ class HeapCap:
 
     def __enter__(self) -> HeapCap:
         self._set(self._held + self._cap)
+        if keeps_pages() and self._cap < _RESERVED_MOST:
+            _reserve(self._cap)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +138,22 @@ class HeapCap:
 
     @staticmethod
     def _set(limit_bytes: int) -> None:
-        _set_property(_LIMIT, -(-limit_bytes // _MIB))
+        _set_property(_LIMIT, limit_bytes // _MIB)
+
+
+def _reserve(size_bytes: int) -> None:
+    """Makes one free span, as large as the cap allows, out of which what follows is served.
+
+    It takes no memory until it is written to. Without it, requests are served from the pieces that were given back
+    before, which lie scattered: what is free then seldom fits, and up to half comes on top of what is needed.
+    """
+    library = _library()
+    while size_bytes >= _MIB:
+        address = library.malloc(ctypes.c_size_t(size_bytes))
+        if address is not None:
+            library.free(ctypes.c_void_p(address))
+            return
+        size_bytes -= max(_MIB, size_bytes // 32)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Fitting a device's calibration to stages that were measured on it. Pure arithmetic; no torch, no numpy.
 
+What an allocator keeps of freed memory is told apart from what a stage needs: a rehearsal, in which nothing is kept,
+gives the need, to which the other coefficients are fitted.
+
 A stage's peak is the largest of its moments, and at each of them linear in the calibration's coefficients. So the fit
 alternates: which moment is the worst under the coefficients so far, and which coefficients, none negative, bring these
 moments closest to what was measured, in relative terms. Few stages cannot tell all coefficients apart; each is drawn a
@@ -18,19 +21,18 @@ from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, Trainin
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
 _UNITS = {
     "fixed_bytes": 1 << 20,
-    "kept_share": 0.03,
     "activation_share": 1.0,
     "parameter_share": 1.0,
     "convolution_bytes": 100_000,
 }
-_PULL = 0.1  # weight of a default beside the squared relative error of one stage
+_PULL = 0.01  # weight of a default beside the squared relative error of one stage
 _ROUNDS = 20
 _SWEEPS = 200
 
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """A stage that was trained, and its peak in bytes above the baseline. Its inputs lay on disk."""
+    """A stage, and its peak in bytes above the baseline with nothing kept that was freed. Its inputs lay on disk."""
 
     costs: ModelCosts
     training: TrainingSpec
@@ -40,8 +42,9 @@ class MeasuredStage:
 
 
 def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
-    """The calibration that predicts these stages best, starting from, and drawn towards, `start`."""
-    found = start
+    """The calibration that predicts these stages best, starting from, and drawn towards, `start`; as if nothing were
+    kept."""
+    start = found = replace(start, kept_share=0.0)
     for _ in range(_ROUNDS):
         before = found
         rows = [_worst(each, found) for each in measured]

@@ -39,8 +39,9 @@ LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 _UNBOUNDED = 1 << 50
 # Beside what its tensors need, a stage may keep this much of freed memory for the next requests.
-KEPT_SHARE = 0.03
+KEPT_SHARE = 0.1
 KEPT_BYTES = 2 << 20
+TO_SPARE = 1.35  # budgets that are so many times the need leave room for all pages that an allocator would keep
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
@@ -110,7 +111,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 limits.enter_context(
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
-            cap = limits.enter_context(_heap_cap(work, meter, rehearsed_bytes, budget))
+            cap = limits.enter_context(_heap_cap(work, meter, rehearsed or {}, stage, budget))
             try:
                 cache = build_inputs(work, stage, done[-1] if done else None, cache)
                 block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
@@ -155,11 +156,16 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     return Trained(plan, tuple(results), tuple(parts))
 
 
-def _heap_cap(work: Work, meter: Meter, rehearsed_bytes: int, budget: int) -> allocator.HeapCap:
-    """What the stage needed in its rehearsal, and a little for pages that are worth keeping; at most the budget."""
+def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
+    """What the plan's worst stage needed in its rehearsal, and a little for pages that are worth keeping.
+
+    At most the budget; and all of it where it is far above the need, or where the stage was not rehearsed. Stages that
+    need less than the worst keep what they like up to its need: giving pages back costs up to a fifth of the time.
+    """
     cap = budget if work.enforce else _UNBOUNDED
-    if rehearsed_bytes:
-        cap = min(cap, rehearsed_bytes + int(rehearsed_bytes * KEPT_SHARE) + KEPT_BYTES)
+    need = max(rehearsed.values(), default=0)
+    if (stage.first, stage.last) in rehearsed and budget < need * TO_SPARE:
+        cap = min(cap, need + int(need * KEPT_SHARE) + KEPT_BYTES)
     return allocator.HeapCap(meter.baseline.heap_bytes, cap)
 
 

@@ -65,7 +65,7 @@ def _fill(
 ) -> None:
     rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
     count = len(work.images)
-    with torch.no_grad():
+    with torch.inference_mode():
         for begin in range(0, count, batch):
             indices = np.arange(begin, min(begin + batch, count))
             if source is None:

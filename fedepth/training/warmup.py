@@ -55,5 +55,6 @@ def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:
         if isinstance(m, nn.Conv2d)
     ]
     strided = any(c.kernel_size == (1, 1) and c.stride != (1, 1) for c in convolutions)
-    patches = any(c.kernel_size == c.stride for c in convolutions)  # a patch embedding is no convolutional trunk
+    # A patch embedding is no convolutional trunk.
+    patches = any(c.kernel_size == c.stride and c.kernel_size != (1, 1) for c in convolutions)
     return device.type == "cpu" and bool(convolutions) and not strided and not patches
