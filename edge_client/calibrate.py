@@ -30,15 +30,14 @@ from edge_client.trial import TrialModel, trial_request, try_training, write_noi
 from fedepth import __version__
 from fedepth.errors import ChildError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors
-from fedepth.memory.predict import training_peak
+from fedepth.memory.predict import needed_bytes, training_peak
 from fedepth.memory.traced import traced_costs
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
 
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
-FOLLOWS = 1.15
+FOLLOWS = 1.25
 _STEPS = 3
 _LOOK_S = 0.5
-_FAR_BYTES = 1 << 40
 
 Tell = Callable[[str], None]
 
@@ -200,7 +199,11 @@ async def _run(
 ) -> tuple[str, Done]:
     """One probe in a trainer of its own: the first task of a process takes the most. Names the allocator's version."""
     trainer = await TrainerProcess.start(msgspec.structs.replace(config, allocator=allocator))
-    request = trial_request(model, _plan(model, probe), _FAR_BYTES, folder / probe.model, folder / "run", enforce=False)
+    plan = _plan(model, probe)
+    # A budget without much to spare: what is kept with all the memory of the device says nothing.
+    request = trial_request(
+        model, plan, needed_bytes(plan.predicted_peak_bytes), folder / probe.model, folder / "run", enforce=False
+    )
     try:
         end = await try_training(trainer, request)
     finally:
@@ -223,7 +226,7 @@ def _plan(model: TrialModel, probe: Probe) -> Plan:
             cache_bytes=0,
         )
         stages.append(Stage(first, last, probe.micro_batch, CachePlace.DISK, probe.micro_batch, peak))
-    return Plan(tuple(stages), (), Policy.AUTO, _FAR_BYTES)
+    return Plan(tuple(stages), (), Policy.AUTO, 0)
 
 
 def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:

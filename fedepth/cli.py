@@ -64,8 +64,8 @@ def plan_command(
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
-    What kernels and the allocator take is counted as on a desktop with tcmalloc, unless a device's calibration is given;
-    a device that takes part in a job measures its own.
+    What kernels and the allocator take is counted as on a desktop with tcmalloc, unless a device's calibration is
+    given; a device that takes part in a job measures its own.
     """
     device = _calibration(calibration) if calibration else Calibration()
     budget_bytes = parse_size(budget)

@@ -15,6 +15,7 @@ import ctypes
 import os
 import platform
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -32,6 +33,9 @@ _DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
 _MOST_RECORDS_MIB = 64
 _MIB = 1 << 20
 _RESERVED_MOST = 1 << 36  # beyond that a cap is none
+_UNRESERVED_BYTES = 24 << 20  # of address space, for what does not come from the heap, such as compiled kernels
+_STATUS = Path("/proc/self/status")
+_DATA = re.compile(r"^VmData:\s+(\d+) kB", re.MULTILINE)
 
 
 def name() -> str:
@@ -122,8 +126,8 @@ class HeapCap:
 
     def __enter__(self) -> HeapCap:
         self._set(self._held + self._cap)
-        if keeps_pages() and self._cap < _RESERVED_MOST:
-            _reserve(self._cap)
+        if not _property(_DECOMMIT):
+            _reserve(min(self._cap, _address_space_left() - _UNRESERVED_BYTES))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,7 +152,7 @@ def _reserve(size_bytes: int) -> None:
     before, which lie scattered: what is free then seldom fits, and up to half comes on top of what is needed.
     """
     library = _library()
-    while size_bytes >= _MIB:
+    while keeps_pages() and _MIB <= size_bytes < _RESERVED_MOST:
         address = library.malloc(ctypes.c_size_t(size_bytes))
         if address is not None:
             library.free(ctypes.c_void_p(address))
@@ -169,6 +173,15 @@ def keeping_nothing() -> Iterator[None]:
 def _set_property(key: bytes, value: int) -> None:
     if keeps_pages():
         _library().MallocExtension_SetNumericProperty(key, ctypes.c_size_t(value))
+
+
+def _address_space_left() -> int:
+    """What RLIMIT_DATA leaves; what the system calls infinity where there is none."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:
+        return _RESERVED_MOST * 2
+    taken = _DATA.search(_STATUS.read_text())
+    return soft - int(taken[1]) * 1024 if taken else 0
 
 
 def _property(key: bytes) -> int:

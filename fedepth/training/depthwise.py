@@ -41,10 +41,13 @@ _UNBOUNDED = 1 << 50
 # Beside what its tensors need, a stage may keep this much of freed memory for the next requests.
 KEPT_SHARE = 0.1
 KEPT_BYTES = 2 << 20
-TO_SPARE = 1.35  # budgets that are so many times the need leave room for all pages that an allocator would keep
+# A budget above so many times the need, and this, leaves room for all pages that an allocator would keep.
+TO_SPARE = 1.35
+TO_SPARE_BYTES = 8 << 20
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
-    r"(can't allocate memory|bad_alloc|out of memory|could not create a memory|cannot allocate)", re.I
+    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not create a)",
+    re.I,
 )
 _WANTED = re.compile(r"tried to allocate (\d+) bytes")
 
@@ -164,7 +167,7 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     """
     cap = budget if work.enforce else _UNBOUNDED
     need = max(rehearsed.values(), default=0)
-    if (stage.first, stage.last) in rehearsed and budget < need * TO_SPARE:
+    if (stage.first, stage.last) in rehearsed and budget < need * TO_SPARE + TO_SPARE_BYTES:
         cap = min(cap, need + int(need * KEPT_SHARE) + KEPT_BYTES)
     return allocator.HeapCap(meter.baseline.heap_bytes, cap)
 
