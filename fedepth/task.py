@@ -89,7 +89,7 @@ class Calibration:
     """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
 
     scratch = fixed + kept_share · tensors + activation_share · largest activation of the running unit
-              + parameter_share · its largest parameter + convolution_bytes · convolutions of the block.
+              + parameter_share · its largest parameter + convolution_bytes · convolutions up to the block's end.
     The defaults were measured on a desktop with tcmalloc.
 
     Attributes:
@@ -99,7 +99,7 @@ class Calibration:
         kept_share: of all tensors, in freed pages that the allocator keeps.
         activation_share: of the largest activation of a micro-batch: reordered copies, per-thread buffers.
         parameter_share: of the largest parameter: reordered weights, per-thread sums of its gradient.
-        convolution_bytes: compiled kernels, for every convolution of the block.
+        convolution_bytes: compiled kernels, for every convolution that has run up to the block's end.
     """
 
     allocator: str = ""

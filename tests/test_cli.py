@@ -21,8 +21,8 @@ def plan(*argv: str) -> str:
 
 
 def test_the_plan_and_what_other_budgets_buy() -> None:
-    shown = plan(MODEL, "--budget", "8MiB", "--policy", "paper")
-    assert "digits-cnn, batch 128, sgd, policy paper, budget 8.0 MiB" in shown
+    shown = plan(MODEL, "--budget", "9MiB", "--policy", "paper")
+    assert "digits-cnn, batch 128, sgd, policy paper, budget 9.0 MiB" in shown
     rows = [line.split() for line in shown.splitlines()]
     (first, second) = (row for row in rows if row[1:2] == ["128"])
     assert (first[0][0], second[0][-1]) == ("0", "5")

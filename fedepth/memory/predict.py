@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, TrainingSpec, UnitCost
 
-MARGIN_BYTES = 2 << 20
-MARGIN_SHARE = 0.06
+MARGIN_BYTES = 3 << 20
+MARGIN_SHARE = 0.08
 FLOAT_BYTES = 4
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
@@ -177,7 +177,8 @@ def _step(
         optimizer_state=optimizer_copies(training) * sum(trainable),
         cache=cache_bytes,
     )
-    convolutions = sum(unit.convolutions for unit in (*units, exit_))
+    # Compiled kernels are kept, those of earlier blocks and of building caches too.
+    convolutions = sum(unit.convolutions for unit in (*costs.units[: last + 1], exit_))
     scratch = [_scratch(costs.calibration, unit, micro_batch, convolutions) for unit in (*units, exit_)]
     names = (*(str(unit) for unit in range(first, last + 1)), "exit")
     moments = _checkpointed if checkpoint else _plain
@@ -266,7 +267,7 @@ def build_moments(
         moment = _Moment("build", samples, 0, _Beside(device.fixed_bytes, device.kept_share))
         return ((moment.name, _at(_resident(device, cache=cache_bytes), moment)),)
     loaded = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
-    convolutions = sum(unit.convolutions for unit in units)
+    convolutions = sum(unit.convolutions for unit in costs.units[:first])
     moments = []
     for index, unit in enumerate(units, source):
         resident = _resident(
@@ -286,7 +287,7 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
 
 
 def _scratch(device: Calibration, unit: UnitCost, samples: int, convolutions: int) -> _Beside:
-    """Beside the tensors while `unit` runs; kernels of all `convolutions` of the block are kept."""
+    """Beside the tensors while `unit` runs; kernels of `convolutions` are kept."""
     fixed = device.fixed_bytes + int(
         device.activation_share * samples * unit.largest_activation_bytes
         + device.parameter_share * unit.largest_parameter_bytes

@@ -54,7 +54,7 @@ def test_every_smaller_number_of_stages_with_the_smallest_budget_that_gives_it()
 
 def test_the_next_larger_and_the_next_smaller_budget() -> None:
     costs = model(1000, 1000, 1000, 1000)
-    found = explained(costs, 20 * MIB)
+    found = explained(costs, 21 * MIB)
     assert found.plan.blocks == "0-1 | 2-3"
     assert found.larger is not None
     assert (found.larger.budget_bytes, found.larger.plan.blocks) == (block_needs(*[1000] * 4), "0-3")

@@ -93,7 +93,7 @@ def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
 
 
 def test_a_budget_leaves_a_margin_above_the_estimate() -> None:
-    assert needed_bytes(100 * MIB) == 108 * MIB
+    assert needed_bytes(100 * MIB) == 111 * MIB
 
 
 def test_checkpointing_keeps_the_inputs_and_one_unit_at_a_time() -> None:
@@ -134,13 +134,13 @@ def test_auto_computes_again_what_even_one_sample_at_a_time_could_not_keep() -> 
 def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -> None:
     costs = model()
     costs = replace(costs, units=(replace(costs.units[0], saved=Size(0, 9000 * KIB)), *costs.units[1:]))
-    found = plan(costs, 30000 * KIB)
+    found = plan(costs, 32000 * KIB)
     assert found.untrained == (0,)
     assert [(s.first, s.last) for s in found.stages] == [(1, 3)]
 
 
 def test_nothing_fits_says_what_is_needed_and_what_is_free() -> None:
-    with pytest.raises(PlanError, match=r"the smallest plan needs 11\.6 MiB, 1\.0 MiB are free") as caught:
+    with pytest.raises(PlanError, match=r"the smallest plan needs 12\.7 MiB, 1\.0 MiB are free") as caught:
         plan(model(), MIB)
     needed = needed_bytes((80 + 8000 + 80) * KIB + SCRATCH)  # one unit, cache on disk
     assert (caught.value.needed_bytes, caught.value.budget_bytes) == (needed, MIB)
