@@ -7,41 +7,44 @@
 The trainer is the one of a device, with its limits: RLIMIT_DATA above its baseline, a cap on its heap, a rehearsal.
 First, full training at micro-batch 1 is tried under the same limit and fails. Then the planner's plan is trained for
 one pass over the images. The update's parts are averaged into new global weights by the coordinator's own aggregation,
-and the loss over the same images is computed before and after by its model worker, which has no limit.
+and the loss over the first 64 of the images is computed before and after by its model worker, which has no limit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 
 from benchmarks.bench_task import prepare, write_digits
 from benchmarks.full_training import full_plan
 from coordinator.worker import ModelWorker
+from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done, Failed
 from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
+from edge_client.work import smaller_limit
 from fedepth.aggregation.mean import ClientUpdate, average
 from fedepth.data.read import open_images
 from fedepth.errors import FedepthError
-from fedepth.planning.planner import full_training_peak, make_plan
+from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import CacheType, ModelSpec, Plan, Policy, TrainingSpec
+from fedepth.task import CacheType, ModelSpec, Outcome, Plan, Policy, TrainingSpec
 
 MIB = 1 << 20
 BUDGETS = {"sgd": 256 * MIB, "adamw": 320 * MIB}
 RATES = {"sgd": 1e-3, "adamw": 1e-5}
 IMAGES = 256
+EVALUATED = 64
 BATCH = 32
 
 app = typer.Typer(add_completion=False)
@@ -60,7 +63,7 @@ def copy_folders(data: Path, target: Path, count: int) -> Path:
     for number in range(count):
         folder, place = folders[number % len(folders)], number // len(folders)
         image = sorted(folder.iterdir())[place]
-        for split in ("train", "test"):
+        for split in ("train", "test") if number < EVALUATED else ("train",):
             copy = target / split / folder.name / image.name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image, copy)
@@ -68,10 +71,11 @@ def copy_folders(data: Path, target: Path, count: int) -> Path:
 
 
 def write_both(folder: Path, count: int) -> Path:
-    """Digits to train on, and the same ones to take the loss of."""
+    """Digits to train on, and the first of them to take the loss of."""
+    write_digits(folder / "first", EVALUATED)
     write_digits(folder, count)
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        shutil.copyfile(folder / f"train-{kind}", folder / f"t10k-{kind}")
+        shutil.copyfile(folder / "first" / f"train-{kind}", folder / f"t10k-{kind}")
     return folder
 
 
@@ -87,16 +91,14 @@ async def run(folder: Path, optimizer: str, data: Path | None, budget: int, allo
     try:
         console.print(f"[bold]{spec.name}[/bold] at 224 px, {optimizer}, {IMAGES} images, {format_size(budget)}")
         prepared = await prepare(spec, training, folder / "models")
+        config = replace(TrainerConfig(), allocator=allocator)
+        calibration = (await calibrated(config, console.print)).calibration
+        prepared = dataclasses.replace(prepared, costs=dataclasses.replace(prepared.costs, calibration=calibration))
+        allocator = calibration.allocator
         failed = await _fails(folder, prepared, budget, images, allocator)
-        plan = make_plan(
-            prepared.costs, budget_bytes=budget, training=training, sample_count=IMAGES, policy=Policy.AUTO
-        )
-        show(plan)
         started = time.monotonic()
-        end = await _train(folder, prepared, plan, budget, images, allocator)
+        end = await _train_smaller_and_smaller(folder, prepared, budget, images, allocator)
         seconds = time.monotonic() - started
-        if isinstance(end, Failed):
-            raise FedepthError(f"training failed: {end.message}")
         result = end.result
         trained = folder / "trained.safetensors"
         parts = tuple(sorted((folder / "run" / "output").glob("part-*.safetensors")))
@@ -126,12 +128,12 @@ async def run(folder: Path, optimizer: str, data: Path | None, budget: int, allo
         "loss_after": losses[1],
         "allocator": result.allocator,
         "baseline_bytes": result.baseline_bytes,
-        "stages": [asdict(stage) for stage in result.stages],
+        "stages": [dataclasses.asdict(stage) for stage in result.stages],
     }
 
 
 def _micro(training: TrainingSpec) -> TrainingSpec:
-    return TrainingSpec(**{**asdict(training), "batch": 1})
+    return dataclasses.replace(training, batch=1)
 
 
 async def _fails(folder: Path, prepared: TrialModel, budget: int, images: Path, allocator: str) -> str:
@@ -143,12 +145,36 @@ async def _fails(folder: Path, prepared: TrialModel, budget: int, images: Path, 
     return end.message if isinstance(end, Failed) else ""
 
 
+async def _train_smaller_and_smaller(
+    folder: Path, prepared: TrialModel, budget: int, images: Path, allocator: str
+) -> Done:
+    """As the agent does it: a plan that goes over its budget is followed by a smaller one."""
+    limit = budget
+    while True:
+        plan = make_plan(
+            prepared.costs,
+            budget_bytes=limit,
+            training=prepared.training,
+            sample_count=IMAGES,
+            policy=Policy.AUTO,
+        )
+        show(plan)
+        end = await _train(folder, prepared, plan, budget, images, allocator)
+        if isinstance(end, Done):
+            return end
+        if end.outcome is not Outcome.OVER_BUDGET:
+            raise FedepthError(f"training failed: {end.message}")
+        console.print(f"  {end.message}; planning smaller")
+        least = smallest_peak(prepared.costs, prepared.training, IMAGES, Policy.AUTO)
+        limit = smaller_limit(plan, end.miss_bytes, least)
+
+
 async def _train(
     folder: Path, prepared: TrialModel, plan: Plan, budget: int, images: Path, allocator: str
 ) -> Done | Failed:
     shutil.rmtree(folder / "run", ignore_errors=True)
     task = trial_request(prepared, plan, budget, images, folder / "run", enforce=True)
-    return await try_in_fresh_trainer(task, msgspec.structs.replace(TrainerConfig(), allocator=allocator))
+    return await try_in_fresh_trainer(task, replace(TrainerConfig(), allocator=allocator))
 
 
 def show(plan: Plan) -> None:

@@ -182,7 +182,8 @@ async def _train(
         if end.outcome not in (Outcome.OVER_BUDGET, Outcome.TRAINER_DIED) or tries > SMALLER_PLANS:
             return plan, tries, end
         try:
-            limit = min(limit, smaller_limit(plan, end.miss_bytes))
+            least = smallest_peak(prepared.costs, prepared.training, samples, policy)
+            limit = min(limit, smaller_limit(plan, end.miss_bytes, least))
             make_plan(
                 prepared.costs, budget_bytes=limit, training=prepared.training, sample_count=samples, policy=policy
             )

@@ -36,7 +36,7 @@ from fedepth.errors import (
     ProtocolError,
 )
 from fedepth.memory.predict import needed_bytes
-from fedepth.planning.planner import make_plan
+from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
 from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Task
 
@@ -175,7 +175,9 @@ class Worker:
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _Told(end)
             smaller += 1
-            limit = smaller_limit(plan, end.miss_bytes)
+            task = request.task
+            least = smallest_peak(task.costs, task.training, samples, task.policy)
+            limit = smaller_limit(plan, end.miss_bytes, least)
             _log.warning(
                 "a stage went over its budget",
                 message=end.message,
@@ -248,14 +250,16 @@ class Worker:
         raise ChildError("the trainer ended its events without done or failed")
 
 
-def smaller_limit(plan: Plan, miss_bytes: int) -> int:
+def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0) -> int:
     """What a plan may need after `plan` has gone over its budget by `miss_bytes` (0 if nobody could tell).
 
     Counted from what the plan was predicted to need, not from the budget, which may lie far above it: the next plan is
-    then another one for certain.
+    then another one for certain. Where the miss is larger than all that could be saved, the smallest plan, which needs
+    `least_bytes`, is still worth a try.
     """
     needed = needed_bytes(plan.predicted_peak_bytes)
-    return max(0, needed - max(miss_bytes, int(needed * _SMALLEST_STEP)))
+    limit = max(0, needed - max(miss_bytes, int(needed * _SMALLEST_STEP)))
+    return max(limit, least_bytes) if least_bytes < needed else limit
 
 
 class _Told(FedepthError):

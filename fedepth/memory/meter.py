@@ -31,7 +31,7 @@ class Baseline:
     Attributes:
         resident_bytes: VmRSS.
         anonymous_bytes: RssAnon.
-        data_bytes: VmData, what RLIMIT_DATA counts, without what the allocator has free.
+        data_bytes: VmData, what RLIMIT_DATA counts.
         heap_bytes: what the allocator's own limit counts; 0 where it has none.
     """
 
@@ -46,8 +46,8 @@ class Meter:
 
     def __init__(self) -> None:
         allocator.release()
-        data = status_bytes("VmData") - allocator.retained_bytes()
-        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), data, allocator.heap_bytes())
+        heap = allocator.heap_bytes()
+        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), status_bytes("VmData"), heap)
         self._anonymous = 0
 
     def reset(self) -> None:
