@@ -331,7 +331,8 @@ def test_what_does_not_fit_is_declined_with_numbers(
     (failure,) = transport.failures
     assert failure.outcome is Outcome.DECLINED
     assert failure.budget_bytes == MIB
-    assert f"the smallest plan needs {format_size(failure.needed_bytes)}, 1.0 MiB are free" in failure.message
+    needed = format_size(failure.needed_bytes, round_up=True)
+    assert f"the smallest plan needs {needed}, 1.0 MiB are free" in failure.message
 
 
 def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
@@ -378,7 +379,8 @@ def test_when_no_smaller_plan_is_left_it_is_over_budget_with_numbers(
     (failure,) = transport.failures
     assert (failure.outcome, failure.budget_bytes) == (Outcome.OVER_BUDGET, 0)
     assert failure.needed_bytes > 0
-    assert len(bench.requests) == 1
+    _, smallest = bench.plans()  # tried before giving up, though the miss was larger than all that it saves
+    assert needed_bytes(smallest.predicted_peak_bytes) <= failure.needed_bytes
 
 
 def test_what_the_trainer_says_of_its_failure_is_passed_on(
