@@ -253,6 +253,7 @@ def draw_errors(trials: Sequence[Trial], path: Path) -> None:
 def memory(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
     quick: Annotated[bool, typer.Option(help=f"{QUICK_TRIALS} trials instead of {TRIALS}.")] = False,
+    trials_wanted: Annotated[int, typer.Option("--trials", help="How many.")] = TRIALS,
     folder: Annotated[Path, typer.Option(help="Where trials are kept; the next run goes on there.")] = Path(
         "runs/memory"
     ),
@@ -264,7 +265,7 @@ def memory(
     calibration = asyncio.run(calibrated(_config(allocator), console.print)).calibration
     folder = folder.resolve() / f"{calibration.allocator}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else TRIALS, seed, calibration))
+    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else trials_wanted, seed, calibration))
     for trial in trials:
         if trial.outcome != "trained" or trial.tries > 1 or trial.measured_bytes > trial.budget_bytes:
             console.print(

@@ -29,7 +29,7 @@ from edge_client.trainer_process import Done, TrainerProcess, torch_version
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
 from fedepth.errors import ChildError
-from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors
+from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.memory.predict import needed_bytes, training_peak
 from fedepth.memory.traced import traced_costs
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
@@ -163,23 +163,23 @@ async def _measure(config: TrainerConfig, fingerprint: str, tell: Tell) -> Calib
         first, *others = PROBES
         trials: list[AllocatorTrial] = []
         measured: dict[str, list[MeasuredStage]] = {}
-        kept: dict[str, list[float]] = {}
+        peaks: dict[str, list[tuple[int, int]]] = {}
         for name in names:
             tell(f"trying {name}")
             version, done = await _run(config, name, models[first], first, folder)
             trials.append(_trial(name, version, done))
             measured[name] = _stages(models[first], first, done)
-            kept[name] = [_kept_share(done)]
+            peaks[name] = [_peaks(done)]
         chosen = choose(tuple(trials)).allocator
         for probe in others:
             tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
             _, done = await _run(config, chosen, models[probe], probe, folder)
             measured[chosen] += _stages(models[probe], probe, done)
-            kept[chosen].append(_kept_share(done))
+            peaks[chosen].append(_peaks(done))
     start = replace(Calibration(), allocator=chosen, torch=torch_version())
     need = fit(measured[chosen], start)
     errors = [abs(error) for error in relative_errors(measured[chosen], need)]
-    calibration = replace(need, kept_share=statistics.median(kept[chosen]))
+    calibration = with_kept(need, peaks[chosen])
     return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
 
 
@@ -237,11 +237,10 @@ def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
     ]
 
 
-def _kept_share(done: Done) -> float:
-    """By how much the plan's peak was above its rehearsal."""
+def _peaks(done: Done) -> tuple[int, int]:
+    """What the plan's worst stage needed in its rehearsal, and its peak in training."""
     stages = done.result.stages
-    need = max(stage.rehearsed_peak_bytes for stage in stages)
-    return max(0.0, max(stage.measured_peak_bytes for stage in stages) / need - 1)
+    return max(stage.rehearsed_peak_bytes for stage in stages), max(stage.measured_peak_bytes for stage in stages)
 
 
 def _trial(allocator: str, version: str, done: Done) -> AllocatorTrial:

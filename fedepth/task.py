@@ -104,8 +104,8 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 3 << 19
-    kept_share: float = 0.1
+    fixed_bytes: int = 5 << 19
+    kept_share: float = 0.07
     activation_share: float = 0.0
     parameter_share: float = 1.0
     convolution_bytes: int = 15_000

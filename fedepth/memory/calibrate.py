@@ -54,6 +54,24 @@ def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
     return found
 
 
+def with_kept(need: Calibration, peaks: Sequence[tuple[int, int]]) -> Calibration:
+    """Adds what the allocator keeps: the line, fixed + share · need, that is closest to these peaks in relative terms.
+
+    Args:
+        need: the calibration as if nothing were kept.
+        peaks: (need, peak in training) of plans, in bytes.
+    """
+    # Least squares of (fixed + share · need − kept) / need: regression of kept / need on 1 / need.
+    inverse = [1 / each for each, _ in peaks]
+    kept = [max(0, peak - each) / each for each, peak in peaks]
+    middle, height = sum(inverse) / len(peaks), sum(kept) / len(peaks)
+    spread = sum((x - middle) ** 2 for x in inverse)
+    fixed = sum((x - middle) * (y - height) for x, y in zip(inverse, kept, strict=True)) / spread if spread else 0.0
+    fixed = max(0.0, fixed)
+    share = max(0.0, height - fixed * middle)
+    return replace(need, fixed_bytes=need.fixed_bytes + round(fixed), kept_share=share)
+
+
 def relative_errors(measured: Sequence[MeasuredStage], calibration: Calibration) -> list[float]:
     """(predicted − measured) / measured of every stage."""
     return [predicted_bytes(each, calibration) / each.measured_bytes - 1 for each in measured]

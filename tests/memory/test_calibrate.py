@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors
+from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
 from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
 
 MIB = 1 << 20
@@ -59,3 +59,12 @@ def test_what_was_not_seen_stays_as_it_was() -> None:
     assert found.parameter_share == START.parameter_share
     assert found.convolution_bytes == START.convolution_bytes
     assert abs(relative_errors([one], found)[0]) < abs(relative_errors([one], START)[0])
+
+
+def test_what_the_allocator_keeps_is_a_line_over_the_need() -> None:
+    need = replace(START, kept_share=0.0)
+    peaks = [(mib * MIB, int(mib * MIB * 1.05) + 2 * MIB) for mib in (10, 40, 160)]
+    found = with_kept(need, peaks)
+    assert found.kept_share == pytest.approx(0.05, abs=1e-6)
+    assert found.fixed_bytes == pytest.approx(need.fixed_bytes + 2 * MIB, abs=2)
+    assert with_kept(need, [(10 * MIB, 9 * MIB)]) == need  # nothing kept is nothing, not less
