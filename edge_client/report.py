@@ -222,9 +222,6 @@ class Bench:
         """Trains under a limit of `most_bytes`, or of what is free where that is less."""
         trainer = await self.trainer()
         limit = min(most_bytes, self.free(trainer).budget_bytes)
-        if trainer.retained_bytes > limit:
-            await self._keeper.drop()  # its limit could not hold it; a new process retains nothing
-            trainer = await self.trainer()
         needed = needed_bytes(plan.predicted_peak_bytes)
         if needed > limit:
             return _too_large(needed, limit)

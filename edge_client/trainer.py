@@ -115,10 +115,9 @@ def main() -> None:
                 budget_bytes=getattr(error, "budget_bytes", request.budget.budget_bytes),
                 stage=getattr(error, "stage", 0),
                 miss_bytes=getattr(error, "miss_bytes", 0),
-                retained_bytes=allocator.retained_bytes(),
             )
         else:
-            lines.tell(event="done", result=result, retained_bytes=allocator.retained_bytes())
+            lines.tell(event="done", result=result)
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 

@@ -87,13 +87,9 @@ class StageDone(_Event, tag="stage_done", frozen=True):
 
 
 class Done(_Event, tag="done", frozen=True):
-    """The task is trained, and its parts lie in the output folder.
-
-    `retained_bytes`: address space that the allocator keeps for later, out of RLIMIT_DATA's reach.
-    """
+    """The task is trained, and its parts lie in the output folder."""
 
     result: Result
-    retained_bytes: int = 0
 
 
 class Failed(_Event, tag="failed", frozen=True):
@@ -105,7 +101,6 @@ class Failed(_Event, tag="failed", frozen=True):
     budget_bytes: int = 0
     stage: int = 0
     miss_bytes: int = 0
-    retained_bytes: int = 0
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Waiting | StageDone | Done | Failed
@@ -118,7 +113,6 @@ class TrainerProcess:
         start_bytes: what it costs before weights and data, as it says itself.
         allocator: its memory allocator's name and version.
         idle_anonymous_bytes: the part of its start that the kernel cannot drop, seen from outside.
-        retained_bytes: address space that its allocator keeps since the last task.
     """
 
     def __init__(self, child: Child, ready: Ready) -> None:
@@ -126,7 +120,6 @@ class TrainerProcess:
         self.start_bytes = ready.start_bytes
         self.allocator = ready.allocator
         self.idle_anonymous_bytes = anonymous_bytes(child.pid)
-        self.retained_bytes = 0
 
     @classmethod
     async def start(cls, config: TrainerConfig, argv: Sequence[str] = TRAINER_ARGV) -> TrainerProcess:
@@ -176,8 +169,6 @@ class TrainerProcess:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
                 raise ChildError(f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}") from None
-            if isinstance(event, (Done, Failed)):
-                self.retained_bytes = event.retained_bytes
             yield event
             if isinstance(event, (Done, Failed)):
                 return

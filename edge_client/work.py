@@ -157,9 +157,6 @@ class Worker:
                 trainer = await self._keeper.take()
                 self._allowance.learn_start(trainer.start_bytes)
                 budget = self._allowance.budget(trainer.held_bytes)
-                if trainer.retained_bytes > budget.budget_bytes:
-                    await self._keeper.drop()  # its limit could not hold it; a new process retains nothing
-                    continue
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
                 end = await self._train_once(trainer, replace(request, plan=plan, budget=budget), tell)
             except ChildError as error:

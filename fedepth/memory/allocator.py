@@ -24,9 +24,7 @@ from typing import Any
 
 _MAPS = Path("/proc/self/maps")
 _NAMES = re.compile(r"(tcmalloc_minimal|tcmalloc|jemalloc|mimalloc)[^/\s]*\.so[.\d]*")
-# gperftools/malloc_extension.h: pages that are free but mapped, and free pages whose memory was given back.
-_FREE = b"tcmalloc.pageheap_free_bytes"
-_UNMAPPED = b"tcmalloc.pageheap_unmapped_bytes"
+# gperftools/malloc_extension.h: pages that are mapped and were not given back, and two settings.
 _COMMITTED = b"tcmalloc.pageheap_committed_bytes"
 _LIMIT = b"tcmalloc.heap_limit_mb"
 _DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
@@ -64,17 +62,12 @@ def keeps_pages() -> bool:
 
 
 def release() -> None:
-    """Gives free pages back to the system; address space may stay taken (see `retained_bytes`)."""
+    """Gives free pages back to the system; address space may stay taken."""
     library = _library()
     if keeps_pages():
         library.MallocExtension_ReleaseFreeMemory()
     elif hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
-
-
-def retained_bytes() -> int:
-    """Address space that is free inside the allocator: it counts in VmData and serves the next requests."""
-    return _property(_FREE) + _property(_UNMAPPED)
 
 
 def data_overhead_bytes(budget_bytes: int) -> int:

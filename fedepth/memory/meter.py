@@ -80,8 +80,8 @@ class DataLimit:
     """RLIMIT_DATA as a soft limit around a task; the hard limit stays, so that the next task may have another.
 
     Address space runs ahead of what is resident; `overhead_bytes` is by how much it may. The kernel looks at the limit
-    when address space is asked for, so what an allocator has retained is out of its reach: a process that retains more
-    than the budget has to be replaced (`allocator.retained_bytes`).
+    when address space is asked for, so what an allocator has retained is out of its reach: `allocator.HeapCap` is for
+    that.
     """
 
     def __init__(self, data_bytes: int, budget_bytes: int, overhead_bytes: int) -> None:

@@ -50,7 +50,7 @@ def stage_result(stage: dict[str, Any], peak: int) -> dict[str, Any]:
     }
 
 
-def done(request: dict[str, Any], peak: int = 0, retained: int = 0) -> None:
+def done(request: dict[str, Any], peak: int = 0) -> None:
     """`peak`: what every stage took; 0 leaves the stages out."""
     content = b"trained"
     output = Path(request["output"])
@@ -74,7 +74,6 @@ def done(request: dict[str, Any], peak: int = 0, retained: int = 0) -> None:
             "allocator": "fake 1",
             "baseline_bytes": START_BYTES,
         },
-        retained_bytes=retained,
     )
 
 
@@ -103,7 +102,7 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
             tell(event="measure", stage=0, held_bytes=scene["held"])
             with open(journal.with_suffix(".answers"), "a") as file:
                 file.write(sys.stdin.readline())
-        done(request, scene.get("peak", 0), scene.get("retained", 0))
+        done(request, scene.get("peak", 0))
 
 
 def main() -> None:

@@ -146,13 +146,6 @@ def test_rows_that_go_wrong_say_so_and_the_report_goes_on(play: Callable[..., An
     assert len({request["pid"] for request in requests[1:]}) == 1
 
 
-def test_a_trainer_that_retains_more_than_the_limit_is_replaced(play: Callable[..., Any]) -> None:
-    scenes = [{"do": "ok", "peak": MIB, "retained": 201 * MIB}, GOOD]
-    _, requests = play(*scenes, free=200 * MIB, budgets=(200 * MIB,))
-    assert requests[0]["pid"] != requests[1]["pid"]
-    assert len({request["pid"] for request in requests[1:]}) == 1
-
-
 def test_the_ladder_is_between_the_smallest_plan_and_what_is_free(play: Callable[..., Any]) -> None:
     report, _ = play(GOOD, free=200 * MIB, budgets=())
     budgets = [row.budget_bytes for row in report.plans]
