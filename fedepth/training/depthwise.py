@@ -44,6 +44,7 @@ KEPT_BYTES = 2 << 20
 # A budget above so many times the need, and this, leaves room for all pages that an allocator would keep.
 TO_SPARE = 1.35
 TO_SPARE_BYTES = 8 << 20
+BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
 CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not create a)",
@@ -165,7 +166,7 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     At most the budget; and all of it where it is far above the need, or where the stage was not rehearsed. Stages that
     need less than the worst keep what they like up to its need: giving pages back costs up to a fifth of the time.
     """
-    cap = budget if work.enforce else _UNBOUNDED
+    cap = budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
     need = max(rehearsed.values(), default=0)
     if (stage.first, stage.last) in rehearsed and budget < need * TO_SPARE + TO_SPARE_BYTES:
         cap = min(cap, need + int(need * KEPT_SHARE) + KEPT_BYTES)
@@ -252,7 +253,7 @@ def _yield_memory(
             block.micro_batch = stage.micro_batch
             return
         micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
-        cap.lower(budget)
+        cap.lower(budget - BESIDE_HEAP_BYTES)
         if micro_batch is not None:
             block.micro_batch = micro_batch
             return
