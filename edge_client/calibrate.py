@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,19 +23,22 @@ from pathlib import Path
 import msgspec
 
 from edge_client.allocators import available
-from edge_client.config import TrainerConfig
+from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
+from edge_client.probe import measure
 from edge_client.trainer_process import Done, TrainerProcess, torch_version
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
-from fedepth.errors import ChildError
+from fedepth.errors import ChildError, PlanError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.memory.predict import needed_bytes, training_peak
 from fedepth.memory.traced import traced_costs
+from fedepth.sizes import format_size
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
 
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
 FOLLOWS = 1.25
+ROOM = 1.5  # a probe's predicted need times this has to be free
 _STEPS = 3
 _LOOK_S = 0.5
 
@@ -92,17 +95,24 @@ class Calibrated:
 
 
 async def calibrated(
-    config: TrainerConfig, tell: Tell, *, again: bool = False, folder: Path | None = None
+    config: TrainerConfig,
+    tell: Tell,
+    *,
+    memory: MemoryConfig | None = None,
+    again: bool = False,
+    folder: Path | None = None,
 ) -> Calibrated:
     """The calibration of this machine: the one on disk, or a new one.
 
     Args:
         tell: hears what is being measured.
+        memory: the operator's reserve and fraction; what does not fit into the rest is not tried.
         again: measure even if the record still holds.
         folder: where the record lies; the user's cache folder by default.
 
     Raises:
         ChildError: a trainer could not be started, or a probe failed.
+        PlanError: too little memory is free to measure anything.
         ConfigError: tcmalloc was asked for by name and is not installed.
     """
     folder = folder or default_cache_dir()
@@ -113,7 +123,7 @@ async def calibrated(
         kept = recall(file, Calibrated)
         if kept and kept.fingerprint == fingerprint and not again:
             return kept
-        found = await _measure(config, fingerprint, tell)
+        found = await _measure(config, memory or MemoryConfig(), fingerprint, tell)
         remember(file, found)
         return found
 
@@ -154,13 +164,42 @@ async def _locked(path: Path) -> AsyncIterator[None]:
         yield
 
 
-async def _measure(config: TrainerConfig, fingerprint: str, tell: Tell) -> Calibrated:
+def fitting(plans: Mapping[Probe, Plan], free_bytes: int) -> list[Probe]:
+    """The probes that a device can bear: they run without a limit, so that half as much again has to be free.
+
+    Raises:
+        PlanError: not even the smallest fits.
+    """
+    needs = {probe: int(ROOM * needed_bytes(plan.predicted_peak_bytes)) for probe, plan in plans.items()}
+    found = [probe for probe, needed in needs.items() if needed <= free_bytes]
+    if not found:
+        least = min(needs.values())
+        raise PlanError(
+            f"to measure what training takes here, {format_size(least, round_up=True)} have to be free beside the "
+            f"trainer, {format_size(free_bytes)} are. Free memory, or lower memory.reserve.",
+            needed_bytes=least,
+            budget_bytes=free_bytes,
+        )
+    return found
+
+
+async def _free_bytes(config: TrainerConfig, allocator: str, memory: MemoryConfig) -> int:
+    """What is free beside a running trainer. A cap is for tasks: the probes of all agents here are the same."""
+    trainer = await TrainerProcess.start(msgspec.structs.replace(config, allocator=allocator))
+    try:
+        return max(0, int(measure().available_bytes * memory.fraction) - memory.reserve_bytes)
+    finally:
+        await trainer.kill()
+
+
+async def _measure(config: TrainerConfig, memory: MemoryConfig, fingerprint: str, tell: Tell) -> Calibrated:
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
     with tempfile.TemporaryDirectory(prefix="fedepth-calibrate-") as text:
         folder = Path(text)
         tell("tracing small models")
         models = {probe: await _prepare(probe, folder) for probe in PROBES}
-        first, *others = PROBES
+        free = await _free_bytes(config, names[0], memory)
+        first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
         trials: list[AllocatorTrial] = []
         measured: dict[str, list[MeasuredStage]] = {}
         peaks: dict[str, list[tuple[int, int]]] = {}
@@ -232,7 +271,7 @@ def _plan(model: TrialModel, probe: Probe) -> Plan:
 
 def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
     return [
-        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, result.rehearsed_peak_bytes)
+        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, max(1, result.rehearsed_peak_bytes))
         for planned, result in zip(done.result.plan.stages, done.result.stages, strict=True)
     ]
 
@@ -240,7 +279,7 @@ def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
 def _peaks(done: Done) -> tuple[int, int]:
     """What the plan's worst stage needed in its rehearsal, and its peak in training."""
     stages = done.result.stages
-    return max(stage.rehearsed_peak_bytes for stage in stages), max(stage.measured_peak_bytes for stage in stages)
+    return max(1, *(stage.rehearsed_peak_bytes for stage in stages)), max(stage.measured_peak_bytes for stage in stages)
 
 
 def _trial(allocator: str, version: str, done: Done) -> AllocatorTrial:

@@ -111,7 +111,7 @@ def calibrate(
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
     with Console(stderr=True).status("starting") as status:
-        found = asyncio.run(calibrated(chosen.trainer, status.update, again=True))
+        found = asyncio.run(calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True))
     if as_json:
         print(msgspec.json.encode(found).decode())
     else:
@@ -197,7 +197,7 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
 
 async def _report(wanted: Wanted, config: settings.Config, tell: Callable[[str], None]) -> Report:
     """With the device's own calibration and the allocator that suits it."""
-    calibration = (await calibrated(config.trainer, tell)).calibration
+    calibration = (await calibrated(config.trainer, tell, memory=config.memory)).calibration
     settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
     return await make_report(wanted, settled, calibration=calibration, tell=tell)
 

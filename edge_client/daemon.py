@@ -22,7 +22,8 @@ from edge_client.config import Config
 from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
 from edge_client.transport import GrpcTransport
-from fedepth.errors import FedepthError
+from fedepth.errors import FedepthError, PlanError
+from fedepth.task import Calibration
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -75,8 +76,14 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
     identity = device_id(config.state_dir)
 
     async def work() -> None:
-        calibration = (await calibrated(config.trainer, _tell)).calibration
-        settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
+        calibration, settled = Calibration(), config
+        try:
+            calibration = (await calibrated(config.trainer, _tell, memory=config.memory)).calibration
+            settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
+        except (
+            PlanError
+        ) as error:  # memory may be back when a task comes; nothing is recorded, so the next start measures
+            structlog.get_logger().warning("not measured; planning with a desktop's figures", error=str(error))
         agent = Agent(
             settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings
         )

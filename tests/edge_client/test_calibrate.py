@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from edge_client import calibrate
-from edge_client.calibrate import AllocatorTrial, Calibrated, calibrated, choose
+from edge_client.calibrate import PROBES, ROOM, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
-from fedepth.task import Calibration
+from fedepth.errors import PlanError
+from fedepth.memory.predict import needed_bytes
+from fedepth.task import CachePlace, Calibration, PeakComponents, Plan, Policy, Stage
 
 MIB = 1 << 20
 GLIBC = AllocatorTrial("glibc", "glibc 2.36", 100 * MIB, 0.5)
@@ -27,7 +29,7 @@ class Measured:
         self.times = 0
         self.inside = 0
 
-    async def __call__(self, config: TrainerConfig, fingerprint: str, tell: object) -> Calibrated:
+    async def __call__(self, config: TrainerConfig, memory: object, fingerprint: str, tell: object) -> Calibrated:
         self.times += 1
         self.inside += 1
         assert self.inside == 1  # one at a time
@@ -78,3 +80,16 @@ def test_a_damaged_record_is_measured_again(tmp_path: Path, measured: Measured) 
     record.write_text("{")
     asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
     assert measured.times == 2
+
+
+def test_a_small_device_runs_only_the_probes_that_it_can_bear() -> None:
+    def plan(mebibytes: int) -> Plan:
+        peak = PeakComponents(0, 0, 0, mebibytes * MIB, 0, 0, 0)
+        return Plan((Stage(0, 0, 1, CachePlace.DISK, 1, peak),), (), Policy.AUTO, 0)
+
+    plans = {probe: plan(10 * number) for number, probe in enumerate(PROBES, 1)}
+    second = int(ROOM * needed_bytes(20 * MIB))
+    assert fitting(plans, second) == list(PROBES[:2])
+    assert fitting(plans, second - 1) == list(PROBES[:1])
+    with pytest.raises(PlanError, match=r"to measure what training takes here, 20\.7 MiB have to be free"):
+        fitting(plans, MIB)
