@@ -134,7 +134,7 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Cali
     samples = 3 * training.batch
     low = smallest_peak(costs, training, samples, drawn.policy)
     high = max(low, int(full_training_peak(costs, training, samples).total * 1.1) + (2 << 20))
-    budget = int(low * (high / low) ** drawn.height)
+    budget = int(low + (high - low) * drawn.height)
     started = time.monotonic()
     plan, tries, end = await _train(folder, prepared, drawn.policy, budget, samples, enforce)
     stages = end.result.stages if isinstance(end, Done) else ()

@@ -24,9 +24,10 @@ from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.models.load import load_model
+from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import Unit, release, split_spec
 from fedepth.training.stage import BlockTraining, epoch_batches
-from fedepth.training.warmup import prefers_channels_last, warm_up
+from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work, load, to_device
 from fedepth.weights import open_weights
 

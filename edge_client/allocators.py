@@ -46,6 +46,8 @@ def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dic
         # Arenas of 1 GiB of address space would defeat RLIMIT_DATA (torch's aarch64 wheels bring mimalloc).
         "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        # MKL would keep several MiB of packed matrices for every thread.
+        "MKL_DISABLE_FAST_MM": "1",
         # Threads that spin while they wait take the cores from whatever else runs on the device, and from each other.
         "OMP_WAIT_POLICY": "PASSIVE",
         # glibc raises both as it runs, and then keeps what was freed; other allocators ignore them.

@@ -38,7 +38,7 @@ from fedepth.task import (
 )
 
 RUNGS = 6
-_STEPS = 3  # optimizer state is whole from the second one on
+_STEPS = 3
 _FEWEST_SAMPLES = 256  # fewer take too short to be timed
 _DESKTOP = Calibration()
 

@@ -24,11 +24,12 @@ from fedepth.files import file_digest
 from fedepth.memory import allocator
 from fedepth.memory.device import bounded
 from fedepth.memory.meter import Meter, status_bytes
+from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
 from fedepth.training.depthwise import Peaks, train
 from fedepth.training.rehearsal import rehearse
-from fedepth.training.warmup import prefers_channels_last, warm_up
+from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work
 from fedepth.weights import open_weights
 
@@ -182,9 +183,13 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
 
 
 def _start(device: torch.device) -> None:
-    """One forward and backward pass, so that what torch loads at first use counts as the trainer's start."""
-    layer = torch.nn.Conv2d(1, 8, 3).to(device)
-    torch.autograd.backward(layer(torch.rand(2, 1, 8, 8, device=device)).sum())
+    """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
+
+    Large enough for every thread to have its part: each keeps buffers of its own.
+    """
+    layer = torch.nn.Conv2d(16, 16, 3).to(device, memory_format=torch.channels_last)
+    images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
+    torch.autograd.backward(layer(images).sum())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from fedepth.errors import ConfigError
 
@@ -19,6 +20,7 @@ _UNITS = {
     "gib": 1 << 30,
     "tib": 1 << 40,
 }
+_BINARY = {10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
@@ -38,9 +40,8 @@ def parse_size(text: str | int) -> int:
         raise ConfigError(
             f'"{text}" is not a size: unknown unit "{unit}", known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB'
         )
-    factor = _UNITS[unit.lower()]
-    # Whole numbers stay out of floating point, so that a large number of bytes is exact.
-    return round(float(number) * factor) if "." in number else int(number) * factor
+    # Out of floating point, so that a large number of bytes is exact.
+    return round(Fraction(number) * _UNITS[unit.lower()])
 
 
 def format_size(size_bytes: int, *, round_up: bool = False) -> str:
@@ -54,12 +55,11 @@ def format_size(size_bytes: int, *, round_up: bool = False) -> str:
     if size < 1 << 10:
         return f"{sign}{size} B"
 
-    def rounded(exponent: int) -> float:
-        number = size / (1 << exponent)
-        return math.ceil(number * 10) / 10 if round_up else round(number, 1)
+    def tenths(exponent: int) -> int:
+        exact = Fraction(10 * size, 1 << exponent)
+        return math.ceil(exact) if round_up else round(exact)
 
-    for exponent, unit in ((10, "KiB"), (20, "MiB"), (30, "GiB")):
-        # What would be printed as 1024.0 belongs to the next unit.
-        if (number := rounded(exponent)) < 1024:
-            return f"{sign}{number:.1f} {unit}"
-    return f"{sign}{rounded(40):.1f} TiB"
+    # What would be printed as 1024.0 belongs to the next unit.
+    exponent = next((each for each in (10, 20, 30) if tenths(each) < 10_240), 40)
+    whole, tenth = divmod(tenths(exponent), 10)
+    return f"{sign}{whole}.{tenth} {_BINARY[exponent]}"

@@ -88,8 +88,9 @@ class Budget:
 class Calibration:
     """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
 
-    scratch = fixed + kept_share · tensors + activation_share · largest activation of the running unit
-              + parameter_share · its largest parameter + convolution_bytes · convolutions up to the block's end.
+    scratch = fixed + kept_share · tensors + convolution_bytes · convolutions up to the block's end
+              + of the running unit: kernel_share · kernel_bytes + depthwise_share · depthwise_bytes
+              + reordered_share · reordered_bytes.
     The defaults were measured on a desktop with tcmalloc.
 
     Attributes:
@@ -97,18 +98,21 @@ class Calibration:
         torch: the version of torch.
         fixed_bytes: whatever the block.
         kept_share: of all tensors, in freed pages that the allocator keeps.
-        activation_share: of the largest activation of a micro-batch: reordered copies, per-thread buffers.
-        parameter_share: of the largest parameter: reordered weights, per-thread sums of its gradient.
-        convolution_bytes: compiled kernels, for every convolution that has run up to the block's end.
+        convolution_bytes: compiled programs, for every convolution that has run up to the block's end.
+        kernel_share: of a convolution's weights: reordered copies of them and of their gradient.
+        depthwise_share: of a wide depth-wise convolution's weights, whose gradient oneDNN pads to blocks of channels:
+            16 × 16 values for one with AVX-512.
+        reordered_share: of a convolution's input and output, where they are copied into another layout.
     """
 
     allocator: str = ""
     torch: str = ""
     fixed_bytes: int = 5 << 19
     kept_share: float = 0.07
-    activation_share: float = 0.0
-    parameter_share: float = 1.0
-    convolution_bytes: int = 15_000
+    convolution_bytes: int = 30_000
+    kernel_share: float = 1.5
+    depthwise_share: float = 256.0
+    reordered_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,12 @@ class UnitCost:
         forward: the most that lives at once in a training forward pass beyond input, output and `saved`.
         backward: the most that lives at once in the backward pass beyond input, output and `saved`, with the
             gradients of input and output counted, parameter gradients not.
+        backward_first: the same for the first unit of a block, whose input needs no gradient.
         inference: the most that lives at once in a forward pass without autograd beyond input and output.
-        largest_activation_bytes: the largest single activation, per sample.
-        convolutions: how many convolutions it runs; a backend keeps compiled kernels for each.
+        convolutions: how many convolutions it runs; a backend keeps compiled programs for each.
+        kernel_bytes: the weights of its largest convolution.
+        depthwise_bytes: the weights of its largest depth-wise convolution with kernels wider than 3.
+        reordered_bytes: the largest input and output of a convolution, per sample, where they are not in channels_last.
         flops: floating point operations of one forward pass, per sample.
     """
 
@@ -208,9 +215,12 @@ class UnitCost:
     saves_output: bool
     forward: Size
     backward: Size
+    backward_first: Size
     inference: Size
-    largest_activation_bytes: int
     convolutions: int
+    kernel_bytes: int
+    depthwise_bytes: int
+    reordered_bytes: int
     flops: int
 
 

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedepth.errors import ConfigError
@@ -58,5 +58,6 @@ def test_a_written_size_is_read_back_within_its_rounding(size: int) -> None:
 
 
 @given(st.integers(min_value=0, max_value=1 << 60))
+@example((1 << 58) + 1)  # which a float cannot tell from 1 << 58
 def test_a_size_to_provide_is_never_written_too_small(size: int) -> None:
     assert parse_size(format_size(size, round_up=True)) >= size

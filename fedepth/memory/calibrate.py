@@ -21,9 +21,10 @@ from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, Trainin
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
 _UNITS = {
     "fixed_bytes": 1 << 20,
-    "activation_share": 1.0,
-    "parameter_share": 1.0,
     "convolution_bytes": 100_000,
+    "kernel_share": 1.0,
+    "depthwise_share": 100.0,
+    "reordered_share": 1.0,
 }
 _PULL = 0.01  # weight of a default beside the squared relative error of one stage
 _ROUNDS = 20

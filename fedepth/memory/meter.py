@@ -71,6 +71,15 @@ class Meter:
         return max(0, self._anonymous)
 
     @property
+    def beside_heap_bytes(self) -> int:
+        """What has come outside the heap since the baseline: compiled kernels, stacks, pages of libraries.
+
+        Gives free pages back. 0 for allocators that do not tell.
+        """
+        heap = allocator.heap_bytes()
+        return max(0, self.held_bytes - (heap - self.baseline.heap_bytes)) if heap else 0
+
+    @property
     def held_bytes(self) -> int:
         """What the process holds now above the baseline."""
         return max(0, status_bytes("VmRSS") - self.baseline.resident_bytes)

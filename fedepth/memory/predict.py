@@ -165,7 +165,8 @@ def _step(
     checkpoint: bool,
 ) -> tuple[PeakComponents, Iterator[_Moment]]:
     """What lives through the whole step, and what comes on top at each of its moments."""
-    units = costs.units[first : last + 1]
+    units = list(costs.units[first : last + 1])
+    units[0] = replace(units[0], backward=units[0].backward_first)
     exit_ = costs.exits[last]
     trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
     buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
@@ -177,7 +178,7 @@ def _step(
         optimizer_state=optimizer_copies(training) * sum(trainable),
         cache=cache_bytes,
     )
-    # Compiled kernels are kept, those of earlier blocks and of building caches too.
+    # Compiled programs are kept, those of earlier blocks and of building caches too.
     convolutions = sum(unit.convolutions for unit in (*costs.units[: last + 1], exit_))
     scratch = [_scratch(costs.calibration, unit, micro_batch, convolutions) for unit in (*units, exit_)]
     names = (*(str(unit) for unit in range(first, last + 1)), "exit")
@@ -287,10 +288,11 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
 
 
 def _scratch(device: Calibration, unit: UnitCost, samples: int, convolutions: int) -> _Beside:
-    """Beside the tensors while `unit` runs; kernels of `convolutions` are kept."""
+    """Beside the tensors while `unit` runs; what was compiled for `convolutions` is kept."""
     fixed = device.fixed_bytes + int(
-        device.activation_share * samples * unit.largest_activation_bytes
-        + device.parameter_share * unit.largest_parameter_bytes
-        + device.convolution_bytes * convolutions
+        device.convolution_bytes * convolutions
+        + device.kernel_share * unit.kernel_bytes
+        + device.depthwise_share * unit.depthwise_bytes
+        + device.reordered_share * unit.reordered_bytes * samples
     )
     return _Beside(fixed, device.kept_share)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec
 from fedepth.task import ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
@@ -49,7 +50,6 @@ class StepTrace:
         forward: the peak of the forward pass above what lives after it.
         backward: the peak of the backward pass above `saved`, gradients of input and output counted.
         inference: the peak of a forward pass without autograd above its output.
-        largest: the largest storage that the forward pass makes.
     """
 
     saved: int
@@ -58,7 +58,6 @@ class StepTrace:
     forward: int
     backward: int
     inference: int
-    largest: int
 
 
 def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
@@ -85,11 +84,14 @@ def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] 
         _fill(split_model)
         for index, unit in enumerate(split_model.units):
             shape, output_shape = split_model.input_shapes[index], split_model.output_shapes[index]
-            units.append(_unit_cost(unit, shape, output_shape, batches, input_grad=index > 0))
+            units.append(_unit_cost(unit, shape, output_shape, batches))
             if output_shape not in exit_by_shape:
                 exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches)
             exits.append(exit_by_shape[output_shape])
         smallest = _smallest_micro_batch(split_model)
+    if prefers_channels_last(split_model, torch.device("cpu")):
+        units = [replace(unit, reordered_bytes=0) for unit in units]
+        exits = [replace(exit_, reordered_bytes=0) for exit_ in exits]
     values = torch.Size(spec.input_shape).numel()
     return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
 
@@ -121,11 +123,13 @@ def _unit_cost(
     shape: tuple[int, ...],
     output_shape: tuple[int, ...],
     batches: tuple[int, int],
-    *,
-    input_grad: bool,
 ) -> UnitCost:
-    traces = [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
-    return _cost(unit, unit, shape, torch.Size(output_shape).numel() * FLOAT_BYTES, batches, traces)
+    inside, first = (
+        [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
+        for input_grad in (True, False)
+    )
+    cost = _cost(unit, unit, shape, torch.Size(output_shape).numel() * FLOAT_BYTES, batches, inside)
+    return replace(cost, backward_first=line(batches, (first[0].backward, first[1].backward)))
 
 
 def _exit_cost(split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
@@ -153,7 +157,8 @@ def _cost(
     """Two traces as sizes that are linear in the batch."""
     small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
-    flops = _flops(step, (unit,), shape, batches[1])
+    convolutions = [m for top in unit.modules for m in top.modules() if isinstance(m, _ConvNd)]
+    flops, reordered = _run_once(step, unit, convolutions, shape, batches[1])
     return UnitCost(
         name=unit.name,
         parameter_bytes=sum(parameters),
@@ -166,10 +171,13 @@ def _cost(
         saves_output=small.saves_output,
         forward=line(batches, (small.forward, large.forward)),
         backward=line(batches, (small.backward, large.backward)),
+        backward_first=line(batches, (small.backward, large.backward)),
         inference=line(batches, (small.inference, large.inference)),
-        largest_activation_bytes=-(-large.largest // batches[1]),
-        convolutions=sum(isinstance(m, _ConvNd) for top in unit.modules for m in top.modules()),
-        flops=flops // batches[1],
+        convolutions=len(convolutions),
+        kernel_bytes=max((each.weight.nbytes for each in convolutions), default=0),
+        depthwise_bytes=max((each.weight.nbytes for each in convolutions if _is_wide_depthwise(each)), default=0),
+        reordered_bytes=reordered,
+        flops=flops,
     )
 
 
@@ -273,7 +281,6 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     saves_output = not is_loss and ledger.serial(output) in kept
     forward_peak, after_forward = ledger.peak(), ledger.live()
     saved = max(0, after_forward - (0 if is_loss or saves_output else output.nbytes))
-    largest = max((size for _, size in ledger.events), default=0)
     tail = output if is_loss else _Tail.apply(output)
     del output  # so that backward frees it as soon as it would in the middle of a model
     start, gradient = len(ledger.events), torch.empty_like(tail)
@@ -290,7 +297,6 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
         forward=forward_peak - after_forward,
         backward=max(0, backward_peak - saved),
         inference=_inference_peak(step, owners, x.detach()),
-        largest=largest,
     )
 
 
@@ -304,12 +310,27 @@ def _inference_peak(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> int:
         return max(0, ledger.peak() - output.nbytes)
 
 
-def _flops(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int) -> int:
-    for owner in owners:
-        owner.train(True)
+def _run_once(
+    step: Step, owner: Unit, convolutions: Sequence[_ConvNd], shape: tuple[int, ...], samples: int
+) -> tuple[int, int]:
+    """Per sample: floating point operations, and the largest input and output of one of the convolutions in bytes."""
+    reordered = 0
+
+    def look(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal reordered
+        reordered = max(reordered, arguments[0].nbytes + output.nbytes)
+
+    handles = [each.register_forward_hook(look) for each in convolutions]
+    owner.train(True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         step(torch.empty((samples, *shape)))
-    return int(counter.get_total_flops())
+    for handle in handles:
+        handle.remove()
+    return int(counter.get_total_flops()) // samples, -(-reordered // samples)
+
+
+def _is_wide_depthwise(convolution: _ConvNd) -> bool:
+    return convolution.groups == convolution.in_channels > 1 and max(convolution.kernel_size) > 3
 
 
 def _fill(split_model: SplitModel) -> None:

@@ -36,15 +36,16 @@ def forward_backward(
     output = inputs.pop().requires_grad_()
     loss = finish(output)
     torch.autograd.backward(loss)
-    gradient = output.grad
+    gradients = [output.grad]
     del output
     for unit in reversed(units):
         x = inputs.pop().detach().requires_grad_(bool(inputs))  # nobody wants the first unit's input gradient
         with _repeated(unit, random_states.pop(), x.device):
-            output = unit(x)
-        torch.autograd.backward(_Continue.apply(output, gradient))
-        gradient = x.grad
-        del x, output
+            # Neither the output nor its gradient has a name here: the backward pass frees them as it goes.
+            going_on = _Continue.apply(unit(x), gradients.pop())
+        torch.autograd.backward(going_on)
+        gradients.append(x.grad)
+        del x, going_on
     return loss.detach()
 
 
@@ -61,7 +62,8 @@ class _Continue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradient, None
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient, None
 
 
 @contextmanager

@@ -38,14 +38,11 @@ from fedepth.weights import write_tensors
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 _UNBOUNDED = 1 << 50
-# Beside what its tensors need, a stage may keep this much of freed memory for the next requests.
-KEPT_SHARE = 0.1
-KEPT_BYTES = 2 << 20
-# A budget above so many times the need, and this, leaves room for all pages that an allocator would keep.
-TO_SPARE = 1.35
-TO_SPARE_BYTES = 8 << 20
+# Beside what its tensors need, a stage may keep this much of freed memory for the next requests. More of it saves a
+# twentieth of the time at most, and what is kept nobody can predict (docs/memory.md).
+KEPT_SHARE = 0.02
+KEPT_BYTES = 3 << 20
 BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
-CHECKED_STEPS = 2  # optimizer state exists from the second step on
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not create a)",
     re.I,
@@ -163,14 +160,14 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
 def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
     """What the plan's worst stage needed in its rehearsal, and a little for pages that are worth keeping.
 
-    At most the budget; and all of it where it is far above the need, or where the stage was not rehearsed. Stages that
-    need less than the worst keep what they like up to its need: giving pages back costs up to a fifth of the time.
+    At most the budget, and all of it where the stage was not rehearsed. Stages that need less than the worst keep what
+    they like up to its need.
     """
     cap = budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
-    need = max(rehearsed.values(), default=0)
-    if (stage.first, stage.last) in rehearsed and budget < need * TO_SPARE + TO_SPARE_BYTES:
+    if (stage.first, stage.last) in rehearsed:
+        need = max(rehearsed.values())
         cap = min(cap, need + int(need * KEPT_SHARE) + KEPT_BYTES)
-    return allocator.HeapCap(meter.baseline.heap_bytes, cap)
+    return allocator.HeapCap(meter.baseline.heap_bytes, cap - meter.beside_heap_bytes)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -216,7 +213,7 @@ def _epochs(
             total += block.step(indices)
             batches += 1
             meter.sample()
-            if block.steps <= CHECKED_STEPS and work.enforce:
+            if block.steps == 1 and work.enforce:
                 check()
             if time.monotonic() - told > LOOK_S:
                 report(epoch, total / batches)
@@ -282,7 +279,7 @@ def _check(meter: Meter, work: Work, budget: int, index: int, stage: Stage) -> N
     peak = peak_bytes(meter, work.device)
     if peak > budget:
         raise OverBudgetError(
-            f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first steps, "
+            f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first step, "
             f"predicted were {format_size(stage.predicted_peak_bytes)}, the budget is {format_size(budget)}",
             stage=index,
             miss_bytes=peak - budget,

@@ -1,6 +1,7 @@
 """Optimizer steps in place, a parameter at a time. torch.optim costs tens of MiB at its first use, these cost nothing.
 
-Both follow torch.optim's arithmetic, which the tests hold them to.
+State is there before the first step, so that a stage's first step takes all that the later ones take. Both follow
+torch.optim's arithmetic, which the tests hold them to.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from fedepth.errors import ConfigError
+from fedepth.memory.predict import optimizer_copies
 from fedepth.task import TrainingSpec
 
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor], int, TrainingSpec], None]
@@ -19,18 +21,20 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 
 
+def new_state(parameter: torch.Tensor, spec: TrainingSpec) -> list[torch.Tensor]:
+    """What an optimizer carries from step to step for one parameter: momentum, or the two means of AdamW."""
+    return [torch.zeros_like(parameter) for _ in range(optimizer_copies(spec))]
+
+
 def sgd(
     parameter: torch.Tensor, gradient: torch.Tensor, state: list[torch.Tensor], step: int, spec: TrainingSpec
 ) -> None:
-    """SGD with momentum and weight decay. `gradient` is used up: the first one becomes the momentum buffer."""
+    """SGD with momentum and weight decay. `gradient` is used up."""
     if spec.weight_decay:
         gradient.add_(parameter, alpha=spec.weight_decay)
     if spec.momentum:
-        if not state:
-            state.append(gradient)
-        else:
-            state[0].mul_(spec.momentum).add_(gradient)
-        gradient = state[0]
+        (buffer,) = state
+        gradient = buffer.mul_(spec.momentum).add_(gradient)
     parameter.add_(gradient, alpha=-spec.learning_rate)
 
 
@@ -38,8 +42,6 @@ def adamw(
     parameter: torch.Tensor, gradient: torch.Tensor, state: list[torch.Tensor], step: int, spec: TrainingSpec
 ) -> None:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2). `step` counts from 1. `gradient` is used up."""
-    if not state:
-        state.extend((torch.zeros_like(parameter), torch.zeros_like(parameter)))
     mean, square = state
     first, second = ADAM_BETAS
     parameter.mul_(1 - spec.learning_rate * spec.weight_decay)

@@ -1,8 +1,8 @@
-"""A rehearsal: every stage of a plan for two optimizer steps, under its real limit, before anything is trained.
+"""A rehearsal: every stage of a plan for one optimizer step, under its real limit, before anything is trained.
 
 A plan that needs more than was predicted is found out here, in seconds, not after hours in its last stage; and where
-going over ends in a death, the death costs nothing. Two steps, because optimizer state is whole from the second one on.
-Nothing of it stays: weights are read anew afterwards.
+going over ends in a death, the death costs nothing. Of a step whose gradients accumulate, two micro-batches are enough:
+the first makes the sums, the second is the last and updates. Nothing of it stays: weights are read anew afterwards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from fedepth.task import Stage, StageResult
 from fedepth.training.depthwise import Hooks, Peaks, train
 from fedepth.training.work import Work
 
-STEPS = 2
-
 
 def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
     """The measured peak of every stage, by its first and last unit. Caches in RAM have their full size.
@@ -35,8 +33,9 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
     folder = work.cache / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
     count = len(work.images)
-    few = min(count, effective_batch(work.task.costs, work.task.training, count))
-    training = replace(work.task.training, local_epochs=STEPS)
+    batch = effective_batch(work.task.costs, work.task.training, count)
+    few = min(count, max(_samples(stage, batch) for stage in work.plan.stages))
+    training = replace(work.task.training, local_epochs=1)
     shortened = replace(
         work,
         task=replace(work.task, training=training),
@@ -49,6 +48,12 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
     return {(stage.first, stage.last): stage.measured_peak_bytes for stage in rehearsed.stages}
+
+
+def _samples(stage: Stage, batch: int) -> int:
+    """Those of two micro-batches as `BlockTraining.step` cuts them, or of the whole batch where it is one piece."""
+    pieces = -(-batch // stage.micro_batch)
+    return min(pieces, 2) * -(-batch // pieces)
 
 
 @dataclass(frozen=True)

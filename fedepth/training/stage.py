@@ -14,7 +14,7 @@ from fedepth.models.split import Unit
 from fedepth.task import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Cache
-from fedepth.training.optimizers import optimizer_step
+from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.work import Work, load, to_device
 
 
@@ -113,7 +113,7 @@ class BlockTraining:
     def _updater(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
         spec = self._work.task.training
         reference = parameter.detach().clone() if spec.proximal_mu > 0 else None
-        state: list[torch.Tensor] = []
+        state = new_state(parameter.detach(), spec)
 
         def update(_: torch.Tensor) -> None:
             gradient = parameter.grad

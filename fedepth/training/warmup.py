@@ -9,11 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
-import torch
-from torch import nn
-
 from fedepth.memory.meter import Meter
-from fedepth.models.split import SplitModel
 from fedepth.task import CachePlace, PeakComponents, Stage
 from fedepth.training.depthwise import train
 from fedepth.training.rehearsal import FirstImages, Unheard
@@ -32,29 +28,10 @@ def warm_up(work: Work) -> None:
         Stage(unit, unit, SAMPLES, places[unit % len(places)], SAMPLES, _UNKNOWN, checkpoint=unit % 2 == 1)
         for unit in range(len(work.split.units))
     )
-    task = replace(work.task, training=replace(work.task.training, batch=SAMPLES, local_epochs=2))
+    task = replace(work.task, training=replace(work.task.training, batch=SAMPLES, local_epochs=1))
     few = FirstImages(work.images, min(SAMPLES, len(work.images)))
     plan = replace(work.plan, stages=stages, untrained=())
     train(
         replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), Unheard()
     )
     shutil.rmtree(folder)
-
-
-def prefers_channels_last(split: SplitModel, device: torch.device) -> bool:
-    """Convolutions on the CPU run several times faster in channels_last.
-
-    Not where the model has a 1×1 convolution with a stride: its backward pass in channels_last has been seen to corrupt
-    the heap on two threads (torch 2.13 and 2.14, AVX-512).
-    """
-    convolutions = [
-        m
-        for unit in (*split.units, split.head)
-        for top in unit.modules
-        for m in top.modules()
-        if isinstance(m, nn.Conv2d)
-    ]
-    strided = any(c.kernel_size == (1, 1) and c.stride != (1, 1) for c in convolutions)
-    # A patch embedding is no convolutional trunk.
-    patches = any(c.kernel_size == c.stride and c.kernel_size != (1, 1) for c in convolutions)
-    return device.type == "cpu" and bool(convolutions) and not strided and not patches

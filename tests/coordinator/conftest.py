@@ -47,8 +47,11 @@ def cost(name: str) -> UnitCost:
         saves_output=False,
         forward=Size(0, 256),
         backward=Size(0, 512),
+        backward_first=Size(0, 512),
         inference=Size(0, 256),
-        largest_activation_bytes=256,
+        kernel_bytes=0,
+        depthwise_bytes=0,
+        reordered_bytes=0,
         convolutions=0,
         flops=1000,
     )

@@ -29,6 +29,7 @@ def test_glibc_is_told_to_give_back_what_is_freed(tmp_path: Path) -> None:
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "MIMALLOC_DISALLOW_ARENA_ALLOC": "1",
+        "MKL_DISABLE_FAST_MM": "1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "OMP_WAIT_POLICY": "PASSIVE",
     }

@@ -15,7 +15,7 @@ from edge_client.allocators import environment, find_tcmalloc
 MIB = 1 << 20
 # Pieces of 4 MiB are written to, freed, and asked for again in another size, which fits none of the free ones.
 PROGRAM = """
-import ctypes, json, sys
+import ctypes, json, mmap, sys
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 
@@ -54,6 +54,11 @@ with allocator.HeapCap(held, 30 * MIB):
     give(*(address for address in taken if address))
 with allocator.keeping_nothing():
     told["nothing_kept"] = holes_then_large()
+before = meter.beside_heap_bytes
+mapped = mmap.mmap(-1, 8 * MIB)  # what the heap knows nothing of
+mapped.write(bytes(8 * MIB))
+on_heap = take(16)
+told["beside"] = meter.beside_heap_bytes - before
 print(json.dumps(told))
 """
 
@@ -89,6 +94,10 @@ def test_what_does_not_fit_under_the_cap_is_refused(told: dict[str, Any]) -> Non
 def test_with_nothing_kept_the_high_water_mark_is_that_of_what_is_in_use(told: dict[str, Any]) -> None:
     assert told["nothing_kept"]["served"]
     assert 39 * MIB <= told["nothing_kept"]["peak"] <= 42 * MIB
+
+
+def test_what_lies_beside_the_heap_is_told_apart(told: dict[str, Any]) -> None:
+    assert 7 * MIB <= told["beside"] <= 9 * MIB  # the heap is counted in whole MiB
 
 
 def test_what_the_limit_counts_is_found_though_no_statistic_tells_it(told: dict[str, Any]) -> None:

@@ -9,16 +9,16 @@ from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, Si
 
 MIB = 1 << 20
 ZERO = Size(0, 0)
-START = Calibration("tcmalloc", "2.0", 2 * MIB, 0.03, 0.5, 1.0, 100_000)
-TRUE = replace(START, fixed_bytes=3 * MIB, kept_share=0.0, activation_share=0.9, parameter_share=2.0)
+START = Calibration("tcmalloc", "2.0", 2 * MIB, 0.03, 100_000, 1.0, 100.0, 0.5)
+TRUE = replace(START, fixed_bytes=3 * MIB, kept_share=0.0, kernel_share=2.0, depthwise_share=250.0, reordered_share=0.9)
 
 
 def stage(parameters: int, activation: int, convolutions: int, micro_batch: int, true: Calibration) -> MeasuredStage:
     unit = UnitCost(
         "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
-        ZERO, ZERO, ZERO, activation, convolutions, 1,
+        ZERO, ZERO, ZERO, ZERO, convolutions, parameters, parameters // 1000 if convolutions else 0, activation, 1,
     )  # fmt: skip
-    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, ZERO, ZERO, ZERO, 0, 0, 1)
+    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, 0, 0, 0, 0, 1)
     costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
     training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
     planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
@@ -39,7 +39,7 @@ def many(true: Calibration) -> list[MeasuredStage]:
 def test_what_stages_follow_is_found() -> None:
     found = fit(many(TRUE) * 50, START)
     assert found.fixed_bytes == pytest.approx(3 * MIB, rel=0.05)
-    assert found.parameter_share == pytest.approx(2.0, rel=0.05)
+    assert found.kernel_share == pytest.approx(2.0, rel=0.05)
     assert found.convolution_bytes == pytest.approx(100_000, rel=0.1)
     assert max(map(abs, relative_errors(many(TRUE), found))) < 0.01
     assert max(map(abs, relative_errors(many(TRUE), START))) > 0.1
@@ -47,16 +47,24 @@ def test_what_stages_follow_is_found() -> None:
 
 
 def test_no_coefficient_becomes_negative() -> None:
-    bare = replace(TRUE, fixed_bytes=0, kept_share=0.0, activation_share=0.0, parameter_share=0.0, convolution_bytes=0)
+    bare = replace(
+        TRUE,
+        fixed_bytes=0,
+        kept_share=0.0,
+        convolution_bytes=0,
+        kernel_share=0.0,
+        depthwise_share=0.0,
+        reordered_share=0.0,
+    )
     smaller = [replace(each, measured_bytes=int(0.9 * each.measured_bytes)) for each in many(bare)]
     found = fit(smaller, START)
-    assert min(found.fixed_bytes, found.activation_share, found.parameter_share, found.convolution_bytes) >= 0
+    assert min(found.fixed_bytes, found.reordered_share, found.kernel_share, found.convolution_bytes) >= 0
 
 
 def test_what_was_not_seen_stays_as_it_was() -> None:
     one = stage(0, 400_000, 0, 16, TRUE)  # no weights, no convolutions
     found = fit([one], START)
-    assert found.parameter_share == START.parameter_share
+    assert found.kernel_share == START.kernel_share
     assert found.convolution_bytes == START.convolution_bytes
     assert abs(relative_errors([one], found)[0]) < abs(relative_errors([one], START)[0])
 

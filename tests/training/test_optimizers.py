@@ -7,7 +7,7 @@ import torch
 
 from fedepth.errors import ConfigError
 from fedepth.task import TrainingSpec
-from fedepth.training.optimizers import optimizer_step
+from fedepth.training.optimizers import new_state, optimizer_step
 
 SPEC = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 5e-4, 0.0, "none", 1)
 
@@ -25,7 +25,7 @@ def test_it_follows_torch_optim(name: str, momentum: float, weight_decay: float)
         if name == "sgd"
         else torch.optim.AdamW([theirs], lr=0.1, weight_decay=weight_decay)
     )
-    step, state = optimizer_step(name), []
+    step, state = optimizer_step(name), new_state(ours, spec)
     for count in range(1, 6):
         gradient = torch.randn(7, 3)
         theirs.grad = gradient.clone()

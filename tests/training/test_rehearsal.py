@@ -1,10 +1,14 @@
 """A rehearsal measures every stage as it will be, and leaves nothing of itself."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
 from fedepth.task import CachePlace, StageResult
@@ -45,6 +49,41 @@ def test_it_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "b").rglob("*")) == before
     one, other = trained_tensors(fresh), trained_tensors(rehearsed)
     assert all((one[name] == other[name]).all() for name in one)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Images that remember which of them were asked for."""
+
+    images: Images
+    asked: set[int] = field(default_factory=set)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        self.asked.update(indices.tolist())
+        return self.images.read(indices)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "expected"),
+    [
+        (8, 8),  # the batch in one piece
+        (4, 8),  # in two
+        (3, 6),  # in three of 3, 3 and 2: two of the largest
+        (1, 2),
+    ],
+)
+def test_two_micro_batches_are_enough(tmp_path: Path, micro_batch: int, expected: int) -> None:
+    job = work(tmp_path, [stage(0, 5, micro_batch=micro_batch)], count=40)
+    images = Recorded(job.images)
+    rehearse(replace(job, images=images), Meter(), Quiet())
+    assert images.asked == set(range(expected))
 
 
 def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:

@@ -227,16 +227,18 @@ class Calibration(_message.Message):
     TORCH_FIELD_NUMBER: _builtins.int
     FIXED_BYTES_FIELD_NUMBER: _builtins.int
     KEPT_SHARE_FIELD_NUMBER: _builtins.int
-    ACTIVATION_SHARE_FIELD_NUMBER: _builtins.int
-    PARAMETER_SHARE_FIELD_NUMBER: _builtins.int
     CONVOLUTION_BYTES_FIELD_NUMBER: _builtins.int
+    KERNEL_SHARE_FIELD_NUMBER: _builtins.int
+    DEPTHWISE_SHARE_FIELD_NUMBER: _builtins.int
+    REORDERED_SHARE_FIELD_NUMBER: _builtins.int
     allocator: _builtins.str
     torch: _builtins.str
     fixed_bytes: _builtins.int
     kept_share: _builtins.float
-    activation_share: _builtins.float
-    parameter_share: _builtins.float
     convolution_bytes: _builtins.int
+    kernel_share: _builtins.float
+    depthwise_share: _builtins.float
+    reordered_share: _builtins.float
     def __init__(
         self,
         *,
@@ -244,13 +246,14 @@ class Calibration(_message.Message):
         torch: _builtins.str = ...,
         fixed_bytes: _builtins.int = ...,
         kept_share: _builtins.float = ...,
-        activation_share: _builtins.float = ...,
-        parameter_share: _builtins.float = ...,
         convolution_bytes: _builtins.int = ...,
+        kernel_share: _builtins.float = ...,
+        depthwise_share: _builtins.float = ...,
+        reordered_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_share", b"activation_share", "allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "fixed_bytes", b"fixed_bytes", "kept_share", b"kept_share", "parameter_share", b"parameter_share", "torch", b"torch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "depthwise_share", b"depthwise_share", "fixed_bytes", b"fixed_bytes", "kept_share", b"kept_share", "kernel_share", b"kernel_share", "reordered_share", b"reordered_share", "torch", b"torch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,9 +377,12 @@ class UnitCost(_message.Message):
     SAVES_OUTPUT_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
-    LARGEST_ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
     CONVOLUTIONS_FIELD_NUMBER: _builtins.int
+    KERNEL_BYTES_FIELD_NUMBER: _builtins.int
+    DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
+    REORDERED_BYTES_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
@@ -386,8 +392,10 @@ class UnitCost(_message.Message):
     output_bytes: _builtins.int
     saves_input: _builtins.bool
     saves_output: _builtins.bool
-    largest_activation_bytes: _builtins.int
     convolutions: _builtins.int
+    kernel_bytes: _builtins.int
+    depthwise_bytes: _builtins.int
+    reordered_bytes: _builtins.int
     flops: _builtins.int
     @_builtins.property
     def saved(self) -> Global___Size: ...
@@ -395,6 +403,8 @@ class UnitCost(_message.Message):
     def forward(self) -> Global___Size: ...
     @_builtins.property
     def backward(self) -> Global___Size: ...
+    @_builtins.property
+    def backward_first(self) -> Global___Size: ...
     @_builtins.property
     def inference(self) -> Global___Size: ...
     def __init__(
@@ -411,14 +421,17 @@ class UnitCost(_message.Message):
         saves_output: _builtins.bool = ...,
         forward: Global___Size | None = ...,
         backward: Global___Size | None = ...,
+        backward_first: Global___Size | None = ...,
         inference: Global___Size | None = ...,
-        largest_activation_bytes: _builtins.int = ...,
         convolutions: _builtins.int = ...,
+        kernel_bytes: _builtins.int = ...,
+        depthwise_bytes: _builtins.int = ...,
+        reordered_bytes: _builtins.int = ...,
         flops: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "largest_activation_bytes", b"largest_activation_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "depthwise_bytes", b"depthwise_bytes", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "kernel_bytes", b"kernel_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "reordered_bytes", b"reordered_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedepth.models.catalog import named_spec
+from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
-from fedepth.training.warmup import prefers_channels_last
 
 
 @pytest.mark.parametrize(
