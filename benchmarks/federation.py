@@ -15,7 +15,7 @@ from fedepth_wire.v1.federation_pb2 import WatchRequest
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.console import Console
 
-from benchmarks.lab import Lab, LabDevice, describe_cap, lab, resident_bytes
+from benchmarks.lab import Lab, LabDevice, describe_cap, lab, status_bytes
 from fedepth.errors import ChildError
 from fedepth.sizes import format_size
 
@@ -51,9 +51,19 @@ class DeviceFigures:
 
 @dataclass
 class Federation:
-    """What came of a federation."""
+    """What came of a federation.
+
+    Attributes:
+        accuracies: after every round.
+        losses: of the initial model, and after every round.
+        updates: the events of accepted updates.
+        peak_rss_bytes: VmHWM of the coordinator and of every agent, without their children.
+    """
 
     accuracies: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    peak_rss_bytes: dict[str, int] = field(default_factory=dict)
     devices: list[DeviceFigures] = field(default_factory=list)
     onnx_path: str = ""
     parity_max_abs: float = 0.0
@@ -63,7 +73,14 @@ class Federation:
 
 
 async def run_federation(
-    folder: Path, job: Path, shards: Sequence[Shard], caps: Mapping[str, int], console: Console
+    folder: Path,
+    job: Path,
+    shards: Sequence[Shard],
+    caps: Mapping[str, int],
+    console: Console,
+    *,
+    agent_options: Sequence[str] = AGENT_OPTIONS,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Federation:
     """Starts coordinator and agents, prints what happens, and returns when the job is done.
 
@@ -71,36 +88,39 @@ async def run_federation(
         caps: per tier, what training may add; 0 for no cap.
 
     Raises:
-        ChildError: a process ended before its time, or the job took longer than ten minutes.
+        ChildError: a process ended before its time, or the job took longer than `time_limit_s`.
     """
     with lab(folder) as running:
         running.start_coordinator(job, "--exit-when-done")
         console.print(f"coordinator listens on {running.address}; logs in {running.folder / 'logs'}")
         for shard in shards:
-            running.start_agent(LabDevice(shard.name, shard.data, caps[shard.tier]), *AGENT_OPTIONS)
+            running.start_agent(LabDevice(shard.name, shard.data, caps[shard.tier]), *agent_options)
             console.print(f"  {shard.name}: {shard.samples} images, {describe_cap(caps[shard.tier])} for training")
         try:
-            events = await asyncio.wait_for(_watch(running, console), TIME_LIMIT_S)
+            events, peaks = await asyncio.wait_for(_watch(running, console), time_limit_s)
         except asyncio.TimeoutError:
-            raise ChildError(f"the job took longer than {TIME_LIMIT_S:.0f} s; see {running.folder / 'logs'}") from None
-        idle = [resident_bytes(running.processes[shard.name].pid) for shard in shards]
-        return _figures(events, shards, running, max(idle))
+            raise ChildError(f"the job took longer than {time_limit_s:.0f} s; see {running.folder / 'logs'}") from None
+        idle = [status_bytes(running.processes[shard.name].pid, "VmRSS") for shard in shards]
+        return _figures(events, peaks, shards, running, max(idle))
 
 
-async def _watch(running: Lab, console: Console) -> list[dict[str, Any]]:
-    """Prints and collects events until the job is finished."""
+async def _watch(running: Lab, console: Console) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Prints and collects events until the job is finished; with the VmHWM of every process as of the last event."""
     events: list[dict[str, Any]] = []
+    peaks: dict[str, int] = {}
     async with open_channel(running.address) as channel:
         stub = FederationStub(channel)
         try:
             async for message in stub.Watch(WatchRequest()):
                 event = json.loads(message.json)
                 events.append(event)
+                for name, process in running.processes.items():
+                    peaks[name] = max(peaks.get(name, 0), status_bytes(process.pid, "VmHWM"))
                 line = _line(event)
                 if line:
                     console.print(line)
                 if event["event"] == "finished":
-                    return events
+                    return events, peaks
         except grpc.aio.AioRpcError as error:
             raise ChildError(
                 f"the coordinator is gone ({error.code().name}); see {running.log('coordinator')}"
@@ -133,15 +153,18 @@ def _line(event: Mapping[str, Any]) -> str:
     return ""
 
 
-def _figures(events: list[dict[str, Any]], shards: Sequence[Shard], running: Lab, idle: int) -> Federation:
-    federation = Federation(idle_agent_rss_bytes=idle)
+def _figures(
+    events: list[dict[str, Any]], peaks: dict[str, int], shards: Sequence[Shard], running: Lab, idle: int
+) -> Federation:
+    federation = Federation(idle_agent_rss_bytes=idle, peak_rss_bytes=peaks)
     exports = [event for event in events if event["event"] == "exported"]
     if exports:
         federation.onnx_path = exports[-1]["path"]
         federation.parity_max_abs = exports[-1]["parity_max_abs"]
         federation.parity_samples = exports[-1]["samples"]
     federation.accuracies = [event["accuracy"] for event in events if event["event"] == "evaluated" and event["round"]]
-    accepted = [event for event in events if event["event"] == "update_accepted"]
+    federation.losses = [event["loss"] for event in events if event["event"] == "evaluated"]
+    federation.updates = accepted = [event for event in events if event["event"] == "update_accepted"]
     given = [event for event in events if event["event"] == "task_given"]
     federation.bytes_moved = sum(e["bytes"] for e in accepted) + sum(e["weights_bytes"] for e in given)
     reports = {event["device"]: event for event in given}

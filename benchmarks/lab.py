@@ -158,10 +158,10 @@ def program(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def resident_bytes(pid: int) -> int:
-    """VmRSS of a process."""
+def status_bytes(pid: int, field: str) -> int:
+    """A field of a process's status, such as "VmRSS", in bytes; 0 for one that has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
 

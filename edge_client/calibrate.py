@@ -57,11 +57,13 @@ class Probe:
     blocks: tuple[tuple[int, int], ...]
 
 
-# Convolutions with BatchNorm, many small ones, a transformer, GroupNorm; whole batches and accumulation.
+# Convolutions with BatchNorm, small, depth-wise, and large in another layout; a transformer; GroupNorm; whole batches
+# and accumulation.
 PROBES = (
     Probe("preresnet20", (3, 32, 32), "sgd", 64, 64, ((0, 1), (2, 4), (5, 9))),
     Probe("preresnet20", (3, 32, 32), "sgd", 64, 8, ((0, 9),)),
     Probe("mobilenet-v3-small", (3, 64, 64), "sgd", 32, 32, ((0, 5), (6, 12))),
+    Probe("resnet18", (3, 64, 64), "sgd", 16, 16, ((1, 3), (4, 5), (6, 7))),
     Probe("vit-tiny", (3, 32, 32), "adamw", 16, 16, ((0, 3), (4, 12))),
     Probe("digits-cnn", (1, 40, 40), "sgd", 32, 32, ((0, 1), (2, 2), (3, 5))),
     Probe("digits-cnn", (1, 40, 40), "sgd", 32, 4, ((0, 5),)),

@@ -211,8 +211,7 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     calibration = found.calibration
     beside = Table(show_header=False, title="What training takes beside its tensors")
     beside.add_row("whatever the block", format_size(calibration.fixed_bytes))
-    beside.add_row("kept by the allocator", f"{calibration.kept_share:.1%} of all tensors")
-    beside.add_row("for every convolution", format_size(calibration.convolution_bytes))
+    beside.add_row("kept by the allocator, of what it may", f"{calibration.kept:.0%}")
     beside.add_row("of a convolution's weights", f"{calibration.kernel_share:.0%}")
     beside.add_row("of a wide depth-wise convolution's weights", f"{calibration.depthwise_share:.0%}")
     beside.add_row("of a convolution's input and output", f"{calibration.reordered_share:.0%}")

@@ -187,7 +187,7 @@ def _start(device: torch.device) -> None:
 
     Large enough for every thread to have its part: each keeps buffers of its own.
     """
-    layer = torch.nn.Conv2d(16, 16, 3).to(device, memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(16, 16, 3).to(device)
     images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
     torch.autograd.backward(layer(images).sum())
 

@@ -88,17 +88,16 @@ class Budget:
 class Calibration:
     """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
 
-    scratch = fixed + kept_share · tensors + convolution_bytes · convolutions up to the block's end
-              + of the running unit: kernel_share · kernel_bytes + depthwise_share · depthwise_bytes
-              + reordered_share · reordered_bytes.
+    scratch = fixed + kernel_share · kernel_bytes + depthwise_share · depthwise_bytes + reordered_share · reordered
+                of the running unit
+              + kept · what a stage that needs so much may keep (fedepth.memory.predict).
     The defaults were measured on a desktop with tcmalloc.
 
     Attributes:
         allocator: the allocator it was measured with; empty for the defaults.
         torch: the version of torch.
-        fixed_bytes: whatever the block.
-        kept_share: of all tensors, in freed pages that the allocator keeps.
-        convolution_bytes: compiled programs, for every convolution that has run up to the block's end.
+        fixed_bytes: whatever the block: compiled kernels, small blocks that the allocator does not give back.
+        kept: of what a stage may keep of freed memory, the part that the allocator does keep.
         kernel_share: of a convolution's weights: reordered copies of them and of their gradient.
         depthwise_share: of a wide depth-wise convolution's weights, whose gradient oneDNN pads to blocks of channels:
             16 × 16 values for one with AVX-512.
@@ -107,12 +106,11 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 5 << 19
-    kept_share: float = 0.07
-    convolution_bytes: int = 30_000
-    kernel_share: float = 1.5
-    depthwise_share: float = 256.0
-    reordered_share: float = 0.5
+    fixed_bytes: int = 3 << 19
+    kept: float = 0.7
+    kernel_share: float = 1.7
+    depthwise_share: float = 220.0
+    reordered_share: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,9 @@ class UnitCost:
             gradients of input and output counted, parameter gradients not.
         backward_first: the same for the first unit of a block, whose input needs no gradient.
         inference: the most that lives at once in a forward pass without autograd beyond input and output.
-        convolutions: how many convolutions it runs; a backend keeps compiled programs for each.
-        kernel_bytes: the weights of its largest convolution.
-        depthwise_bytes: the weights of its largest depth-wise convolution with kernels wider than 3.
-        reordered_bytes: the largest input and output of a convolution, per sample, where they are not in channels_last.
+        kernel_bytes: the weights of its largest convolution in channels_last.
+        depthwise_bytes: those of its largest depth-wise convolution with kernels wider than 3.
+        reordered: the largest weights, and input and output, of a convolution, where they are not in channels_last.
         flops: floating point operations of one forward pass, per sample.
     """
 
@@ -217,10 +214,9 @@ class UnitCost:
     backward: Size
     backward_first: Size
     inference: Size
-    convolutions: int
     kernel_bytes: int
     depthwise_bytes: int
-    reordered_bytes: int
+    reordered: Size
     flops: int
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,32 @@ from typer.testing import CliRunner
 from fedepth.cli import app
 from fedepth.errors import ConfigError, ModelError, PlanError
 from fedepth.memory.predict import needed_bytes
-from fedepth.sizes import parse_size
+from fedepth.sizes import format_size, parse_size
+from fedepth.task import Calibration
 
 MODEL = "digits-cnn"
+MIB = 1 << 20
 
 
 def plan(*argv: str) -> str:
     return CliRunner().invoke(app, ["plan", *argv], catch_exceptions=False, env={"COLUMNS": "200"}).stdout
 
 
-def test_the_plan_and_what_other_budgets_buy() -> None:
-    shown = plan(MODEL, "--budget", "9MiB", "--policy", "paper")
-    assert "digits-cnn, batch 128, sgd, policy paper, budget 9.0 MiB" in shown
+@pytest.fixture
+def tensors_only(tmp_path: Path) -> Path:
+    """The calibration of a device that takes nothing beside tensors."""
+    record = tmp_path / "tensors-only.json"
+    nothing = replace(
+        Calibration(), fixed_bytes=0, kept=0.0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0
+    )
+    record.write_text(json.dumps({"calibration": asdict(nothing)}))
+    return record
+
+
+def test_the_plan_and_what_other_budgets_buy(tensors_only: Path) -> None:
+    budget = needed_bytes(37 * MIB // 10)  # two stages take up to 3.5 MiB, one 4.4
+    shown = plan(MODEL, "--budget", str(budget), "--policy", "paper", "--calibration", str(tensors_only))
+    assert f"digits-cnn, batch 128, sgd, policy paper, budget {format_size(budget)}" in shown
     rows = [line.split() for line in shown.splitlines()]
     (first, second) = (row for row in rows if row[1:2] == ["128"])
     assert (first[0][0], second[0][-1]) == ("0", "5")
@@ -124,7 +139,7 @@ def test_an_error_ends_the_program_with_status_1() -> None:
 
 def test_a_device_has_its_own_calibration(tmp_path: Path) -> None:
     record = tmp_path / "device.json"
-    record.write_text(json.dumps({"calibration": {"fixed_bytes": 5 << 20, "kept_share": 0.0}, "stages": 10}))
+    record.write_text(json.dumps({"calibration": {"fixed_bytes": 5 << 20, "kept": 0.0}, "stages": 10}))
 
     def scratch(*options: str) -> int:
         (stage,) = json.loads(plan(MODEL, "--budget", "1GiB", "--json", *options))["plan"]["stages"]

@@ -11,17 +11,17 @@ little towards its default, so that what was not seen stays as it is.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedepth.memory.predict import effective_batch, training_moments
+from fedepth.memory.predict import effective_batch, may_keep_bytes, training_moments
 from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, TrainingSpec
 
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
 _UNITS = {
     "fixed_bytes": 1 << 20,
-    "convolution_bytes": 100_000,
     "kernel_share": 1.0,
     "depthwise_share": 100.0,
     "reordered_share": 1.0,
@@ -45,7 +45,7 @@ class MeasuredStage:
 def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
     """The calibration that predicts these stages best, starting from, and drawn towards, `start`; as if nothing were
     kept."""
-    start = found = replace(start, kept_share=0.0)
+    start = found = replace(start, kept=0.0)
     for _ in range(_ROUNDS):
         before = found
         rows = [_worst(each, found) for each in measured]
@@ -56,21 +56,14 @@ def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
 
 
 def with_kept(need: Calibration, peaks: Sequence[tuple[int, int]]) -> Calibration:
-    """Adds what the allocator keeps: the line, fixed + share · need, that is closest to these peaks in relative terms.
+    """Adds what the allocator keeps, as the median part of what it may.
 
     Args:
         need: the calibration as if nothing were kept.
         peaks: (need, peak in training) of plans, in bytes.
     """
-    # Least squares of (fixed + share · need − kept) / need: regression of kept / need on 1 / need.
-    inverse = [1 / each for each, _ in peaks]
-    kept = [max(0, peak - each) / each for each, peak in peaks]
-    middle, height = sum(inverse) / len(peaks), sum(kept) / len(peaks)
-    spread = sum((x - middle) ** 2 for x in inverse)
-    fixed = sum((x - middle) * (y - height) for x, y in zip(inverse, kept, strict=True)) / spread if spread else 0.0
-    fixed = max(0.0, fixed)
-    share = max(0.0, height - fixed * middle)
-    return replace(need, fixed_bytes=need.fixed_bytes + round(fixed), kept_share=share)
+    parts = [(peak - each) / may_keep_bytes(each) for each, peak in peaks]
+    return replace(need, kept=min(1.0, max(0.0, statistics.median(parts))))
 
 
 def relative_errors(measured: Sequence[MeasuredStage], calibration: Calibration) -> list[float]:

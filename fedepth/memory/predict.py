@@ -25,6 +25,11 @@ MARGIN_BYTES = 3 << 20
 MARGIN_SHARE = 0.08
 FLOAT_BYTES = 4
 
+# Beside what it needs, a stage may keep so much of freed memory for the next requests. More of it saves a twentieth of
+# the time at most, and what is kept nobody can predict (docs/memory.md).
+KEPT_SHARE = 0.02
+KEPT_BYTES = 3 << 20
+
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -43,6 +48,11 @@ def cached_sample_bytes(costs: ModelCosts, training: TrainingSpec, first: int) -
 def needed_bytes(predicted_bytes: int) -> int:
     """The budget that a stage with this predicted peak needs: the estimate and its margin."""
     return predicted_bytes + int(predicted_bytes * MARGIN_SHARE) + MARGIN_BYTES
+
+
+def may_keep_bytes(needed_bytes: int) -> int:
+    """What a stage that needs so much may keep of freed memory."""
+    return int(needed_bytes * KEPT_SHARE) + KEPT_BYTES
 
 
 def optimizer_copies(training: TrainingSpec) -> int:
@@ -81,7 +91,7 @@ def training_peak(
         cache_bytes=cache_bytes,
         checkpoint=checkpoint,
     )
-    return _at(resident, max(live, key=lambda moment: moment.size))
+    return _at(resident, max(live, key=lambda moment: moment.size), costs.calibration)
 
 
 def training_moments(
@@ -106,15 +116,7 @@ def training_moments(
         cache_bytes=cache_bytes,
         checkpoint=checkpoint,
     )
-    return tuple((moment.name, _at(resident, moment)) for moment in live)
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """What a unit takes beside its tensors while it runs: so many bytes, and a share of what lives."""
-
-    fixed: int
-    share: float
+    return tuple((moment.name, _at(resident, moment, costs.calibration)) for moment in live)
 
 
 @dataclass(frozen=True)
@@ -124,33 +126,24 @@ class _Moment:
     name: str
     activations: int
     temporaries: int
-    beside: _Beside
+    scratch: int
     fresh_gradient: int = 0
-
-    @property
-    def scratch(self) -> int:
-        live = self.activations + self.temporaries + self.fresh_gradient
-        return self.beside.fixed + int(self.beside.share * live)
 
     @property
     def size(self) -> int:
         return self.activations + self.temporaries + self.fresh_gradient + self.scratch
 
 
-def _at(resident: PeakComponents, moment: _Moment) -> PeakComponents:
+def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
     # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
-    return replace(
+    needed = replace(
         resident,
         activations=moment.activations,
         temporaries=moment.temporaries,
-        scratch=resident.scratch + moment.scratch,
+        scratch=moment.scratch,
         gradients=resident.gradients + moment.fresh_gradient,
     )
-
-
-def _resident(calibration: Calibration, **components: int) -> PeakComponents:
-    tensors = replace(_NOTHING, **components)
-    return replace(tensors, scratch=int(calibration.kept_share * tensors.total))
+    return replace(needed, scratch=needed.scratch + int(device.kept * may_keep_bytes(needed.total)))
 
 
 def _step(
@@ -171,24 +164,20 @@ def _step(
     trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
     buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
     reference = sum(trainable) if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
-    resident = _resident(
-        costs.calibration,
+    resident = replace(
+        _NOTHING,
         parameters=sum(trainable) + buffers + reference,
         gradients=sum(trainable) if accumulates else 0,
         optimizer_state=optimizer_copies(training) * sum(trainable),
         cache=cache_bytes,
     )
-    # Compiled programs are kept, those of earlier blocks and of building caches too.
-    convolutions = sum(unit.convolutions for unit in (*costs.units[: last + 1], exit_))
-    scratch = [_scratch(costs.calibration, unit, micro_batch, convolutions) for unit in (*units, exit_)]
+    scratch = [_scratch(costs.calibration, unit, micro_batch) for unit in (*units, exit_)]
     names = (*(str(unit) for unit in range(first, last + 1)), "exit")
     moments = _checkpointed if checkpoint else _plain
     return resident, moments(names, (*units, exit_), scratch, micro_batch)
 
 
-def _plain(
-    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[_Beside], samples: int
-) -> Iterator[_Moment]:
+def _plain(names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[int], samples: int) -> Iterator[_Moment]:
     """Forward and backward pass with everything kept that autograd wants. The last of the `steps` is the exit."""
     held = steps[0].input_bytes * samples  # activations that live before unit k runs
     held_after: list[int] = []
@@ -207,7 +196,7 @@ def _plain(
 
 
 def _checkpointed(
-    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[_Beside], samples: int
+    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[int], samples: int
 ) -> Iterator[_Moment]:
     """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
     inputs = 0
@@ -265,20 +254,19 @@ def build_moments(
     device = costs.calibration
     if not units:
         samples = costs.input_bytes * build_batch
-        moment = _Moment("build", samples, 0, _Beside(device.fixed_bytes, device.kept_share))
-        return ((moment.name, _at(_resident(device, cache=cache_bytes), moment)),)
+        moment = _Moment("build", samples, 0, device.fixed_bytes)
+        return ((moment.name, _at(replace(_NOTHING, cache=cache_bytes), moment, device)),)
     loaded = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
-    convolutions = sum(unit.convolutions for unit in costs.units[:first])
     moments = []
     for index, unit in enumerate(units, source):
-        resident = _resident(
-            device,
+        resident = replace(
+            _NOTHING,
             parameters=unit.parameter_bytes + unit.buffer_bytes if streamed else loaded,
             cache=source_bytes + cache_bytes,
         )
         live = (unit.input_bytes + unit.output_bytes) * build_batch + unit.inference.at(build_batch)
-        moment = _Moment(f"build {index}", 0, live, _scratch(device, unit, build_batch, convolutions))
-        moments.append((moment.name, _at(resident, moment)))
+        moment = _Moment(f"build {index}", 0, live, _scratch(device, unit, build_batch))
+        moments.append((moment.name, _at(resident, moment, device)))
     return tuple(moments)
 
 
@@ -287,12 +275,10 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _scratch(device: Calibration, unit: UnitCost, samples: int, convolutions: int) -> _Beside:
-    """Beside the tensors while `unit` runs; what was compiled for `convolutions` is kept."""
-    fixed = device.fixed_bytes + int(
-        device.convolution_bytes * convolutions
-        + device.kernel_share * unit.kernel_bytes
+def _scratch(device: Calibration, unit: UnitCost, samples: int) -> int:
+    """What kernels take while `unit` runs."""
+    return device.fixed_bytes + int(
+        device.kernel_share * unit.kernel_bytes
         + device.depthwise_share * unit.depthwise_bytes
-        + device.reordered_share * unit.reordered_bytes * samples
+        + device.reordered_share * unit.reordered.at(samples)
     )
-    return _Beside(fixed, device.kept_share)

@@ -89,9 +89,8 @@ def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] 
                 exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches)
             exits.append(exit_by_shape[output_shape])
         smallest = _smallest_micro_batch(split_model)
-    if prefers_channels_last(split_model, torch.device("cpu")):
-        units = [replace(unit, reordered_bytes=0) for unit in units]
-        exits = [replace(exit_, reordered_bytes=0) for exit_ in exits]
+    copied = _in_channels_last if prefers_channels_last(split_model, torch.device("cpu")) else _reordered
+    units, exits = [copied(unit) for unit in units], [copied(exit_) for exit_ in exits]
     values = torch.Size(spec.input_shape).numel()
     return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
 
@@ -158,7 +157,8 @@ def _cost(
     small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
     convolutions = [m for top in unit.modules for m in top.modules() if isinstance(m, _ConvNd)]
-    flops, reordered = _run_once(step, unit, convolutions, shape, batches[1])
+    kernel = max((each.weight.nbytes for each in convolutions), default=0)
+    flops, maps = _run_once(step, unit, convolutions, shape, batches[1])
     return UnitCost(
         name=unit.name,
         parameter_bytes=sum(parameters),
@@ -173,12 +173,19 @@ def _cost(
         backward=line(batches, (small.backward, large.backward)),
         backward_first=line(batches, (small.backward, large.backward)),
         inference=line(batches, (small.inference, large.inference)),
-        convolutions=len(convolutions),
-        kernel_bytes=max((each.weight.nbytes for each in convolutions), default=0),
+        kernel_bytes=kernel,
         depthwise_bytes=max((each.weight.nbytes for each in convolutions if _is_wide_depthwise(each)), default=0),
-        reordered_bytes=reordered,
+        reordered=Size(kernel, maps),
         flops=flops,
     )
+
+
+def _in_channels_last(cost: UnitCost) -> UnitCost:
+    return replace(cost, reordered=Size(0, 0))
+
+
+def _reordered(cost: UnitCost) -> UnitCost:
+    return replace(cost, kernel_bytes=0, depthwise_bytes=0)
 
 
 def line(batches: tuple[int, int], sizes: tuple[int, int]) -> Size:

@@ -23,7 +23,7 @@ from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.device import peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, needed_bytes
+from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -38,10 +38,6 @@ from fedepth.weights import write_tensors
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 _UNBOUNDED = 1 << 50
-# Beside what its tensors need, a stage may keep this much of freed memory for the next requests. More of it saves a
-# twentieth of the time at most, and what is kept nobody can predict (docs/memory.md).
-KEPT_SHARE = 0.02
-KEPT_BYTES = 3 << 20
 BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not create a)",
@@ -166,7 +162,7 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     cap = budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
     if (stage.first, stage.last) in rehearsed:
         need = max(rehearsed.values())
-        cap = min(cap, need + int(need * KEPT_SHARE) + KEPT_BYTES)
+        cap = min(cap, need + may_keep_bytes(need))
     return allocator.HeapCap(meter.baseline.heap_bytes, cap - meter.beside_heap_bytes)
 
 

@@ -51,8 +51,7 @@ def cost(name: str) -> UnitCost:
         inference=Size(0, 256),
         kernel_bytes=0,
         depthwise_bytes=0,
-        reordered_bytes=0,
-        convolutions=0,
+        reordered=Size(0, 0),
         flops=1000,
     )
 

@@ -12,16 +12,14 @@ from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, Trai
 
 KIB = 1024
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
-BARE = Calibration(
-    fixed_bytes=0, kept_share=0.0, convolution_bytes=0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0
-)
+BARE = Calibration(fixed_bytes=0, kept=0.0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0)
 ZERO = Size(0, 0)
 
 
 def model(count: int) -> ModelCosts:
     """Units that keep their input of 10 KiB and 100 KiB of every sample, and have 4 KiB of weights in one tensor."""
     one = UnitCost(
-        "u", 4 * KIB, 0, 4 * KIB, 10 * KIB, 10 * KIB, Size(0, 100 * KIB), True, False, *[ZERO] * 4, 0, 0, 0, 0, 1000
+        "u", 4 * KIB, 0, 4 * KIB, 10 * KIB, 10 * KIB, Size(0, 100 * KIB), True, False, *[ZERO] * 4, 0, 0, ZERO, 1000
     )
     exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)
     return ModelCosts("hand", (one,) * count, (exit_,) * count, 10 * KIB, 2 * KIB, 1, BARE)
@@ -80,8 +78,7 @@ units = st.builds(
     inference=sizes,
     kernel_bytes=st.integers(0, 1000),
     depthwise_bytes=st.integers(0, 1000),
-    reordered_bytes=st.integers(0, 5000),
-    convolutions=st.integers(0, 2),
+    reordered=sizes,
     flops=st.integers(0, 10**9),
 )
 models = st.lists(st.tuples(units, units), min_size=1, max_size=6).map(

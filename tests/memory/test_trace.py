@@ -67,8 +67,8 @@ def test_a_unit_by_hand() -> None:
     assert first.inference == Size(0, 0)
     # The gradient of the output, and beside it the gradient behind the ReLU.
     assert first.backward == Size(0, 2 * map_bytes(4))
-    assert (first.convolutions, first.kernel_bytes, first.depthwise_bytes) == (1, 3 * 4 * 9 * FLOAT, 0)
-    assert first.reordered_bytes == 0  # it trains in channels_last
+    assert (first.kernel_bytes, first.depthwise_bytes) == (3 * 4 * 9 * FLOAT, 0)
+    assert first.reordered == Size(0, 0)  # it trains in channels_last
     assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
     # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
     assert second.saves_input and not second.saves_output
@@ -77,23 +77,36 @@ def test_a_unit_by_hand() -> None:
     assert second.backward_first == Size(0, map_bytes(8))  # at a block's start nobody wants its input's gradient
 
 
-def patches_then_depthwise() -> nn.Module:
+def patches_then_convolution() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 2, stride=2),  # patches: no model in channels_last
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
-        nn.Conv2d(4, 4, 5, padding=2, groups=4),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4, 10),
     )
 
 
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1, groups=3),
+        nn.Conv2d(3, 3, 5, padding=2, groups=3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 10),
+    )
+
+
 def test_what_kernels_copy_is_counted_by_hand() -> None:
-    patches, narrow, wide = trace_costs(spec_of(f"{__name__}:patches_then_depthwise", SIDE), TRAINING).units
-    assert [unit.kernel_bytes for unit in (patches, narrow, wide)] == [4 * 3 * 4 * FLOAT, 4 * 9 * FLOAT, 4 * 25 * FLOAT]
-    assert [unit.depthwise_bytes for unit in (patches, narrow, wide)] == [0, 0, 4 * 25 * FLOAT]
+    patches, narrow = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
+    assert [unit.kernel_bytes + unit.depthwise_bytes for unit in (patches, narrow)] == [0, 0]
     half = map_bytes(4) // 4  # the maps behind the patches have half the side
-    assert [unit.reordered_bytes for unit in (patches, narrow, wide)] == [map_bytes(3) + half, 2 * half, 2 * half]
+    assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
+    assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
+    narrow, wide = trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units
+    assert [unit.kernel_bytes for unit in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
+    assert [unit.depthwise_bytes for unit in (narrow, wide)] == [0, 3 * 25 * FLOAT]
+    assert narrow.reordered == wide.reordered == Size(0, 0)
 
 
 def test_buffers_and_parameters_are_counted_apart() -> None:

@@ -15,15 +15,13 @@ from fedepth.task import Calibration, ModelCosts, Policy, Size, TrainingSpec, Un
 KIB = 1024
 MIB = KIB * KIB
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
-BARE = Calibration(
-    fixed_bytes=0, kept_share=0.0, convolution_bytes=0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0
-)
+BARE = Calibration(fixed_bytes=0, kept=0.0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0)
 ZERO = Size(0, 0)
 
 
 def unit(name: str, saved: int, flops: int = 10**9) -> UnitCost:
     """A unit without weights that keeps its input of 10 KiB and `saved` bytes of every sample."""
-    return UnitCost(name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, 0, 0, 0, 0, flops)
+    return UnitCost(name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, 0, 0, ZERO, flops)
 
 
 def model(*saved_kib: int) -> ModelCosts:
@@ -122,8 +120,7 @@ units = st.builds(
     inference=sizes,
     kernel_bytes=st.integers(0, 1000),
     depthwise_bytes=st.integers(0, 1000),
-    reordered_bytes=st.integers(0, 5000),
-    convolutions=st.integers(0, 2),
+    reordered=sizes,
     flops=st.integers(0, 10**9),
 )
 models = st.lists(st.tuples(units, units), min_size=1, max_size=5).map(

@@ -226,16 +226,14 @@ class Calibration(_message.Message):
     ALLOCATOR_FIELD_NUMBER: _builtins.int
     TORCH_FIELD_NUMBER: _builtins.int
     FIXED_BYTES_FIELD_NUMBER: _builtins.int
-    KEPT_SHARE_FIELD_NUMBER: _builtins.int
-    CONVOLUTION_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     KERNEL_SHARE_FIELD_NUMBER: _builtins.int
     DEPTHWISE_SHARE_FIELD_NUMBER: _builtins.int
     REORDERED_SHARE_FIELD_NUMBER: _builtins.int
     allocator: _builtins.str
     torch: _builtins.str
     fixed_bytes: _builtins.int
-    kept_share: _builtins.float
-    convolution_bytes: _builtins.int
+    kept: _builtins.float
     kernel_share: _builtins.float
     depthwise_share: _builtins.float
     reordered_share: _builtins.float
@@ -245,15 +243,14 @@ class Calibration(_message.Message):
         allocator: _builtins.str = ...,
         torch: _builtins.str = ...,
         fixed_bytes: _builtins.int = ...,
-        kept_share: _builtins.float = ...,
-        convolution_bytes: _builtins.int = ...,
+        kept: _builtins.float = ...,
         kernel_share: _builtins.float = ...,
         depthwise_share: _builtins.float = ...,
         reordered_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocator", b"allocator", "convolution_bytes", b"convolution_bytes", "depthwise_share", b"depthwise_share", "fixed_bytes", b"fixed_bytes", "kept_share", b"kept_share", "kernel_share", b"kernel_share", "reordered_share", b"reordered_share", "torch", b"torch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocator", b"allocator", "depthwise_share", b"depthwise_share", "fixed_bytes", b"fixed_bytes", "kept", b"kept", "kernel_share", b"kernel_share", "reordered_share", b"reordered_share", "torch", b"torch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,10 +376,9 @@ class UnitCost(_message.Message):
     BACKWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
-    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     KERNEL_BYTES_FIELD_NUMBER: _builtins.int
     DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
-    REORDERED_BYTES_FIELD_NUMBER: _builtins.int
+    REORDERED_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
@@ -392,10 +388,8 @@ class UnitCost(_message.Message):
     output_bytes: _builtins.int
     saves_input: _builtins.bool
     saves_output: _builtins.bool
-    convolutions: _builtins.int
     kernel_bytes: _builtins.int
     depthwise_bytes: _builtins.int
-    reordered_bytes: _builtins.int
     flops: _builtins.int
     @_builtins.property
     def saved(self) -> Global___Size: ...
@@ -407,6 +401,8 @@ class UnitCost(_message.Message):
     def backward_first(self) -> Global___Size: ...
     @_builtins.property
     def inference(self) -> Global___Size: ...
+    @_builtins.property
+    def reordered(self) -> Global___Size: ...
     def __init__(
         self,
         *,
@@ -423,15 +419,14 @@ class UnitCost(_message.Message):
         backward: Global___Size | None = ...,
         backward_first: Global___Size | None = ...,
         inference: Global___Size | None = ...,
-        convolutions: _builtins.int = ...,
         kernel_bytes: _builtins.int = ...,
         depthwise_bytes: _builtins.int = ...,
-        reordered_bytes: _builtins.int = ...,
+        reordered: Global___Size | None = ...,
         flops: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "reordered", b"reordered", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "depthwise_bytes", b"depthwise_bytes", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "kernel_bytes", b"kernel_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "reordered_bytes", b"reordered_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "depthwise_bytes", b"depthwise_bytes", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "kernel_bytes", b"kernel_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "reordered", b"reordered", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
