@@ -10,7 +10,7 @@ import torch
 from fedepth.data.transforms import augment, views_rng
 from fedepth.models.split import Unit, release
 from fedepth.task import CachePlace, CacheType, Stage
-from fedepth.training.cache import Cache, open_cache
+from fedepth.training.cache import Cache, RowFormat, open_cache
 from fedepth.training.work import Work, load, to_device
 
 
@@ -42,9 +42,11 @@ def _open(work: Work, stage: Stage, unit: int) -> Cache:
     count, shape = len(work.images) + work.cache_room, work.split.input_shapes[unit]
     if unit == stage.first:
         kind = None if unit == 0 else work.task.training.cache_type
-        return open_cache(stage.cache, work.cache / f"inputs-{unit}", count, shape, kind)
+        rows = RowFormat(shape, kind, work.channels_last and unit > 0)
+        return open_cache(stage.cache, work.cache / f"inputs-{unit}", count, rows)
     # In full precision: the job's cache type rounds once a stage, however it is built.
-    return open_cache(CachePlace.DISK, work.cache / f"between-{unit}", count, shape, CacheType.FLOAT32)
+    rows = RowFormat(shape, CacheType.FLOAT32, work.channels_last)
+    return open_cache(CachePlace.DISK, work.cache / f"between-{unit}", count, rows)
 
 
 def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch: int) -> None:
