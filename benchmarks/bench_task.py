@@ -10,7 +10,7 @@ import numpy as np
 from edge_client.trial import TrialModel
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
-from fedepth.memory.traced import traced_costs
+from fedepth.memory.traced import tracer
 from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
 
 
@@ -20,7 +20,8 @@ async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> Tria
     weights, costs_file = folder / f"{name}.safetensors", folder / f"{name}-{training.batch}.costs.json"
     if not (weights.exists() and costs_file.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        costs_file.write_bytes(msgspec.json.encode(await traced_costs(spec, training, weights, None)))
+        async with tracer() as trace:
+            costs_file.write_bytes(msgspec.json.encode(await trace.costs(spec, training, weights, None)))
     return TrialModel(spec, training, msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts), weights)
 
 

@@ -32,7 +32,7 @@ from fedepth import __version__
 from fedepth.errors import ChildError, PlanError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.memory.predict import needed_bytes, training_peak
-from fedepth.memory.traced import traced_costs
+from fedepth.memory.traced import Tracer, tracer
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
 
@@ -199,7 +199,8 @@ async def _measure(config: TrainerConfig, memory: MemoryConfig, fingerprint: str
     with tempfile.TemporaryDirectory(prefix="fedepth-calibrate-") as text:
         folder = Path(text)
         tell("tracing small models")
-        models = {probe: await _prepare(probe, folder) for probe in PROBES}
+        async with tracer() as trace:
+            models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
         free = await _free_bytes(config, names[0], memory)
         first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
         trials: list[AllocatorTrial] = []
@@ -224,14 +225,14 @@ async def _measure(config: TrainerConfig, memory: MemoryConfig, fingerprint: str
     return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
 
 
-async def _prepare(probe: Probe, folder: Path) -> TrialModel:
+async def _prepare(trace: Tracer, probe: Probe, folder: Path) -> TrialModel:
     channels = probe.input_shape[0]
     spec = ModelSpec(probe.model, tuple("0123456789"), probe.input_shape, (0.5,) * channels, (0.25,) * channels)
     training = TrainingSpec(probe.batch, 1, probe.optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
     weights = folder / f"{probe.model}.safetensors"
     costs_file = folder / f"{probe.model}.costs.json"
     if not costs_file.exists():
-        costs_file.write_bytes(msgspec.json.encode(await traced_costs(spec, training, weights, ())))
+        costs_file.write_bytes(msgspec.json.encode(await trace.costs(spec, training, weights, ())))
         write_noise(folder / probe.model, spec, _STEPS * probe.batch)
     return TrialModel(spec, training, msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts), weights)
 

@@ -21,7 +21,7 @@ from edge_client.trainer_process import Done, Failed, TrainerKeeper, TrainerProc
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.errors import PlanError, StateError
 from fedepth.memory.predict import needed_bytes
-from fedepth.memory.traced import traced_costs
+from fedepth.memory.traced import tracer
 from fedepth.planning.explain import ladder
 from fedepth.planning.planner import full_training_peak, make_plan, unit_plan
 from fedepth.sizes import format_size
@@ -182,7 +182,8 @@ async def make_report(
     with _scratch_folder(config.state_dir) as folder:
         tell(f"tracing {wanted.model.name}")
         weights = folder / "weights.safetensors"
-        costs = await traced_costs(wanted.model, wanted.training, weights, config.models.allow)
+        async with tracer() as trace:
+            costs = await trace.costs(wanted.model, wanted.training, weights, config.models.allow)
         model = TrialModel(wanted.model, wanted.training, replace(costs, calibration=calibration), weights)
         keeper = TrainerKeeper(config.trainer)
         bench = Bench(model, write_noise(folder / "data", wanted.model, wanted.sample_count), keeper, config.memory)

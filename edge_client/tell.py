@@ -31,7 +31,7 @@ class Tell:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Rehearsing):
             self.activity("rehearsing")
-            _log.info("rehearsing every stage for two steps")
+            _log.info("rehearsing every stage for one step")
         elif isinstance(event, StageStarted):
             self._report(self._training(event))
             self._log("stage started", event, predicted_peak=format_size(event.predicted_peak_bytes))

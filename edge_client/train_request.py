@@ -14,7 +14,7 @@ class TrainRequest:
     Attributes:
         plan: the task's plan, or a smaller one where memory has shrunk.
         allowed_models: every `module:function` that this device may import.
-        enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
+        enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
     """
 
     task: Task

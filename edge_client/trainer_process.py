@@ -48,7 +48,7 @@ class Measure(_Event, tag="measure", frozen=True):
 
 
 class Rehearsing(_Event, tag="rehearsing", frozen=True):
-    """Every stage is tried for two steps; until the first stage starts, a death means that the plan needs too much."""
+    """Every stage is tried for one step; until the first stage starts, a death means that the plan needs too much."""
 
 
 class StageStarted(_Event, tag="stage_started", frozen=True):

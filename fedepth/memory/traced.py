@@ -1,14 +1,15 @@
 """Unit costs and initial weights of a model, by a child process: `python -m fedepth.memory.traced`.
 
-Tracing imports sympy and torch._dynamo, hundreds of MiB that whoever wants the figures must not keep. One JSON object
-on standard input, {"model", "training", "seed", "weights", "allowed"}; the cost table as JSON on standard output.
+Tracing imports sympy and torch._dynamo, hundreds of MiB that whoever wants the figures must not keep. A request is one
+line of JSON on standard input, {"model", "training", "seed", "weights", "allowed"}, its answer one on standard output.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -33,30 +34,47 @@ class _Answer(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-async def traced_costs(
-    spec: ModelSpec, training: TrainingSpec, weights: Path | None, allowed: Sequence[str] | None, seed: int = 1
-) -> ModelCosts:
-    """The cost table; initial weights go to `weights`. Takes seconds.
+class Tracer:
+    """A child that traces one model after the other."""
 
-    Raises:
-        ModelError: the model cannot be built or split, or is not among `allowed`.
-        ChildError: the child ended without an answer.
-    """
-    child = await Child.start("tracer", module_argv("fedepth.memory.traced"))
-    try:
+    def __init__(self, child: Child) -> None:
+        self._child = child
+
+    async def costs(
+        self,
+        spec: ModelSpec,
+        training: TrainingSpec,
+        weights: Path | None,
+        allowed: Sequence[str] | None,
+        seed: int = 1,
+    ) -> ModelCosts:
+        """The cost table; initial weights go to `weights`. Takes seconds.
+
+        Raises:
+            ModelError: the model cannot be built or split, or is not among `allowed`.
+            ChildError: the child ended without an answer.
+        """
         wanted = Wanted(
             spec, training, seed, str(weights) if weights else "", None if allowed is None else tuple(allowed)
         )
-        await child.send(wanted)
-        answer = msgspec.convert(await child.receive(), _Answer)
+        await self._child.send(wanted)
+        answer = msgspec.convert(await self._child.receive(), _Answer)
+        if answer.error:
+            raise ModelError(answer.error)
+        if answer.costs is None:
+            raise ChildError("the tracer answered neither with costs nor with an error")
+        return answer.costs
+
+
+@asynccontextmanager
+async def tracer() -> AsyncIterator[Tracer]:
+    """A tracer that is gone, with all that it has imported, at the end of the block."""
+    child = await Child.start("tracer", module_argv("fedepth.memory.traced"))
+    try:
+        yield Tracer(child)
     finally:
         child.kill()
         await child.stop()
-    if answer.error:
-        raise ModelError(answer.error)
-    if answer.costs is None:
-        raise ChildError("the tracer answered neither with costs nor with an error")
-    return answer.costs
 
 
 def _trace(wanted: Wanted) -> ModelCosts:
@@ -78,12 +96,13 @@ def main() -> None:
     # The protocol keeps the real standard output; whatever a library prints goes to standard error.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
-        wanted = msgspec.json.decode(sys.stdin.readline(), type=Wanted)
-        try:
-            answer = _Answer(costs=_trace(wanted))
-        except FedepthError as error:
-            answer = _Answer(error=str(error))
-        answers.write(msgspec.json.encode(answer) + b"\n")
+        for line in sys.stdin:
+            try:
+                answer = _Answer(costs=_trace(msgspec.json.decode(line, type=Wanted)))
+            except FedepthError as error:
+                answer = _Answer(error=str(error))
+            answers.write(msgspec.json.encode(answer) + b"\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

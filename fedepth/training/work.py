@@ -21,7 +21,7 @@ class Work:
         split: the model, on the meta device.
         output: where finished blocks go.
         cache: where cached inputs go that do not lie in RAM.
-        enforce: set RLIMIT_DATA, and stop a stage whose first steps go over the budget.
+        enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
     """
 
