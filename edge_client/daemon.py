@@ -80,9 +80,8 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         try:
             calibration = (await calibrated(config.trainer, _tell, memory=config.memory)).calibration
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
-        except (
-            PlanError
-        ) as error:  # memory may be back when a task comes; nothing is recorded, so the next start measures
+        except PlanError as error:
+            # Memory may be back when a task comes. Nothing is recorded, so the next start measures.
             structlog.get_logger().warning("not measured; planning with a desktop's figures", error=str(error))
         agent = Agent(
             settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings

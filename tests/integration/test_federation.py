@@ -138,6 +138,21 @@ def test_a_budget_that_no_plan_fits_is_told_with_its_numbers(rig: Any) -> None:
     assert rig.lab.processes["device-0"].poll() is None
 
 
+def test_an_agent_without_memory_to_measure_itself_says_so_and_stays(
+    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-record-yet"))
+    config = tmp_path / "agent.toml"
+    config.write_text('[memory]\nreserve = "1000GiB"\n')
+    rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
+    rig.agent(0, "--config", str(config))
+    told = rig.event("device-0", "not measured; planning with a desktop's figures")
+    assert re.search(r"\d+\.\d MiB have to be free beside the trainer, 0 B are", told["error"])
+    rig.wait("device-0", lambda line: "the smallest plan needs" in json.dumps(line))
+    assert rig.lab.processes["device-0"].poll() is None
+    assert not list(tmp_path.rglob("calibration-*.json"))
+
+
 def test_labels_outside_the_job_are_told_and_the_agent_stays(rig: Any) -> None:
     job = rig.job(devices=1, quorum=1)
     job.write_text(job.read_text().replace("classes = 10", 'classes = ["zero", "one"]').replace('"digits"', '"test"'))

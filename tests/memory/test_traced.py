@@ -1,0 +1,30 @@
+"""A tracer answers one request after the other, also after one that cannot be fulfilled."""
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+
+from fedepth.errors import ModelError
+from fedepth.memory.traced import tracer
+from fedepth.models.catalog import named_spec
+from fedepth.task import TrainingSpec
+from fedepth.weights import open_weights
+
+TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+
+
+def test_one_child_traces_several_models(tmp_path: Path) -> None:
+    async def trace() -> tuple[int, int]:
+        async with tracer() as asked:
+            digits = await asked.costs(named_spec("digits-cnn", None, 10), TRAINING, tmp_path / "digits", ())
+            with pytest.raises(ModelError, match="may not import"):
+                await asked.costs(named_spec("os:getcwd", "1x8x8", 10), TRAINING, None, ())
+            other = await asked.costs(named_spec("preresnet20", None, 10), TRAINING, None, ())
+        return len(digits.units), len(other.units)
+
+    assert asyncio.run(trace()) == (6, 10)
+    with open_weights(tmp_path / "digits") as weights:
+        values = sum(math.prod(weights.info(name)[1]) for name in weights.names)
+    assert values == 87_354
