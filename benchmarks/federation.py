@@ -55,7 +55,7 @@ class Federation:
 
     Attributes:
         accuracies: after every round.
-        losses: of the initial model, and after every round.
+        losses: the same.
         updates: the events of accepted updates.
         peak_rss_bytes: VmHWM of the coordinator and of every agent, without their children.
     """

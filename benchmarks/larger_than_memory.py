@@ -29,6 +29,7 @@ from benchmarks.federation import Shard, run_federation
 from benchmarks.full_training import full_plan
 from coordinator.config import load_config, model_spec
 from coordinator.schedule import training_spec
+from coordinator.worker import ModelWorker
 from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed
@@ -122,7 +123,7 @@ def run(folder: Path, optimizer: str, data: Path | None) -> dict[str, Any]:
     )
     (update,) = federation.updates
     (device,) = federation.devices
-    before, after = federation.losses
+    initial = folder / "federation" / "coordinator" / "weights" / "round-0000.safetensors"
     return {
         "optimizer": optimizer,
         "images": IMAGES,
@@ -134,8 +135,8 @@ def run(folder: Path, optimizer: str, data: Path | None) -> dict[str, Any]:
         "full_training_predicted_bytes": needed,
         "blocks": device.blocks,
         "seconds": update["seconds"],
-        "loss_before": before,
-        "loss_after": after,
+        "loss_before": asyncio.run(loss_of(job, initial)),
+        "loss_after": federation.losses[-1],
         "update_bytes": update["bytes"],
         "coordinator_peak_rss_bytes": federation.peak_rss_bytes["coordinator"],
         "agent_peak_rss_bytes": federation.peak_rss_bytes[DEVICE],
@@ -163,6 +164,19 @@ async def try_in_full(folder: Path, job: Path, budget: int, images: Path) -> tup
     failure = end.message if isinstance(end, Failed) else ""
     console.print(f"  {failure or 'it trains'}")
     return needed, failure
+
+
+async def loss_of(job: Path, weights: Path) -> float:
+    """Over the job's test images, as its coordinator computes it after every round."""
+    config = load_config(job)
+    worker = ModelWorker()
+    try:
+        answer = await worker.request(
+            "evaluate", model=model_spec(config), weights=str(weights), test_data=config.test.data
+        )
+    finally:
+        await worker.stop()
+    return float(answer["loss"])
 
 
 @app.command()

@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -25,11 +26,11 @@ import msgspec
 from edge_client.allocators import available
 from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
-from edge_client.probe import measure
+from edge_client.probe import budget_from, measure
 from edge_client.trainer_process import Done, TrainerProcess, torch_version
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
-from fedepth.errors import ChildError, PlanError
+from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.memory.predict import needed_bytes, training_peak
 from fedepth.memory.traced import Tracer, tracer
@@ -86,7 +87,7 @@ class Calibrated:
 
     Attributes:
         fingerprint: what it depends on; another one asks for a new measurement.
-        median_error: of the fitted prediction, over the stages that it was fitted to.
+        median_error: of the predicted need, over the stages that it was fitted to.
     """
 
     fingerprint: str
@@ -113,19 +114,30 @@ async def calibrated(
         folder: where the record lies; the user's cache folder by default.
 
     Raises:
-        ChildError: a trainer could not be started, or a probe failed.
+        ChildError: no trainer could be started, or no allocator could train the first probe.
+        ModelError: a probe's model cannot be built here, as where torchvision is missing.
         PlanError: too little memory is free to measure anything.
         ConfigError: tcmalloc was asked for by name and is not installed.
+        StateError: the folder cannot be written.
     """
     folder = folder or default_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "calibration.lock").touch()
+    except OSError as error:
+        raise StateError(
+            f"{folder} cannot hold what is measured here once for all ({error.strerror}); "
+            "make it writable, or set XDG_CACHE_HOME to a folder that is"
+        ) from None
     fingerprint = _fingerprint(config)
     file = folder / f"calibration-{config.threads}-{config.allocator}.json"
     async with _locked(folder / "calibration.lock"):
         kept = recall(file, Calibrated)
         if kept and kept.fingerprint == fingerprint and not again:
             return kept
-        found = await _measure(config, memory or MemoryConfig(), fingerprint, tell)
+        # Beside the record, because the system's folder for temporary files may lie in memory.
+        with tempfile.TemporaryDirectory(prefix="probes-", dir=folder) as probes:
+            found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), tell)
         remember(file, found)
         return found
 
@@ -186,42 +198,55 @@ def fitting(plans: Mapping[Probe, Plan], free_bytes: int) -> list[Probe]:
 
 
 async def _free_bytes(config: TrainerConfig, allocator: str, memory: MemoryConfig) -> int:
-    """What is free beside a running trainer. A cap is for tasks: the probes of all agents here are the same."""
+    """The budget beside a running trainer. A cap is for tasks: the probes of all agents here are the same."""
     trainer = await TrainerProcess.start(msgspec.structs.replace(config, allocator=allocator))
     try:
-        return max(0, int(measure().available_bytes * memory.fraction) - memory.reserve_bytes)
+        uncapped = msgspec.structs.replace(memory, cap=0)
+        return budget_from(measure(), trainer.start_bytes, uncapped, trainer.held_bytes).budget_bytes
     finally:
         await trainer.kill()
 
 
-async def _measure(config: TrainerConfig, memory: MemoryConfig, fingerprint: str, tell: Tell) -> Calibrated:
+async def _measure(
+    config: TrainerConfig, memory: MemoryConfig, fingerprint: str, folder: Path, tell: Tell
+) -> Calibrated:
+    """What fails is told and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
-    with tempfile.TemporaryDirectory(prefix="fedepth-calibrate-") as text:
-        folder = Path(text)
-        tell("tracing small models")
-        async with tracer() as trace:
-            models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
-        free = await _free_bytes(config, names[0], memory)
-        first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
-        trials: list[AllocatorTrial] = []
-        measured: dict[str, list[MeasuredStage]] = {}
-        peaks: dict[str, list[tuple[int, int]]] = {}
-        for name in names:
-            tell(f"trying {name}")
-            version, done = await _run(config, name, models[first], first, folder)
-            trials.append(_trial(name, version, done))
-            measured[name] = _stages(models[first], first, done)
-            peaks[name] = [_peaks(done)]
-        chosen = choose(tuple(trials)).allocator
-        for probe in others:
-            tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
+    tell("tracing small models")
+    async with tracer() as trace:
+        models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
+    free = await _free_bytes(config, names[0], memory)
+    first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
+    trials: list[AllocatorTrial] = []
+    firsts: dict[str, Done] = {}
+    failed = ""
+    for name in names:
+        tell(f"trying {name}")
+        try:
+            version, firsts[name] = await _run(config, name, models[first], first, folder)
+        except ChildError as error:
+            failed = f"{name} cannot be measured: {error}"
+            tell(failed)
+        else:
+            trials.append(_trial(name, version, firsts[name]))
+    if not trials:
+        raise ChildError(f"{failed}. Look at the lines above; without a trainer nothing can be trained here.")
+    chosen = choose(tuple(trials)).allocator
+    measured = _stages(models[first], first, firsts[chosen])
+    peaks = [_peaks(firsts[chosen])]
+    for probe in others:
+        tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
+        try:
             _, done = await _run(config, chosen, models[probe], probe, folder)
-            measured[chosen] += _stages(models[probe], probe, done)
-            peaks[chosen].append(_peaks(done))
+        except ChildError as error:
+            tell(f"left out: {error}")
+        else:
+            measured += _stages(models[probe], probe, done)
+            peaks.append(_peaks(done))
     start = replace(Calibration(), allocator=chosen, torch=torch_version())
-    need = fit(measured[chosen], start)
-    errors = [abs(error) for error in relative_errors(measured[chosen], need)]
-    calibration = with_kept(need, peaks[chosen])
+    need = fit(measured, start)
+    errors = [abs(error) for error in relative_errors(measured, need)]
+    calibration = with_kept(need, peaks)
     return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
 
 
@@ -243,7 +268,7 @@ async def _run(
     """One probe in a trainer of its own: the first task of a process takes the most. Names the allocator's version."""
     trainer = await TrainerProcess.start(msgspec.structs.replace(config, allocator=allocator))
     plan = _plan(model, probe)
-    # A budget without much to spare: what is kept with all the memory of the device says nothing.
+    # The budget that lets the trainer keep this plan; the rehearsal bounds what may be kept.
     request = trial_request(
         model, plan, needed_bytes(plan.predicted_peak_bytes), folder / probe.model, folder / "run", enforce=False
     )
@@ -251,6 +276,7 @@ async def _run(
         end = await try_training(trainer, request)
     finally:
         await trainer.kill()
+        shutil.rmtree(folder / "run", ignore_errors=True)
     if not isinstance(end, Done):
         raise ChildError(f"calibrating with {probe.model} failed: {end.message}")
     return trainer.allocator, end
@@ -273,16 +299,18 @@ def _plan(model: TrialModel, probe: Probe) -> Plan:
 
 
 def _stages(model: TrialModel, probe: Probe, done: Done) -> list[MeasuredStage]:
+    """The rehearsed stages. A peak of 0, hidden below pages that others gave up meanwhile, tells nothing."""
     return [
-        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, max(1, result.rehearsed_peak_bytes))
+        MeasuredStage(model.costs, model.training, planned, _STEPS * probe.batch, result.rehearsed_peak_bytes)
         for planned, result in zip(done.result.plan.stages, done.result.stages, strict=True)
+        if result.rehearsed_peak_bytes > 0
     ]
 
 
 def _peaks(done: Done) -> tuple[int, int]:
     """What the plan's worst stage needed in its rehearsal, and its peak in training."""
     stages = done.result.stages
-    return max(1, *(stage.rehearsed_peak_bytes for stage in stages)), max(stage.measured_peak_bytes for stage in stages)
+    return max(stage.rehearsed_peak_bytes for stage in stages), max(stage.measured_peak_bytes for stage in stages)
 
 
 def _trial(allocator: str, version: str, done: Done) -> AllocatorTrial:

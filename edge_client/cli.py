@@ -22,7 +22,7 @@ from edge_client.allowance import Allowance
 from edge_client.calibrate import Calibrated, calibrated
 from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
-from edge_client.report import Report, Wanted, default_samples, make_report
+from edge_client.report import Report, Wanted, busy_share, default_samples, make_report
 from edge_client.report_tables import tables
 from edge_client.trainer_process import torch_version
 from fedepth.child import module_argv
@@ -197,9 +197,10 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
 
 async def _report(wanted: Wanted, config: settings.Config, tell: Callable[[str], None]) -> Report:
     """With the device's own calibration and the allocator that suits it."""
+    busy = busy_share()  # before we keep the device busy ourselves
     calibration = (await calibrated(config.trainer, tell, memory=config.memory)).calibration
     settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
-    return await make_report(wanted, settled, calibration=calibration, tell=tell)
+    return await make_report(wanted, settled, calibration=calibration, busy=busy, tell=tell)
 
 
 def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
@@ -214,8 +215,8 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     beside.add_row("kept by the allocator, of what it may", f"{calibration.kept:.0%}")
     beside.add_row("of a convolution's weights", f"{calibration.kernel_share:.0%}")
     beside.add_row("of a wide depth-wise convolution's weights", f"{calibration.depthwise_share:.0%}")
-    beside.add_row("of a convolution's input and output", f"{calibration.reordered_share:.0%}")
-    beside.add_row("error of the estimate", f"{found.median_error:.1%} in the middle of {found.stages} stages")
+    beside.add_row("of its weights, input and output outside channels_last", f"{calibration.reordered_share:.0%}")
+    beside.add_row("error of the need that follows", f"{found.median_error:.1%} in the middle of {found.stages} stages")
     return allocators, beside
 
 

@@ -22,7 +22,7 @@ from edge_client.config import Config
 from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
 from edge_client.transport import GrpcTransport
-from fedepth.errors import FedepthError, PlanError
+from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
 from fedepth.task import Calibration
 
 
@@ -80,8 +80,8 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         try:
             calibration = (await calibrated(config.trainer, _tell, memory=config.memory)).calibration
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
-        except PlanError as error:
-            # Memory may be back when a task comes. Nothing is recorded, so the next start measures.
+        except (PlanError, ChildError, ModelError, StateError) as error:
+            # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
             structlog.get_logger().warning("not measured; planning with a desktop's figures", error=str(error))
         agent = Agent(
             settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings

@@ -164,12 +164,18 @@ def default_samples(batch: int) -> int:
 
 
 async def make_report(
-    wanted: Wanted, config: Config, *, calibration: Calibration = _DESKTOP, tell: Tell = lambda _: None
+    wanted: Wanted,
+    config: Config,
+    *,
+    calibration: Calibration = _DESKTOP,
+    busy: float = 0.0,
+    tell: Tell = lambda _: None,
 ) -> Report:
     """Traces the model and trains it row by row. Takes minutes for a large model; cancelling ends the trainer.
 
     Args:
         calibration: of this device; without one the prediction counts as for a desktop.
+        busy: what `busy_share` said before anything was measured.
         tell: hears what is being done.
 
     Raises:
@@ -188,7 +194,7 @@ async def make_report(
         keeper = TrainerKeeper(config.trainer)
         bench = Bench(model, write_noise(folder / "data", wanted.model, wanted.sample_count), keeper, config.memory)
         try:
-            return await measured_report(wanted, bench, tell)
+            return await measured_report(wanted, bench, busy, tell)
         finally:
             await keeper.drop()
 
@@ -239,10 +245,14 @@ class Bench:
         return _failed(end)
 
 
-async def measured_report(wanted: Wanted, bench: Bench, tell: Tell) -> Report:
+def busy_share() -> float:
+    """The share of this device's cores that was busy in the last minute."""
+    return min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+async def measured_report(wanted: Wanted, bench: Bench, busy: float, tell: Tell) -> Report:
     """The rows of a model that is traced already. Rows that go wrong say so; they do not end the report."""
     tell("starting the trainer")
-    busy = min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     trainer = await bench.trainer()
     device = bench.free(trainer)
     costs = bench.model.costs
@@ -296,11 +306,7 @@ async def _plan_rows(wanted: Wanted, bench: Bench, free_bytes: int, tell: Tell) 
             rows.append(PlanRow(budget_bytes, None, 0, error.needed_bytes, End(Verdict.NO_PLAN, message)))
             continue
         tell(f"budget {number} of {len(budgets)}: {format_size(budget_bytes)}, {plan.blocks}")
-        end = _known(rows, plan)
-        if budget_bytes > free_bytes:
-            end = _too_large(budget_bytes, free_bytes)
-        elif end is None:
-            end = await bench.run(plan, budget_bytes)
+        end = _known(rows, plan) or await bench.run(plan, budget_bytes)
         peak = plan.predicted_peak_bytes
         rows.append(PlanRow(budget_bytes, plan, peak, needed_bytes(peak), end))
     return tuple(rows)

@@ -63,7 +63,7 @@ def _draw_units(axes: Axes, report: Report) -> None:
     axes.set_ylim(0, 1.12 * max(top, free if free < _FAR * top else 0))
     axes.set_xticks(list(places), [f"{row.unit} {row.name}" for row in report.units], rotation=90, fontsize=8)
     axes.set_ylabel("peak memory, MiB")
-    axes.set_title(f"Every unit alone, {report.training.batch} samples in one piece")
+    axes.set_title(f"Every unit alone, {report.units[0].stage.micro_batch} samples in one piece")
     axes.legend(loc="upper right", frameon=False)
 
 

@@ -36,7 +36,7 @@ def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
     _, height, width = spec.input_shape
     noise = random.Random(_SEED)
     pixels = memoryview(noise.randbytes(count * height * width)).cast("B", (count, height, width))
-    labels = memoryview(bytes(index % len(spec.classes) for index in range(count)))
+    labels = memoryview(bytes(index % min(len(spec.classes), 256) for index in range(count)))  # IDX has bytes
     write_idx(folder / "train-images-idx3-ubyte", pixels)
     write_idx(folder / "train-labels-idx1-ubyte", labels)
     return folder

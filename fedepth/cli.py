@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fedepth.errors import ConfigError, FedepthError
+from fedepth.errors import ConfigError, FedepthError, PlanError
 from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.memory.timeline import Moment, timeline
 from fedepth.models.catalog import named_spec
@@ -76,7 +76,16 @@ def plan_command(
     with errors.status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
         costs = replace(_trace(model, input_shape, classes, training), calibration=device)
         status.update("Comparing plans")
-        found = explain(costs, budget_bytes=budget_bytes, training=training, sample_count=samples, policy=policy)
+        try:
+            found = explain(costs, budget_bytes=budget_bytes, training=training, sample_count=samples, policy=policy)
+        except PlanError as error:
+            raise PlanError(
+                f"--budget {format_size(budget_bytes)} is too small for {model} at batch {batch}, policy "
+                f"{policy.value}: the smallest plan needs {format_size(error.needed_bytes, round_up=True)}. "
+                "Give that, or a lower --batch.",
+                needed_bytes=error.needed_bytes,
+                budget_bytes=budget_bytes,
+            ) from None
         moments = timeline(costs, training, samples, found.plan)
         if plot and save_timeline:
             save_timeline(plot, moments, found.plan, title)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from fedepth.cli import app
 from fedepth.errors import ConfigError, ModelError, PlanError
 from fedepth.memory.predict import needed_bytes
-from fedepth.sizes import format_size, parse_size
+from fedepth.sizes import format_size
 from fedepth.task import Calibration
 
 MODEL = "digits-cnn"
@@ -48,24 +49,25 @@ def test_the_plan_and_what_other_budgets_buy(tensors_only: Path) -> None:
     assert "Less memory: as good down to" in shown
 
 
-def test_json_holds_the_plan_the_explanation_and_the_peak() -> None:
-    told = json.loads(plan(MODEL, "--budget", "9MiB", "--policy", "paper", "--optimizer", "adamw", "--json"))
+def test_json_holds_the_plan_the_explanation_and_the_peak(tensors_only: Path) -> None:
+    def told_of(budget: int) -> dict[str, Any]:
+        options = ("--policy", "paper", "--optimizer", "adamw", "--calibration", str(tensors_only), "--json")
+        told: dict[str, Any] = json.loads(plan(MODEL, "--budget", str(budget), *options))
+        return told
+
+    budget = needed_bytes(37 * MIB // 10)
+    told = told_of(budget)
     stages = told["plan"]["stages"]
     peak = max(sum(stage["predicted"].values()) for stage in stages)
     assert told["timeline"]["peak_bytes"] == peak
     assert sum(stages[told["timeline"]["peak_stage"]]["predicted"].values()) == peak
-    assert told["needed_bytes"] == needed_bytes(peak) <= parse_size("9MiB")
+    assert told["needed_bytes"] == needed_bytes(peak) <= budget
     assert told["training"]["optimizer"] == "adamw"
     larger = told["explanation"]["larger"]
-    assert larger["budget_bytes"] > parse_size("9MiB")
+    assert larger["budget_bytes"] > budget
     assert told["explanation"]["coarser"][-1]["plan"]["untrained"] == []
     # The budget that it names gives the plan that it promises.
-    again = json.loads(
-        plan(
-            MODEL, "--budget", str(larger["budget_bytes"]), "--policy", "paper", "--optimizer", "adamw", "--json"
-        )
-    )  # fmt: skip
-    assert again["plan"] == larger["plan"]
+    assert told_of(larger["budget_bytes"])["plan"] == larger["plan"]
 
 
 def test_samples_and_classes_and_input_count() -> None:
@@ -77,7 +79,7 @@ def test_samples_and_classes_and_input_count() -> None:
     assert cache("--samples", "100", "--input", "3x16x16", "--classes", "3") == 100 * 3 * 256
 
 
-@pytest.mark.parametrize("argv", [["--budget", "9MiB", "--policy", "paper"], ["--budget", "1GiB"]])
+@pytest.mark.parametrize("argv", [["--budget", "16MiB", "--policy", "paper"], ["--budget", "1GiB"]])
 def test_the_plot_is_a_png(argv: list[str], tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     shown = plan(MODEL, *argv, "--plot", str(picture))
@@ -87,14 +89,14 @@ def test_the_plot_is_a_png(argv: list[str], tmp_path: Path) -> None:
 
 def test_a_plot_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing/plan\.png: No such file"):
-        plan(MODEL, "--budget", "9MiB", "--plot", str(tmp_path / "missing" / "plan.png"))
+        plan(MODEL, "--budget", "16MiB", "--plot", str(tmp_path / "missing" / "plan.png"))
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "fedepth.memory.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedepth\[plot\]'"):
-        plan(MODEL, "--budget", "9MiB", "--plot", str(tmp_path / "plan.png"))
+        plan(MODEL, "--budget", "16MiB", "--plot", str(tmp_path / "plan.png"))
 
 
 def own_model() -> object:
@@ -131,8 +133,8 @@ def test_an_error_ends_the_program_with_status_1() -> None:
     program = [sys.executable, "-m", "fedepth.cli", "plan", MODEL, "--budget", "1MiB"]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("fedepth: the smallest plan needs ")
-    assert "1.0 MiB are free" in ended.stderr
+    assert ended.stderr.startswith("fedepth: --budget 1.0 MiB is too small for digits-cnn at batch 128, policy auto: ")
+    assert "the smallest plan needs" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
 

@@ -11,9 +11,23 @@ import pytest
 from edge_client import calibrate
 from edge_client.calibrate import PROBES, ROOM, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
-from fedepth.errors import PlanError
+from edge_client.trainer_process import Done
+from edge_client.trial import TrialModel
+from fedepth.errors import PlanError, StateError
 from fedepth.memory.predict import needed_bytes
-from fedepth.task import CachePlace, Calibration, PeakComponents, Plan, Policy, Stage
+from fedepth.models.catalog import named_spec
+from fedepth.task import (
+    CachePlace,
+    Calibration,
+    ModelCosts,
+    PeakComponents,
+    Plan,
+    Policy,
+    Result,
+    Stage,
+    StageResult,
+    TrainingSpec,
+)
 
 MIB = 1 << 20
 GLIBC = AllocatorTrial("glibc", "glibc 2.36", 100 * MIB, 0.5)
@@ -29,7 +43,9 @@ class Measured:
         self.times = 0
         self.inside = 0
 
-    async def __call__(self, config: TrainerConfig, memory: object, fingerprint: str, tell: object) -> Calibrated:
+    async def __call__(
+        self, config: TrainerConfig, memory: object, fingerprint: str, folder: Path, tell: object
+    ) -> Calibrated:
         self.times += 1
         self.inside += 1
         assert self.inside == 1  # one at a time
@@ -72,6 +88,36 @@ def test_agents_that_start_together_measure_once(tmp_path: Path, measured: Measu
     one, other = asyncio.run(both())
     assert one == other
     assert measured.times == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match="set XDG_CACHE_HOME to a folder that is"):
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path / "file" / "below"))
+
+
+def done(*peaks: tuple[int, int]) -> Done:
+    """What a trainer tells of one stage for each (rehearsed, measured) peak."""
+    nothing = PeakComponents(0, 0, 0, 0, 0, 0, 0)
+    stages = tuple(Stage(number, number, 1, CachePlace.DISK, 1, nothing) for number in range(len(peaks)))
+    results = tuple(
+        StageResult(number, number, 1, 0, rehearsed, measured, 0, 0, 0.0, 0.0, 3, 3, 1.5)
+        for number, (rehearsed, measured) in enumerate(peaks)
+    )
+    plan = Plan(stages, (), Policy.AUTO, 0)
+    return Done(Result("t", 1, "d", 1, 3, plan, (), results, (), 1.0, "a", 0))
+
+
+def test_a_probe_gives_its_stages_its_worst_peaks_and_its_time() -> None:
+    costs = ModelCosts("m", (), (), 1, 1, 1)
+    model = TrialModel(
+        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path()
+    )
+    told = done((50, 60), (0, 10), (70, 65))
+    # The stage whose peak lay below the baseline says nothing about what it needs.
+    assert [each.measured_bytes for each in calibrate._stages(model, PROBES[0], told)] == [50, 70]
+    assert calibrate._peaks(told) == (70, 65)
+    assert calibrate._trial("a", "version", told) == AllocatorTrial("a", "version", 65, 0.5)
 
 
 def test_a_damaged_record_is_measured_again(tmp_path: Path, measured: Measured) -> None:

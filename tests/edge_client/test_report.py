@@ -28,8 +28,9 @@ from edge_client.trial import TrialModel
 from fedepth.errors import ConfigError, ModelError, StateError
 from fedepth.memory.predict import needed_bytes
 from fedepth.models.catalog import named_spec
-from fedepth.planning.explain import ladder
+from fedepth.planning.explain import CLEARLY_LESS, ladder
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak, unit_plan
+from fedepth.sizes import format_size
 from fedepth.task import MemoryLimit, ModelSpec, Policy
 from tests.edge_client.conftest import COSTS, MIB, SAMPLES, TRAINING
 
@@ -61,7 +62,7 @@ def play(tmp_path: Path) -> Callable[..., tuple[Report, list[dict[str, Any]]]]:
             )
             try:
                 return await measured_report(
-                    Wanted(TOY, TRAINING, Policy.PAPER, SAMPLES, budgets), bench, lambda _: None
+                    Wanted(TOY, TRAINING, Policy.PAPER, SAMPLES, budgets), bench, 0.0, lambda _: None
                 )
             finally:
                 await keeper.drop()
@@ -110,7 +111,15 @@ def test_what_does_not_fit_is_shown_and_not_run(play: Callable[..., Any]) -> Non
     assert (nothing.plan, nothing.end.verdict) == (None, Verdict.NO_PLAN)
     assert nothing.needed_bytes == smallest_peak(COSTS, TRAINING, SAMPLES, Policy.PAPER)
     assert (beyond.end.verdict, beyond.plan is None) == (Verdict.TOO_LARGE, False)
-    assert "400.0 MiB" in beyond.end.message
+    assert beyond.needed_bytes < 400 * MIB  # what its plan needs counts, not the budget
+    assert f"needs {format_size(beyond.needed_bytes, round_up=True)}" in beyond.end.message
+
+
+def test_a_plan_that_fits_is_proved_though_its_budget_does_not(play: Callable[..., Any]) -> None:
+    report, requests = play(GOOD, free=200 * MIB, budgets=(1 << 40,))
+    (row,) = report.plans
+    assert (row.end.verdict, row.budget_bytes) == (Verdict.TRAINED, 1 << 40)
+    assert requests[-1]["budget"]["budget_bytes"] == 200 * MIB
 
 
 def test_a_plan_that_several_budgets_give_is_proved_once_under_the_smallest(play: Callable[..., Any]) -> None:
@@ -165,7 +174,11 @@ def test_without_room_for_any_plan_the_ladder_is_the_smallest_one(play: Callable
 def test_every_rung_is_clearly_better_than_the_one_before() -> None:
     rungs = ladder(COSTS, most_bytes=1 << 40, training=TRAINING, sample_count=SAMPLES, policy=Policy.AUTO, count=6)
     ranks = [(len(rung.plan.untrained), len(rung.plan.stages)) for rung in rungs]
-    assert ranks == sorted(ranks, reverse=True)
+    work = [rung.work for rung in rungs]
+    steps = list(zip(zip(ranks, work, strict=True), zip(ranks[1:], work[1:], strict=True), strict=False))
+    for (rank, slow), (better, fast) in steps[:-1]:  # the last is full training, whatever comes before it
+        assert better < rank or (better == rank and fast < CLEARLY_LESS * slow)
+    assert len(rungs) >= 3
     assert [rung.budget_bytes for rung in rungs] == sorted({rung.budget_bytes for rung in rungs})
     assert ranks[-1] == (0, 1)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
+from fedepth.memory.predict import may_keep_bytes
 from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
 
 MIB = 1 << 20
@@ -70,8 +71,12 @@ def test_what_was_not_seen_stays_as_it_was() -> None:
 
 def test_what_the_allocator_keeps_is_a_part_of_what_it_may() -> None:
     need = replace(START, kept=0.0)
-    # It may keep 5 MiB of 100 and 4 MiB of 50, and keeps 4, 1 and 2 MiB: four, one and two quarters in the middle.
-    peaks = [(100 * MIB, 104 * MIB), (50 * MIB, 51 * MIB), (50 * MIB, 52 * MIB)]
-    assert with_kept(need, peaks).kept == pytest.approx(0.5)
+
+    def peaks(*parts: float) -> list[tuple[int, int]]:
+        return [
+            (size * MIB, size * MIB + int(part * may_keep_bytes(size * MIB))) for size, part in enumerate(parts, 50)
+        ]
+
+    assert with_kept(need, peaks(0.8, 0.25, 0.5)).kept == pytest.approx(0.5, abs=1e-6)
     assert with_kept(need, [(10 * MIB, 9 * MIB)]) == need  # nothing kept is nothing, not less
-    assert with_kept(need, [(10 * MIB, 19 * MIB)]).kept == 1.0
+    assert with_kept(need, peaks(1.5)).kept == 1.0
