@@ -106,10 +106,10 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 3 << 19
+    fixed_bytes: int = 5 << 18
     kept: float = 0.7
-    kernel_share: float = 1.7
-    depthwise_share: float = 220.0
+    kernel_share: float = 2.0
+    depthwise_share: float = 210.0
     reordered_share: float = 0.9
 
 
