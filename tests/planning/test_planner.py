@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (, may_keep_bytes
+from fedepth.memory.predict import (
     build_peak,
     cache_bytes_in,
+    may_keep_bytes,
     needed_bytes,
     training_peak,
 )
