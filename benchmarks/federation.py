@@ -108,6 +108,7 @@ async def _watch(running: Lab, console: Console) -> tuple[list[dict[str, Any]], 
     """Prints and collects events until the job is finished; with the VmHWM of every process as of the last event."""
     events: list[dict[str, Any]] = []
     peaks: dict[str, int] = {}
+    said: dict[str, str] = {}  # the last line of every device: progress is told every second
     async with open_channel(running.address) as channel:
         stub = FederationStub(channel)
         try:
@@ -117,8 +118,9 @@ async def _watch(running: Lab, console: Console) -> tuple[list[dict[str, Any]], 
                 for name, process in running.processes.items():
                     peaks[name] = max(peaks.get(name, 0), status_bytes(process.pid, "VmHWM"))
                 line = _line(event)
-                if line:
+                if line and line != said.get(event.get("device", "")):
                     console.print(line)
+                    said[event.get("device", "")] = line
                 if event["event"] == "finished":
                     return events, peaks
         except grpc.aio.AioRpcError as error:
