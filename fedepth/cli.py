@@ -21,7 +21,7 @@ from fedepth.memory.timeline import Moment, timeline
 from fedepth.models.catalog import named_spec
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Calibration, ModelCosts, Optimizer, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import Calibration, ModelCosts, Optimizer, Plan, Policy, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 
@@ -192,7 +192,7 @@ def _stages(plan: Plan, title: str) -> Table:
             needed_bytes(parts.total),
         )
         table.add_row(
-            _units(stage),
+            stage.block,
             str(stage.micro_batch),
             "yes" if stage.checkpoint else "no",
             stage.cache.value,
@@ -253,10 +253,6 @@ def _summary(plan: Plan) -> str:
     sizes = sorted({stage.micro_batch for stage in plan.stages})
     text = f"{plan.blocks}, micro-batch {', '.join(map(str, sizes))}"
     return text + (", checkpointed" if any(stage.checkpoint for stage in plan.stages) else "")
-
-
-def _units(stage: Stage) -> str:
-    return f"{stage.first}-{stage.last}" if stage.last > stage.first else str(stage.first)
 
 
 if __name__ == "__main__":

@@ -296,6 +296,11 @@ class Stage:
     def predicted_peak_bytes(self) -> int:
         return self.predicted.total
 
+    @property
+    def block(self) -> str:
+        """For people: "1-3", or "4"."""
+        return f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -320,9 +325,7 @@ class Plan:
     @property
     def blocks(self) -> str:
         """For people: "1-3 | 4-6 (untrained: 0)"."""
-        text = " | ".join(
-            f"{stage.first}-{stage.last}" if stage.last > stage.first else str(stage.first) for stage in self.stages
-        )
+        text = " | ".join(stage.block for stage in self.stages)
         return text + (f" (untrained: {', '.join(map(str, self.untrained))})" if self.untrained else "")
 
 

@@ -75,8 +75,7 @@ def _mark_stages(axes: Axes, moments: Sequence[Moment], plan: Plan) -> None:
         stage, width = plan.stages[index], len(list(group))
         if start:
             axes.axvline(start, color="black", linewidth=0.8)
-        units = f"{stage.first}-{stage.last}" if stage.last > stage.first else str(stage.first)
-        name = units if many else f"units {units}\nmicro-batch {stage.micro_batch}"
+        name = stage.block if many else f"units {stage.block}\nmicro-batch {stage.micro_batch}"
         if stage.checkpoint and not many:
             name += ", checkpointed"
         peak = stage.predicted_peak_bytes / _MIB

@@ -9,6 +9,7 @@ from fedepth.memory.predict import needed_bytes
 from fedepth.memory.timeline import timeline
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from tests.drawn_costs import models
 
 KIB = 1024
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
@@ -60,34 +61,8 @@ def test_with_checkpointing_every_unit_runs_again() -> None:
     assert labels[:3] == ["build", "forward 0", "forward 1"]
 
 
-sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
-units = st.builds(
-    UnitCost,
-    name=st.just("u"),
-    parameter_bytes=st.integers(0, 200_000),
-    buffer_bytes=st.integers(0, 1000),
-    largest_parameter_bytes=st.integers(0, 1000),
-    input_bytes=st.integers(1, 5000),
-    output_bytes=st.integers(1, 5000),
-    saved=sizes,
-    saves_input=st.booleans(),
-    saves_output=st.booleans(),
-    forward=sizes,
-    backward=sizes,
-    backward_first=sizes,
-    inference=sizes,
-    kernel_bytes=st.integers(0, 1000),
-    depthwise_bytes=st.integers(0, 1000),
-    reordered=sizes,
-    flops=st.integers(0, 10**9),
-)
-models = st.lists(st.tuples(units, units), min_size=1, max_size=6).map(
-    lambda drawn: ModelCosts("drawn", tuple(u for u, _ in drawn), tuple(e for _, e in drawn), 1000, 250, 1)
-)
-
-
 @settings(max_examples=150, deadline=None)
-@given(models, st.floats(0, 1.1), st.sampled_from(Policy), st.floats(0, 1), st.integers(1, 60))
+@given(models(Calibration()), st.floats(0, 1.1), st.sampled_from(Policy), st.floats(0, 1), st.integers(1, 60))
 def test_the_peak_of_a_stage_is_its_largest_moment(
     costs: ModelCosts, share: float, policy: Policy, proximal_mu: float, samples: int
 ) -> None:

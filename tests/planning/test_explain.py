@@ -11,6 +11,7 @@ from fedepth.memory.predict import needed_bytes
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
 from fedepth.task import Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from tests.drawn_costs import models
 
 KIB = 1024
 MIB = KIB * KIB
@@ -102,34 +103,8 @@ def test_nothing_fits() -> None:
         explained(model(1000), 1)
 
 
-sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
-units = st.builds(
-    UnitCost,
-    name=st.just("u"),
-    parameter_bytes=st.integers(0, 200_000),
-    buffer_bytes=st.integers(0, 1000),
-    largest_parameter_bytes=st.integers(0, 1000),
-    input_bytes=st.integers(1, 5000),
-    output_bytes=st.integers(1, 5000),
-    saved=sizes,
-    saves_input=st.booleans(),
-    saves_output=st.booleans(),
-    forward=sizes,
-    backward=sizes,
-    backward_first=sizes,
-    inference=sizes,
-    kernel_bytes=st.integers(0, 1000),
-    depthwise_bytes=st.integers(0, 1000),
-    reordered=sizes,
-    flops=st.integers(0, 10**9),
-)
-models = st.lists(st.tuples(units, units), min_size=1, max_size=5).map(
-    lambda drawn: ModelCosts("drawn", tuple(u for u, _ in drawn), tuple(e for _, e in drawn), 1000, 250, 1)
-)
-
-
 @settings(max_examples=60, deadline=None)
-@given(models, st.floats(0, 1.1), st.sampled_from(Policy))
+@given(models(Calibration()), st.floats(0, 1.1), st.sampled_from(Policy))
 def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, policy: Policy) -> None:
     def key(bytes_: int) -> tuple[float, int, float]:
         try:

@@ -16,6 +16,7 @@ from fedepth.memory.predict import (
 )
 from fedepth.planning.planner import make_plan
 from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from tests.drawn_costs import models
 
 KIB = 1024
 MIB = KIB * KIB
@@ -194,46 +195,9 @@ def test_planning_on_after_a_stage_covers_only_what_is_left() -> None:
     assert [(s.first, s.last) for s in rest.stages] == [(2, 2), (3, 3)]
 
 
-sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
-units = st.builds(
-    UnitCost,
-    name=st.just("u"),
-    parameter_bytes=st.integers(0, 200_000),
-    buffer_bytes=st.integers(0, 1000),
-    largest_parameter_bytes=st.integers(0, 1000),
-    input_bytes=st.integers(1, 5000),
-    output_bytes=st.integers(1, 5000),
-    saved=sizes,
-    saves_input=st.booleans(),
-    saves_output=st.booleans(),
-    forward=sizes,
-    backward=sizes,
-    backward_first=sizes,
-    inference=sizes,
-    kernel_bytes=st.integers(0, 1000),
-    depthwise_bytes=st.integers(0, 1000),
-    reordered=sizes,
-    flops=st.integers(0, 10**9),
-)
-
-
-@st.composite
-def models(draw: st.DrawFn) -> ModelCosts:
-    count = draw(st.integers(1, 6))
-    return ModelCosts(
-        "drawn",
-        tuple(draw(units) for _ in range(count)),
-        tuple(draw(units) for _ in range(count)),
-        input_bytes=1000,
-        raw_input_bytes=250,
-        smallest_micro_batch=draw(st.integers(1, 2)),
-        calibration=DEVICE,
-    )
-
-
 @settings(max_examples=150, deadline=None)
 @given(
-    models(),
+    models(DEVICE),
     st.integers(LEAST, LEAST + 2_000_000),
     st.sampled_from(Policy),
     st.data(),
@@ -272,7 +236,7 @@ def test_every_plan_fits_and_names_every_unit_once(
 
 
 @settings(max_examples=60, deadline=None)
-@given(models(), st.integers(LEAST, LEAST + 1_000_000), st.integers(0, 1_000_000))
+@given(models(DEVICE), st.integers(LEAST, LEAST + 1_000_000), st.integers(0, 1_000_000))
 def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int) -> None:
     def untrained(bytes_: int) -> tuple[int, int]:
         try:
