@@ -56,14 +56,14 @@ def fit(measured: Sequence[MeasuredStage], start: Calibration) -> Calibration:
 
 
 def with_kept(need: Calibration, peaks: Sequence[tuple[int, int]]) -> Calibration:
-    """Adds what the allocator keeps, as the median part of what it may.
+    """Adds what the allocator keeps, as the mean part of what it may: half a dozen parts scatter, and a median jumps.
 
     Args:
         need: the calibration as if nothing were kept.
         peaks: (need, peak in training) of plans, in bytes.
     """
     parts = [(peak - each) / may_keep_bytes(each) for each, peak in peaks]
-    return replace(need, kept=min(1.0, max(0.0, statistics.median(parts))))
+    return replace(need, kept=statistics.fmean(min(1.0, max(0.0, part)) for part in parts))
 
 
 def relative_errors(measured: Sequence[MeasuredStage], calibration: Calibration) -> list[float]:
