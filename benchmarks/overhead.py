@@ -45,7 +45,7 @@ from edge_client.trainer_process import Done, Event, Rehearsing, TrainerProcess
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
-from fedepth.memory.predict import needed_bytes, training_peak
+from fedepth.memory.predict import needed_bytes, training_step
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, ModelSpec, Plan, Policy, Stage, TrainingSpec
@@ -186,7 +186,7 @@ async def compare(lab: Lab, pairs: int) -> dict[str, Any]:
 def _whole(lab: Lab, micro_batch: int, *, checkpoint: bool) -> Stage:
     costs, training = lab.model.costs, lab.model.training
     last = len(costs.units) - 1
-    peak = training_peak(
+    peak = training_step(
         costs,
         training,
         0,
@@ -195,7 +195,7 @@ def _whole(lab: Lab, micro_batch: int, *, checkpoint: bool) -> Stage:
         accumulates=micro_batch < BATCH,
         cache_bytes=0,
         checkpoint=checkpoint,
-    )
+    ).peak
     return Stage(0, last, micro_batch, CachePlace.DISK, micro_batch, peak, checkpoint)
 
 

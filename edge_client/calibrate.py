@@ -32,7 +32,7 @@ from edge_client.trial import TrialModel, trial_request, try_training, write_noi
 from fedepth import __version__
 from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
-from fedepth.memory.predict import needed_bytes, training_peak
+from fedepth.memory.predict import needed_bytes, training_step
 from fedepth.memory.traced import Tracer, tracer
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
@@ -285,7 +285,7 @@ async def _run(
 def _plan(model: TrialModel, probe: Probe) -> Plan:
     stages = []
     for first, last in probe.blocks:
-        peak = training_peak(
+        peak = training_step(
             model.costs,
             model.training,
             first,
@@ -293,7 +293,7 @@ def _plan(model: TrialModel, probe: Probe) -> Plan:
             probe.micro_batch,
             accumulates=probe.micro_batch < probe.batch,
             cache_bytes=0,
-        )
+        ).peak
         stages.append(Stage(first, last, probe.micro_batch, CachePlace.DISK, probe.micro_batch, peak))
     return Plan(tuple(stages), (), Policy.AUTO, 0)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedepth.memory.predict import effective_batch, may_keep_bytes, training_moments
+from fedepth.memory.predict import effective_batch, may_keep_bytes, training_step
 from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, TrainingSpec
 
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
@@ -85,7 +85,7 @@ class _Row:
 
 def _moments(each: MeasuredStage, calibration: Calibration) -> tuple[tuple[str, PeakComponents], ...]:
     stage = each.stage
-    return training_moments(
+    return training_step(
         replace(each.costs, calibration=calibration),
         each.training,
         stage.first,
@@ -94,7 +94,7 @@ def _moments(each: MeasuredStage, calibration: Calibration) -> tuple[tuple[str, 
         accumulates=stage.micro_batch < effective_batch(each.costs, each.training, each.sample_count),
         cache_bytes=0,
         checkpoint=stage.checkpoint,
-    )
+    ).moments
 
 
 def _worst(each: MeasuredStage, calibration: Calibration) -> _Row:

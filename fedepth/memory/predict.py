@@ -60,65 +60,6 @@ def optimizer_copies(training: TrainingSpec) -> int:
     return 2 if training.optimizer == "adamw" else int(training.momentum > 0)
 
 
-def training_peak(
-    costs: ModelCosts,
-    training: TrainingSpec,
-    first: int,
-    last: int,
-    micro_batch: int,
-    *,
-    accumulates: bool,
-    cache_bytes: int,
-    checkpoint: bool = False,
-) -> PeakComponents:
-    """The worst moment of training units `first..last` with `micro_batch` samples per forward pass.
-
-    A parameter is updated, and its gradient freed, as soon as the backward pass is through with it; gradients of
-    several micro-batches live until the last of them.
-
-    Args:
-        accumulates: gradients of several micro-batches are summed, so that they live through the forward pass.
-        cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
-        checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
-    """
-    resident, live = _step(
-        costs,
-        training,
-        first,
-        last,
-        micro_batch,
-        accumulates=accumulates,
-        cache_bytes=cache_bytes,
-        checkpoint=checkpoint,
-    )
-    return _at(resident, max(live, key=lambda moment: moment.size), costs.calibration)
-
-
-def training_moments(
-    costs: ModelCosts,
-    training: TrainingSpec,
-    first: int,
-    last: int,
-    micro_batch: int,
-    *,
-    accumulates: bool,
-    cache_bytes: int,
-    checkpoint: bool = False,
-) -> tuple[tuple[str, PeakComponents], ...]:
-    """Every moment of one step in order, by name ("forward 3"); `training_peak` is the largest. Same arguments."""
-    resident, live = _step(
-        costs,
-        training,
-        first,
-        last,
-        micro_batch,
-        accumulates=accumulates,
-        cache_bytes=cache_bytes,
-        checkpoint=checkpoint,
-    )
-    return tuple((moment.name, _at(resident, moment, costs.calibration)) for moment in live)
-
-
 @dataclass(frozen=True)
 class _Moment:
     """What lives at one moment of a step, without weights, optimizer state and the sum of gradients."""
@@ -134,19 +75,26 @@ class _Moment:
         return self.activations + self.temporaries + self.fresh_gradient + self.scratch
 
 
-def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
-    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
-    needed = replace(
-        resident,
-        activations=moment.activations,
-        temporaries=moment.temporaries,
-        scratch=moment.scratch,
-        gradients=resident.gradients + moment.fresh_gradient,
-    )
-    return replace(needed, scratch=needed.scratch + int(device.kept * may_keep_bytes(needed.total)))
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimizer step of a stage: what lives through all of it, and what comes on top at each of its moments."""
+
+    resident: PeakComponents
+    live: tuple[_Moment, ...]
+    device: Calibration
+
+    @property
+    def peak(self) -> PeakComponents:
+        """The worst moment."""
+        return _at(self.resident, max(self.live, key=lambda moment: moment.size), self.device)
+
+    @property
+    def moments(self) -> tuple[tuple[str, PeakComponents], ...]:
+        """Every moment in order, by name ("forward 3")."""
+        return tuple((moment.name, _at(self.resident, moment, self.device)) for moment in self.live)
 
 
-def _step(
+def training_step(
     costs: ModelCosts,
     training: TrainingSpec,
     first: int,
@@ -155,9 +103,18 @@ def _step(
     *,
     accumulates: bool,
     cache_bytes: int,
-    checkpoint: bool,
-) -> tuple[PeakComponents, Iterator[_Moment]]:
-    """What lives through the whole step, and what comes on top at each of its moments."""
+    checkpoint: bool = False,
+) -> TrainingStep:
+    """Training units `first..last` with `micro_batch` samples per forward pass.
+
+    A parameter is updated, and its gradient freed, as soon as the backward pass is through with it; gradients of
+    several micro-batches live until the last of them.
+
+    Args:
+        accumulates: gradients of several micro-batches are summed, so that they live through the forward pass.
+        cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
+        checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
+    """
     units = list(costs.units[first : last + 1])
     units[0] = replace(units[0], backward=units[0].backward_first)
     exit_ = costs.exits[last]
@@ -174,7 +131,19 @@ def _step(
     scratch = [_scratch(costs.calibration, unit, micro_batch) for unit in (*units, exit_)]
     names = (*(str(unit) for unit in range(first, last + 1)), "exit")
     moments = _checkpointed if checkpoint else _plain
-    return resident, moments(names, (*units, exit_), scratch, micro_batch)
+    return TrainingStep(resident, tuple(moments(names, (*units, exit_), scratch, micro_batch)), costs.calibration)
+
+
+def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
+    # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
+    needed = replace(
+        resident,
+        activations=moment.activations,
+        temporaries=moment.temporaries,
+        scratch=moment.scratch,
+        gradients=resident.gradients + moment.fresh_gradient,
+    )
+    return replace(needed, scratch=needed.scratch + int(device.kept * may_keep_bytes(needed.total)))
 
 
 def _plain(names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[int], samples: int) -> Iterator[_Moment]:

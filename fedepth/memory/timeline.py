@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedepth.memory.predict import build_moments, cache_bytes_in, effective_batch, training_moments
+from fedepth.memory.predict import build_moments, cache_bytes_in, effective_batch, training_step
 from fedepth.task import ModelCosts, PeakComponents, Plan, TrainingSpec
 
 
@@ -49,7 +49,7 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
             cache_bytes=cached,
             streamed=stage.build_streamed,
         )
-        step = training_moments(
+        step = training_step(
             costs,
             training,
             stage.first,
@@ -58,7 +58,7 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
             accumulates=stage.micro_batch < batch,
             cache_bytes=cached,
             checkpoint=stage.checkpoint,
-        )
+        ).moments
         moments.extend(Moment(index, label, components) for label, components in (*build, *step))
         source, source_bytes = stage.first, cached
     return tuple(moments)

@@ -20,7 +20,7 @@ from fedepth.memory.predict import (
     cached_sample_bytes,
     effective_batch,
     needed_bytes,
-    training_peak,
+    training_step,
 )
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, ModelCosts, PeakComponents, Plan, Policy, Stage, TrainingSpec
@@ -110,7 +110,7 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     The plan's budget is what that needs at least; the inputs are computed as fast as they can be inside it.
     """
     batch = effective_batch(costs, training, sample_count)
-    predicted = training_peak(costs, training, unit, unit, batch, accumulates=False, cache_bytes=0)
+    predicted = training_step(costs, training, unit, unit, batch, accumulates=False, cache_bytes=0).peak
     slowest_build = build_peak(costs, 0, unit, 1, source_bytes=0, cache_bytes=0, streamed=True)
     budget_bytes = needed_bytes(max(predicted.total, slowest_build.total))
     choice = _Choice(unit, unit, batch, CachePlace.DISK, False, predicted, cost=0.0)
@@ -123,7 +123,7 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
 def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> PeakComponents:
     """The predicted peak of training all units at once with the job's batch, inputs on disk."""
     batch = effective_batch(costs, training, sample_count)
-    return training_peak(costs, training, 0, len(costs.units) - 1, batch, accumulates=False, cache_bytes=0)
+    return training_step(costs, training, 0, len(costs.units) - 1, batch, accumulates=False, cache_bytes=0).peak
 
 
 def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> int:
@@ -158,7 +158,7 @@ def _choices(
                 ways: list[_Choice] = []
                 for checkpoint in _checkpoints(policy, first, last):
                     for micro_batch in _micro_batches(batch, policy, costs.smallest_micro_batch):
-                        predicted = training_peak(
+                        predicted = training_step(
                             costs,
                             training,
                             first,
@@ -167,7 +167,7 @@ def _choices(
                             accumulates=micro_batch < batch,
                             cache_bytes=cached,
                             checkpoint=checkpoint,
-                        )
+                        ).peak
                         if needed_bytes(predicted.total) <= budget_bytes:
                             cost = _cost(costs, training, sample_count, first, last, micro_batch, place, checkpoint)
                             ways.append(_Choice(first, last, micro_batch, place, checkpoint, predicted, cost))
@@ -289,7 +289,7 @@ def _nothing_fits(
     source_bytes = cache_bytes_in(done.cache, costs, training, source, sample_count) if done else 0
     smallest = min(
         max(
-            training_peak(costs, training, unit, unit, size, accumulates=size < batch, cache_bytes=0).total,
+            training_step(costs, training, unit, unit, size, accumulates=size < batch, cache_bytes=0).peak.total,
             build_peak(costs, source, unit, 1, source_bytes=source_bytes, cache_bytes=0, streamed=True).total,
         )
         for unit in range(start, len(costs.units))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedepth.memory.predict import cache_bytes_in, effective_batch, needed_bytes, training_peak
+from fedepth.memory.predict import cache_bytes_in, effective_batch, needed_bytes, training_step
 from fedepth.task import ModelCosts, Stage, TrainingSpec
 
 
@@ -15,7 +15,7 @@ def fitting_micro_batch(
     too much."""
     batch = effective_batch(costs, training, sample_count)
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
-        peak = training_peak(
+        peak = training_step(
             costs,
             training,
             stage.first,
@@ -24,7 +24,7 @@ def fitting_micro_batch(
             accumulates=micro_batch < batch,
             cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
             checkpoint=stage.checkpoint,
-        )
+        ).peak
         if needed_bytes(peak.total) <= budget_bytes:
             return micro_batch
     return None

@@ -12,7 +12,7 @@ from fedepth.memory.predict import (
     cache_bytes_in,
     may_keep_bytes,
     needed_bytes,
-    training_peak,
+    training_step,
 )
 from fedepth.planning.planner import make_plan
 from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
@@ -62,7 +62,7 @@ def plan(costs: ModelCosts, budget: int, policy: Policy = Policy.PAPER, samples:
 
 def test_the_peak_of_a_stage_is_the_sum_of_what_lives_at_its_worst_moment() -> None:
     # Two units, 3 samples a step: inputs 3·10, saved 2·3·1000, two kept outputs 2·3·10 KiB; 1 MiB scratch.
-    peak = training_peak(model(), TRAINING, 0, 1, 3, accumulates=False, cache_bytes=7)
+    peak = training_step(model(), TRAINING, 0, 1, 3, accumulates=False, cache_bytes=7).peak
     assert peak.activations + peak.temporaries == (30 + 6000 + 60) * KIB  # the last output just made, or kept
     assert (peak.scratch, peak.cache, peak.gradients, peak.parameters) == (SCRATCH, 7, 0, 0)
     assert peak.total == (30 + 6000 + 60) * KIB + SCRATCH + 7
@@ -73,9 +73,9 @@ def test_the_first_unit_of_a_block_needs_no_gradient_of_its_input() -> None:
     units = tuple(replace(u, backward=Size(0, 500 * KIB), backward_first=Size(0, 200 * KIB)) for u in model(2).units)
     costs = replace(model(2), units=units)
     for checkpoint in (False, True):
-        first = training_peak(costs, TRAINING, 0, 0, 1, accumulates=False, cache_bytes=0, checkpoint=checkpoint)
+        first = training_step(costs, TRAINING, 0, 0, 1, accumulates=False, cache_bytes=0, checkpoint=checkpoint).peak
         assert first.activations + first.temporaries == (10 + 1000 + 200) * KIB
-    behind = training_peak(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0)
+    behind = training_step(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0).peak
     assert behind.activations + behind.temporaries == (2 * 1000 + 2 * 10 + 500) * KIB
 
 
@@ -83,14 +83,14 @@ def test_parameters_momentum_and_one_gradient_count_when_weights_bind() -> None:
     costs = model(2, saved=0)
     heavy = tuple(replace(u, parameter_bytes=MIB, largest_parameter_bytes=MIB) for u in costs.units)
     costs = replace(costs, units=heavy)
-    sgd = training_peak(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0)
+    sgd = training_step(costs, TRAINING, 0, 1, 1, accumulates=False, cache_bytes=0).peak
     # Each gradient is used up before the next is computed; those of several micro-batches are summed up first.
     assert (sgd.parameters, sgd.optimizer_state, sgd.gradients) == (2 * MIB, 2 * MIB, MIB)
-    summed = training_peak(costs, TRAINING, 0, 1, 1, accumulates=True, cache_bytes=0)
+    summed = training_step(costs, TRAINING, 0, 1, 1, accumulates=True, cache_bytes=0).peak
     assert summed.gradients == 3 * MIB
-    adamw = training_peak(costs, replace(TRAINING, optimizer="adamw"), 0, 1, 1, accumulates=False, cache_bytes=0)
+    adamw = training_step(costs, replace(TRAINING, optimizer="adamw"), 0, 1, 1, accumulates=False, cache_bytes=0).peak
     assert adamw.optimizer_state == 4 * MIB
-    proximal = training_peak(costs, replace(TRAINING, proximal_mu=0.1), 0, 1, 1, accumulates=False, cache_bytes=0)
+    proximal = training_step(costs, replace(TRAINING, proximal_mu=0.1), 0, 1, 1, accumulates=False, cache_bytes=0).peak
     assert proximal.parameters == 4 * MIB
 
 
@@ -106,7 +106,7 @@ def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
     costs = replace(model(1), units=(one,), calibration=device)
     # 1 MiB + twice 2 MiB + 100 times a fiftieth MiB + a quarter of 2 MiB and of 4 samples' 1 MiB;
     # and half of what may be kept.
-    peak = training_peak(costs, TRAINING, 0, 0, 4, accumulates=False, cache_bytes=1000)
+    peak = training_step(costs, TRAINING, 0, 0, 4, accumulates=False, cache_bytes=1000).peak
     needed = peak.total - peak.scratch + 8.5 * MIB
     assert peak.gradients == 3 * MIB  # the worst moment is the unit's backward pass
     assert peak.scratch == pytest.approx(8.5 * MIB + 0.5 * may_keep_bytes(int(needed)), abs=100)
@@ -119,7 +119,7 @@ def test_a_budget_leaves_a_margin_above_the_estimate() -> None:
 def test_checkpointing_keeps_the_inputs_and_one_unit_at_a_time() -> None:
     # Three units, 2 samples a step: inputs of three units and the exit 4·2·10, one unit's 2·1000 saved, the output that
     # is made again and its gradient 2·2·10 KiB.
-    peak = training_peak(model(), TRAINING, 0, 2, 2, accumulates=False, cache_bytes=0, checkpoint=True)
+    peak = training_step(model(), TRAINING, 0, 2, 2, accumulates=False, cache_bytes=0, checkpoint=True).peak
     assert peak.activations + peak.temporaries == (60 + 2000 + 40) * KIB
 
 
@@ -220,10 +220,10 @@ def test_every_plan_fits_and_names_every_unit_once(
     previous = None
     for stage in found.stages:
         cached = cache_bytes_in(stage.cache, costs, training, stage.first, samples)
-        training_bytes = training_peak(
+        training_bytes = training_step(
             costs, training, stage.first, stage.last, stage.micro_batch,
             accumulates=stage.micro_batch < batch, cache_bytes=cached, checkpoint=stage.checkpoint,
-        ).total  # fmt: skip
+        ).peak.total  # fmt: skip
         building_bytes = build_peak(
             costs, previous.first if previous else 0, stage.first, stage.build_batch,
             source_bytes=cache_bytes_in(previous.cache, costs, training, previous.first, samples) if previous else 0,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.memory.predict import needed_bytes, training_peak
+from fedepth.memory.predict import needed_bytes, training_step
 from fedepth.task import CachePlace, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
 from fedepth.training.pressure import fitting_micro_batch
 
@@ -18,7 +18,7 @@ STAGE = Stage(0, 0, 16, CachePlace.DISK, 16, PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
 def needed(micro_batch: int) -> int:
-    peak = training_peak(COSTS, TRAINING, 0, 0, micro_batch, accumulates=micro_batch < 16, cache_bytes=0)
+    peak = training_step(COSTS, TRAINING, 0, 0, micro_batch, accumulates=micro_batch < 16, cache_bytes=0).peak
     return needed_bytes(peak.total)
 
 
