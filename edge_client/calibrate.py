@@ -114,7 +114,7 @@ async def calibrated(
         folder: where the record lies; the user's cache folder by default.
 
     Raises:
-        ChildError: no trainer could be started, or no allocator could train the first probe.
+        ChildError: no trainer could be started, no allocator could train the first probe, or no peak was measured.
         ModelError: a probe's model cannot be built here, as where torchvision is missing.
         PlanError: too little memory is free to measure anything.
         ConfigError: tcmalloc was asked for by name and is not installed.
@@ -243,6 +243,11 @@ async def _measure(
         else:
             measured += _stages(models[probe], probe, done)
             peaks.append(_peaks(done))
+    if not measured:
+        raise ChildError(
+            "no probe's peak rose above what its trainer held before, so that nothing was measured; "
+            "close other programs and run: fedepth-client calibrate"
+        )
     start = replace(Calibration(), allocator=chosen, torch=torch_version())
     need = fit(measured, start)
     errors = [abs(error) for error in relative_errors(measured, need)]

@@ -163,7 +163,8 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     if (stage.first, stage.last) in rehearsed:
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
-    return allocator.HeapCap(meter.baseline.heap_bytes, cap - meter.beside_heap_bytes)
+    # What lies beside the heap is off every cap, also off one that is lowered later.
+    return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,3 +279,16 @@ def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> N
     with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5.* 4.0 MiB") as caught:
         train(job, Meter(), Quiet(budget=4 << 20))
     assert caught.value.stage == 0 and caught.value.miss_bytes > 0
+
+
+def test_what_lies_beside_the_heap_is_off_the_cap_and_off_a_lowered_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(depthwise.allocator.HeapCap, "_set", staticmethod(limits.append))
+    meter = SimpleNamespace(baseline=SimpleNamespace(heap_bytes=100 << 20), beside_heap_bytes=5 << 20)
+    job = replace(work(tmp_path, [stage(0, 5)]), enforce=True)
+    with depthwise._heap_cap(job, meter, {}, stage(0, 5), 50 << 20) as cap:  # type: ignore[arg-type]
+        cap.lower(30 << 20)
+    # Of 50 MiB, 2 are left to what may still come beside the heap.
+    assert limits[:2] == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]
