@@ -181,12 +181,16 @@ class Intake:
                 held = append_chunk(partial, chunk, held, header.size_bytes)
             if held != header.size_bytes:
                 raise ProtocolError(f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes")
-            async with self._lock(header.task_id):
-                await asyncio.to_thread(_seal, partial, whole, header.digest)
+            # Not cancelled with its stream: a commit that follows must find the part sealed, or seal it itself.
+            await asyncio.shield(self._seal(header, partial, whole))
         finally:
             if self._streams.get(partial) is stream:
                 del self._streams[partial]
         return held
+
+    async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
+        async with self._lock(header.task_id):
+            await asyncio.to_thread(_seal, partial, whole, header.digest)
 
     async def commit(self, result: Result) -> bool:
         """Checks and records an update. True if it is new, False if it was recorded before.
@@ -232,11 +236,22 @@ class Intake:
         if sum(part.size_bytes for part in result.parts) > self.limit_bytes:
             raise UpdateError("size", f"the parts have more than {self.limit_bytes} bytes together")
         for path, part in zip(paths, result.parts, strict=True):
+            partial = _partial_path(path.parent, part.part, part.digest)
+            if partial.exists() and partial.stat().st_size == part.size_bytes:
+                self._seal_late(partial, path, part)
             if not path.exists():
                 raise UpdateError("digest", f"part {part.part} was not uploaded")
             if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
                 raise UpdateError("digest", f"part {part.part} here is not the one that the update names")
         return paths
+
+    @staticmethod
+    def _seal_late(partial: Path, whole: Path, part: PartInfo) -> None:
+        """For a part of which all bytes came, but whose stream or coordinator ended before it got its name."""
+        try:
+            _seal(partial, whole, part.digest)
+        except ProtocolError as error:
+            raise UpdateError("digest", str(error)) from None
 
     def _check_header(self, header: PartHeader) -> None:
         task = self._store.task(header.task_id)

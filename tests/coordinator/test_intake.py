@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,53 @@ def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
     setup.intake = Intake(setup.store, setup.kit.layout, lambda task_id: True)
     assert setup.offset() == 700
     assert setup.send(setup.header(offset=700)) == len(DATA)
+
+
+def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(intake_module, "_seal", killed)
+        setup.send(setup.header())
+    setup.intake = Intake(setup.store, setup.kit.layout, lambda task_id: True)
+    assert setup.offset() == len(DATA)  # so the device does not send it again
+    assert setup.commit()
+    (stored,) = setup.store.updates_of(1)
+    assert [path.read_bytes() for path in setup.intake.paths(stored)] == [DATA]
+
+
+def test_a_part_that_came_whole_but_damaged_is_refused(setup: Setup) -> None:
+    folder = setup.store.spool(setup.task.task_id, 1)
+    folder.mkdir()
+    intake_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
+    with pytest.raises(UpdateError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
+        setup.commit()
+
+
+def test_a_commit_waits_for_a_part_whose_stream_was_cut_while_it_was_sealed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal, sealing, go_on = intake_module._seal, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        sealing.set()
+        go_on.wait()
+        seal(*arguments)
+
+    monkeypatch.setattr(intake_module, "_seal", slow)
+
+    async def scene() -> bool:
+        upload = asyncio.create_task(setup.intake.receive(setup.header(), chunks(DATA, 0)))
+        await asyncio.to_thread(sealing.wait)
+        upload.cancel()
+        commit = asyncio.create_task(setup.intake.commit(setup.kit.result(setup.task, {0: DATA})))
+        await asyncio.wait({commit}, timeout=0)
+        assert not commit.done()
+        go_on.set()
+        return await commit
+
+    assert asyncio.run(scene())
 
 
 def test_an_older_stream_of_the_same_part_gives_way(setup: Setup) -> None:
