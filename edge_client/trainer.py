@@ -48,7 +48,12 @@ class Lines:
         self._source = source
         self._sink = sink
         self._device = device
-        self.epochs = 0
+        self.begin(0)
+
+    def begin(self, epochs: int) -> None:
+        """A task of so many local epochs; no block of it is finished."""
+        self.epochs = epochs
+        self.parts: list[PartInfo] = []
 
     def tell(self, **message: Any) -> None:
         self._sink.write(msgspec.json.encode(message).decode() + "\n")
@@ -89,8 +94,9 @@ class Lines:
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
         self.tell(event="waiting", stage=index, budget_bytes=budget_bytes)
 
-    def stage_done(self, result: StageResult) -> None:
-        self.tell(event="stage_done", result=result)
+    def stage_done(self, result: StageResult, part: Path) -> None:
+        self.parts.append(_part_info(len(self.parts), part))
+        self.tell(event="stage_done", result=result, part=self.parts[-1])
 
 
 def main() -> None:
@@ -134,7 +140,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
     """One task, from warm-up to its parts on disk."""
     started = time.monotonic()
     task = request.task
-    lines.epochs = task.training.local_epochs
+    lines.begin(task.training.local_epochs)
     split = split_spec(task.model, request.allowed_models)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
@@ -173,13 +179,15 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
         plan=trained.plan,
         trained_units=tuple(unit for stage in trained.plan.stages for unit in range(stage.first, stage.last + 1)),
         stages=trained.stages,
-        parts=tuple(
-            PartInfo(number, path.stat().st_size, file_digest(path)) for number, path in enumerate(trained.parts)
-        ),
+        parts=(*lines.parts, _part_info(len(lines.parts), trained.parts[-1])),
         seconds=time.monotonic() - started,
         allocator=allocator.name(),
         baseline_bytes=meter.baseline.resident_bytes,
     )
+
+
+def _part_info(number: int, path: Path) -> PartInfo:
+    return PartInfo(number, path.stat().st_size, file_digest(path))
 
 
 def _start(device: torch.device) -> None:

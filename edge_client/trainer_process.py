@@ -22,7 +22,7 @@ from edge_client.probe import anonymous_bytes
 from edge_client.train_request import TrainRequest
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
-from fedepth.task import Budget, Outcome, Result, StageResult
+from fedepth.task import Budget, Outcome, PartInfo, Result, StageResult
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer"))
 START_S = 600.0  # importing torch from an SD card takes a minute
@@ -81,9 +81,10 @@ class Waiting(_Event, tag="waiting", frozen=True):
 
 
 class StageDone(_Event, tag="stage_done", frozen=True):
-    """A stage has ended well."""
+    """A stage has ended well; its part lies in the output folder, and is final."""
 
     result: StageResult
+    part: PartInfo
 
 
 class Done(_Event, tag="done", frozen=True):

@@ -25,7 +25,7 @@ from edge_client.link import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
-from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
+from fedepth.task import DeviceReport, Failure, PartInfo, Plan, Progress, Task
 
 STALL_S = 60.0
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
@@ -49,6 +49,18 @@ if TYPE_CHECKING:  # generic in the stubs only
 
 class UnreachableError(TransportError):
     """The coordinator cannot be reached now; the same call may work later."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of an update, with what the coordinator wants to know of it."""
+
+    task_id: str
+    attempt: int
+    device_id: str
+    plan: Plan
+    info: PartInfo
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,8 @@ class Transport(Protocol):
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer: ...
 
     async def fetch_weights(self, task: Task) -> Path: ...
+
+    async def send_part(self, part: Part) -> Refused | None: ...
 
     async def deliver(self, entry: Entry) -> Accepted | Refused: ...
 
@@ -178,8 +192,9 @@ class GrpcTransport:
     async def deliver(self, entry: Entry) -> Accepted | Refused:
         """Sends what the coordinator does not hold yet of an update, and declares it complete."""
         result = entry.result
-        for part in result.parts:
-            refused = await self._send_part(entry, part)
+        for info in result.parts:
+            part = Part(result.task_id, result.attempt, result.device_id, result.plan, info, entry.part_path(info))
+            refused = await self.send_part(part)
             if refused:
                 return refused
         request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
@@ -191,6 +206,34 @@ class GrpcTransport:
             return Refused(reply.refused.reason, reply.refused.message)
         raise ProtocolError(f"{self.address} answered CommitUpdate with no outcome; is it a newer version?")
 
+    async def send_part(self, part: Part) -> Refused | None:
+        """Sends what the coordinator does not hold yet of a part. None: it holds all of it."""
+        info = part.info
+        request = pb.UploadOffsetRequest(task_id=part.task_id, attempt=part.attempt, part=info.part, digest=info.digest)
+        offset = (await self._call(self._stub.UploadOffset(request, timeout=self._stall_s))).offset
+        if not 0 <= offset <= info.size_bytes:
+            raise ProtocolError(f"{self.address} claims to hold {offset} of {info.size_bytes} bytes")
+        if offset == info.size_bytes:
+            return None
+        header = pb.UploadHeader(
+            task_id=part.task_id,
+            attempt=part.attempt,
+            device_id=part.device_id,
+            part=info.part,
+            offset=offset,
+            size_bytes=info.size_bytes,
+            digest=info.digest,
+            plan_digest=plan_digest(part.plan),
+        )
+        reply = await self._upload(header, part.path)
+        if reply.WhichOneof("outcome") == "refused":
+            return Refused(reply.refused.reason, reply.refused.message)
+        if reply.held_bytes != info.size_bytes:
+            raise UnreachableError(
+                f"{self.address} holds {reply.held_bytes} of {info.size_bytes} bytes of part {info.part}"
+            )
+        return None
+
     async def report_failure(self, failure: Failure) -> bool:
         call = self._stub.ReportFailure(to_message(failure, pb.Failure), timeout=self._stall_s)
         return (await self._call(call)).wanted
@@ -199,35 +242,6 @@ class GrpcTransport:
         """Renews the task's lease; False if nobody waits for it any more."""
         call = self._stub.ReportProgress(to_message(progress, pb.Progress), timeout=self._stall_s)
         return (await self._call(call)).wanted
-
-    async def _send_part(self, entry: Entry, part: PartInfo) -> Refused | None:
-        result = entry.result
-        request = pb.UploadOffsetRequest(
-            task_id=result.task_id, attempt=result.attempt, part=part.part, digest=part.digest
-        )
-        offset = (await self._call(self._stub.UploadOffset(request, timeout=self._stall_s))).offset
-        if not 0 <= offset <= part.size_bytes:
-            raise ProtocolError(f"{self.address} claims to hold {offset} of {part.size_bytes} bytes")
-        if offset == part.size_bytes:
-            return None
-        header = pb.UploadHeader(
-            task_id=result.task_id,
-            attempt=result.attempt,
-            device_id=result.device_id,
-            part=part.part,
-            offset=offset,
-            size_bytes=part.size_bytes,
-            digest=part.digest,
-            plan_digest=plan_digest(result.plan),
-        )
-        reply = await self._upload(header, entry.part_path(part))
-        if reply.WhichOneof("outcome") == "refused":
-            return Refused(reply.refused.reason, reply.refused.message)
-        if reply.held_bytes != part.size_bytes:
-            raise UnreachableError(
-                f"{self.address} holds {reply.held_bytes} of {part.size_bytes} bytes of part {part.part}"
-            )
-        return None
 
     async def _upload(self, header: pb.UploadHeader, path: Path) -> pb.UploadPartReply:
         call = self._stub.UploadPart()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator

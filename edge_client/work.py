@@ -12,6 +12,7 @@ import structlog
 
 from edge_client.allowance import Allowance
 from edge_client.config import Config
+from edge_client.early_upload import EarlyUpload
 from edge_client.link import Link
 from edge_client.outbox import Outbox
 from edge_client.tell import Tell
@@ -21,6 +22,7 @@ from edge_client.trainer_process import (
     Failed,
     Measure,
     Rehearsing,
+    StageDone,
     TrainerKeeper,
     TrainerProcess,
 )
@@ -228,17 +230,21 @@ class Worker:
     async def _train_once(self, trainer: TrainerProcess, request: TrainRequest, tell: Tell) -> Done | Failed:
         """One request to the trainer, with its events told on. A death in the rehearsal means: over budget."""
         rehearsing = False
+        early = EarlyUpload(self._transport, request.task, self._device_id, request.plan, Path(request.output))
         try:
-            async for event in trainer.train(request):
-                rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
-                if isinstance(event, Measure):
-                    # The trainer counts from its start on; the budget needs all that it holds.
-                    held = trainer.idle_anonymous_bytes + event.held_bytes
-                    await trainer.answer(self._allowance.budget(held))
-                elif isinstance(event, (Done, Failed)):
-                    return event
-                else:
-                    tell(event)
+            async with early:
+                async for event in trainer.train(request):
+                    rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
+                    if isinstance(event, Measure):
+                        # The trainer counts from its start on; the budget needs all that it holds.
+                        held = trainer.idle_anonymous_bytes + event.held_bytes
+                        await trainer.answer(self._allowance.budget(held))
+                    elif isinstance(event, (Done, Failed)):
+                        return event
+                    else:
+                        tell(event)
+                    if isinstance(event, StageDone):
+                        early.add(event.part)
         except ChildError as error:
             if not rehearsing:
                 raise

@@ -59,7 +59,8 @@ class Hooks(Protocol):
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
         """The stage pauses: not even its smallest micro-batch fits into what is free now."""
 
-    def stage_done(self, result: StageResult) -> None: ...
+    def stage_done(self, result: StageResult, part: Path) -> None:
+        """`part` holds the block as it stays: no later stage changes it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 seconds=time.monotonic() - started,
             )
         )
-        hooks.stage_done(results[-1])
+        hooks.stage_done(results[-1], parts[-1])
         done.append(stage)
     if cache is not None:
         cache.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,4 +90,4 @@ class Unheard:
 
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
 
-    def stage_done(self, result: StageResult) -> None: ...
+    def stage_done(self, result: StageResult, part: Path) -> None: ...

@@ -23,6 +23,7 @@ from edge_client.transport import (
     Accepted,
     Answer,
     Finished,
+    Part,
     Refused,
     Rejected,
     RetryLater,
@@ -75,6 +76,7 @@ class FakeTransport:
     answers: list[Answer | Exception]
     deliveries: list[Accepted | Refused | Exception] = field(default_factory=list)
     fetches: list[Exception] = field(default_factory=list)
+    parts: list[Exception] = field(default_factory=list)
     unwanted_in_training: str = ""
     address: str = "host:1"
     moved_bytes: int = 0
@@ -97,6 +99,14 @@ class FakeTransport:
         if self.fetches:
             raise self.fetches.pop(0)
         return self.weights
+
+    async def send_part(self, part: Part) -> Refused | None:
+        self.calls.append("send_part")
+        assert part.path.read_bytes() == b"trained"
+        assert (part.task_id, part.attempt, part.device_id, part.info.part) == ("t1", 1, "device", 0)
+        if self.parts:
+            raise self.parts.pop(0)
+        return None
 
     async def deliver(self, entry: Entry) -> Accepted | Refused:
         self.calls.append("deliver")
@@ -206,6 +216,20 @@ def test_a_task_is_trained_and_delivered(bench: Bench, transport: FakeTransport,
     activities = [progress.activity for progress in transport.progress]
     assert activities[0] == "downloading"
     assert "uploading" in activities
+
+
+@pytest.mark.parametrize("parts", [[], [UnreachableError("host:1: away")], [TransportError("host:1: INTERNAL")]])
+def test_a_finished_block_goes_up_before_the_task_is_trained(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, parts: list[Exception]
+) -> None:
+    transport.answers = [make_task()]
+    transport.parts = parts
+    failed = bool(parts)
+    bench.run(transport, {"do": "block", "held": 0})
+    assert transport.calls == ["next_task", "send_part", "deliver", "next_task"]  # what failed goes with the update
+    assert len(transport.delivered) == 1
+    assert len(bench.said("a finished block is with the coordinator")) == (not failed)
+    assert len(bench.said("a finished block waits for the whole update")) == failed
 
 
 def test_the_first_report_counts_the_trainers_start_and_the_data(bench: Bench, transport: FakeTransport) -> None:

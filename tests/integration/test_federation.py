@@ -61,6 +61,8 @@ def test_two_unequal_devices_train_a_model_that_leaves_as_onnx(rig: Any) -> None
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["job"] == "test" and metadata["round"] == "2"
     assert exported["parity_max_abs"] <= 1e-4
+    said = [line["event"] for line in rig.log("device-0")]
+    assert said.index("a finished block is with the coordinator") < said.index("task trained")
     given = {line["device"]: line for line in rig.log("coordinator") if line.get("event") == "task_given"}
     assert given["device-1"]["blocks"] == "0-5"
     assert "|" in given["device-0"]["blocks"]  # its cap made it split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from fedepth.training.depthwise import train
 from fedepth.training.stage import _seed, epoch_batches
 from fedepth.training.work import Work
 from fedepth.weights import load_numpy, open_weights, save
+from tests.training.open_files import open_files
 
 NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 SPEC = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
@@ -64,7 +64,7 @@ class Quiet:
 
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
 
-    def stage_done(self, result: StageResult) -> None: ...
+    def stage_done(self, result: StageResult, part: Path) -> None: ...
 
 
 def stage(first: int, last: int, micro_batch: int = 8, cache: CachePlace = CachePlace.RAM) -> Stage:
@@ -89,12 +89,13 @@ def work(
     weights = folder / "weights.safetensors"
     save(weights, {name: tensor.numpy() for name, tensor in initial.state_dict().items()})
     images(folder, count)
-    (folder / "out").mkdir(exist_ok=True)
+    for each in ("out", "cache"):
+        (folder / each).mkdir(exist_ok=True)
     plan = Plan(tuple(stages), (), Policy.PAPER, 1 << 40)
     task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, COSTS, plan, "", 0, 0)
     return Work(
         task=task, plan=plan, split=split_spec(spec), weights=open_weights(weights),
-        images=open_images(folder, spec, "train"), output=folder / "out", cache=folder, device_id="d",
+        images=open_images(folder, spec, "train"), output=folder / "out", cache=folder / "cache", device_id="d",
         device=torch.device("cpu"), channels_last=False, enforce=False,
     )  # fmt: skip
 
@@ -152,7 +153,7 @@ def test_one_stage_is_plain_training(tmp_path: Path) -> None:
 def test_blocks_in_sequence_are_the_papers_algorithm(tmp_path: Path, place: CachePlace) -> None:
     job = work(tmp_path, [stage(0, 1, cache=place), stage(2, 3, cache=place), stage(4, 5, cache=place)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 1), (2, 3), (4, 5)], 16))
-    assert not list(tmp_path.glob("inputs-*"))
+    assert open_files(tmp_path / "cache") == []
 
 
 def test_micro_batches_are_exact_with_group_norm(tmp_path: Path) -> None:
@@ -260,15 +261,7 @@ def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     job = replace(work(tmp_path, stages, large, training, count=64), enforce=True)
     with pytest.raises(OverBudgetError):
         train(job, Meter(), Quiet(budget=4 << 20))
-    assert not [path for path in open_files() if "inputs-0" in path]
-
-
-def open_files() -> list[str]:
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the one through which this folder is read
-            found.append(str(link.readlink()))
-    return found
+    assert open_files(tmp_path / "cache") == []
 
 
 def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> None:

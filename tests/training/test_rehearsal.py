@@ -24,7 +24,7 @@ class Counting(Quiet):
         super().__init__(budget)
         self.results: list[StageResult] = []
 
-    def stage_done(self, result: StageResult) -> None:
+    def stage_done(self, result: StageResult, part: Path) -> None:
         self.results.append(result)
 
 
