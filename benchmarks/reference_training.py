@@ -4,8 +4,8 @@
     recompute  depth-wise, with the frozen prefix computed anew for every batch of every epoch
 
 Run by benchmarks.overhead as `python -m benchmarks.reference_training WAY`, with a TrainRequest as JSON on standard
-input; writes {"seconds", "peak_bytes", "allocator", "steps"} to standard output. Start and a warm-up of two steps do
-not count.
+input; writes {"seconds", "peak_bytes", "allocator", "steps"} to standard output. Start and a warm-up on two samples, as
+in the device's trainer, do not count; the first step of full size does, here as there.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.models.load import load_model
 from fedepth.models.memory_format import prefers_channels_last
-from fedepth.models.split import Unit, release, split_spec
+from fedepth.models.split import Unit, split_spec
 from fedepth.training.stage import BlockTraining, epoch_batches
 from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work, load, to_device
 from fedepth.weights import open_weights
 
-WARM_STEPS = 2
+WARM_SAMPLES = 2
 
 
 class Recomputed:
-    """Stands where a cache of a stage's inputs would: reads images and runs the frozen units on them every time."""
+    """The inputs of a stage without a cache: reads images and runs the frozen units on them every time."""
 
     def __init__(self, work: Work, units: list[Unit]) -> None:
         self._work, self._units = work, units
-
-    def write(self, start: int, batch: torch.Tensor) -> None:
-        raise AssertionError("nothing is written to it")
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         x = torch.from_numpy(self._work.images.read(indices.numpy()))
@@ -52,10 +49,6 @@ class Recomputed:
             for unit in self._units:
                 x = unit(x)
         return x
-
-    def close(self) -> None:
-        for unit in self._units:
-            release(unit)
 
 
 def train_recomputing(request: TrainRequest) -> dict[str, object]:
@@ -118,8 +111,7 @@ def train_full(request: TrainRequest) -> dict[str, object]:
         torch.autograd.backward(functional.cross_entropy(model(x), labels[indices]))
         optimizer.step()
 
-    for indices in list(epoch_batches(len(images), spec.batch, order))[:WARM_STEPS]:
-        step(indices)
+    step(torch.arange(WARM_SAMPLES))
     meter = Meter()
     meter.reset()
     started = time.monotonic()

@@ -48,8 +48,10 @@ def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dic
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         # MKL would keep several MiB of packed matrices for every thread.
         "MKL_DISABLE_FAST_MM": "1",
-        # Threads that spin while they wait take the cores from whatever else runs on the device, and from each other.
+        # Threads that spin while they wait take the cores from whatever else runs on the device, and from each other;
+        # to wake threads that sleep takes longer than many an operation. GNU's OpenMP spins for some microseconds.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         # glibc raises both as it runs, and then keeps what was freed; other allocators ignore them.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",

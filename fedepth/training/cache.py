@@ -5,22 +5,30 @@ job's choice as float16 (half the bytes) or uint8 (a quarter: 256 even steps bet
 value, which lead the row).
 
 The file is read and written with plain calls. A memory map would do as well for speed, but its pages count as resident
-and would hide what training needs.
+and would hide what training needs. One file serves all stages of a task: a stage's rows are written over those that
+they are computed from, so that the disk holds, and a memory card wears by, no more than the largest cache.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from fedepth.errors import StateError
+from fedepth.sizes import format_size
 from fedepth.task import CachePlace, CacheType
 
 _RANGE_BYTES = 8  # a row of uint8 begins with its smallest value and its step, both float32
 _STEPS = 255
+# For larger ones the kernel takes huge pages, which a virtual machine may have to get from its host first: a tenth of
+# the speed (benchmarks/trainer_settings.py).
+_PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class RowFormat:
         elif self.kind is CacheType.FLOAT16:
             batch = rows.view(torch.float16).float()
         else:
-            low, step = (rows[:, at : at + 4].contiguous().view(torch.float32) for at in (0, 4))
+            low, step = (rows[:, at : at + 4].reshape(-1).view(torch.float32)[:, None] for at in (0, 4))
             batch = rows[:, _RANGE_BYTES:].float().mul_(step).add_(low)
         if not self._permuted:
             return batch.view(len(rows), *self.shape)
@@ -78,70 +86,119 @@ class RowFormat:
         return self.channels_last and len(self.shape) == 3
 
 
-class Cache(Protocol):
-    """`count` samples of one shape."""
-
-    def write(self, start: int, batch: torch.Tensor) -> None:
-        """Stores `batch` (n, *shape) at positions start..start+n-1."""
+class Inputs(Protocol):
+    """What a stage trains on: samples of one shape."""
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """The samples at `indices` (n,), as a new tensor (n, *shape)."""
+
+
+class Cache(Inputs, Protocol):
+    """Samples that were computed before."""
+
+    rows: RowFormat
+
+    def write(self, start: int, batch: torch.Tensor) -> None:
+        """Stores `batch` (n, *shape) at positions start..start+n-1."""
 
     def close(self) -> None:
         """Gives memory and file back; a second time does nothing."""
 
 
-def open_cache(place: CachePlace, path: Path, count: int, rows: RowFormat) -> RamCache | DiskCache:
-    """An empty cache of `count` samples; `path` is used on disk only."""
-    return RamCache(count, rows) if place is CachePlace.RAM else DiskCache(path, rows)
+def open_cache(place: CachePlace, folder: Path, count: int, rows: RowFormat, source: Cache | None = None) -> Cache:
+    """An empty cache of `count` samples, on disk in `folder`.
+
+    On disk it takes over the file of `source`, which its rows are computed from: see `filling_order`.
+
+    Raises:
+        StateError: the disk has no room for it.
+    """
+    if place is CachePlace.RAM:
+        return RamCache(count, rows)
+    return DiskCache(folder, count, rows, source if isinstance(source, DiskCache) else None)
+
+
+def filling_order(count: int, batch: int, rows: RowFormat, source: Cache | None) -> Iterator[range]:
+    """The positions 0..count-1 in batches, so that in a file shared with `source` no row is lost before it was read.
+
+    Rows that are not larger than their source's lie before them, so they are written from the first to the last;
+    larger ones lie behind, so from the last to the first.
+    """
+    starts = range(0, count, batch)
+    grows = source is not None and rows.row_bytes > source.rows.row_bytes
+    for start in reversed(starts) if grows else starts:
+        yield range(start, min(start + batch, count))
 
 
 class RamCache:
     def __init__(self, count: int, rows: RowFormat) -> None:
-        self._format = rows
+        self.rows = rows
         # Filled, so that all of it is resident from the start on, and a stage does not grow while it runs.
-        self._rows: torch.Tensor | None = torch.full((count, rows.row_bytes), 0, dtype=torch.uint8)
+        self._values: torch.Tensor | None = torch.full((count, rows.row_bytes), 0, dtype=torch.uint8)
 
     def write(self, start: int, batch: torch.Tensor) -> None:
-        assert self._rows is not None
-        self._rows[start : start + len(batch)] = self._format.encode(batch)
+        assert self._values is not None
+        self._values[start : start + len(batch)] = self.rows.encode(batch)
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        assert self._rows is not None
-        return self._format.decode(self._rows[indices])
+        assert self._values is not None
+        return self.rows.decode(self._values[indices])
 
     def close(self) -> None:
-        self._rows = None
+        self._values = None
 
 
 class DiskCache:
-    def __init__(self, path: Path, rows: RowFormat) -> None:
-        self._path = path
-        self._format = rows
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Rows in a file without a name: however its process ends, its space is free again."""
+
+    def __init__(self, folder: Path, count: int, rows: RowFormat, source: DiskCache | None) -> None:
+        self.rows = rows
+        self._folder = folder
+        self._file: int | None = source.share() if source else _nameless_file(folder)
+        wanted = count * rows.row_bytes - os.fstat(self._file).st_size
+        disk = os.statvfs(folder)
+        if wanted > disk.f_bavail * disk.f_frsize:
+            self.close()
+            raise StateError(
+                f"the cached inputs of {count} samples take another {format_size(wanted)} in {folder}, where "
+                f"{format_size(disk.f_bavail * disk.f_frsize)} are free; make room there, or let the job keep them in "
+                "fewer bytes (cache_type: float16 or uint8)"
+            )
+
+    def share(self) -> int:
+        """A descriptor of the file, for a cache that takes it over."""
+        assert self._file is not None
+        return os.dup(self._file)
 
     def write(self, start: int, batch: torch.Tensor) -> None:
         assert self._file is not None
-        data = self._format.encode(batch).numpy().data.cast("B")
-        offset = start * self._format.row_bytes
+        data = self.rows.encode(batch).numpy().data.cast("B")
+        offset = start * self.rows.row_bytes
         while data:
-            written = os.pwrite(self._file, data, offset)
+            try:
+                written = os.pwrite(self._file, data[:_PIECE_BYTES], offset)
+            except OSError as error:
+                raise StateError(f"cached inputs cannot be written in {self._folder}: {error.strerror}") from error
             data = data[written:]
             offset += written
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         assert self._file is not None
-        size = self._format.row_bytes
-        rows = torch.empty((len(indices), size), dtype=torch.uint8)
-        data = rows.numpy().data.cast("B")
+        size = self.rows.row_bytes
+        values = torch.empty((len(indices), size), dtype=torch.uint8)
+        data = values.numpy().data.cast("B")
         for row, index in enumerate(indices.tolist()):
             got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
             if got != size:
-                raise OSError(f"{self._path}: {got} of {size} bytes at row {index}")
-        return self._format.decode(rows)
+                raise StateError(f"cached inputs in {self._folder}: {got} of {size} bytes at row {index}")
+        return self.rows.decode(values)
 
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
-            self._path.unlink()
             self._file = None
+
+
+def _nameless_file(folder: Path) -> int:
+    with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
+        return os.dup(file.fileno())

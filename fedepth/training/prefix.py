@@ -10,7 +10,7 @@ import torch
 from fedepth.data.transforms import augment, views_rng
 from fedepth.models.split import Unit, release
 from fedepth.task import CachePlace, CacheType, Stage
-from fedepth.training.cache import Cache, RowFormat, open_cache
+from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.work import Work, load, to_device
 
 
@@ -24,12 +24,9 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     ends = [*range(start + 1, stage.first), stage.first] if stage.build_streamed else [stage.first]
     given = source
     for end in ends:
-        target = _open(work, stage, end)
         try:
+            target = _open(work, stage, end, given)
             _pass(work, target, range(start, end), given, stage.build_batch)
-        except BaseException:
-            target.close()
-            raise
         finally:
             if given is not None:
                 given.close()
@@ -37,16 +34,16 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     return target
 
 
-def _open(work: Work, stage: Stage, unit: int) -> Cache:
+def _open(work: Work, stage: Stage, unit: int, source: Cache | None) -> Cache:
     """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
     count, shape = len(work.images) + work.cache_room, work.split.input_shapes[unit]
     if unit == stage.first:
         kind = None if unit == 0 else work.task.training.cache_type
         rows = RowFormat(shape, kind, work.channels_last and unit > 0)
-        return open_cache(stage.cache, work.cache / f"inputs-{unit}", count, rows)
+        return open_cache(stage.cache, work.cache, count, rows, source)
     # In full precision: the job's cache type rounds once a stage, however it is built.
     rows = RowFormat(shape, CacheType.FLOAT32, work.channels_last)
-    return open_cache(CachePlace.DISK, work.cache / f"between-{unit}", count, rows)
+    return open_cache(CachePlace.DISK, work.cache, count, rows, source)
 
 
 def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch: int) -> None:
@@ -57,6 +54,9 @@ def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch
             load(work, unit, trainable=False)
             unit.train(False)  # BatchNorm of frozen units uses its running statistics
         _fill(work, target, units, source, batch, from_pixels=indices.start == 0)
+    except BaseException:
+        target.close()
+        raise
     finally:
         for unit in units:
             release(unit)
@@ -68,8 +68,8 @@ def _fill(
     rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
     count = len(work.images)
     with torch.inference_mode():
-        for begin in range(0, count, batch):
-            indices = np.arange(begin, min(begin + batch, count))
+        for positions in filling_order(count, batch, target.rows, source):
+            indices = np.arange(positions.start, positions.stop)
             if source is None:
                 views = augment(work.images.read(indices), work.task.training.augmentation, rng)
                 x = torch.from_numpy(views)
@@ -80,5 +80,5 @@ def _fill(
                 for unit in units:
                     x = unit(x)
                 x = x.cpu()
-            target.write(begin, x)
+            target.write(positions.start, x)
             del x

@@ -13,7 +13,7 @@ from fedepth.models.skip import skip
 from fedepth.models.split import Unit
 from fedepth.task import Stage
 from fedepth.training import checkpoint
-from fedepth.training.cache import Cache
+from fedepth.training.cache import Inputs
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.work import Work, load, to_device
 
@@ -32,7 +32,7 @@ class BlockTraining:
         self,
         work: Work,
         stage: Stage,
-        cache: Cache,
+        inputs: Inputs,
         labels: torch.Tensor,
         index: int,
         *,
@@ -44,7 +44,7 @@ class BlockTraining:
         self.samples_seen = 0
         self._work = work
         self._stage = stage
-        self._cache = cache
+        self._inputs = inputs
         self._labels = labels
         self._shuffle = torch.Generator().manual_seed(_seed(work, index))
         torch.manual_seed(_seed(work, index) ^ 1)  # dropout
@@ -100,7 +100,7 @@ class BlockTraining:
         def loss_of(output: torch.Tensor) -> torch.Tensor:
             return functional.cross_entropy(head(skip(output, shape)), targets, reduction="sum") / batch
 
-        x = to_device(self._work, self._cache.read(piece), from_pixels=self._stage.first == 0)
+        x = to_device(self._work, self._inputs.read(piece), from_pixels=self._stage.first == 0)
         if self._stage.checkpoint:
             return float(checkpoint.forward_backward(self._units, x, loss_of))
         for unit in self._units:

@@ -32,6 +32,7 @@ def test_glibc_is_told_to_give_back_what_is_freed(tmp_path: Path) -> None:
         "MKL_DISABLE_FAST_MM": "1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
     }
     assert environment("glibc", threads=3, root=tmp_path)["OMP_NUM_THREADS"] == "3"
 
