@@ -8,7 +8,8 @@ the same images from the same weights:
 
     full              a plain loop with torch.optim.SGD, with every allocator there is; the fastest is the reference
     depthwise         the planner's blocks with cached inputs, in the device's trainer with all its limits; its seconds
-                      include building the caches, writing the blocks out, and the rehearsal
+                      include building the caches, writing the blocks out, and the rehearsal; caches are of float32,
+                      and for one epoch also of float16 and uint8
     checkpointed      full depth in the same trainer, keeping only units' inputs, in micro-batches that fit the budget
     micro_batched     full depth in the same trainer, in micro-batches that fit the budget
     recompute         depth-wise without caches: the frozen prefix runs for every batch of every epoch
@@ -48,7 +49,7 @@ from fedepth.errors import FedepthError
 from fedepth.memory.predict import needed_bytes, training_step
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import CachePlace, CacheType, ModelSpec, Plan, Policy, Stage, TrainingSpec
 
 EPOCHS = 5
 BATCH = 128
@@ -81,9 +82,10 @@ class Lab:
         self.data = write_noise(folder / "data", SPEC, images)
         self.runs: list[Run] = []
 
-    def request(self, plan: Plan, budget: int, epochs: int) -> TrainRequest:
+    def request(self, plan: Plan, budget: int, epochs: int, cache_type: CacheType = CacheType.FLOAT32) -> TrainRequest:
         shutil.rmtree(self.folder / "run", ignore_errors=True)
-        model = replace(self.model, training=replace(self.model.training, local_epochs=epochs))
+        training = replace(self.model.training, local_epochs=epochs, cache_type=cache_type)
+        model = replace(self.model, training=training)
         return trial_request(
             model,
             replace(plan, budget_bytes=budget),
@@ -108,7 +110,15 @@ class Lab:
             Run(way, epochs, allocator, figures["seconds"], figures["peak_bytes"], figures["steps"], plan.blocks)
         )
 
-    async def trainer(self, way: str, plan: Plan, allocator: str, epochs: int, budget: int) -> Run:
+    async def trainer(
+        self,
+        way: str,
+        plan: Plan,
+        allocator: str,
+        epochs: int,
+        budget: int,
+        cache_type: CacheType = CacheType.FLOAT32,
+    ) -> Run:
         """The device's trainer. Its time begins with the rehearsal, when its warm-up is over."""
         process = await TrainerProcess.start(msgspec.structs.replace(TrainerConfig(), allocator=allocator))
         began: list[float] = []
@@ -118,7 +128,7 @@ class Lab:
                 began.append(time.monotonic())
 
         try:
-            end = await try_training(process, self.request(plan, budget, epochs), hear)
+            end = await try_training(process, self.request(plan, budget, epochs, cache_type), hear)
             seconds = time.monotonic() - began[0]
         finally:
             await process.kill()
@@ -132,7 +142,7 @@ class Lab:
     def _note(self, run: Run) -> Run:
         self.runs.append(run)
         console.print(
-            f"{run.way:<14} {run.allocator:<9} {run.epochs} epochs  {run.seconds:7.1f} s  "
+            f"{run.way:<18} {run.allocator:<9} {run.epochs} epochs  {run.seconds:7.1f} s  "
             f"{format_size(run.peak_bytes):>10}  {run.plan}"
         )
         return run
@@ -151,6 +161,7 @@ async def compare(lab: Lab, pairs: int) -> dict[str, Any]:
     fastest = min(firsts, key=lambda name: firsts[name].seconds)
     ratios: dict[int, list[float]] = {EPOCHS: [], 1: []}
     alike: dict[int, list[float]] = {EPOCHS: [], 1: []}
+    rounded: dict[CacheType, list[float]] = {CacheType.FLOAT16: [], CacheType.UINT8: []}
     for epochs in ratios:
         for _ in range(pairs):
             full = lab.reference("full", whole, fastest, epochs)
@@ -158,6 +169,9 @@ async def compare(lab: Lab, pairs: int) -> dict[str, Any]:
             same = full if ours == fastest else lab.reference("full", whole, ours, epochs)
             ratios[epochs].append(depthwise.seconds / full.seconds)
             alike[epochs].append(depthwise.seconds / same.seconds)
+            for kind in rounded if epochs == 1 else ():
+                run = await lab.trainer(f"depthwise, {kind.value}", plan, ours, 1, budget, kind)
+                rounded[kind].append(run.seconds / full.seconds)
     saving = {
         "checkpointed": _largest(lab, budget, checkpoint=True),
         "micro_batched": _largest(lab, budget, checkpoint=False),
@@ -175,6 +189,7 @@ async def compare(lab: Lab, pairs: int) -> dict[str, Any]:
         "trainer_allocator": ours,
         "ratio_to_full": statistics.median(ratios[EPOCHS]),
         "ratio_to_full_one_epoch": statistics.median(ratios[1]),
+        "ratio_to_full_one_epoch_by_cache": {kind.value: statistics.median(found) for kind, found in rounded.items()},
         "ratio_to_full_same_allocator": statistics.median(alike[EPOCHS]),
         "ratio_to_full_one_epoch_same_allocator": statistics.median(alike[1]),
         "ways": _ways(lab.runs),
@@ -243,7 +258,7 @@ def overhead(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
     quick: Annotated[bool, typer.Option(help="1,280 images and one pair.")] = False,
     images: Annotated[int, typer.Option(help="Images in an epoch.")] = 10_240,
-    pairs: Annotated[int, typer.Option(help="Pairs of full and depth-wise training.")] = 2,
+    pairs: Annotated[int, typer.Option(help="Pairs of full and depth-wise training.")] = 3,
     folder: Annotated[Path, typer.Option(help="Where weights and data go.")] = Path("runs/overhead"),
 ) -> None:
     """Compares depth-wise training in half of the memory with full training and with other ways to save memory."""
@@ -253,7 +268,9 @@ def overhead(
     console.print(_table(figures))
     console.print(
         f"depth-wise to full: {figures['ratio_to_full']:.2f} over {EPOCHS} epochs, "
-        f"{figures['ratio_to_full_one_epoch']:.2f} over one; with the same allocator "
+        f"{figures['ratio_to_full_one_epoch']:.2f} over one ("
+        + ", ".join(f"{ratio:.2f} with {kind}" for kind, ratio in figures["ratio_to_full_one_epoch_by_cache"].items())
+        + "); with the same allocator "
         f"{figures['ratio_to_full_same_allocator']:.2f} and {figures['ratio_to_full_one_epoch_same_allocator']:.2f}"
     )
     if json_file:

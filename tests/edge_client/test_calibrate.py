@@ -13,7 +13,7 @@ from edge_client.calibrate import PROBES, ROOM, AllocatorTrial, Calibrated, cali
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done
 from edge_client.trial import TrialModel
-from fedepth.errors import PlanError, StateError
+from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.memory.predict import needed_bytes
 from fedepth.models.catalog import named_spec
 from fedepth.task import (
@@ -118,6 +118,30 @@ def test_a_probe_gives_its_stages_its_worst_peaks_and_its_time() -> None:
     assert [each.measured_bytes for each in calibrate._stages(model, PROBES[0], told)] == [50, 70]
     assert calibrate._peaks(told) == (70, 65)
     assert calibrate._trial("a", "version", told) == AllocatorTrial("a", "version", 65, 0.5)
+
+
+def test_a_calibration_in_which_no_peak_rose_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = ModelCosts("m", (), (), 1, 1, 1)
+    model = TrialModel(
+        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path()
+    )
+
+    async def traced(*_: object) -> TrialModel:
+        return model
+
+    async def free(*_: object) -> int:
+        return 1 << 40
+
+    async def trained(*_: object) -> tuple[str, Done]:
+        return "version", done((0, 0), (0, 0))
+
+    monkeypatch.setattr(calibrate, "_prepare", traced)
+    monkeypatch.setattr(calibrate, "_free_bytes", free)
+    monkeypatch.setattr(calibrate, "_run", trained)
+    monkeypatch.setattr(calibrate, "_plan", lambda model, probe: Plan((), (), Policy.AUTO, 0))
+    monkeypatch.setattr(calibrate, "fitting", lambda plans, free_bytes: list(plans))
+    with pytest.raises(ChildError, match="no probe's peak rose .* run: fedepth-client calibrate"):
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
 
 
 def test_a_damaged_record_is_measured_again(tmp_path: Path, measured: Measured) -> None:
