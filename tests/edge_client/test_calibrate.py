@@ -140,7 +140,7 @@ def test_a_calibration_in_which_no_peak_rose_says_so(tmp_path: Path, monkeypatch
     monkeypatch.setattr(calibrate, "_run", trained)
     monkeypatch.setattr(calibrate, "_plan", lambda model, probe: Plan((), (), Policy.AUTO, 0))
     monkeypatch.setattr(calibrate, "fitting", lambda plans, free_bytes: list(plans))
-    with pytest.raises(ChildError, match="no probe's peak rose .* run: fedepth-client calibrate"):
+    with pytest.raises(ChildError, match=r"no probe's peak rose .* run: fedepth-client calibrate"):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
 
 
