@@ -177,6 +177,7 @@ class Driver:
 
         Raises:
             UpdateError: it is refused.
+            ProtocolError: a part has to be sent again.
         """
         try:
             new = await self.intake.commit(result)

@@ -138,17 +138,18 @@ class Intake:
 
     async def offset(self, task_id: str, attempt: int, part: int, digest: str) -> int:
         """How many bytes of this part are here; 0 for a part or a task that is not known."""
-        recorded = self._recorded_part(task_id, part, digest)
-        if recorded is not None:
-            return recorded.size_bytes
         task = self._store.task(task_id)
         if task is None or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
             return 0
         folder = self._store.spool(task_id, attempt)
         whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
-        if whole.exists() and await asyncio.to_thread(file_digest, whole) == digest:
-            return whole.stat().st_size
-        return partial.stat().st_size if partial.exists() else 0
+        async with self._lock(task_id):  # not while a part gets its name
+            recorded = self._recorded_part(task_id, part, digest)
+            if recorded is not None:
+                return recorded.size_bytes
+            if whole.exists() and await asyncio.to_thread(file_digest, whole) == digest:
+                return whole.stat().st_size
+            return partial.stat().st_size if partial.exists() else 0
 
     async def receive(self, header: PartHeader, chunks: AsyncIterable[Chunk]) -> int:
         """Takes one part, from `header.offset` on, and returns how many bytes of it are here now.
@@ -190,13 +191,15 @@ class Intake:
 
     async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
         async with self._lock(header.task_id):
-            await asyncio.to_thread(_seal, partial, whole, header.digest)
+            if self._store.update(header.task_id) is None:  # what is recorded never changes
+                await asyncio.to_thread(_seal, partial, whole, header.digest)
 
     async def commit(self, result: Result) -> bool:
         """Checks and records an update. True if it is new, False if it was recorded before.
 
         Raises:
             UpdateError: it is refused; unless "late", its spool is gone and the task has ended.
+            ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
         """
         async with self._lock(result.task_id):
             if self._store.update(result.task_id) is not None:
@@ -238,20 +241,13 @@ class Intake:
         for path, part in zip(paths, result.parts, strict=True):
             partial = _partial_path(path.parent, part.part, part.digest)
             if partial.exists() and partial.stat().st_size == part.size_bytes:
-                self._seal_late(partial, path, part)
+                # All bytes came, but the stream or the coordinator ended before the part got its name.
+                _seal(partial, path, part.digest)
             if not path.exists():
                 raise UpdateError("digest", f"part {part.part} was not uploaded")
             if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
                 raise UpdateError("digest", f"part {part.part} here is not the one that the update names")
         return paths
-
-    @staticmethod
-    def _seal_late(partial: Path, whole: Path, part: PartInfo) -> None:
-        """For a part of which all bytes came, but whose stream or coordinator ended before it got its name."""
-        try:
-            _seal(partial, whole, part.digest)
-        except ProtocolError as error:
-            raise UpdateError("digest", str(error)) from None
 
     def _check_header(self, header: PartHeader) -> None:
         task = self._store.task(header.task_id)

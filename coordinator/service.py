@@ -143,6 +143,8 @@ class FederationService(FederationServicer):
             round_number = await self._driver.commit(result)
         except UpdateError as error:
             return pb.CommitUpdateReply(refused=pb.Refused(reason=error.reason, message=str(error)))
+        except ProtocolError as error:  # the device keeps the update and sends what is missing
+            await _abort(context, grpc.StatusCode.ABORTED, error)
         return pb.CommitUpdateReply(accepted=pb.Accepted(round=round_number))
 
     async def ReportFailure(self, request: pb.Failure, context: Context) -> pb.Ack:

@@ -36,6 +36,7 @@ class EarlyUpload:
 
     async def __aenter__(self) -> EarlyUpload:
         self._sending = asyncio.create_task(self._send_all())
+        self._sending.add_done_callback(_tell_mistake)
         return self
 
     async def __aexit__(
@@ -43,8 +44,6 @@ class EarlyUpload:
     ) -> None:
         self._sending.cancel()
         await asyncio.wait({self._sending})
-        if not self._sending.cancelled():
-            self._sending.result()
 
     async def _send_all(self) -> None:
         while True:
@@ -60,3 +59,9 @@ class EarlyUpload:
                 _log.warning("the coordinator refused a finished block", part=info.part, message=refused.message)
                 return
             _log.info("a finished block is with the coordinator", part=info.part)
+
+
+def _tell_mistake(sending: asyncio.Task[None]) -> None:
+    """An error that nobody expected. The whole update meets it again, when it is safe: it must not cost the training."""
+    if not sending.cancelled() and (error := sending.exception()):
+        _log.error("finished blocks are not sent early any more", exc_info=error)

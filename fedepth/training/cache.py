@@ -188,7 +188,10 @@ class DiskCache:
         values = torch.empty((len(indices), size), dtype=torch.uint8)
         data = values.numpy().data.cast("B")
         for row, index in enumerate(indices.tolist()):
-            got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
+            try:
+                got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
+            except OSError as error:
+                raise StateError(f"cached inputs cannot be read in {self._folder}: {error.strerror}") from error
             if got != size:
                 raise StateError(f"cached inputs in {self._folder}: {got} of {size} bytes at row {index}")
         return self.rows.decode(values)
@@ -200,5 +203,8 @@ class DiskCache:
 
 
 def _nameless_file(folder: Path) -> int:
-    with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
-        return os.dup(file.fileno())
+    try:
+        with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise StateError(f"no file for cached inputs can be made in {folder}: {error.strerror}") from error

@@ -126,12 +126,15 @@ def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypa
     assert [path.read_bytes() for path in setup.intake.paths(stored)] == [DATA]
 
 
-def test_a_part_that_came_whole_but_damaged_is_refused(setup: Setup) -> None:
+def test_a_part_that_came_whole_but_damaged_is_sent_again(setup: Setup) -> None:
     folder = setup.store.spool(setup.task.task_id, 1)
     folder.mkdir()
     intake_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
-    with pytest.raises(UpdateError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
+    with pytest.raises(ProtocolError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
         setup.commit()
+    assert setup.offset() == 0
+    assert setup.send(setup.header()) == len(DATA)
+    assert setup.commit()
 
 
 def test_a_commit_waits_for_a_part_whose_stream_was_cut_while_it_was_sealed(
@@ -150,10 +153,12 @@ def test_a_commit_waits_for_a_part_whose_stream_was_cut_while_it_was_sealed(
         upload = asyncio.create_task(setup.intake.receive(setup.header(), chunks(DATA, 0)))
         await asyncio.to_thread(sealing.wait)
         upload.cancel()
-        commit = asyncio.create_task(setup.intake.commit(setup.kit.result(setup.task, {0: DATA})))
-        await asyncio.wait({commit}, timeout=0)
-        assert not commit.done()
-        go_on.set()
+        await asyncio.wait({upload})
+        try:
+            assert setup.intake._lock(setup.task.task_id).locked()
+            commit = asyncio.create_task(setup.intake.commit(setup.kit.result(setup.task, {0: DATA})))
+        finally:
+            go_on.set()
         return await commit
 
     assert asyncio.run(scene())

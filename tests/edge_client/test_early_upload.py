@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
+from structlog.testing import capture_logs
 
 from edge_client.early_upload import EarlyUpload
 from edge_client.transport import Part, Refused, Transport, UnreachableError
@@ -68,6 +68,9 @@ def test_what_is_on_its_way_when_the_training_ends_is_cut(tmp_path: Path, make_t
     assert sends.sent == [0, 1] and sends.cut
 
 
-def test_a_mistake_in_sending_is_not_kept_silent(tmp_path: Path, make_task: Callable[..., Any]) -> None:
-    with pytest.raises(KeyError):
-        upload(tmp_path, make_task(), [KeyError("mistake")])
+def test_an_error_that_nobody_expects_is_told_and_does_not_reach_the_training(
+    tmp_path: Path, make_task: Callable[..., Any]
+) -> None:
+    with capture_logs() as logs:
+        assert upload(tmp_path, make_task(), [OSError("bad card")]).sent == [0]
+    assert [line["log_level"] for line in logs] == ["error"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.errors import StateError
@@ -37,6 +37,7 @@ def test_a_row_that_was_never_written_is_an_error(tmp_path: Path) -> None:
     cache.close()
 
 
+@settings(deadline=None)  # files, on a disk that others use too
 @given(
     count=st.integers(1, 40),
     batch=st.integers(1, 50),
