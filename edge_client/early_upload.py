@@ -62,6 +62,6 @@ class EarlyUpload:
 
 
 def _tell_mistake(sending: asyncio.Task[None]) -> None:
-    """For errors that nobody expected: they must not cost the training. The whole update meets them again, when safe."""
+    """An error that nobody expected must not cost the training: the whole update meets it again, when it is safe."""
     if not sending.cancelled() and (error := sending.exception()):
         _log.error("finished blocks are not sent early any more", exc_info=error)
