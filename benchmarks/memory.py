@@ -183,7 +183,7 @@ async def _train(
             return plan, tries, end
         try:
             least = smallest_peak(prepared.costs, prepared.training, samples, policy)
-            limit = min(limit, smaller_limit(plan, end.miss_bytes, least))
+            limit = min(limit, smaller_limit(plan, end.miss_bytes, least, tries))
             make_plan(
                 prepared.costs, budget_bytes=limit, training=prepared.training, sample_count=samples, policy=policy
             )

@@ -63,7 +63,7 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
         images = open_images(Path(request.data), task.model, "train")
         channels_last = prefers_channels_last(split, device)
         work = Work(task, request.plan, split, weights, images, output, cache, "reference", device, channels_last)
-        warm_up(work)
+        warm_up(work, request.plan.trained_units)
         meter = Meter()
         meter.reset()
         started = time.monotonic()

@@ -23,7 +23,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class StartCost:
-    """What starting the trainer costs with one version of torch."""
+    """What a trainer costs before it holds weights or data, with one version of torch and the model it had last."""
 
     torch: str
     start_bytes: int
@@ -52,7 +52,7 @@ class Allowance:
 
     @property
     def start_bytes(self) -> int | None:
-        """What a trainer's start costs; None until one was started with this torch."""
+        """What a trainer costs before it holds weights or data; None until one was started with this torch."""
         return self._start.start_bytes if self._start else None
 
     def budget(self, held_bytes: int = 0) -> Budget:

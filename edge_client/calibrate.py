@@ -3,14 +3,15 @@
 Small models are trained for a few steps in the real trainer. The first of them is tried with every allocator that is
 there: of those whose footprint follows the tensors, the fastest is taken. Then the coefficients of the prediction are
 fitted to what all of them took (fedepth.memory.calibrate). The record is the machine's, not one agent's: agents that
-start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, or the number of
-threads has changed.
+start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, the processor, or
+the number of threads has changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -40,6 +41,10 @@ from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, P
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
 FOLLOWS = 1.25
 ROOM = 1.5  # a probe's predicted need times this has to be free
+# The tracer of the probes' models takes this beside what a trainer takes: sympy, torch._dynamo, the models on paper.
+TRACER_BYTES = 256 << 20
+_CPUINFO = Path("/proc/cpuinfo")
+_CPU_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 _STEPS = 3
 _LOOK_S = 0.5
 
@@ -135,10 +140,16 @@ async def calibrated(
         kept = recall(file, Calibrated)
         if kept and kept.fingerprint == fingerprint and not again:
             return kept
-        # Beside the record, because the system's folder for temporary files may lie in memory.
-        with tempfile.TemporaryDirectory(prefix="probes-", dir=folder) as probes:
-            found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), tell)
-        remember(file, found)
+        try:
+            # Beside the record, because the system's folder for temporary files may lie in memory.
+            with tempfile.TemporaryDirectory(prefix="probes-", dir=folder) as probes:
+                found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), tell)
+            remember(file, found)
+        except OSError as error:
+            raise StateError(
+                f"the small models that are measured cannot be kept in {folder} for a moment ({error.strerror}); "
+                "they take about 100 MiB. Make room, or set XDG_CACHE_HOME to a folder that has it"
+            ) from None
         return found
 
 
@@ -161,8 +172,18 @@ def _fingerprint(config: TrainerConfig) -> str:
     )
     return (
         f"fedepth {__version__}, torch {torch_version()}, {' '.join(platform.libc_ver())}, {libraries}, "
-        f"{config.threads} of {os.cpu_count()} threads, allocator {config.allocator}"
+        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, allocator {config.allocator}"
     )
+
+
+def _processor() -> str:
+    """A short digest of the first processor's kind: kernels, and what they copy, depend on it."""
+    fields: dict[str, str] = {}
+    for line in _CPUINFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    kind = [platform.machine(), *(fields.get(name, "") for name in _CPU_FIELDS)]
+    return hashlib.sha256("\n".join(kind).encode()).hexdigest()[:12]
 
 
 @asynccontextmanager
@@ -187,14 +208,17 @@ def fitting(plans: Mapping[Probe, Plan], free_bytes: int) -> list[Probe]:
     needs = {probe: int(ROOM * needed_bytes(plan.predicted_peak_bytes)) for probe, plan in plans.items()}
     found = [probe for probe, needed in needs.items() if needed <= free_bytes]
     if not found:
-        least = min(needs.values())
-        raise PlanError(
-            f"to measure what training takes here, {format_size(least, round_up=True)} have to be free beside the "
-            f"trainer, {format_size(free_bytes)} are. Free memory, or lower memory.reserve.",
-            needed_bytes=least,
-            budget_bytes=free_bytes,
-        )
+        raise _too_little(min(needs.values()), free_bytes)
     return found
+
+
+def _too_little(needed: int, free: int) -> PlanError:
+    return PlanError(
+        f"to measure what training takes here, {format_size(needed, round_up=True)} have to be free beside the "
+        f"trainer, {format_size(free)} are. Free memory, or lower memory.reserve.",
+        needed_bytes=needed,
+        budget_bytes=free,
+    )
 
 
 async def _free_bytes(config: TrainerConfig, allocator: str, memory: MemoryConfig) -> int:
@@ -212,10 +236,12 @@ async def _measure(
 ) -> Calibrated:
     """What fails is told and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
+    free = await _free_bytes(config, names[0], memory)
+    if free < TRACER_BYTES:
+        raise _too_little(TRACER_BYTES, free)
     tell("tracing small models")
     async with tracer() as trace:
         models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
-    free = await _free_bytes(config, names[0], memory)
     first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
     trials: list[AllocatorTrial] = []
     firsts: dict[str, Done] = {}

@@ -23,7 +23,7 @@ from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError,
 from fedepth.files import file_digest
 from fedepth.memory import allocator
 from fedepth.memory.device import bounded
-from fedepth.memory.meter import Meter, status_bytes
+from fedepth.memory.meter import Baseline, Meter, status_bytes
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
@@ -48,12 +48,13 @@ class Lines:
         self._source = source
         self._sink = sink
         self._device = device
-        self.begin(0)
-
-    def begin(self, epochs: int) -> None:
-        """A task of so many local epochs; no block of it is finished."""
-        self.epochs = epochs
+        self.epochs = 0
+        self.baseline = Baseline(0, 0, 0, 0)
         self.parts: list[PartInfo] = []
+
+    def begin(self, epochs: int, baseline: Baseline) -> None:
+        """A task of so many local epochs, counted from this baseline; no block of it is finished."""
+        self.epochs, self.baseline, self.parts = epochs, baseline, []
 
     def tell(self, **message: Any) -> None:
         self._sink.write(msgspec.json.encode(message).decode() + "\n")
@@ -66,7 +67,13 @@ class Lines:
         return msgspec.json.decode(line)
 
     def measure(self, stage: int, held_bytes: int) -> int:
-        self.tell(event="measure", stage=stage, held_bytes=held_bytes)
+        self.tell(
+            event="measure",
+            stage=stage,
+            held_bytes=held_bytes,
+            baseline_bytes=self.baseline.resident_bytes,
+            baseline_anonymous_bytes=self.baseline.anonymous_bytes,
+        )
         return bounded(msgspec.convert(self.hear()["budget"], Budget).budget_bytes, self._device)
 
     def stage_started(self, index: int, count: int, stage: Stage) -> None:
@@ -130,9 +137,10 @@ def main() -> None:
 
 @dataclass
 class Known:
-    """What this process has been through: models it has warmed up for, and what it has rehearsed, with the peaks."""
+    """What this process has been through: units it has warmed up for, by model, and what it has rehearsed, with the
+    peaks."""
 
-    warm: set[ModelSpec] = field(default_factory=set)
+    warm: dict[ModelSpec, set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
 
 
@@ -140,7 +148,6 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
     """One task, from warm-up to its parts on disk."""
     started = time.monotonic()
     task = request.task
-    lines.begin(task.training.local_epochs)
     split = split_spec(task.model, request.allowed_models)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
@@ -159,17 +166,22 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
             channels_last=prefers_channels_last(split, device),
             enforce=request.enforce,
         )
-        if task.model not in known.warm:
-            warm_up(work)
-            known.warm.add(task.model)
+        warm = known.warm.setdefault(task.model, set())
+        if not warm.issuperset(request.plan.trained_units):
+            warm_up(work, set(request.plan.trained_units) - warm)
+            warm.update(request.plan.trained_units)
         meter = Meter()
+        lines.begin(task.training.local_epochs, meter.baseline)
         # Rounds differ in learning rate and seed, which change nothing about memory.
         alike = replace(task.training, learning_rate=0.0, seed=0)
         key = (task.model, alike, request.plan.stages, len(work.images), request.enforce)
         if key not in known.rehearsed:
             lines.tell(event="rehearsing")
             known.rehearsed = {key: rehearse(work, meter, lines)}
-        trained = train(work, meter, lines, known.rehearsed[key])
+        peaks = known.rehearsed[key]
+        if peaks.keys() != set(request.plan.stages):
+            known.rehearsed = {}  # memory was short; the next task rehearses its own plan again
+        trained = train(work, meter, lines, peaks)
     return Result(
         task_id=task.task_id,
         attempt=task.attempt,
@@ -177,7 +189,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
         round=task.round,
         sample_count=len(work.images),
         plan=trained.plan,
-        trained_units=tuple(unit for stage in trained.plan.stages for unit in range(stage.first, stage.last + 1)),
+        trained_units=trained.plan.trained_units,
         stages=trained.stages,
         parts=(*lines.parts, _part_info(len(lines.parts), trained.parts[-1])),
         seconds=time.monotonic() - started,

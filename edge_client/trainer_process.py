@@ -41,10 +41,18 @@ class Ready(_Event, tag="ready", frozen=True):
 
 
 class Measure(_Event, tag="measure", frozen=True):
-    """Asks for the budget as it is now. `held_bytes`: what the trainer holds beyond its start."""
+    """Asks for the budget as it is now.
+
+    Attributes:
+        held_bytes: what the trainer holds beyond its baseline.
+        baseline_bytes: what it held before weights and data, the model's modules included.
+        baseline_anonymous_bytes: the part of that which the kernel cannot drop.
+    """
 
     stage: int
     held_bytes: int
+    baseline_bytes: int
+    baseline_anonymous_bytes: int
 
 
 class Rehearsing(_Event, tag="rehearsing", frozen=True):
@@ -113,14 +121,12 @@ class TrainerProcess:
     Attributes:
         start_bytes: what it costs before weights and data, as it says itself.
         allocator: its memory allocator's name and version.
-        idle_anonymous_bytes: the part of its start that the kernel cannot drop, seen from outside.
     """
 
     def __init__(self, child: Child, ready: Ready) -> None:
         self._child = child
         self.start_bytes = ready.start_bytes
         self.allocator = ready.allocator
-        self.idle_anonymous_bytes = anonymous_bytes(child.pid)
 
     @classmethod
     async def start(cls, config: TrainerConfig, argv: Sequence[str] = TRAINER_ARGV) -> TrainerProcess:

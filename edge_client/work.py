@@ -157,7 +157,8 @@ class Worker:
                 Path(folder).mkdir(parents=True)
             try:
                 trainer = await self._keeper.take()
-                self._allowance.learn_start(trainer.start_bytes)
+                if self._allowance.start_bytes is None:
+                    self._allowance.learn_start(trainer.start_bytes)
                 budget = self._allowance.budget(trainer.held_bytes)
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
                 end = await self._train_once(trainer, replace(request, plan=plan, budget=budget), tell)
@@ -176,7 +177,7 @@ class Worker:
             smaller += 1
             task = request.task
             least = smallest_peak(task.costs, task.training, samples, task.policy)
-            limit = smaller_limit(plan, end.miss_bytes, least)
+            limit = smaller_limit(plan, end.miss_bytes, least, smaller)
             _log.warning(
                 "a stage went over its budget",
                 message=end.message,
@@ -236,8 +237,9 @@ class Worker:
                 async for event in trainer.train(request):
                     rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
                     if isinstance(event, Measure):
-                        # The trainer counts from its start on; the budget needs all that it holds.
-                        held = trainer.idle_anonymous_bytes + event.held_bytes
+                        # What the model's modules take is known only now; the next budget is reported without it.
+                        self._allowance.learn_start(event.baseline_bytes)
+                        held = event.baseline_anonymous_bytes + event.held_bytes
                         await trainer.answer(self._allowance.budget(held))
                     elif isinstance(event, (Done, Failed)):
                         return event
@@ -253,15 +255,16 @@ class Worker:
         raise ChildError("the trainer ended its events without done or failed")
 
 
-def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0) -> int:
+def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0, tries: int = 1) -> int:
     """What a plan may need after `plan` has gone over its budget by `miss_bytes` (0 if nobody could tell).
 
     Counted from what the plan was predicted to need, not from the budget, which may lie far above it: the next plan is
-    then another one for certain. Where the miss is larger than all that could be saved, the smallest plan, which needs
-    `least_bytes`, is still worth a try.
+    then another one for certain. The more `tries` have failed, the larger the least step: it doubles. Where the miss is
+    larger than all that could be saved, the smallest plan, which needs `least_bytes`, is still worth a try.
     """
     needed = needed_bytes(plan.predicted_peak_bytes)
-    limit = max(0, needed - max(miss_bytes, int(needed * _SMALLEST_STEP)))
+    step = _SMALLEST_STEP * 2 ** (tries - 1)
+    limit = max(0, needed - max(miss_bytes, int(needed * step)))
     return max(limit, least_bytes) if least_bytes < needed else limit
 
 

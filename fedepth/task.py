@@ -88,9 +88,9 @@ class Budget:
 class Calibration:
     """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
 
-    scratch = fixed + kernel_share · kernel_bytes + depthwise_share · depthwise_bytes + reordered_share · reordered
-                of the running unit
-              + kept · what a stage that needs so much may keep (fedepth.memory.predict).
+    scratch = fixed + kept · what a stage that needs so much may keep (fedepth.memory.predict)
+              + kernel_share · weight_bytes + depthwise_share · depthwise_bytes + reordered_share · reordered
+                while a convolution of the running unit runs.
     The defaults were measured on a desktop with tcmalloc.
 
     Attributes:
@@ -176,6 +176,35 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Convolutions:
+    """A unit's convolutions: what their kernels copy, and what lives while one of them runs; all zero without any.
+
+    What lives counts everything beside the unit's input, the convolution's output among it, but no parameter
+    gradients.
+
+    Attributes:
+        weight_bytes: the weights of the largest one in channels_last.
+        depthwise_bytes: those of the largest depth-wise one with kernels wider than 3.
+        reordered: the largest weights, and input and output, of one that is not in channels_last.
+        forward: the most that lives then in a training forward pass.
+        backward: in the backward pass.
+        backward_first: the same for the first unit of a block, whose input needs no gradient.
+        inference: in a forward pass without autograd.
+    """
+
+    weight_bytes: int
+    depthwise_bytes: int
+    reordered: Size
+    forward: Size
+    backward: Size
+    backward_first: Size
+    inference: Size
+
+
+NO_CONVOLUTIONS = Convolutions(0, 0, *[Size(0, 0)] * 5)
+
+
+@dataclass(frozen=True)
 class UnitCost:
     """What one unit (or an exit: the skip connection and the head behind a unit) costs, traced under fake tensors.
 
@@ -195,9 +224,7 @@ class UnitCost:
             gradients of input and output counted, parameter gradients not.
         backward_first: the same for the first unit of a block, whose input needs no gradient.
         inference: the most that lives at once in a forward pass without autograd beyond input and output.
-        kernel_bytes: the weights of its largest convolution in channels_last.
-        depthwise_bytes: those of its largest depth-wise convolution with kernels wider than 3.
-        reordered: the largest weights, and input and output, of a convolution, where they are not in channels_last.
+        convolutions: what their kernels copy, and when.
         flops: floating point operations of one forward pass, per sample.
     """
 
@@ -214,9 +241,7 @@ class UnitCost:
     backward: Size
     backward_first: Size
     inference: Size
-    kernel_bytes: int
-    depthwise_bytes: int
-    reordered: Size
+    convolutions: Convolutions
     flops: int
 
 
@@ -321,6 +346,11 @@ class Plan:
     @property
     def predicted_peak_bytes(self) -> int:
         return max(stage.predicted_peak_bytes for stage in self.stages)
+
+    @property
+    def trained_units(self) -> tuple[int, ...]:
+        """Indices of the units that are trained, in the order of training."""
+        return tuple(unit for stage in self.stages for unit in range(stage.first, stage.last + 1))
 
     @property
     def blocks(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from fedepth.task import Calibration, ModelCosts, Size, UnitCost
+from fedepth.task import NO_CONVOLUTIONS, Calibration, Convolutions, ModelCosts, Size, UnitCost
 
 sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
 units = st.builds(
@@ -22,9 +22,8 @@ units = st.builds(
     backward=sizes,
     backward_first=sizes,
     inference=sizes,
-    kernel_bytes=st.integers(0, 1000),
-    depthwise_bytes=st.integers(0, 1000),
-    reordered=sizes,
+    convolutions=st.just(NO_CONVOLUTIONS)
+    | st.builds(Convolutions, st.integers(0, 1000), st.integers(0, 1000), *[sizes] * 5),
     flops=st.integers(0, 10**9),
 )
 

@@ -113,9 +113,9 @@ class HeapCap:
     """A bound on the heap within a `with` block; without effect for allocators that give everything back at once."""
 
     def __init__(self, held_bytes: int, cap_bytes: int) -> None:
-        """`held_bytes`: what the heap held when nothing was added yet; `cap_bytes`: what may be added."""
+        """`held_bytes`: what the heap held when nothing was added yet; `cap_bytes`: what may be added at most."""
         self._held = held_bytes
-        self._cap = cap_bytes
+        self._cap = self._now = cap_bytes
 
     def __enter__(self) -> HeapCap:
         self._set(self._held + self._cap)
@@ -126,12 +126,13 @@ class HeapCap:
     def __exit__(self, *_: object) -> None:
         self._set(0)
 
-    def lower(self, cap_bytes: int) -> None:
-        """At most that from now on; gives free pages back."""
-        if cap_bytes < self._cap:
-            self._cap = cap_bytes
-            self._set(self._held + self._cap)
-        release()
+    def resize(self, cap_bytes: int) -> None:
+        """Another bound from now on, never above the first; where it falls, free pages are given back."""
+        before, self._now = self._now, min(cap_bytes, self._cap)
+        if self._now != before:
+            self._set(self._held + self._now)
+        if self._now < before:
+            release()
 
     @staticmethod
     def _set(limit_bytes: int) -> None:

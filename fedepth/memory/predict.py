@@ -8,6 +8,8 @@ A stage lives through these moments; each holds something else, and the peak is 
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
+Convolutions copy what they work on. A unit with convolutions has a moment more in each pass, "forward k, convolution",
+so that these copies are not added to what lives only when no convolution runs.
 
 The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: that is the device's
 calibration, which comes with the cost table. The estimate can be too low, so a plan has to leave a margin
@@ -19,7 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, TrainingSpec, UnitCost
+from fedepth.task import (
+    NO_CONVOLUTIONS,
+    CachePlace,
+    Calibration,
+    Convolutions,
+    ModelCosts,
+    PeakComponents,
+    Size,
+    TrainingSpec,
+    UnitCost,
+)
 
 MARGIN_BYTES = 3 << 20
 MARGIN_SHARE = 0.08
@@ -116,7 +128,7 @@ def training_step(
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
     """
     units = list(costs.units[first : last + 1])
-    units[0] = replace(units[0], backward=units[0].backward_first)
+    units[0] = _as_first(units[0])
     exit_ = costs.exits[last]
     trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
     buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
@@ -128,10 +140,10 @@ def training_step(
         optimizer_state=optimizer_copies(training) * sum(trainable),
         cache=cache_bytes,
     )
-    scratch = [_scratch(costs.calibration, unit, micro_batch) for unit in (*units, exit_)]
     names = (*(str(unit) for unit in range(first, last + 1)), "exit")
     moments = _checkpointed if checkpoint else _plain
-    return TrainingStep(resident, tuple(moments(names, (*units, exit_), scratch, micro_batch)), costs.calibration)
+    runs = _Runs(micro_batch, costs.calibration)
+    return TrainingStep(resident, tuple(moments(names, (*units, exit_), runs)), costs.calibration)
 
 
 def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
@@ -146,43 +158,115 @@ def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakC
     return replace(needed, scratch=needed.scratch + int(device.kept * may_keep_bytes(needed.total)))
 
 
-def _plain(names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[int], samples: int) -> Iterator[_Moment]:
+def _as_first(unit: UnitCost) -> UnitCost:
+    """At a block's start nobody wants the gradient of the input."""
+    convolutions = replace(unit.convolutions, backward=unit.convolutions.backward_first)
+    return replace(unit, backward=unit.backward_first, convolutions=convolutions)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """How units run: with so many samples, on a device."""
+
+    samples: int
+    device: Calibration
+
+    def moments(
+        self,
+        name: str,
+        unit: UnitCost,
+        *,
+        held: int,
+        loose: int,
+        beside: int,
+        convolving: Size,
+        saved: int = 0,
+        fresh_gradient: int = 0,
+    ) -> Iterator[_Moment]:
+        """One pass of a unit.
+
+        Args:
+            held: activations that live before, in bytes.
+            loose: temporaries that live before.
+            beside: what the pass adds at most, beside what it saves.
+            convolving: all that it adds while one of the unit's convolutions runs.
+            saved: of what it adds, what counts as activations.
+        """
+        fixed = self.device.fixed_bytes
+        if unit.convolutions != NO_CONVOLUTIONS:
+            own = convolving.at(self.samples)
+            early = min(own, saved)
+            scratch = fixed + _copied(self.device, unit.convolutions, self.samples)
+            yield _Moment(f"{name}, convolution", held + early, loose + own - early, scratch, fresh_gradient)
+        yield _Moment(name, held + saved, loose + beside, fixed, fresh_gradient)
+
+    def forward(self, name: str, unit: UnitCost, *, held: int, loose: int) -> Iterator[_Moment]:
+        """The forward pass with autograd."""
+        return self.moments(
+            name,
+            unit,
+            held=held,
+            loose=loose,
+            beside=(0 if unit.saves_output else unit.output_bytes * self.samples) + unit.forward.at(self.samples),
+            convolving=unit.convolutions.forward,
+            saved=unit.saved.at(self.samples),
+        )
+
+    def backward(self, name: str, unit: UnitCost, *, held: int) -> Iterator[_Moment]:
+        """The backward pass, when the unit's output is gone."""
+        return self.moments(
+            name,
+            unit,
+            held=held,
+            loose=0,
+            beside=unit.backward.at(self.samples),
+            convolving=unit.convolutions.backward,
+            saved=unit.saved.at(self.samples),
+            fresh_gradient=unit.largest_parameter_bytes,
+        )
+
+    def inference(self, name: str, unit: UnitCost, *, held: int, loose: int) -> Iterator[_Moment]:
+        """A forward pass without autograd."""
+        return self.moments(
+            name,
+            unit,
+            held=held,
+            loose=loose,
+            beside=unit.output_bytes * self.samples + unit.inference.at(self.samples),
+            convolving=unit.convolutions.inference,
+        )
+
+
+def _plain(names: Sequence[str], steps: Sequence[UnitCost], runs: _Runs) -> Iterator[_Moment]:
     """Forward and backward pass with everything kept that autograd wants. The last of the `steps` is the exit."""
-    held = steps[0].input_bytes * samples  # activations that live before unit k runs
-    held_after: list[int] = []
+    held = steps[0].input_bytes * runs.samples  # activations that live before unit k runs
+    held_before: list[int] = []
     loose = 0  # the running unit's input, where nobody keeps it for the backward pass
-    for name, step, beside, follower in zip(names, steps, scratch, (*steps[1:], None), strict=True):
-        saved, output = step.saved.at(samples), step.output_bytes * samples
-        made = 0 if step.saves_output else output
-        yield _Moment(f"forward {name}", held + saved, loose + made + step.forward.at(samples), beside)
-        held_after.append(held + saved)  # when the backward pass comes back here, the unit's output is gone
+    for name, step, follower in zip(names, steps, (*steps[1:], None), strict=True):
+        yield from runs.forward(f"forward {name}", step, held=held, loose=loose)
+        held_before.append(held)
+        output = step.output_bytes * runs.samples
         # Between two units: counted once, if either keeps it and the first has not counted it.
         kept = output if follower and follower.saves_input and not step.saves_output else 0
-        held += saved + kept
+        held += step.saved.at(runs.samples) + kept
         loose = 0 if kept or step.saves_output else output
-    for name, step, beside, held in zip(names[::-1], steps[::-1], scratch[::-1], held_after[::-1], strict=True):
-        yield _Moment(f"backward {name}", held, step.backward.at(samples), beside, step.largest_parameter_bytes)
+    for name, step, held in zip(names[::-1], steps[::-1], held_before[::-1], strict=True):
+        yield from runs.backward(f"backward {name}", step, held=held)
 
 
-def _checkpointed(
-    names: Sequence[str], steps: Sequence[UnitCost], scratch: Sequence[int], samples: int
-) -> Iterator[_Moment]:
+def _checkpointed(names: Sequence[str], steps: Sequence[UnitCost], runs: _Runs) -> Iterator[_Moment]:
     """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
     inputs = 0
     inputs_up_to: list[int] = []  # the inputs that are kept when unit k runs, its own included
-    for name, step, beside in zip(names, steps, scratch, strict=True):
-        inputs += step.input_bytes * samples
+    for name, step in zip(names, steps, strict=True):
+        inputs += step.input_bytes * runs.samples
         inputs_up_to.append(inputs)
         if step is not steps[-1]:
-            yield _Moment(f"forward {name}", inputs, step.output_bytes * samples + step.inference.at(samples), beside)
-    for name, step, beside, inputs in zip(names[::-1], steps[::-1], scratch[::-1], inputs_up_to[::-1], strict=True):
-        saved, output = step.saved.at(samples), step.output_bytes * samples
-        made = 0 if step.saves_output else output
-        # In the forward pass the gradient of the output waits already.
-        yield _Moment(f"again {name}", inputs + saved, output + made + step.forward.at(samples), beside)
-        yield _Moment(
-            f"backward {name}", inputs + saved, step.backward.at(samples), beside, step.largest_parameter_bytes
-        )
+            yield from runs.inference(f"forward {name}", step, held=inputs, loose=0)
+    for name, step, inputs in zip(names[::-1], steps[::-1], inputs_up_to[::-1], strict=True):
+        gradient = step.output_bytes * runs.samples  # of the output; it waits while the unit runs forwards
+        yield from runs.forward(f"again {name}", step, held=inputs, loose=gradient)
+        yield from runs.backward(f"backward {name}", step, held=inputs)
 
 
 def build_peak(
@@ -226,16 +310,16 @@ def build_moments(
         moment = _Moment("build", samples, 0, device.fixed_bytes)
         return ((moment.name, _at(replace(_NOTHING, cache=cache_bytes), moment, device)),)
     loaded = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
-    moments = []
+    moments: list[tuple[str, PeakComponents]] = []
+    runs = _Runs(build_batch, device)
     for index, unit in enumerate(units, source):
         resident = replace(
             _NOTHING,
             parameters=unit.parameter_bytes + unit.buffer_bytes if streamed else loaded,
             cache=source_bytes + cache_bytes,
         )
-        live = (unit.input_bytes + unit.output_bytes) * build_batch + unit.inference.at(build_batch)
-        moment = _Moment(f"build {index}", 0, live, _scratch(device, unit, build_batch))
-        moments.append((moment.name, _at(resident, moment, device)))
+        passes = runs.inference(f"build {index}", unit, held=0, loose=unit.input_bytes * build_batch)
+        moments.extend((moment.name, _at(resident, moment, device)) for moment in passes)
     return tuple(moments)
 
 
@@ -244,10 +328,10 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _scratch(device: Calibration, unit: UnitCost, samples: int) -> int:
-    """What kernels take while `unit` runs."""
-    return device.fixed_bytes + int(
-        device.kernel_share * unit.kernel_bytes
-        + device.depthwise_share * unit.depthwise_bytes
-        + device.reordered_share * unit.reordered.at(samples)
+def _copied(device: Calibration, convolutions: Convolutions, samples: int) -> int:
+    """What the kernels of a unit's convolutions take while they run."""
+    return int(
+        device.kernel_share * convolutions.weight_bytes
+        + device.depthwise_share * convolutions.depthwise_bytes
+        + device.reordered_share * convolutions.reordered.at(samples)
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec
-from fedepth.task import ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
+from fedepth.task import Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
 
 FLOAT_BYTES = 4
 SMALL_BATCH = 2
 SMALLEST_LARGE_BATCH = 16
+
+_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,6 +53,8 @@ class StepTrace:
         forward: the peak of the forward pass above what lives after it.
         backward: the peak of the backward pass above `saved`, gradients of input and output counted.
         inference: the peak of a forward pass without autograd above its output.
+        convolving: the most that lives while a convolution runs, in the forward pass, in the backward pass, and without
+            autograd; 0 without one.
     """
 
     saved: int
@@ -58,6 +63,7 @@ class StepTrace:
     forward: int
     backward: int
     inference: int
+    convolving: tuple[int, int, int]
 
 
 def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
@@ -128,7 +134,9 @@ def _unit_cost(
         for input_grad in (True, False)
     )
     cost = _cost(unit, unit, shape, torch.Size(output_shape).numel() * FLOAT_BYTES, batches, inside)
-    return replace(cost, backward_first=line(batches, (first[0].backward, first[1].backward)))
+    backward, convolving = (line(batches, sizes) for sizes in zip(*map(_backward_sizes, first), strict=True))
+    convolutions = replace(cost.convolutions, backward_first=convolving)
+    return replace(cost, backward_first=backward, convolutions=convolutions)
 
 
 def _exit_cost(split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
@@ -157,8 +165,11 @@ def _cost(
     small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
     convolutions = [m for top in unit.modules for m in top.modules() if isinstance(m, _ConvNd)]
-    kernel = max((each.weight.nbytes for each in convolutions), default=0)
+    weights = max((each.weight.nbytes for each in convolutions), default=0)
     flops, maps = _run_once(step, unit, convolutions, shape, batches[1])
+    forward, backward, inference = (
+        line(batches, sizes) for sizes in zip(small.convolving, large.convolving, strict=True)
+    )
     return UnitCost(
         name=unit.name,
         parameter_bytes=sum(parameters),
@@ -173,19 +184,29 @@ def _cost(
         backward=line(batches, (small.backward, large.backward)),
         backward_first=line(batches, (small.backward, large.backward)),
         inference=line(batches, (small.inference, large.inference)),
-        kernel_bytes=kernel,
-        depthwise_bytes=max((each.weight.nbytes for each in convolutions if _is_wide_depthwise(each)), default=0),
-        reordered=Size(kernel, maps),
+        convolutions=Convolutions(
+            weight_bytes=weights,
+            depthwise_bytes=max((each.weight.nbytes for each in convolutions if _is_wide_depthwise(each)), default=0),
+            reordered=Size(weights, maps),
+            forward=forward,
+            backward=backward,
+            backward_first=backward,
+            inference=inference,
+        ),
         flops=flops,
     )
 
 
+def _backward_sizes(trace: StepTrace) -> tuple[int, int]:
+    return trace.backward, trace.convolving[1]
+
+
 def _in_channels_last(cost: UnitCost) -> UnitCost:
-    return replace(cost, reordered=Size(0, 0))
+    return replace(cost, convolutions=replace(cost.convolutions, reordered=Size(0, 0)))
 
 
 def _reordered(cost: UnitCost) -> UnitCost:
-    return replace(cost, kernel_bytes=0, depthwise_bytes=0)
+    return replace(cost, convolutions=replace(cost.convolutions, weight_bytes=0, depthwise_bytes=0))
 
 
 def line(batches: tuple[int, int], sizes: tuple[int, int]) -> Size:
@@ -215,12 +236,14 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         events: (serial number of the storage, bytes), negative bytes where it ends.
+        convolutions: how many events there were when each convolution, or its backward pass, was through.
     """
 
     def __init__(self, *foreign: torch.Tensor) -> None:
         """`foreign` tensors were there before and are not counted."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
+        self.convolutions: list[int] = []
         self._serials: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._next = 0
         self._foreign = {self._register(tensor.untyped_storage()) for tensor in foreign}
@@ -234,6 +257,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._serials:
                     self.events.append((self._register(storage), storage.nbytes()))
+        if func.overloadpacket in _CONVOLUTIONS:
+            self.convolutions.append(len(self.events))
         return result
 
     def serial(self, tensor: torch.Tensor) -> int:
@@ -246,13 +271,16 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def peak(self, start: int = 0, without: frozenset[int] = frozenset()) -> int:
         """The most that lives at once from event `start` on, without the given storages."""
-        total = peak = 0
-        for index, (serial, size) in enumerate(self.events):
-            if serial not in without:
-                total += size
-            if index >= start:
-                peak = max(peak, total)
-        return peak
+        return max(self._totals(without)[start:], default=0)
+
+    def peak_convolving(self, start: int = 0, without: frozenset[int] = frozenset()) -> int:
+        """The same while a convolution runs."""
+        totals = self._totals(without)
+        return max((totals[number - 1] for number in self.convolutions if number > start), default=0)
+
+    def _totals(self, without: frozenset[int]) -> list[int]:
+        """What lives after every event."""
+        return list(accumulate(0 if serial in without else size for serial, size in self.events))
 
     def _register(self, storage: torch.UntypedStorage) -> int:
         serial, self._next = self._next, self._next + 1
@@ -286,7 +314,7 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
         output = step(x)
     is_loss = output.dim() == 0
     saves_output = not is_loss and ledger.serial(output) in kept
-    forward_peak, after_forward = ledger.peak(), ledger.live()
+    forward_peak, forward_convolving, after_forward = ledger.peak(), ledger.peak_convolving(), ledger.live()
     saved = max(0, after_forward - (0 if is_loss or saves_output else output.nbytes))
     tail = output if is_loss else _Tail.apply(output)
     del output  # so that backward frees it as soon as it would in the middle of a model
@@ -297,24 +325,27 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     backward_peak = ledger.peak(start, without=gradients)
     for parameter in parameters:
         parameter.grad = None
+    inference, inference_convolving = _inference_peaks(step, owners, x.detach())
     return StepTrace(
         saved=saved,
         saves_input=ledger.serial(x) in kept,
         saves_output=saves_output,
         forward=forward_peak - after_forward,
         backward=max(0, backward_peak - saved),
-        inference=_inference_peak(step, owners, x.detach()),
+        inference=inference,
+        convolving=(forward_convolving, ledger.peak_convolving(start, without=gradients), inference_convolving),
     )
 
 
-def _inference_peak(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> int:
+def _inference_peaks(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> tuple[int, int]:
+    """The peak above the output, and the most that lives while a convolution runs."""
     tensors = [tensor for owner in owners for _, tensor in (*owner.parameters(), *owner.buffers())]
     for owner in owners:
         owner.train(False)
     ledger = _Ledger(x, *tensors)
     with torch.no_grad(), ledger:
         output = step(x)
-        return max(0, ledger.peak() - output.nbytes)
+        return max(0, ledger.peak() - output.nbytes), ledger.peak_convolving()
 
 
 def _run_once(

@@ -76,7 +76,8 @@ def _vit_embed(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) images to (B, 1 + patches, D): patch embedding, class token, position embedding."""
     patches = model.get_submodule("conv_proj")(images).flatten(2).transpose(1, 2)
     class_token = model.get_parameter("class_token").expand(len(images), -1, -1)
-    return torch.cat((class_token, patches), dim=1) + model.get_parameter("encoder.pos_embedding")
+    tokens = torch.cat((class_token, patches), dim=1)
+    return tokens.add_(model.get_parameter("encoder.pos_embedding"))  # in place: the patches are still there
 
 
 GLUE: dict[str, Glue] = {

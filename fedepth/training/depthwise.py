@@ -72,14 +72,14 @@ class Trained:
     parts: tuple[Path, ...]
 
 
-Peaks = Mapping[tuple[int, int], int]
+Peaks = Mapping[Stage, int]
 
 
 def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
     """Trains every stage inside the budget that is measured before it.
 
     Args:
-        rehearsed: peaks of stages in their rehearsal, by their first and last unit.
+        rehearsed: peaks of stages in their rehearsal. One that runs otherwise than it was rehearsed has none.
 
     Raises:
         PlanError: nothing fits before the first stage.
@@ -91,7 +91,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     results: list[StageResult] = []
     parts: list[Path] = []
     cache: Cache | None = None
-    labels = torch.from_numpy(work.images.labels.astype(np.int64))
+    labels = torch.from_numpy(work.images.labels.astype(np.int64))[: work.first_samples or None]
     load(work, split.head, trainable=True)
     while waiting:
         budget = hooks.measure(len(done), meter.held_bytes)
@@ -99,7 +99,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
         if not waiting:
             break
         stage = waiting.pop(0)
-        rehearsed_bytes = (rehearsed or {}).get((stage.first, stage.last), 0)
+        rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
         reset(meter, work.device)
@@ -123,7 +123,11 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 if isinstance(error, (RuntimeError, MemoryError)):
                     raise _over_budget(error, len(done), stage, budget, meter) from error
                 raise
-            parts.append(_write(work, len(parts), [split.units[i] for i in range(stage.first, stage.last + 1)]))
+            units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]
+            parts.append(_write(work, len(parts), units))
+            work = work.with_part(parts[-1])
+            for unit in units:
+                release(unit)  # the next stage reads what it needs of them
         results.append(
             StageResult(
                 first=stage.first,
@@ -146,12 +150,10 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     if cache is not None:
         cache.close()
     parts.append(_write(work, len(parts), [split.head]))
-    for unit in (*split.units, split.head):
-        release(unit)
-    trained = {unit for stage in done for unit in range(stage.first, stage.last + 1)}
-    untrained = tuple(unit for unit in range(len(split.units)) if unit not in trained)
-    plan = replace(work.plan, stages=tuple(done), untrained=untrained)
-    return Trained(plan, tuple(results), tuple(parts))
+    release(split.head)
+    plan = replace(work.plan, stages=tuple(done))
+    untrained = tuple(unit for unit in range(len(split.units)) if unit not in plan.trained_units)
+    return Trained(replace(plan, untrained=untrained), tuple(results), tuple(parts))
 
 
 def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
@@ -161,7 +163,7 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     they like up to its need.
     """
     cap = budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
-    if (stage.first, stage.last) in rehearsed:
+    if stage in rehearsed:
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
     # What lies beside the heap is off every cap, also off one that is lowered later.
@@ -181,7 +183,7 @@ def _fit(work: Work, waiting: list[Stage], done: list[Stage], budget: int) -> li
             work.task.costs,
             budget_bytes=budget,
             training=work.task.training,
-            sample_count=len(work.images),
+            sample_count=work.cached_samples,
             policy=work.task.policy,
             done=done[-1] if done else None,
         )
@@ -202,7 +204,7 @@ def _epochs(
 ) -> list[float]:
     """Trains a block for all epochs; returns the mean loss of each."""
     spec = work.task.training
-    batch = effective_batch(work.task.costs, spec, len(work.images))
+    batch = effective_batch(work.task.costs, spec, work.first_samples or len(work.images))
     losses: list[float] = []
     told = time.monotonic()
     for epoch in range(spec.local_epochs):
@@ -234,7 +236,8 @@ def _yield_memory(
 ) -> None:
     """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
 
-    While the peak that was measured stays inside, nothing changes: only what really does not fit is worth a change.
+    While the peak that was measured stays inside, the stage runs as it was planned: only what really does not fit is
+    worth a change, and the change ends when memory comes back.
 
     Raises:
         OverBudgetError: memory did not come back.
@@ -246,9 +249,10 @@ def _yield_memory(
         budget = hooks.measure(index, meter.held_bytes)
         if peak_bytes(meter, work.device) <= budget:
             block.micro_batch = stage.micro_batch
+            cap.resize(_UNBOUNDED)
             return
-        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, len(work.images), budget)
-        cap.lower(budget - BESIDE_HEAP_BYTES)
+        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
+        cap.resize(budget - BESIDE_HEAP_BYTES)
         if micro_batch is not None:
             block.micro_batch = micro_batch
             return

@@ -36,7 +36,7 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
 
 def _open(work: Work, stage: Stage, unit: int, source: Cache | None) -> Cache:
     """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
-    count, shape = len(work.images) + work.cache_room, work.split.input_shapes[unit]
+    count, shape = work.cached_samples, work.split.input_shapes[unit]
     if unit == stage.first:
         kind = None if unit == 0 else work.task.training.cache_type
         rows = RowFormat(shape, kind, work.channels_last and unit > 0)

@@ -2,7 +2,8 @@
 
 A plan that needs more than was predicted is found out here, in seconds, not after hours in its last stage; and where
 going over ends in a death, the death costs nothing. Of a step whose gradients accumulate, two micro-batches are enough:
-the first makes the sums, the second is the last and updates. Nothing of it stays: weights are read anew afterwards.
+the first makes the sums, the second is the last and updates. Inputs are computed for one whole batch of those that are
+computed at once. Nothing of it stays: weights are read anew afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from fedepth.training.work import Work
 
 
 def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
-    """The measured peak of every stage, by its first and last unit. Caches in RAM have their full size.
+    """The measured peak of every stage. Caches in RAM have their full size.
+
+    Where less memory is free by now than the plan was made for, other stages are rehearsed, and will be trained.
 
     Raises:
         PlanError: nothing fits what is free now.
@@ -36,19 +39,22 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
     count = len(work.images)
     batch = effective_batch(work.task.costs, work.task.training, count)
     few = min(count, max(_samples(stage, batch) for stage in work.plan.stages))
+    built = min(count, max((stage.build_batch for stage in work.plan.stages if stage.first > 0), default=0))
     training = replace(work.task.training, local_epochs=1)
     shortened = replace(
         work,
         task=replace(work.task, training=training),
-        images=FirstImages(work.images, few),
-        cache_room=count - few,
+        images=FirstImages(work.images, max(few, built)),
+        cache_room=count - max(few, built),
+        first_samples=few,
         output=folder,
         cache=folder,
     )
     with allocator.keeping_nothing():
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
-    return {(stage.first, stage.last): stage.measured_peak_bytes for stage in rehearsed.stages}
+    peaks = (result.measured_peak_bytes for result in rehearsed.stages)
+    return dict(zip(rehearsed.plan.stages, peaks, strict=True))
 
 
 def _samples(stage: Stage, batch: int) -> int:

@@ -1,12 +1,16 @@
-"""The warm-up before a task's baseline: the task itself, every unit a stage of its own, on two samples.
+"""The warm-up before a task's baseline: the units of its plan, each a stage of its own, on two samples.
 
 It goes through the very code that training will go through, so that what torch and the C library load, map and keep at
 first use counts as the trainer's start and not as the budget's. It leaves no weights behind.
+
+There is no baseline yet that a limit could count from. What bounds a warm-up is that every block of the plan holds more
+than one of its units does alone, with at most as many samples.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 
 from fedepth.memory.meter import Meter
@@ -19,17 +23,18 @@ SAMPLES = 2
 _UNKNOWN = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
-def warm_up(work: Work) -> None:
-    """Trains on the first two samples in a folder of its own, without a limit."""
+def warm_up(work: Work, units: Collection[int]) -> None:
+    """Trains these units of the plan on the first two samples, in a folder of its own."""
     folder = work.cache / "warm-up"
     folder.mkdir(parents=True, exist_ok=True)
     places = list(CachePlace)
+    samples = min(SAMPLES, *(stage.micro_batch for stage in work.plan.stages))
     stages = tuple(
-        Stage(unit, unit, SAMPLES, places[unit % len(places)], SAMPLES, _UNKNOWN, checkpoint=unit % 2 == 1)
-        for unit in range(len(work.split.units))
+        Stage(unit, unit, samples, places[unit % 2], samples, _UNKNOWN, checkpoint=unit % 2 == 1, build_streamed=True)
+        for unit in sorted(units)
     )
-    task = replace(work.task, training=replace(work.task.training, batch=SAMPLES, local_epochs=1))
-    few = FirstImages(work.images, min(SAMPLES, len(work.images)))
+    task = replace(work.task, training=replace(work.task.training, batch=samples, local_epochs=1))
+    few = FirstImages(work.images, min(samples, len(work.images)))
     plan = replace(work.plan, stages=stages, untrained=())
     train(
         replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), Unheard()

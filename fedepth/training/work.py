@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from fedepth.data.read import Images
 from fedepth.models.split import SplitModel, Unit, assign
 from fedepth.task import Plan, Task
-from fedepth.weights import Reader
+from fedepth.weights import Reader, open_weights
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Work:
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
+        first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
+        trained: by their names, where tensors are that training has changed since `weights`.
     """
 
     task: Task
@@ -37,14 +40,26 @@ class Work:
     channels_last: bool
     enforce: bool = True
     cache_room: int = 0
+    first_samples: int = 0
+    trained: Mapping[str, Reader] = field(default_factory=dict)
+
+    @property
+    def cached_samples(self) -> int:
+        """How many samples a cache of a block's inputs has room for."""
+        return len(self.images) + self.cache_room
+
+    def with_part(self, part: Path) -> Work:
+        """The same with a block trained, whose tensors lie in `part`."""
+        reader = open_weights(part)
+        return replace(self, trained={**self.trained, **dict.fromkeys(reader.names, reader)})
 
 
 def load(work: Work, unit: Unit, *, trainable: bool) -> None:
-    """Reads a unit's tensors from the weights file to the device, unless they are there already."""
+    """Reads a unit's tensors, as they are by now, from their file to the device, unless they are there already."""
     for name, present in (*unit.parameters(), *unit.buffers()):
         if not present.is_meta:
             continue
-        tensor = torch.from_numpy(work.weights.read(name)).to(work.device)
+        tensor = torch.from_numpy(work.trained.get(name, work.weights).read(name)).to(work.device)
         if work.channels_last and tensor.dim() == 4:
             tensor = tensor.to(memory_format=torch.channels_last)
         assign(work.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)

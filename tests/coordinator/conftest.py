@@ -15,6 +15,7 @@ from coordinator.config import JobConfig
 from coordinator.store import TaskRecord
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.task import (
+    NO_CONVOLUTIONS,
     Budget,
     CachePlace,
     DeviceReport,
@@ -49,9 +50,7 @@ def cost(name: str) -> UnitCost:
         backward=Size(0, 512),
         backward_first=Size(0, 512),
         inference=Size(0, 256),
-        kernel_bytes=0,
-        depthwise_bytes=0,
-        reordered=Size(0, 0),
+        convolutions=NO_CONVOLUTIONS,
         flops=1000,
     )
 

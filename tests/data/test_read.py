@@ -114,6 +114,18 @@ def test_a_large_jpeg_is_decoded_near_its_final_size(tmp_path: Path, monkeypatch
     assert np.abs(batch.astype(int) - 200).max() <= 2
 
 
+def test_an_image_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_image(tmp_path / "a" / "0.png", np.zeros((30, 40, 3), np.uint8))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    images = open_images(tmp_path, spec((3, 4, 8)))
+    with pytest.raises(MemoryError, match=r"0\.png has 40×30 pixels.*scale it down towards 8×4, or save it as JPEG"):
+        images.read(np.array([0]))
+
+
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "broken.png").write_bytes(b"no image")

@@ -105,7 +105,13 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
         if kind == "block":
             tell(event="stage_done", result=stage_result(request["plan"]["stages"][0], 1), part=write_part(request))
         if kind in ("measure", "block"):
-            tell(event="measure", stage=0, held_bytes=scene["held"])
+            tell(
+                event="measure",
+                stage=0,
+                held_bytes=scene["held"],
+                baseline_bytes=scene.get("baseline", START_BYTES),
+                baseline_anonymous_bytes=scene.get("baseline_anonymous", START_BYTES),
+            )
             with open(journal.with_suffix(".answers"), "a") as file:
                 file.write(sys.stdin.readline())
         done(request, scene.get("peak", 0))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edge_client import calibrate
-from edge_client.calibrate import PROBES, ROOM, AllocatorTrial, Calibrated, calibrated, choose, fitting
+from edge_client.calibrate import PROBES, ROOM, TRACER_BYTES, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Done
 from edge_client.trial import TrialModel
@@ -94,6 +95,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match="set XDG_CACHE_HOME to a folder that is"):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path / "file" / "below"))
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: object) -> Calibrated:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(calibrate, "_measure", full)
+    with pytest.raises(StateError, match=r"cannot be kept in .* \(No space left on device\).*XDG_CACHE_HOME"):
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+    assert not list(tmp_path.glob("calibration-*.json"))
+
+
+def test_nothing_is_traced_where_the_tracer_itself_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def free(*_: object) -> int:
+        return TRACER_BYTES - MIB
+
+    monkeypatch.setattr(calibrate, "_free_bytes", free)
+    monkeypatch.setattr(calibrate, "tracer", None)
+    with pytest.raises(PlanError, match=r"256\.0 MiB have to be free beside the trainer, 255\.0 MiB are"):
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+
+
+def test_another_processor_is_measured_anew(
+    tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(calibrate, "_CPUINFO", cpuinfo)
+    for text in (
+        "processor\t: 0\nmodel name\t: A\nflags\t\t: avx2\ncpu MHz\t: 2000\n",
+        "processor\t: 0\nmodel name\t: A\nflags\t\t: avx2\ncpu MHz\t: 3000\n",  # the same, warmer
+        "processor\t: 0\nmodel name\t: A\nflags\t\t: avx2 avx512f\n",
+        "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n",
+    ):
+        cpuinfo.write_text(text)
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+    assert measured.times == 3
 
 
 def done(*peaks: tuple[int, int]) -> Done:

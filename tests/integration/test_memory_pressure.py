@@ -32,3 +32,7 @@ def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig:
     rig.event("device-0", "stage done")
     rig.event("device-0", "update accepted")
     assert rig.end("device-0") == 0
+    # The pause has cost time and nothing else: the stage went on where it was.
+    said = [line.get("event") for line in rig.log("device-0")]
+    assert said.count("stage started") == said.count("stage done") == 1
+    assert "a stage went over its budget" not in said

@@ -52,6 +52,13 @@ with allocator.HeapCap(held, 30 * MIB):
     taken = [take(4) for _ in range(10)]
     told["too_low"] = [address is not None for address in taken]
     give(*(address for address in taken if address))
+with allocator.HeapCap(held, 30 * MIB) as cap:
+    told["resized"] = []
+    for size in (14, 300, 30):  # never above the first
+        cap.resize(size * MIB)
+        taken = [take(4) for _ in range(10)]
+        told["resized"].append(sum(address is not None for address in taken))
+        give(*(address for address in taken if address))
 with allocator.keeping_nothing():
     told["nothing_kept"] = holes_then_large()
 before = meter.beside_heap_bytes
@@ -89,6 +96,10 @@ def test_under_a_cap_free_pages_are_given_back_before_a_request_fails(told: dict
 
 def test_what_does_not_fit_under_the_cap_is_refused(told: dict[str, Any]) -> None:
     assert told["too_low"].count(True) == 7  # of 4 MiB each, in 30
+
+
+def test_a_cap_can_fall_and_rise_again_up_to_what_it_was(told: dict[str, Any]) -> None:
+    assert told["resized"] == [3, 7, 7]
 
 
 def test_with_nothing_kept_the_high_water_mark_is_that_of_what_is_in_use(told: dict[str, Any]) -> None:

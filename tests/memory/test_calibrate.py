@@ -6,7 +6,18 @@ import pytest
 
 from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
 from fedepth.memory.predict import may_keep_bytes
-from fedepth.task import CachePlace, Calibration, ModelCosts, PeakComponents, Size, Stage, TrainingSpec, UnitCost
+from fedepth.task import (
+    NO_CONVOLUTIONS,
+    CachePlace,
+    Calibration,
+    Convolutions,
+    ModelCosts,
+    PeakComponents,
+    Size,
+    Stage,
+    TrainingSpec,
+    UnitCost,
+)
 
 MIB = 1 << 20
 ZERO = Size(0, 0)
@@ -17,9 +28,9 @@ TRUE = replace(START, fixed_bytes=3 * MIB, kept=0.0, kernel_share=2.0, depthwise
 def stage(parameters: int, activation: int, depthwise: int, micro_batch: int, true: Calibration) -> MeasuredStage:
     unit = UnitCost(
         "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
-        ZERO, ZERO, ZERO, ZERO, parameters, depthwise, Size(0, activation), 1,
+        *[ZERO] * 4, Convolutions(parameters, depthwise, Size(0, activation), *[Size(0, 4 * activation)] * 4), 1,
     )  # fmt: skip
-    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, 0, 0, ZERO, 1)
+    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, NO_CONVOLUTIONS, 1)
     costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
     training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
     planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from fedepth.memory.predict import needed_bytes
 from fedepth.memory.timeline import timeline
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
-from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from fedepth.task import (
+    NO_CONVOLUTIONS,
+    CachePlace,
+    Calibration,
+    ModelCosts,
+    Policy,
+    Size,
+    TrainingSpec,
+    UnitCost,
+)
 from tests.drawn_costs import models
 
 KIB = 1024
@@ -20,7 +29,18 @@ ZERO = Size(0, 0)
 def model(count: int) -> ModelCosts:
     """Units that keep their input of 10 KiB and 100 KiB of every sample, and have 4 KiB of weights in one tensor."""
     one = UnitCost(
-        "u", 4 * KIB, 0, 4 * KIB, 10 * KIB, 10 * KIB, Size(0, 100 * KIB), True, False, *[ZERO] * 4, 0, 0, ZERO, 1000
+        "u",
+        4 * KIB,
+        0,
+        4 * KIB,
+        10 * KIB,
+        10 * KIB,
+        Size(0, 100 * KIB),
+        True,
+        False,
+        *[ZERO] * 4,
+        NO_CONVOLUTIONS,
+        1000,
     )
     exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)
     return ModelCosts("hand", (one,) * count, (exit_,) * count, 10 * KIB, 2 * KIB, 1, BARE)

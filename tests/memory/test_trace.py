@@ -67,8 +67,14 @@ def test_a_unit_by_hand() -> None:
     assert first.inference == Size(0, 0)
     # The gradient of the output, and beside it the gradient behind the ReLU.
     assert first.backward == Size(0, 2 * map_bytes(4))
-    assert (first.kernel_bytes, first.depthwise_bytes) == (3 * 4 * 9 * FLOAT, 0)
-    assert first.reordered == Size(0, 0)  # it trains in channels_last
+    convolutions = first.convolutions
+    assert (convolutions.weight_bytes, convolutions.depthwise_bytes) == (3 * 4 * 9 * FLOAT, 0)
+    assert convolutions.reordered == Size(0, 0)  # it trains in channels_last
+    # Beside the input there is its output; backwards the gradient in front of the ReLU, which is through and keeps
+    # nothing any more, and that of the input, if anybody wants it.
+    assert convolutions.forward == convolutions.inference == Size(0, map_bytes(4))
+    assert convolutions.backward_first == Size(0, map_bytes(4))
+    assert convolutions.backward == Size(0, map_bytes(4) + map_bytes(3))
     assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
     # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
     assert second.saves_input and not second.saves_output
@@ -98,14 +104,15 @@ def depthwise() -> nn.Module:
 
 
 def test_what_kernels_copy_is_counted_by_hand() -> None:
-    patches, narrow = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
-    assert [unit.kernel_bytes + unit.depthwise_bytes for unit in (patches, narrow)] == [0, 0]
+    units = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
+    patches, narrow = (each.convolutions for each in units)
+    assert [each.weight_bytes + each.depthwise_bytes for each in (patches, narrow)] == [0, 0]
     half = map_bytes(4) // 4  # the maps behind the patches have half the side
     assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
     assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
-    narrow, wide = trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units
-    assert [unit.kernel_bytes for unit in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
-    assert [unit.depthwise_bytes for unit in (narrow, wide)] == [0, 3 * 25 * FLOAT]
+    narrow, wide = (each.convolutions for each in trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units)
+    assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
+    assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
     assert narrow.reordered == wide.reordered == Size(0, 0)
 
 

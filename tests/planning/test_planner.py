@@ -15,7 +15,18 @@ from fedepth.memory.predict import (
     training_step,
 )
 from fedepth.planning.planner import make_plan
-from fedepth.task import CachePlace, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from fedepth.task import (
+    NO_CONVOLUTIONS,
+    CachePlace,
+    Calibration,
+    Convolutions,
+    ModelCosts,
+    PeakComponents,
+    Policy,
+    Size,
+    TrainingSpec,
+    UnitCost,
+)
 from tests.drawn_costs import models
 
 KIB = 1024
@@ -42,9 +53,7 @@ def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> Un
         backward=Size(0, 0),
         backward_first=Size(0, 0),
         inference=Size(0, 0),
-        kernel_bytes=0,
-        depthwise_bytes=0,
-        reordered=Size(0, 0),
+        convolutions=NO_CONVOLUTIONS,
         flops=1000,
     )
 
@@ -99,9 +108,7 @@ def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
     one = replace(
         model(1).units[0],
         largest_parameter_bytes=3 * MIB,
-        kernel_bytes=2 * MIB,
-        depthwise_bytes=MIB // 50,
-        reordered=Size(2 * MIB, MIB),
+        convolutions=Convolutions(2 * MIB, MIB // 50, Size(2 * MIB, MIB), *[Size(0, 1000 * KIB)] * 4),
     )
     costs = replace(model(1), units=(one,), calibration=device)
     # 1 MiB + twice 2 MiB + 100 times a fiftieth MiB + a quarter of 2 MiB and of 4 samples' 1 MiB;
@@ -110,6 +117,34 @@ def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
     needed = peak.total - peak.scratch + 8.5 * MIB
     assert peak.gradients == 3 * MIB  # the worst moment is the unit's backward pass
     assert peak.scratch == pytest.approx(8.5 * MIB + 0.5 * may_keep_bytes(int(needed)), abs=100)
+
+
+def test_what_convolutions_copy_does_not_come_on_top_of_what_lives_when_none_runs() -> None:
+    device = Calibration("", "", MIB, kept=0.0, kernel_share=1.0, depthwise_share=0.0, reordered_share=0.0)
+    of_weights = 40 * MIB
+
+    def peak(living: int, *, checkpoint: bool = False) -> PeakComponents:
+        """One unit saves 2 samples' 1000 KiB; while its convolution runs, it holds `living` KiB of each."""
+        passes = [Size(0, living * KIB)] * 4
+        one = replace(model(1).units[0], convolutions=Convolutions(of_weights, 0, Size(0, 0), *passes))
+        costs = replace(model(1), units=(one,), calibration=device)
+        return training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0, checkpoint=checkpoint).peak
+
+    for checkpoint in (False, True):
+        early = peak(10, checkpoint=checkpoint)
+        # The input of 10 KiB, what lives then, the copies and the scratch of any block. With checkpointing the
+        # gradient of the output waits when the unit runs again.
+        more = 2 * 10 * KIB if checkpoint else 0
+        assert early.total == 2 * 10 * KIB + 2 * 10 * KIB + more + of_weights + MIB
+        late = peak(60_000, checkpoint=checkpoint)
+        assert late.total == 2 * 10 * KIB + 2 * 60_000 * KIB + more + of_weights + MIB
+        assert late.activations + late.temporaries == 2 * 60_010 * KIB + more
+    # What the unit saves is more than the copies: then it is what counts, without them.
+    small = replace(device, kernel_share=0.01)
+    one = replace(model(1).units[0], convolutions=Convolutions(of_weights, 0, Size(0, 0), *[Size(0, KIB)] * 4))
+    costs = replace(model(1), units=(one,), calibration=small)
+    saved = training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0).peak
+    assert saved.scratch == MIB and saved.activations + saved.temporaries == 2 * (10 + 1000 + 10) * KIB
 
 
 def test_a_budget_leaves_a_margin_above_the_estimate() -> None:

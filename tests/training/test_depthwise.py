@@ -20,6 +20,7 @@ from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split, split_spec
 from fedepth.task import (
+    NO_CONVOLUTIONS,
     CachePlace,
     ModelCosts,
     ModelSpec,
@@ -35,7 +36,7 @@ from fedepth.task import (
 )
 from fedepth.training import depthwise
 from fedepth.training.depthwise import train
-from fedepth.training.stage import _seed, epoch_batches
+from fedepth.training.stage import BlockTraining, _seed, epoch_batches
 from fedepth.training.work import Work
 from fedepth.weights import load_numpy, open_weights, save
 from tests.training.open_files import open_files
@@ -46,7 +47,7 @@ PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 COSTS = ModelCosts("test", (), (), 256, 64, 1)
 ZERO = Size(0, 0)
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, ZERO, ZERO, ZERO, ZERO, 0, 0, ZERO, 1)
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, NO_CONVOLUTIONS, 1)
 
 
 class Quiet:
@@ -254,6 +255,37 @@ def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
     assert result.micro_batch == 8  # the estimate of a TiB does not shrink what was seen to fit
 
 
+def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
+    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
+    monkeypatch.setattr(depthwise, "fitting_micro_batch", lambda *_: 2)
+    caps: list[int] = []
+    monkeypatch.setattr(depthwise.allocator.HeapCap, "_set", staticmethod(caps.append))
+    sizes: list[int] = []
+    step = BlockTraining.step
+
+    def counted(block: BlockTraining, indices: torch.Tensor) -> float:
+        sizes.append(block.micro_batch)
+        return step(block, indices)
+
+    monkeypatch.setattr(BlockTraining, "step", counted)
+    budgets = iter([200 << 20, 50 << 20, 50 << 20, 200 << 20, 200 << 20, 200 << 20])
+
+    class Dipping(Quiet):
+        def measure(self, stage: int, held_bytes: int) -> int:
+            return next(budgets, 200 << 20)
+
+    job = replace(work(tmp_path, [stage(0, 5)], count=40), enforce=True)
+    (result,) = train(job, Meter(), Dipping()).stages
+    # Before the stage and after every step it looks; two looks find too little.
+    assert sizes[:5] == [8, 2, 2, 8, 8]
+    assert result.micro_batch == 2
+    whole, low, whole_again, none = caps
+    assert whole == whole_again == low + (150 << 20) and none == 0
+
+
 def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
@@ -282,6 +314,6 @@ def test_what_lies_beside_the_heap_is_off_the_cap_and_off_a_lowered_one(
     meter = SimpleNamespace(baseline=SimpleNamespace(heap_bytes=100 << 20), beside_heap_bytes=5 << 20)
     job = replace(work(tmp_path, [stage(0, 5)]), enforce=True)
     with depthwise._heap_cap(job, meter, {}, stage(0, 5), 50 << 20) as cap:  # type: ignore[arg-type]
-        cap.lower(30 << 20)
+        cap.resize(30 << 20)
     # Of 50 MiB, 2 are left to what may still come beside the heap.
     assert limits[:2] == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]

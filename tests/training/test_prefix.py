@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fedepth.errors import StateError
+from fedepth.training import prefix
 from fedepth.training.prefix import build_inputs
+from fedepth.training.work import Work
 from tests.training.open_files import open_files
-from tests.training.test_depthwise import PRERESNET, stage, work
+from tests.training.test_depthwise import PRERESNET, assert_equal, stage, trained_tensors, work
 
 
 def inputs(folder: Path, *, streamed: bool) -> torch.Tensor:
@@ -27,6 +30,28 @@ def test_one_unit_at_a_time_gives_what_all_units_at_once_give(tmp_path: Path) ->
     together, streamed = inputs(tmp_path / "a", streamed=False), inputs(tmp_path / "b", streamed=True)
     assert together.shape == (10, 16, 8, 8)
     assert torch.equal(together, streamed)
+
+
+def test_units_that_were_trained_are_read_back_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = work(tmp_path, [stage(0, 2), replace(stage(4, 5), build_streamed=True)])
+    loaded: list[list[int]] = []
+    fill = prefix._fill
+
+    def look(work: Work, *arguments: Any, **more: Any) -> None:
+        there = [
+            index
+            for index, unit in enumerate(work.split.units)
+            if not all(tensor.is_meta for _, tensor in unit.parameters())
+        ]
+        loaded.append(there)
+        fill(work, *arguments, **more)
+
+    monkeypatch.setattr(prefix, "_fill", look)
+    streamed = trained_tensors(job)
+    assert loaded == [[], [0], [1], [2], [3]]
+    monkeypatch.setattr(prefix, "_fill", fill)
+    (tmp_path / "b").mkdir()
+    assert_equal(trained_tensors(work(tmp_path / "b", [stage(0, 2), stage(4, 5)])), streamed, 0)
 
 
 def test_a_failure_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

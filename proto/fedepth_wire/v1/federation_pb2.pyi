@@ -360,6 +360,48 @@ class Size(_message.Message):
 Global___Size: _TypeAlias = Size  # noqa: Y015
 
 @_typing.final
+class Convolutions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
+    REORDERED_FIELD_NUMBER: _builtins.int
+    FORWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
+    INFERENCE_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    depthwise_bytes: _builtins.int
+    @_builtins.property
+    def reordered(self) -> Global___Size: ...
+    @_builtins.property
+    def forward(self) -> Global___Size: ...
+    @_builtins.property
+    def backward(self) -> Global___Size: ...
+    @_builtins.property
+    def backward_first(self) -> Global___Size: ...
+    @_builtins.property
+    def inference(self) -> Global___Size: ...
+    def __init__(
+        self,
+        *,
+        weight_bytes: _builtins.int = ...,
+        depthwise_bytes: _builtins.int = ...,
+        reordered: Global___Size | None = ...,
+        forward: Global___Size | None = ...,
+        backward: Global___Size | None = ...,
+        backward_first: Global___Size | None = ...,
+        inference: Global___Size | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "reordered", b"reordered"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "depthwise_bytes", b"depthwise_bytes", "forward", b"forward", "inference", b"inference", "reordered", b"reordered", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Convolutions: _TypeAlias = Convolutions  # noqa: Y015
+
+@_typing.final
 class UnitCost(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -376,10 +418,8 @@ class UnitCost(_message.Message):
     BACKWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
-    KERNEL_BYTES_FIELD_NUMBER: _builtins.int
-    DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
-    REORDERED_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
+    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
     buffer_bytes: _builtins.int
@@ -388,8 +428,6 @@ class UnitCost(_message.Message):
     output_bytes: _builtins.int
     saves_input: _builtins.bool
     saves_output: _builtins.bool
-    kernel_bytes: _builtins.int
-    depthwise_bytes: _builtins.int
     flops: _builtins.int
     @_builtins.property
     def saved(self) -> Global___Size: ...
@@ -402,7 +440,7 @@ class UnitCost(_message.Message):
     @_builtins.property
     def inference(self) -> Global___Size: ...
     @_builtins.property
-    def reordered(self) -> Global___Size: ...
+    def convolutions(self) -> Global___Convolutions: ...
     def __init__(
         self,
         *,
@@ -419,14 +457,12 @@ class UnitCost(_message.Message):
         backward: Global___Size | None = ...,
         backward_first: Global___Size | None = ...,
         inference: Global___Size | None = ...,
-        kernel_bytes: _builtins.int = ...,
-        depthwise_bytes: _builtins.int = ...,
-        reordered: Global___Size | None = ...,
         flops: _builtins.int = ...,
+        convolutions: Global___Convolutions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "reordered", b"reordered", "saved", b"saved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "convolutions", b"convolutions", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "depthwise_bytes", b"depthwise_bytes", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "kernel_bytes", b"kernel_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "reordered", b"reordered", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

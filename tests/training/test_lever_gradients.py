@@ -1,0 +1,133 @@
+"""Every exact lever gives the gradients of plain training, through the very code that trains.
+
+Plain means: one forward pass over the whole batch, the mean loss, one backward pass, then the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedepth.models import zoo
+from fedepth.models.skip import skip
+from fedepth.models.split import split
+from fedepth.task import CachePlace, ModelSpec, Stage, TrainingSpec
+from fedepth.training import stage as stage_module
+from fedepth.training.prefix import build_inputs
+from fedepth.training.stage import BlockTraining
+from fedepth.training.work import Work, load
+from tests.training.test_depthwise import NOTHING, work
+
+COUNT = 6
+TOLERANCE = 1e-5
+SGD = TrainingSpec(COUNT, 1, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
+GROUP_NORM = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 16, 16), (0.5,), (0.5,))
+TRANSFORMER = ModelSpec("vit-tiny", ("a", "b", "c"), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+BATCH_NORM = ModelSpec("preresnet20", ("a", "b", "c"), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+WHOLE = {GROUP_NORM: 5, TRANSFORMER: 12, BATCH_NORM: 9}
+# With BatchNorm a micro-batch has statistics of its own.
+EXACT = [(spec, size) for spec in (GROUP_NORM, TRANSFORMER) for size in (COUNT, 4, 1)] + [(BATCH_NORM, COUNT)]
+
+
+def job(folder: Path, spec: ModelSpec, training: TrainingSpec) -> Work:
+    # The images on disk are gray; models that take colours get them in three equal channels.
+    return work(folder, [Stage(0, WHOLE[spec], COUNT, CachePlace.RAM, COUNT, NOTHING)], spec, training, COUNT)
+
+
+def by_lever(
+    job: Work, stage: Stage, monkeypatch: pytest.MonkeyPatch, steps: int = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The gradients that reach the optimizer in the last step, and the weights after it, by name."""
+    gradients: dict[int, torch.Tensor] = {}
+    real = stage_module.optimizer_step
+
+    def recording(name: str) -> Callable[..., None]:
+        update = real(name)
+
+        def recorded(parameter: torch.Tensor, gradient: torch.Tensor, *rest: object) -> None:
+            gradients[parameter.data_ptr()] = gradient.clone()
+            update(parameter, gradient, *rest)  # type: ignore[arg-type]
+
+        return recorded
+
+    monkeypatch.setattr(stage_module, "optimizer_step", recording)
+    load(job, job.split.head, trainable=True)
+    inputs = build_inputs(job, stage, None, None)
+    labels = torch.from_numpy(job.images.labels.astype(np.int64))
+    block = BlockTraining(job, stage, inputs, labels, 0, final=True)
+    for _ in range(steps):
+        block.step(torch.arange(COUNT))
+    inputs.close()
+    named = [pair for unit in (*job.split.units, job.split.head) for pair in unit.parameters()]
+    return (
+        {name: gradients[parameter.data_ptr()] for name, parameter in named},
+        {name: parameter.detach().clone() for name, parameter in named},
+    )
+
+
+def plainly(
+    job: Work, optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], steps: int = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    torch.manual_seed(7)  # as `work` does before it writes the weights
+    spec = job.task.model
+    model = split(zoo.build(spec, None), spec.name, spec.input_shape)
+    pixels = torch.from_numpy(job.images.read(np.arange(COUNT))).float()
+    labels = torch.from_numpy(job.images.labels.astype(np.int64))
+    named = [pair for unit in (*model.units, model.head) for pair in unit.parameters()]
+    update = optimizer([parameter for _, parameter in named])
+    for unit in (*model.units, model.head):
+        unit.train(True)
+    for _ in range(steps):
+        x = (pixels / 255 - 0.5) / 0.5
+        for unit in model.units:
+            x = unit(x)
+        update.zero_grad()
+        functional.cross_entropy(model.head(skip(x, model.head_shape)), labels).backward()
+        update.step()
+    gradients = {name: parameter.grad for name, parameter in named}
+    return (
+        {name: gradient for name, gradient in gradients.items() if gradient is not None},
+        {name: parameter.detach() for name, parameter in named},
+    )
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["standard", "channels_last"])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("spec", "micro_batch"), EXACT, ids=lambda value: getattr(value, "name", str(value)))
+def test_the_gradients_are_those_of_plain_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: ModelSpec,
+    micro_batch: int,
+    checkpoint: bool,
+    channels_last: bool,
+) -> None:
+    one = replace(job(tmp_path, spec, SGD), channels_last=channels_last)
+    stage = replace(one.plan.stages[0], micro_batch=micro_batch, checkpoint=checkpoint)
+    got, _ = by_lever(one, stage, monkeypatch)
+    expected, _ = plainly(one, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3))
+    assert_same(got, expected)
+
+
+def test_adamw_within_the_backward_pass_gives_the_weights_of_plain_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(SGD, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01)
+    one = job(tmp_path, TRANSFORMER, training)
+    _, got = by_lever(one, one.plan.stages[0], monkeypatch, steps=3)
+    _, expected = plainly(one, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01), steps=3)
+    assert_same(got, expected)

@@ -1,0 +1,44 @@
+"""A warm-up stays within what its plan needs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedepth.training import depthwise, prefix, work
+from fedepth.training.stage import BlockTraining
+from fedepth.training.warmup import warm_up
+from tests.training import test_depthwise
+from tests.training.test_depthwise import stage
+
+
+@pytest.mark.parametrize(("micro_batch", "samples"), [(8, 2), (1, 1)])
+def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, samples: int
+) -> None:
+    read: set[str] = set()
+    sizes: set[int] = set()
+    load, step = work.load, BlockTraining.step
+
+    def loaded(job: Any, unit: Any, *, trainable: bool) -> None:
+        if trainable:
+            read.add(unit.name)
+        load(job, unit, trainable=trainable)
+
+    def stepped(block: BlockTraining, indices: Any) -> float:
+        sizes.add(len(indices))
+        return step(block, indices)
+
+    for module in (depthwise, prefix, test_depthwise.depthwise):
+        monkeypatch.setattr(module, "load", loaded)
+    monkeypatch.setattr("fedepth.training.stage.load", loaded)
+    monkeypatch.setattr(BlockTraining, "step", stepped)
+    job = test_depthwise.work(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    warm_up(job, job.plan.trained_units)
+    assert read == {job.split.units[unit].name for unit in (1, 2, 4)} | {job.split.head.name}
+    assert sizes == {samples}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert all(tensor.is_meta for unit in (*job.split.units, job.split.head) for _, tensor in unit.parameters())
