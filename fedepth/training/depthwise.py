@@ -110,13 +110,14 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
             cap = limits.enter_context(_heap_cap(work, meter, rehearsed or {}, stage, budget))
+            yield_memory = partial(_yield_memory, work, stage, meter, cap, hooks, len(done))
             try:
-                cache = build_inputs(work, stage, done[-1] if done else None, cache)
+                between = _every(LOOK_S, yield_memory)
+                cache = build_inputs(work, stage, done[-1] if done else None, cache, between)
                 block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                yield_memory = partial(_yield_memory, work, stage, block, meter, cap, hooks, len(done))
-                losses = _epochs(work, block, meter, check, yield_memory, report)
+                losses = _epochs(work, block, meter, check, partial(yield_memory, block), report)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -206,7 +207,13 @@ def _epochs(
     spec = work.task.training
     batch = effective_batch(work.task.costs, spec, work.first_samples or len(work.images))
     losses: list[float] = []
-    told = time.monotonic()
+    epoch, total, batches = 0, 0.0, 0
+
+    def tell_and_look() -> None:
+        report(epoch, total / batches)
+        yield_memory()
+
+    look = _every(LOOK_S, tell_and_look)
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches(batch):
@@ -215,26 +222,38 @@ def _epochs(
             meter.sample()
             if block.steps == 1 and work.enforce:
                 check()
-            if time.monotonic() - told > LOOK_S:
-                report(epoch, total / batches)
-                yield_memory()
-                told = time.monotonic()
+            look()
         losses.append(total / batches)
         report(epoch + 1, losses[-1])
     block.close()
     return losses
 
 
+def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+    """The same, but what comes sooner after the last call does nothing."""
+    last = time.monotonic()
+
+    def sometimes() -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            call()
+            last = time.monotonic()
+
+    return sometimes
+
+
 def _yield_memory(
     work: Work,
     stage: Stage,
-    block: BlockTraining,
     meter: Meter,
     cap: allocator.HeapCap,
     hooks: Hooks,
     index: int,
+    block: BlockTraining | None = None,
 ) -> None:
     """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
+
+    Without a block, the stage's inputs are being computed, and nothing can be smaller: it waits.
 
     While the peak that was measured stays inside, the stage runs as it was planned: only what really does not fit is
     worth a change, and the change ends when memory comes back.
@@ -248,14 +267,16 @@ def _yield_memory(
     while True:
         budget = hooks.measure(index, meter.held_bytes)
         if peak_bytes(meter, work.device) <= budget:
-            block.micro_batch = stage.micro_batch
             cap.resize(_UNBOUNDED)
+            if block:
+                block.micro_batch = stage.micro_batch
             return
-        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
         cap.resize(budget - BESIDE_HEAP_BYTES)
-        if micro_batch is not None:
-            block.micro_batch = micro_batch
-            return
+        if block:
+            micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
+            if micro_batch is not None:
+                block.micro_batch = micro_batch
+                return
         hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,11 +14,14 @@ from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.work import Work, load, to_device
 
 
-def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache | None) -> Cache:
+def build_inputs(
+    work: Work, stage: Stage, previous: Stage | None, source: Cache | None, between: Callable[[], None]
+) -> Cache:
     """Fills the cache of `stage` from the one of the stage before, and closes that.
 
     Args:
         previous: the stage that `source` holds the inputs of; None if `stage` is the first.
+        between: called after every batch; may wait.
     """
     start = previous.first if previous else 0
     ends = [*range(start + 1, stage.first), stage.first] if stage.build_streamed else [stage.first]
@@ -26,7 +29,7 @@ def build_inputs(work: Work, stage: Stage, previous: Stage | None, source: Cache
     for end in ends:
         try:
             target = _open(work, stage, end, given)
-            _pass(work, target, range(start, end), given, stage.build_batch)
+            _pass(work, target, range(start, end), given, stage.build_batch, between)
         finally:
             if given is not None:
                 given.close()
@@ -46,14 +49,16 @@ def _open(work: Work, stage: Stage, unit: int, source: Cache | None) -> Cache:
     return open_cache(CachePlace.DISK, work.cache, count, rows, source)
 
 
-def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch: int) -> None:
+def _pass(
+    work: Work, target: Cache, indices: range, source: Cache | None, batch: int, between: Callable[[], None]
+) -> None:
     """Loads the units at `indices` and runs them over all samples; `source` holds the inputs of the first of them."""
     units = [work.split.units[index] for index in indices]
     try:
         for unit in units:
             load(work, unit, trainable=False)
             unit.train(False)  # BatchNorm of frozen units uses its running statistics
-        _fill(work, target, units, source, batch, from_pixels=indices.start == 0)
+        _fill(work, target, units, source, batch, between, from_pixels=indices.start == 0)
     except BaseException:
         target.close()
         raise
@@ -63,7 +68,14 @@ def _pass(work: Work, target: Cache, indices: range, source: Cache | None, batch
 
 
 def _fill(
-    work: Work, target: Cache, units: Sequence[Unit], source: Cache | None, batch: int, *, from_pixels: bool
+    work: Work,
+    target: Cache,
+    units: Sequence[Unit],
+    source: Cache | None,
+    batch: int,
+    between: Callable[[], None],
+    *,
+    from_pixels: bool,
 ) -> None:
     rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
     count = len(work.images)
@@ -82,3 +94,4 @@ def _fill(
                 x = x.cpu()
             target.write(positions.start, x)
             del x
+            between()

@@ -271,21 +271,46 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
         return step(block, indices)
 
     monkeypatch.setattr(BlockTraining, "step", counted)
-    budgets = iter([200 << 20, 50 << 20, 50 << 20, 200 << 20, 200 << 20, 200 << 20])
 
     class Dipping(Quiet):
         def measure(self, stage: int, held_bytes: int) -> int:
-            return next(budgets, 200 << 20)
+            return (50 if len(sizes) in (1, 2) else 200) << 20
 
     job = replace(work(tmp_path, [stage(0, 5)], count=40), enforce=True)
     (result,) = train(job, Meter(), Dipping()).stages
-    # Before the stage and after every step it looks; two looks find too little.
+    # It looks after every step; two looks find too little.
     assert sizes[:5] == [8, 2, 2, 8, 8]
     assert result.micro_batch == 2
     whole, low, whole_again, none = caps
     assert whole == whole_again == low + (150 << 20) and none == 0
 
 
+def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
+    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
+    asked: list[int] = []
+
+    class Dipping(Quiet):
+        """Too little is free at the third look, which comes after the second batch of four inputs."""
+
+        def measure(self, stage: int, held_bytes: int) -> int:
+            asked.append(stage)
+            return 50 << 20 if len(asked) == 3 else 200 << 20
+
+        def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+            waited.append((len(asked), budget_bytes))
+
+    waited: list[tuple[int, int]] = []
+    job = replace(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1)), enforce=True)
+    train(job, Meter(), Dipping())
+    assert waited == [(3, 50 << 20)]
+    # Before the stage, after each of four batches of inputs and once more after the wait, after each of two steps.
+    assert len(asked) == 1 + 4 + 1 + 2
+
+
+@pytest.mark.usefixtures("unlimited")
 def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
@@ -296,12 +321,13 @@ def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     assert open_files(tmp_path / "cache") == []
 
 
+@pytest.mark.usefixtures("unlimited")
 def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> None:
     # Tens of MiB, more than earlier tests can have left in this process's heap.
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
     job = replace(work(tmp_path, [stage(0, 5, micro_batch=64)], large, training, count=64), enforce=True)
-    with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5.* 4.0 MiB") as caught:
+    with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5\) took .* the budget is 4\.0 MiB") as caught:
         train(job, Meter(), Quiet(budget=4 << 20))
     assert caught.value.stage == 0 and caught.value.miss_bytes > 0
 

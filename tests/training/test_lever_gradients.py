@@ -58,7 +58,7 @@ def by_lever(
 
     monkeypatch.setattr(stage_module, "optimizer_step", recording)
     load(job, job.split.head, trainable=True)
-    inputs = build_inputs(job, stage, None, None)
+    inputs = build_inputs(job, stage, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels.astype(np.int64))
     block = BlockTraining(job, stage, inputs, labels, 0, final=True)
     for _ in range(steps):

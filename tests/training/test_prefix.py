@@ -15,10 +15,13 @@ from tests.training.open_files import open_files
 from tests.training.test_depthwise import PRERESNET, assert_equal, stage, trained_tensors, work
 
 
+def nothing() -> None: ...
+
+
 def inputs(folder: Path, *, streamed: bool) -> torch.Tensor:
     folder.mkdir()
     job = work(folder, [stage(4, 9)], PRERESNET, count=10)
-    cache = build_inputs(job, replace(stage(4, 9), build_streamed=streamed), None, None)
+    cache = build_inputs(job, replace(stage(4, 9), build_streamed=streamed), None, None, nothing)
     assert all(tensor.is_meta for unit in job.split.units for _, tensor in unit.parameters())  # nothing stays loaded
     assert open_files(folder / "cache") == []  # the inputs lie in RAM; what lay between the units is gone
     samples = cache.read(torch.arange(10))
@@ -65,5 +68,5 @@ def test_a_failure_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(type(job.weights), "read", fails_at_the_third_unit)
     with pytest.raises(StateError):
-        build_inputs(job, replace(stage(4, 9), build_streamed=True), None, None)
+        build_inputs(job, replace(stage(4, 9), build_streamed=True), None, None, nothing)
     assert open_files(tmp_path / "cache") == []

@@ -108,6 +108,7 @@ def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
     assert rehearse(job, Meter(), Quiet())[stages[1]] > 0.9 * cached
 
 
+@pytest.mark.usefixtures("unlimited")
 def test_a_plan_that_needs_too_much_is_found_out(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     job = work(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)

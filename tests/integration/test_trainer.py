@@ -1,0 +1,119 @@
+"""The real trainer under its real limits: it refuses, waits, recovers, and is used again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from edge_client.allocators import find_tcmalloc
+from edge_client.config import TrainerConfig
+from edge_client.train_request import TrainRequest
+from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
+from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
+from fedepth.models import zoo
+from fedepth.task import (
+    NO_CONVOLUTIONS,
+    CachePlace,
+    ModelCosts,
+    ModelSpec,
+    Outcome,
+    PeakComponents,
+    Plan,
+    Policy,
+    Size,
+    Stage,
+    TrainingSpec,
+    UnitCost,
+)
+from fedepth.weights import save
+
+MIB = 1 << 20
+SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 64, 64), (0.5,), (0.5,))
+BATCH = 64
+ENOUGH = 400 * MIB
+EPOCHS = 30  # some seconds: a stage looks at what is free once a second
+# An estimate of a TiB, so that no smaller micro-batch seems to fit.
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, NO_CONVOLUTIONS, 1)
+COSTS = ModelCosts("digits-cnn", (HUNGRY,) * 6, (HUNGRY,) * 6, 256, 64, 1)
+ALLOCATORS = ["glibc", *(["tcmalloc"] if find_tcmalloc() else [])]
+
+Request = Callable[..., TrainRequest]
+
+
+@pytest.fixture
+def request_of(tmp_path: Path) -> Request:
+    torch.manual_seed(1)
+    weights = tmp_path / "weights.safetensors"
+    save(weights, {name: tensor.numpy() for name, tensor in zoo.build(SPEC, None).state_dict().items()})
+    data = write_noise(tmp_path / "data", SPEC, 3 * BATCH)
+
+    def request(first: int, last: int, budget: int, *, epochs: int = 1) -> TrainRequest:
+        training = TrainingSpec(BATCH, epochs, "sgd", 0.01, 0.9, 0.0, 0.0, "none", 1)
+        stage = Stage(first, last, BATCH, CachePlace.DISK, 4, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+        untrained = tuple(unit for unit in range(6) if not first <= unit <= last)
+        plan = Plan((stage,), untrained, Policy.PAPER, budget)
+        model = TrialModel(SPEC, training, COSTS, weights)
+        return trial_request(model, plan, budget, data, tmp_path / f"run-{first}", enforce=True)
+
+    return request
+
+
+@asynccontextmanager
+async def running(allocator: str) -> AsyncIterator[TrainerProcess]:
+    trainer = await TrainerProcess.start(msgspec.structs.replace(TrainerConfig(), allocator=allocator))
+    try:
+        yield trainer
+    finally:
+        await trainer.kill()
+
+
+def play(scene: Awaitable[None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 120))
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
+    request_of: Request, allocator: str
+) -> None:
+    async def scene() -> None:
+        async with running(allocator) as trainer:
+            end = await try_training(trainer, request_of(0, 5, 12 * MIB))
+            assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET
+            assert "stage 0 (units 0-5" in end.message and "12.0 MiB" in end.message
+            # Other units, and enough memory, in the same process.
+            done = await try_training(trainer, request_of(4, 5, ENOUGH))
+            assert isinstance(done, Done), done
+            assert done.result.trained_units == (4, 5)
+            (stage,) = done.result.stages
+            assert 0 < stage.rehearsed_peak_bytes <= stage.measured_peak_bytes <= ENOUGH
+
+    play(scene())
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_a_stage_that_paused_goes_on_with_its_whole_micro_batch(request_of: Request, allocator: str) -> None:
+    async def scene() -> None:
+        async with running(allocator) as trainer:
+            waited = 0
+            started = False
+            async for event in trainer.train(request_of(0, 5, ENOUGH, epochs=EPOCHS)):
+                if isinstance(event, Measure):
+                    # Once the stage runs, others take everything for two looks.
+                    budget = 0 if started and waited < 2 else ENOUGH
+                    await trainer.answer(fixed_budget(budget))
+                started = started or isinstance(event, StageStarted)
+                waited += isinstance(event, Waiting)
+                if isinstance(event, (Done, Failed)):
+                    break
+            assert waited == 2
+            assert isinstance(event, Done), event
+            (stage,) = event.result.stages
+            assert stage.micro_batch == BATCH and stage.steps == EPOCHS * 3
+
+    play(scene())
