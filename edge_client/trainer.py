@@ -41,6 +41,9 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
 }
 
 
+_LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
+
+
 class Lines:
     """The agent's end of the standard streams, as the trainer's hooks."""
 
@@ -210,6 +213,8 @@ def _start(device: torch.device) -> None:
     layer = torch.nn.Conv2d(16, 16, 3).to(device)
     images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
     torch.autograd.backward(layer(images).sum())
+    if not allocator.look_at_tensors(lambda: torch.empty(_LOOKED_AT_BYTES, dtype=torch.uint8), _LOOKED_AT_BYTES):
+        print("torch has an allocator of its own for tensors: RLIMIT_DATA alone holds training", file=sys.stderr)
 
 
 if __name__ == "__main__":

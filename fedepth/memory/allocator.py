@@ -7,6 +7,9 @@ what is merely kept, and the next task must not find it missing.
 What tcmalloc keeps would come to as much as half of what the tensors need. Its heap limit is the remedy: a request that
 would pass the limit first gives free pages back, and fails only where that is not enough. So pages are kept while there
 is room, and the footprint follows the tensors to within the cap.
+
+Some builds of torch, such as the wheels for 64-bit ARM, bring an allocator of their own for tensors. A cap on the heap
+would then hold nothing that matters, so `look_at_tensors` finds out, and only RLIMIT_DATA is relied on.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any
 _MAPS = Path("/proc/self/maps")
 _NAMES = re.compile(r"(tcmalloc_minimal|tcmalloc|jemalloc|mimalloc)[^/\s]*\.so[.\d]*")
 # gperftools/malloc_extension.h: pages that are mapped and were not given back, and two settings.
+_ALLOCATED = b"generic.current_allocated_bytes"
 _COMMITTED = b"tcmalloc.pageheap_committed_bytes"
 _LIMIT = b"tcmalloc.heap_limit_mb"
 _DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
@@ -48,6 +52,24 @@ def name() -> str:
     return f"{text}, thresholds {thresholds}" if thresholds else text
 
 
+_tensors_elsewhere = False
+
+
+def look_at_tensors(make: Callable[[], object], size_bytes: int) -> bool:
+    """Whether what `make` returns, of `size_bytes`, comes out of this allocator's heap.
+
+    If not, this process's allocator counts as one without a cap from now on: RLIMIT_DATA alone has to hold.
+    """
+    global _tensors_elsewhere
+    _tensors_elsewhere = False
+    if keeps_pages():
+        before = _property(_ALLOCATED)
+        made = make()
+        _tensors_elsewhere = _property(_ALLOCATED) - before < size_bytes // 2
+        del made
+    return not _tensors_elsewhere
+
+
 @lru_cache(maxsize=1)
 def _library() -> Any:
     library = ctypes.CDLL(None)
@@ -55,10 +77,9 @@ def _library() -> Any:
     return library
 
 
-@lru_cache(maxsize=1)
 def keeps_pages() -> bool:
-    """Whether it is an allocator of which we know how to get pages back that it keeps."""
-    return hasattr(_library(), "MallocExtension_ReleaseFreeMemory")
+    """Whether tensors come from an allocator of which we know how to get pages back that it keeps."""
+    return not _tensors_elsewhere and hasattr(_library(), "MallocExtension_ReleaseFreeMemory")
 
 
 def release() -> None:

@@ -66,6 +66,14 @@ mapped = mmap.mmap(-1, 8 * MIB)  # what the heap knows nothing of
 mapped.write(bytes(8 * MIB))
 on_heap = take(16)
 told["beside"] = meter.beside_heap_bytes - before
+there = allocator.look_at_tensors(lambda: mmap.mmap(-1, 8 * MIB), 8 * MIB)
+told["elsewhere"] = [there, allocator.keeps_pages(), allocator.heap_bytes(), allocator.data_overhead_bytes(64 * MIB)]
+with allocator.HeapCap(held, 14 * MIB):
+    taken = [take(4) for _ in range(10)]
+    told["uncapped"] = sum(address is not None for address in taken)
+    give(*(address for address in taken if address))
+there = allocator.look_at_tensors(lambda: ctypes.create_string_buffer(8 * MIB), 8 * MIB)
+told["here"] = [there, allocator.keeps_pages()]
 print(json.dumps(told))
 """
 
@@ -100,6 +108,13 @@ def test_what_does_not_fit_under_the_cap_is_refused(told: dict[str, Any]) -> Non
 
 def test_a_cap_can_fall_and_rise_again_up_to_what_it_was(told: dict[str, Any]) -> None:
     assert told["resized"] == [3, 7, 7]
+
+
+def test_where_tensors_come_from_elsewhere_no_cap_is_relied_on(told: dict[str, Any]) -> None:
+    # The same overhead as without tcmalloc, which RLIMIT_DATA then allows.
+    assert told["elsewhere"] == [False, False, 0, 16 * MIB]
+    assert told["uncapped"] == 10
+    assert told["here"] == [True, True]
 
 
 def test_with_nothing_kept_the_high_water_mark_is_that_of_what_is_in_use(told: dict[str, Any]) -> None:

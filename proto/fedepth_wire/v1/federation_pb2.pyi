@@ -418,8 +418,8 @@ class UnitCost(_message.Message):
     BACKWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
-    FLOPS_FIELD_NUMBER: _builtins.int
     CONVOLUTIONS_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
     buffer_bytes: _builtins.int
@@ -457,8 +457,8 @@ class UnitCost(_message.Message):
         backward: Global___Size | None = ...,
         backward_first: Global___Size | None = ...,
         inference: Global___Size | None = ...,
-        flops: _builtins.int = ...,
         convolutions: Global___Convolutions | None = ...,
+        flops: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "convolutions", b"convolutions", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
