@@ -178,8 +178,12 @@ class Store:
         return str(self._require(sa.select(job))["name"])
 
     def prepared(self) -> Prepared | None:
+        """What was recorded; None if nothing was, or by a version that knew other costs: it can be found out again."""
         text = self._require(sa.select(job))["prepared"]
-        return msgspec.json.decode(text, type=Prepared) if text else None
+        try:
+            return msgspec.json.decode(text, type=Prepared) if text else None
+        except msgspec.ValidationError:
+            return None
 
     def record_prepared(self, prepared: Prepared) -> None:
         self._write(job.update().values(prepared=_json(prepared)))

@@ -35,7 +35,7 @@ from fedepth import __version__
 from fedepth.data.scan import scan
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import Calibration, DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import Budget, Calibration, DeviceReport, Failure, Progress, Result, Task
 
 POLL_S = 30.0
 BEAT_S = 5.0
@@ -113,7 +113,7 @@ class Agent:
                 device=self._device_id,
                 coordinator=self._transport.address,
                 samples=self._samples,
-                budget=format_size(self._allowance.budget(self._keeper.held_bytes).budget_bytes),
+                budget=format_size(self._budget().budget_bytes),
             )
             while await self._step():
                 pass
@@ -271,12 +271,15 @@ class Agent:
             self._allowance.learn_start(trainer.start_bytes)
             self._keeper.rest()
 
+    def _budget(self) -> Budget:
+        return self._allowance.budget(self._keeper.held_bytes, self._keeper.baseline_bytes)
+
     def _report(self) -> DeviceReport:
         memory = self._memory
         return DeviceReport(
             device_id=self._device_id,
             name=self._config.name or socket.gethostname(),
-            budget=self._allowance.budget(self._keeper.held_bytes),
+            budget=self._budget(),
             sample_count=self._samples,
             class_counts=self._class_counts,
             hardware=f"{memory.board or platform.system()} ({platform.machine()})",

@@ -23,7 +23,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class StartCost:
-    """What a trainer costs before it holds weights or data, with one version of torch and the model it had last."""
+    """What starting the trainer costs with one version of torch."""
 
     torch: str
     start_bytes: int
@@ -52,12 +52,18 @@ class Allowance:
 
     @property
     def start_bytes(self) -> int | None:
-        """What a trainer costs before it holds weights or data; None until one was started with this torch."""
+        """What a trainer's start costs; None until one was started with this torch."""
         return self._start.start_bytes if self._start else None
 
-    def budget(self, held_bytes: int = 0) -> Budget:
-        """The budget now. `held_bytes`: what a running trainer holds in all; it counts as free."""
-        budget = budget_from(self._measure(), self.start_bytes or 0, self._config, held_bytes)
+    def budget(self, held_bytes: int = 0, baseline_bytes: int | None = None) -> Budget:
+        """The budget now.
+
+        Args:
+            held_bytes: what a running trainer holds in all; it counts as free.
+            baseline_bytes: what that one needs before it holds weights or data; None for a trainer's start.
+        """
+        before = (self.start_bytes or 0) if baseline_bytes is None else baseline_bytes
+        budget = budget_from(self._measure(), before, self._config, held_bytes)
         return replace(budget, budget_bytes=int(budget.budget_bytes * self.share))
 
     def learn_start(self, start_bytes: int) -> None:

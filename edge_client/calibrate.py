@@ -10,6 +10,7 @@ the number of threads has changed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -43,6 +44,7 @@ FOLLOWS = 1.25
 ROOM = 1.5  # a probe's predicted need times this has to be free
 # The tracer of the probes' models takes this beside what a trainer takes: sympy, torch._dynamo, the models on paper.
 TRACER_BYTES = 256 << 20
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 _STEPS = 3
@@ -146,6 +148,8 @@ async def calibrated(
                 found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), tell)
             remember(file, found)
         except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
             raise StateError(
                 f"the small models that are measured cannot be kept in {folder} for a moment ({error.strerror}); "
                 "they take about 100 MiB. Make room, or set XDG_CACHE_HOME to a folder that has it"

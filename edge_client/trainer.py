@@ -27,7 +27,7 @@ from fedepth.memory.meter import Baseline, Meter, status_bytes
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
-from fedepth.training.depthwise import Peaks, train
+from fedepth.training.depthwise import Peaks, fitted, train
 from fedepth.training.rehearsal import rehearse
 from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work
@@ -39,7 +39,6 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     DataError: Outcome.DATA,
     ModelError: Outcome.MODEL_NOT_ALLOWED,
 }
-
 
 _LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
 
@@ -175,15 +174,16 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
             warm.update(request.plan.trained_units)
         meter = Meter()
         lines.begin(task.training.local_epochs, meter.baseline)
+        work = fitted(work, meter, lines)
         # Rounds differ in learning rate and seed, which change nothing about memory.
         alike = replace(task.training, learning_rate=0.0, seed=0)
-        key = (task.model, alike, request.plan.stages, len(work.images), request.enforce)
+        key = (task.model, alike, work.plan.stages, len(work.images), request.enforce)
         if key not in known.rehearsed:
             lines.tell(event="rehearsing")
             known.rehearsed = {key: rehearse(work, meter, lines)}
         peaks = known.rehearsed[key]
-        if peaks.keys() != set(request.plan.stages):
-            known.rehearsed = {}  # memory was short; the next task rehearses its own plan again
+        if peaks.keys() != set(work.plan.stages):
+            known.rehearsed = {}  # memory fell short meanwhile; the next task rehearses again
         trained = train(work, meter, lines, peaks)
     return Result(
         task_id=task.task_id,

@@ -120,12 +120,13 @@ class TrainerProcess:
 
     Attributes:
         start_bytes: what it costs before weights and data, as it says itself.
+        baseline_bytes: the same with the modules of the model that it had last.
         allocator: its memory allocator's name and version.
     """
 
     def __init__(self, child: Child, ready: Ready) -> None:
         self._child = child
-        self.start_bytes = ready.start_bytes
+        self.start_bytes = self.baseline_bytes = ready.start_bytes
         self.allocator = ready.allocator
 
     @classmethod
@@ -176,6 +177,8 @@ class TrainerProcess:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
                 raise ChildError(f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}") from None
+            if isinstance(event, Measure):
+                self.baseline_bytes = event.baseline_bytes
             yield event
             if isinstance(event, (Done, Failed)):
                 return
@@ -206,6 +209,11 @@ class TrainerKeeper:
     def held_bytes(self) -> int:
         """What a running trainer holds; 0 if none runs."""
         return self._trainer.held_bytes if self._trainer else 0
+
+    @property
+    def baseline_bytes(self) -> int | None:
+        """What a running trainer needs before weights and data; None if none runs."""
+        return self._trainer.baseline_bytes if self._trainer and self._trainer.alive else None
 
     async def take(self) -> TrainerProcess:
         """A warm trainer: the one that lingers, or a new one. Give it back with `rest` or `drop`."""

@@ -98,7 +98,7 @@ class Worker:
             request = TrainRequest(
                 task=task,
                 plan=task.plan,
-                budget=self._allowance.budget(self._keeper.held_bytes),
+                budget=self._allowance.budget(self._keeper.held_bytes, self._keeper.baseline_bytes),
                 weights=str(weights.resolve()),
                 data=str(self._config.data_dir.resolve()),
                 output=str((folder / "output").resolve()),
@@ -157,9 +157,8 @@ class Worker:
                 Path(folder).mkdir(parents=True)
             try:
                 trainer = await self._keeper.take()
-                if self._allowance.start_bytes is None:
-                    self._allowance.learn_start(trainer.start_bytes)
-                budget = self._allowance.budget(trainer.held_bytes)
+                self._allowance.learn_start(trainer.start_bytes)
+                budget = self._allowance.budget(trainer.held_bytes, trainer.baseline_bytes)
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
                 end = await self._train_once(trainer, replace(request, plan=plan, budget=budget), tell)
             except ChildError as error:
@@ -237,10 +236,9 @@ class Worker:
                 async for event in trainer.train(request):
                     rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
                     if isinstance(event, Measure):
-                        # What the model's modules take is known only now; the next budget is reported without it.
-                        self._allowance.learn_start(event.baseline_bytes)
+                        # The trainer counts from its baseline on; the budget needs all that it holds.
                         held = event.baseline_anonymous_bytes + event.held_bytes
-                        await trainer.answer(self._allowance.budget(held))
+                        await trainer.answer(self._allowance.budget(held, event.baseline_bytes))
                     elif isinstance(event, (Done, Failed)):
                         return event
                     else:

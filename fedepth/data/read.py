@@ -123,19 +123,17 @@ class _FileImages:
 
     def _decode(self, path: Path) -> Bytes:
         mode = _MODES[self._shape[0]]
-        size = (0, 0)
         try:
             with Image.open(path) as image:
-                size = image.size
                 # A JPEG is then decoded near its final size: a 12-megapixel photo would take 36 MB otherwise.
                 image.draft(mode, (self._shape[2], self._shape[1]))
                 return np.asarray(_resized(image.convert(mode), self._shape, Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}; repair or remove it") from error
         except MemoryError:
-            raise MemoryError(
-                f"{path} has {size[0]}×{size[1]} pixels, which have to be decoded; scale it down towards "
-                f"{self._shape[2]}×{self._shape[1]}, or save it as JPEG, which is decoded near its final size"
+            raise DataError(
+                f"{path} takes more memory to decode than training may take; scale it down towards "
+                f"{self._shape[2]}×{self._shape[1]} pixels, or save it as JPEG, which is decoded near its final size"
             ) from None
 
 

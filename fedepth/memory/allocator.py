@@ -62,7 +62,7 @@ def look_at_tensors(make: Callable[[], object], size_bytes: int) -> bool:
     """
     global _tensors_elsewhere
     _tensors_elsewhere = False
-    if keeps_pages():
+    if _keeps_pages():
         before = _property(_ALLOCATED)
         made = make()
         _tensors_elsewhere = _property(_ALLOCATED) - before < size_bytes // 2
@@ -77,15 +77,20 @@ def _library() -> Any:
     return library
 
 
-def keeps_pages() -> bool:
-    """Whether tensors come from an allocator of which we know how to get pages back that it keeps."""
-    return not _tensors_elsewhere and hasattr(_library(), "MallocExtension_ReleaseFreeMemory")
+def _keeps_pages() -> bool:
+    """Whether it is an allocator of which we know how to get pages back that it keeps."""
+    return hasattr(_library(), "MallocExtension_ReleaseFreeMemory")
+
+
+def can_be_capped() -> bool:
+    """Whether a cap on this allocator's heap holds what training takes."""
+    return _keeps_pages() and not _tensors_elsewhere
 
 
 def release() -> None:
     """Gives free pages back to the system; address space may stay taken."""
     library = _library()
-    if keeps_pages():
+    if _keeps_pages():
         library.MallocExtension_ReleaseFreeMemory()
     elif hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -97,7 +102,7 @@ def data_overhead_bytes(budget_bytes: int) -> int:
     Thread arenas and partly used mappings come to 10 MiB. What tcmalloc gives back stays in its address space, and may
     lie in pieces; its cap is the tighter limit.
     """
-    return (32 << 20) + budget_bytes // 2 if keeps_pages() else 16 << 20
+    return (32 << 20) + budget_bytes // 2 if can_be_capped() else 16 << 20
 
 
 def heap_bytes() -> int:
@@ -106,7 +111,7 @@ def heap_bytes() -> int:
     The limit counts records of the allocator's own that no statistic tells, so the figure is searched for: it is the
     highest limit under which not even 1 MiB can be had.
     """
-    if not keeps_pages():
+    if not can_be_capped():
         return 0
     release()
     low = _property(_COMMITTED) // _MIB
@@ -157,7 +162,8 @@ class HeapCap:
 
     @staticmethod
     def _set(limit_bytes: int) -> None:
-        _set_property(_LIMIT, limit_bytes // _MIB)
+        if can_be_capped():
+            _set_property(_LIMIT, limit_bytes // _MIB)
 
 
 def _reserve(size_bytes: int) -> None:
@@ -167,7 +173,7 @@ def _reserve(size_bytes: int) -> None:
     before, which lie scattered: what is free then seldom fits, and up to half comes on top of what is needed.
     """
     library = _library()
-    while keeps_pages() and _MIB <= size_bytes < _RESERVED_MOST:
+    while can_be_capped() and _MIB <= size_bytes < _RESERVED_MOST:
         address = library.malloc(ctypes.c_size_t(size_bytes))
         if address is not None:
             library.free(ctypes.c_void_p(address))
@@ -186,7 +192,7 @@ def keeping_nothing() -> Iterator[None]:
 
 
 def _set_property(key: bytes, value: int) -> None:
-    if keeps_pages():
+    if _keeps_pages():
         _library().MallocExtension_SetNumericProperty(key, ctypes.c_size_t(value))
 
 
@@ -201,6 +207,6 @@ def _address_space_left() -> int:
 
 def _property(key: bytes) -> int:
     value = ctypes.c_size_t()
-    if keeps_pages():
+    if _keeps_pages():
         _library().MallocExtension_GetNumericProperty(key, ctypes.byref(value))
     return value.value

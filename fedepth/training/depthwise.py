@@ -23,7 +23,7 @@ from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.device import peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
+from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -75,6 +75,16 @@ class Trained:
 Peaks = Mapping[Stage, int]
 
 
+def fitted(work: Work, meter: Meter, hooks: Hooks) -> Work:
+    """The same, with a smaller plan where less is free now than its plan needs.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    stages = _fit(work, list(work.plan.stages), [], hooks.measure(0, meter.held_bytes))
+    return replace(work, plan=replace(work.plan, stages=tuple(stages)))
+
+
 def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
     """Trains every stage inside the budget that is measured before it.
 
@@ -110,14 +120,16 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
             cap = limits.enter_context(_heap_cap(work, meter, rehearsed or {}, stage, budget))
+            previous = done[-1] if done else None
             yield_memory = partial(_yield_memory, work, stage, meter, cap, hooks, len(done))
             try:
-                between = _every(LOOK_S, yield_memory)
-                cache = build_inputs(work, stage, done[-1] if done else None, cache, between)
+                between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, work, stage, previous)))
+                cache = build_inputs(work, stage, previous, cache, between)
                 block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                losses = _epochs(work, block, meter, check, partial(yield_memory, block), report)
+                shrink = partial(_fits_with_smaller_micro_batches, work, stage, block)
+                losses = _epochs(work, block, meter, check, partial(yield_memory, shrink), report)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -153,8 +165,8 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     parts.append(_write(work, len(parts), [split.head]))
     release(split.head)
     plan = replace(work.plan, stages=tuple(done))
-    untrained = tuple(unit for unit in range(len(split.units)) if unit not in plan.trained_units)
-    return Trained(replace(plan, untrained=untrained), tuple(results), tuple(parts))
+    untrained = sorted({*range(len(split.units))} - {*plan.trained_units})
+    return Trained(replace(plan, untrained=tuple(untrained)), tuple(results), tuple(parts))
 
 
 def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
@@ -249,14 +261,15 @@ def _yield_memory(
     cap: allocator.HeapCap,
     hooks: Hooks,
     index: int,
-    block: BlockTraining | None = None,
+    fits: Callable[[int | None], bool],
 ) -> None:
-    """Fits the micro-batch to what is free now, between two steps; waits while not even the smallest fits.
-
-    Without a block, the stage's inputs are being computed, and nothing can be smaller: it waits.
+    """Fits the stage to what is free now, between two steps; waits while nothing of it fits.
 
     While the peak that was measured stays inside, the stage runs as it was planned: only what really does not fit is
     worth a change, and the change ends when memory comes back.
+
+    Args:
+        fits: makes the stage fit into a budget and says whether it does; None gives it its own way back.
 
     Raises:
         OverBudgetError: memory did not come back.
@@ -268,15 +281,11 @@ def _yield_memory(
         budget = hooks.measure(index, meter.held_bytes)
         if peak_bytes(meter, work.device) <= budget:
             cap.resize(_UNBOUNDED)
-            if block:
-                block.micro_batch = stage.micro_batch
+            fits(None)
             return
         cap.resize(budget - BESIDE_HEAP_BYTES)
-        if block:
-            micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
-            if micro_batch is not None:
-                block.micro_batch = micro_batch
-                return
+        if fits(budget):
+            return
         hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(
@@ -287,6 +296,35 @@ def _yield_memory(
             )
         time.sleep(LOOK_S)
         waited += LOOK_S
+
+
+def _fits_with_smaller_micro_batches(work: Work, stage: Stage, block: BlockTraining, budget: int | None) -> bool:
+    micro_batch: int | None = stage.micro_batch
+    if budget is not None:
+        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
+    if micro_batch is not None:
+        block.micro_batch = micro_batch
+    return micro_batch is not None
+
+
+def _fits_while_building(work: Work, stage: Stage, previous: Stage | None, budget: int | None) -> bool:
+    """Without what was kept of freed memory; nothing of it can be smaller."""
+    if budget is None:
+        return True
+    costs, training, count = work.task.costs, work.task.training, work.cached_samples
+    first = previous.first if previous else 0
+    source = cache_bytes_in(previous.cache, costs, training, first, count) if previous else 0
+    target = cache_bytes_in(stage.cache, costs, training, stage.first, count)
+    peak = build_peak(
+        costs,
+        first,
+        stage.first,
+        stage.build_batch,
+        source_bytes=source,
+        cache_bytes=target,
+        streamed=stage.build_streamed,
+    )
+    return needed_bytes(peak.total) <= budget
 
 
 def _write(work: Work, number: int, units: list[Unit]) -> Path:
@@ -318,8 +356,8 @@ def _over_budget(error: BaseException, index: int, stage: Stage, budget: int, me
     # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
     needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)
     return OverBudgetError(
-        f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met the limit of "
-        f"{format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
+        f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met its limit in "
+        f"a budget of {format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
         stage=index,
         miss_bytes=max(0, needed - budget),
     )

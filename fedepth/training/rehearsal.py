@@ -26,9 +26,10 @@ from fedepth.training.work import Work
 
 
 def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
-    """The measured peak of every stage. Caches in RAM have their full size.
+    """The measured peak of every stage of the plan. Caches in RAM have their full size.
 
-    Where less memory is free by now than the plan was made for, other stages are rehearsed, and will be trained.
+    Where less memory is free meanwhile than the plan needs, other stages are tried, with samples that are too few for
+    them: their peaks are left out.
 
     Raises:
         PlanError: nothing fits what is free now.
@@ -54,7 +55,8 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
     peaks = (result.measured_peak_bytes for result in rehearsed.stages)
-    return dict(zip(rehearsed.plan.stages, peaks, strict=True))
+    tried = zip(rehearsed.plan.stages, peaks, strict=True)
+    return {stage: peak for stage, peak in tried if stage in work.plan.stages}
 
 
 def _samples(stage: Stage, batch: int) -> int:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.config import model_spec
 from coordinator.schedule import training_spec
 from coordinator.store import Prepared, Store
-from coordinator.tables import open_engine
+from coordinator.tables import job, open_engine
 from fedepth.errors import StateError
 
 
@@ -55,6 +56,19 @@ def test_a_restart_finds_everything(tmp_path: Path, kit: Any) -> None:
     assert again.device_names() == {"a": "board a"}
     again.verify_latest()
     again.close()
+
+
+def test_costs_that_an_older_version_recorded_are_found_out_again(tmp_path: Path, kit: Any) -> None:
+    store = open_store(tmp_path, kit)
+    prepared = Prepared(kit.costs, kit.layout, training_spec(kit.config(), 1))
+    older = msgspec.to_builtins(prepared)
+    for unit in older["costs"]["units"]:
+        del unit["convolutions"]
+    store._write(job.update().values(prepared=msgspec.json.encode(older).decode()))
+    assert store.prepared() is None
+    store.record_prepared(prepared)
+    assert store.prepared() == prepared
+    store.close()
 
 
 def test_commits_are_synchronous_and_in_wal_mode(tmp_path: Path) -> None:

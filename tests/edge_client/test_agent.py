@@ -490,8 +490,11 @@ def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(
     # 300 free, 50 held in training, 70 by the trainer itself, less the 90 that it costs with this model's modules.
     assert budget.available_bytes == 420 * MIB
     assert budget.budget_bytes == 330 * MIB
-    # And the next report counts with them too.
+    # While this trainer lingers, reports count with them too; what a trainer's start costs is another figure.
     assert [report.budget.start_bytes for report in transport.reports] == [START, 90 * MIB, 90 * MIB]
+    transport.answers = [make_task("t3")]
+    bench.run(transport, OK)
+    assert transport.reports[-2].budget.start_bytes == START
 
 
 def test_weights_are_fetched_until_they_come(bench: Bench, transport: FakeTransport, make_task: MakeTask) -> None:

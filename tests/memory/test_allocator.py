@@ -67,13 +67,13 @@ mapped.write(bytes(8 * MIB))
 on_heap = take(16)
 told["beside"] = meter.beside_heap_bytes - before
 there = allocator.look_at_tensors(lambda: mmap.mmap(-1, 8 * MIB), 8 * MIB)
-told["elsewhere"] = [there, allocator.keeps_pages(), allocator.heap_bytes(), allocator.data_overhead_bytes(64 * MIB)]
+told["elsewhere"] = [there, allocator.can_be_capped(), allocator.heap_bytes(), allocator.data_overhead_bytes(64 * MIB)]
 with allocator.HeapCap(held, 14 * MIB):
     taken = [take(4) for _ in range(10)]
     told["uncapped"] = sum(address is not None for address in taken)
     give(*(address for address in taken if address))
 there = allocator.look_at_tensors(lambda: ctypes.create_string_buffer(8 * MIB), 8 * MIB)
-told["here"] = [there, allocator.keeps_pages()]
+told["here"] = [there, allocator.can_be_capped()]
 print(json.dumps(told))
 """
 

@@ -285,19 +285,20 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     assert whole == whole_again == low + (150 << 20) and none == 0
 
 
+@pytest.mark.parametrize(("low", "waits"), [(0, 1), (50 << 20, 0)], ids=["nothing", "enough for what is predicted"])
 def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: int, waits: int
 ) -> None:
     monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
     monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
     asked: list[int] = []
 
     class Dipping(Quiet):
-        """Too little is free at the third look, which comes after the second batch of four inputs."""
+        """Less is free at the third look, which comes after the second batch of four inputs."""
 
         def measure(self, stage: int, held_bytes: int) -> int:
             asked.append(stage)
-            return 50 << 20 if len(asked) == 3 else 200 << 20
+            return low if len(asked) == 3 else 200 << 20
 
         def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
             waited.append((len(asked), budget_bytes))
@@ -305,9 +306,9 @@ def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
     waited: list[tuple[int, int]] = []
     job = replace(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1)), enforce=True)
     train(job, Meter(), Dipping())
-    assert waited == [(3, 50 << 20)]
-    # Before the stage, after each of four batches of inputs and once more after the wait, after each of two steps.
-    assert len(asked) == 1 + 4 + 1 + 2
+    assert waited == [(3, low)] * waits
+    # Before the stage, after each of four batches of inputs and once more after a wait, after each of two steps.
+    assert len(asked) == 1 + 4 + waits + 2
 
 
 @pytest.mark.usefixtures("unlimited")

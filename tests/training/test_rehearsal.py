@@ -11,10 +11,11 @@ import pytest
 from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
-from fedepth.task import CachePlace, StageResult
+from fedepth.task import CachePlace, Plan, Policy, StageResult
+from fedepth.training import depthwise
 from fedepth.training.depthwise import train
 from fedepth.training.rehearsal import FirstImages, rehearse
-from tests.training.test_depthwise import SPEC, TRAINING, Quiet, stage, trained_tensors, work
+from tests.training.test_depthwise import NOTHING, SPEC, TRAINING, Quiet, stage, trained_tensors, work
 
 MIB = 1 << 20
 
@@ -37,6 +38,29 @@ def test_every_stage_has_a_peak_that_goes_into_its_result(tmp_path: Path) -> Non
     # A peak belongs to a stage as it was rehearsed: another micro-batch needs something else.
     results = train(job, Meter(), hooks, {stage(0, 2): 7, stage(3, 5, micro_batch=4): 9}).stages
     assert [result.rehearsed_peak_bytes for result in results] == [7, 0]
+
+
+class Falling(Counting):
+    """Grants a TiB at the first look and less than the plan needs from then on."""
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        self.budget, now = 20 * MIB, self.budget
+        return now
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_peaks_of_stages_that_the_plan_does_not_have_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, smaller = replace(stage(3, 5), predicted=replace(NOTHING, cache=100 * MIB)), stage(3, 5, micro_batch=4)
+    monkeypatch.setattr(depthwise, "make_plan", lambda *_, **__: Plan((smaller,), (), Policy.PAPER, 20 * MIB))
+    job = work(tmp_path, [stage(0, 2), planned], count=40)
+    assert rehearse(job, Meter(), Quiet()).keys() == {stage(0, 2), planned}
+    job = replace(job, enforce=True)
+    assert rehearse(job, Meter(), Falling()).keys() == {stage(0, 2)}
+    fits = depthwise.fitted(job, Meter(), Quiet(20 * MIB))
+    assert fits.plan.stages == (smaller,)
+    assert depthwise.fitted(job, Meter(), Quiet()).plan.stages == job.plan.stages
 
 
 def test_it_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
