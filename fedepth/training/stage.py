@@ -82,7 +82,7 @@ class BlockTraining:
         return loss_sum
 
     def close(self) -> None:
-        """Lets go of gradients and optimizer state; the weights stay."""
+        """Lets go of gradients, optimizer state and weights; those stay where the units hold them."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters:
@@ -91,6 +91,7 @@ class BlockTraining:
         for _, parameter in self._work.split.head.parameters():
             parameter.requires_grad_(True)
         self._hooks.clear()
+        self._parameters.clear()
 
     def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
         """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""

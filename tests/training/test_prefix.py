@@ -1,5 +1,6 @@
 """The inputs of a stage are the same, whether the units in front are loaded together or one after the other."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from fedepth.errors import StateError
-from fedepth.training import prefix
+from fedepth.models.split import Unit
+from fedepth.training import depthwise, prefix
 from fedepth.training.prefix import build_inputs
 from fedepth.training.work import Work
 from tests.training.open_files import open_files
@@ -38,7 +40,12 @@ def test_one_unit_at_a_time_gives_what_all_units_at_once_give(tmp_path: Path) ->
 def test_units_that_were_trained_are_read_back_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = work(tmp_path, [stage(0, 2), replace(stage(4, 5), build_streamed=True)])
     loaded: list[list[int]] = []
-    fill = prefix._fill
+    given_up: list[weakref.ref[torch.Tensor]] = []
+    fill, release = prefix._fill, depthwise.release
+
+    def released(unit: Unit) -> None:
+        given_up.extend(weakref.ref(tensor) for _, tensor in unit.parameters())
+        release(unit)
 
     def look(work: Work, *arguments: Any, **more: Any) -> None:
         there = [
@@ -47,10 +54,13 @@ def test_units_that_were_trained_are_read_back_one_at_a_time(tmp_path: Path, mon
             if not all(tensor.is_meta for _, tensor in unit.parameters())
         ]
         loaded.append(there)
+        assert all(tensor() is None for tensor in given_up)  # nothing else holds what was trained
         fill(work, *arguments, **more)
 
     monkeypatch.setattr(prefix, "_fill", look)
+    monkeypatch.setattr(depthwise, "release", released)
     streamed = trained_tensors(job)
+    assert given_up
     assert loaded == [[], [0], [1], [2], [3]]
     monkeypatch.setattr(prefix, "_fill", fill)
     (tmp_path / "b").mkdir()
