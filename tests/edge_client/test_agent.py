@@ -367,9 +367,8 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     first, second, third = bench.plans()
     assert second == plan_for(needed_bytes(first.predicted_peak_bytes) - 6 * MIB)
     needed = needed_bytes(second.predicted_peak_bytes)
-    assert third == plan_for(
-        needed - int(needed * 0.1)
-    )  # nobody can tell: a twentieth less, twice that the second time
+    # Nobody can tell by how much: a twentieth less, and twice that the second time.
+    assert third == plan_for(needed - int(needed * 0.1))
     assert len(bench.said("a stage went over its budget")) == 2
     budgets = {request["budget"]["budget_bytes"] for request in bench.requests}
     assert budgets == {390 * MIB}  # what is free has not changed
