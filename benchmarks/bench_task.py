@@ -18,11 +18,21 @@ async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> Tria
     """Costs at this batch, traced once per folder, and initial weights."""
     name = f"{spec.name}-{spec.input_shape[-1]}".replace(":", "-")
     weights, costs_file = folder / f"{name}.safetensors", folder / f"{name}-{training.batch}.costs.json"
-    if not (weights.exists() and costs_file.exists()):
+    costs = _recorded(costs_file) if weights.exists() else None
+    if costs is None:
         folder.mkdir(parents=True, exist_ok=True)
         async with tracer() as trace:
-            costs_file.write_bytes(msgspec.json.encode(await trace.costs(spec, training, weights, None)))
-    return TrialModel(spec, training, msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts), weights)
+            costs = await trace.costs(spec, training, weights, None)
+        costs_file.write_bytes(msgspec.json.encode(costs))
+    return TrialModel(spec, training, costs, weights)
+
+
+def _recorded(costs_file: Path) -> ModelCosts | None:
+    """None if there are none, or only those of a version that knew other costs."""
+    try:
+        return msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts)
+    except (FileNotFoundError, msgspec.ValidationError):
+        return None
 
 
 def write_digits(folder: Path, count: int) -> Path:
