@@ -23,14 +23,14 @@ from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.device import peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, may_keep_bytes, needed_bytes
+from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
 from fedepth.task import Plan, Stage, StageResult
 from fedepth.training.cache import Cache
 from fedepth.training.prefix import build_inputs
-from fedepth.training.pressure import fitting_micro_batch
+from fedepth.training.pressure import building_fits, fitting_micro_batch
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
 from fedepth.weights import write_tensors
@@ -311,20 +311,7 @@ def _fits_while_building(work: Work, stage: Stage, previous: Stage | None, budge
     """Without what was kept of freed memory; nothing of it can be smaller."""
     if budget is None:
         return True
-    costs, training, count = work.task.costs, work.task.training, work.cached_samples
-    first = previous.first if previous else 0
-    source = cache_bytes_in(previous.cache, costs, training, first, count) if previous else 0
-    target = cache_bytes_in(stage.cache, costs, training, stage.first, count)
-    peak = build_peak(
-        costs,
-        first,
-        stage.first,
-        stage.build_batch,
-        source_bytes=source,
-        cache_bytes=target,
-        streamed=stage.build_streamed,
-    )
-    return needed_bytes(peak.total) <= budget
+    return building_fits(work.task.costs, work.task.training, stage, previous, work.cached_samples, budget)
 
 
 def _write(work: Work, number: int, units: list[Unit]) -> Path:

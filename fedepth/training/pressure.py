@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedepth.memory.predict import cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
 from fedepth.task import ModelCosts, Stage, TrainingSpec
 
 
@@ -28,6 +28,28 @@ def fitting_micro_batch(
         if needed_bytes(peak.total) <= budget_bytes:
             return micro_batch
     return None
+
+
+def building_fits(
+    costs: ModelCosts,
+    training: TrainingSpec,
+    stage: Stage,
+    previous: Stage | None,
+    sample_count: int,
+    budget_bytes: int,
+) -> bool:
+    """Whether computing the stage's inputs from those of `previous`, or from the samples, is predicted to fit."""
+    first = previous.first if previous else 0
+    peak = build_peak(
+        costs,
+        first,
+        stage.first,
+        stage.build_batch,
+        source_bytes=cache_bytes_in(previous.cache, costs, training, first, sample_count) if previous else 0,
+        cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
+        streamed=stage.build_streamed,
+    )
+    return needed_bytes(peak.total) <= budget_bytes
 
 
 def _smaller_and_smaller(largest: int, smallest: int) -> Iterator[int]:
