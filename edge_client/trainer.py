@@ -208,11 +208,17 @@ def _part_info(number: int, path: Path) -> PartInfo:
 def _start(device: torch.device) -> None:
     """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
 
-    Large enough for every thread to have its part: each keeps buffers of its own.
+    Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come on
+    top of the first stage that has such layers. Large enough for every thread to have its part: each keeps buffers of
+    its own.
     """
-    layer = torch.nn.Conv2d(16, 16, 3).to(device)
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 16, 3),
+        torch.nn.Conv2d(16, 64, 3, stride=2, padding=1),
+        torch.nn.Conv2d(64, 64, 3, padding=1),
+    ).to(device)
     images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
-    torch.autograd.backward(layer(images).sum())
+    torch.autograd.backward(layers(images).sum())
     if not allocator.look_at_tensors(lambda: torch.empty(_LOOKED_AT_BYTES, dtype=torch.uint8), _LOOKED_AT_BYTES):
         print("torch has an allocator of its own for tensors: RLIMIT_DATA alone holds training", file=sys.stderr)
 

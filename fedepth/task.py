@@ -106,7 +106,7 @@ class Calibration:
 
     allocator: str = ""
     torch: str = ""
-    fixed_bytes: int = 5 << 18
+    fixed_bytes: int = 3 << 17
     kept: float = 0.7
     kernel_share: float = 2.0
     depthwise_share: float = 210.0

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import resource
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -34,6 +35,7 @@ _LIMIT = b"tcmalloc.heap_limit_mb"
 _DECOMMIT = b"tcmalloc.aggressive_memory_decommit"
 _MOST_RECORDS_MIB = 64
 _MIB = 1 << 20
+_PAGE = 8 << 10  # what tcmalloc counts in
 _RESERVED_MOST = 1 << 36  # beyond that a cap is none
 _UNRESERVED_BYTES = 24 << 20  # of address space, for what does not come from the heap, such as compiled kernels
 _STATUS = Path("/proc/self/status")
@@ -106,28 +108,29 @@ def data_overhead_bytes(budget_bytes: int) -> int:
 
 
 def heap_bytes() -> int:
-    """Pages in use as the heap limit counts them, to the MiB; 0 for allocators without a limit.
+    """Pages in use as the heap limit counts them; 0 for allocators without a limit.
 
-    The limit counts records of the allocator's own that no statistic tells, so the figure is searched for: it is the
-    highest limit under which not even 1 MiB can be had.
+    The limit counts records of the allocator's own that no statistic tells, so the figure is searched for: the lowest
+    limit under which 1 MiB can be had, less the most that can be had under it.
     """
     if not can_be_capped():
         return 0
     release()
-    low = _property(_COMMITTED) // _MIB
-    high = low + _MOST_RECORDS_MIB
-    while low < high:
-        limit = (low + high) // 2
-        _set_property(_LIMIT, limit)
-        if _can_have(_MIB):
-            high = limit
-        else:
-            low = limit + 1
+    committed = _property(_COMMITTED) // _MIB
+    limit = _first(range(committed, committed + _MOST_RECORDS_MIB), lambda mebibytes: _can_have(_MIB, mebibytes))
+    pages = range(1, _MIB // _PAGE)
+    too_many = _first(pages, lambda count: not _can_have(_MIB + count * _PAGE, limit))
     _set_property(_LIMIT, 0)
-    return (high - 1) * _MIB
+    return (limit - 1) * _MIB - (too_many - 1) * _PAGE
 
 
-def _can_have(size_bytes: int) -> bool:
+def _first(numbers: range, holds: Callable[[int], bool]) -> int:
+    """The first for which it holds, as for all above it; the end if there is none."""
+    return numbers.start + bisect_left(numbers, True, key=holds)
+
+
+def _can_have(size_bytes: int, limit_mib: int) -> bool:
+    _set_property(_LIMIT, limit_mib)
     library = _library()
     address = library.malloc(ctypes.c_size_t(size_bytes))
     library.free(ctypes.c_void_p(address))
@@ -142,28 +145,39 @@ class HeapCap:
         """`held_bytes`: what the heap held when nothing was added yet; `cap_bytes`: what may be added at most."""
         self._held = held_bytes
         self._cap = self._now = cap_bytes
+        self._plug: int | None = None
 
     def __enter__(self) -> HeapCap:
-        self._set(self._held + self._cap)
+        self._limit(self._cap)
         if not _property(_DECOMMIT):
             _reserve(min(self._cap, _address_space_left() - _UNRESERVED_BYTES))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(0)
+        self._lift()
 
     def resize(self, cap_bytes: int) -> None:
-        """Another bound from now on, never above the first; where it falls, free pages are given back."""
+        """Another bound from now on, never above the first; free pages are given back."""
         before, self._now = self._now, min(cap_bytes, self._cap)
         if self._now != before:
-            self._set(self._held + self._now)
-        if self._now < before:
-            release()
+            self._limit(self._now)
 
-    @staticmethod
-    def _set(limit_bytes: int) -> None:
-        if can_be_capped():
-            _set_property(_LIMIT, limit_bytes // _MIB)
+    def _limit(self, cap_bytes: int) -> None:
+        """The allocator takes limits in whole MiB. What the next one is too much is taken up by a block that nobody
+        writes to, so that it takes no memory."""
+        self._lift()
+        if not can_be_capped():
+            return
+        release()  # else the block would lie on pages that take memory
+        limit_bytes = self._held + cap_bytes
+        limit_mib = limit_bytes // _MIB + 2
+        self._plug = _library().malloc(ctypes.c_size_t(limit_mib * _MIB - limit_bytes))
+        _set_property(_LIMIT, limit_mib if self._plug else limit_mib - 2)
+
+    def _lift(self) -> None:
+        _set_property(_LIMIT, 0)
+        _library().free(ctypes.c_void_p(self._plug))
+        self._plug = None
 
 
 def _reserve(size_bytes: int) -> None:
