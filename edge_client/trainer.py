@@ -208,9 +208,9 @@ def _part_info(number: int, path: Path) -> PartInfo:
 def _start(device: torch.device) -> None:
     """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
 
-    Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come on
-    top of the first stage that has such layers. Large enough for every thread to have its part: each keeps buffers of
-    its own.
+    Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come
+    on top of the first stage that has such layers. Large enough for every thread to have its part: each keeps buffers
+    of its own.
     """
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(16, 16, 3),

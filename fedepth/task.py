@@ -109,8 +109,8 @@ class Calibration:
     fixed_bytes: int = 3 << 17
     kept: float = 0.7
     kernel_share: float = 2.0
-    depthwise_share: float = 210.0
-    reordered_share: float = 0.9
+    depthwise_share: float = 256.0
+    reordered_share: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -176,32 +176,40 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Convolutions:
-    """A unit's convolutions: what their kernels copy, and what lives while one of them runs; all zero without any.
-
-    What lives counts everything beside the unit's input, the convolution's output among it, but no parameter
-    gradients.
+class Convolution:
+    """A convolution in one pass of a unit: what its kernel copies, and what lives while it runs.
 
     Attributes:
-        weight_bytes: the weights of the largest one in channels_last.
-        depthwise_bytes: those of the largest depth-wise one with kernels wider than 3.
-        reordered: the largest weights, and input and output, of one that is not in channels_last.
-        forward: the most that lives then in a training forward pass.
-        backward: in the backward pass.
-        backward_first: the same for the first unit of a block, whose input needs no gradient.
-        inference: in a forward pass without autograd.
+        weight_bytes: its weights, in channels_last.
+        depthwise_bytes: its weights, if it is depth-wise, wider than 3, and in channels_last.
+        reordered: its weights, and its input and output, outside channels_last.
+        living: everything beside the unit's input, the convolution's output among it, but no parameter gradients.
     """
 
     weight_bytes: int
     depthwise_bytes: int
     reordered: Size
-    forward: Size
-    backward: Size
-    backward_first: Size
-    inference: Size
+    living: Size
 
 
-NO_CONVOLUTIONS = Convolutions(0, 0, *[Size(0, 0)] * 5)
+@dataclass(frozen=True)
+class Convolutions:
+    """A unit's convolutions in each of its passes, without those that another one outweighs in every respect.
+
+    Attributes:
+        forward: in a training forward pass.
+        backward: in the backward pass.
+        backward_first: the same for the first unit of a block, whose input needs no gradient.
+        inference: in a forward pass without autograd.
+    """
+
+    forward: tuple[Convolution, ...] = ()
+    backward: tuple[Convolution, ...] = ()
+    backward_first: tuple[Convolution, ...] = ()
+    inference: tuple[Convolution, ...] = ()
+
+
+NO_CONVOLUTIONS = Convolutions()
 
 
 @dataclass(frozen=True)

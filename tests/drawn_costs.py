@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from fedepth.task import NO_CONVOLUTIONS, Calibration, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.task import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
 
 sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
+convolutions = st.lists(
+    st.builds(Convolution, st.integers(0, 1000), st.integers(0, 1000), sizes, sizes), max_size=2
+).map(tuple)
 units = st.builds(
     UnitCost,
     name=st.just("u"),
@@ -22,8 +25,7 @@ units = st.builds(
     backward=sizes,
     backward_first=sizes,
     inference=sizes,
-    convolutions=st.just(NO_CONVOLUTIONS)
-    | st.builds(Convolutions, st.integers(0, 1000), st.integers(0, 1000), *[sizes] * 5),
+    convolutions=st.builds(Convolutions, *[convolutions] * 4),
     flops=st.integers(0, 10**9),
 )
 

@@ -8,8 +8,8 @@ A stage lives through these moments; each holds something else, and the peak is 
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
-Convolutions copy what they work on. A unit with convolutions has a moment more in each pass, "forward k, convolution",
-so that these copies are not added to what lives only when no convolution runs.
+Convolutions copy what they work on. Each of a unit's is a moment more in every pass, "forward k, convolution 1", so
+that its copies are not added to what lives only when another one runs, or none.
 
 The traced numbers see tensors only. Kernels want scratch memory on top, and an allocator its own: that is the device's
 calibration, which comes with the cost table. The estimate can be too low, so a plan has to leave a margin
@@ -22,13 +22,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
-    Convolutions,
+    Convolution,
     ModelCosts,
     PeakComponents,
-    Size,
     TrainingSpec,
     UnitCost,
 )
@@ -179,7 +177,7 @@ class _Runs:
         held: int,
         loose: int,
         beside: int,
-        convolving: Size,
+        convolving: Sequence[Convolution],
         saved: int = 0,
         fresh_gradient: int = 0,
     ) -> Iterator[_Moment]:
@@ -189,15 +187,15 @@ class _Runs:
             held: activations that live before, in bytes.
             loose: temporaries that live before.
             beside: what the pass adds at most, beside what it saves.
-            convolving: all that it adds while one of the unit's convolutions runs.
+            convolving: the convolutions that run in it.
             saved: of what it adds, what counts as activations.
         """
         fixed = self.device.fixed_bytes
-        if unit.convolutions != NO_CONVOLUTIONS:
-            own = convolving.at(self.samples)
+        for number, convolution in enumerate(convolving, 1):
+            own = convolution.living.at(self.samples)
             early = min(own, saved)
-            scratch = fixed + _copied(self.device, unit.convolutions, self.samples)
-            yield _Moment(f"{name}, convolution", held + early, loose + own - early, scratch, fresh_gradient)
+            scratch = fixed + _copied(self.device, convolution, self.samples)
+            yield _Moment(f"{name}, convolution {number}", held + early, loose + own - early, scratch, fresh_gradient)
         yield _Moment(name, held + saved, loose + beside, fixed, fresh_gradient)
 
     def forward(self, name: str, unit: UnitCost, *, held: int, loose: int) -> Iterator[_Moment]:
@@ -328,10 +326,10 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _copied(device: Calibration, convolutions: Convolutions, samples: int) -> int:
-    """What the kernels of a unit's convolutions take while they run."""
+def _copied(device: Calibration, convolution: Convolution, samples: int) -> int:
+    """What the kernel of a convolution takes while it runs."""
     return int(
-        device.kernel_share * convolutions.weight_bytes
-        + device.depthwise_share * convolutions.depthwise_bytes
-        + device.reordered_share * convolutions.reordered.at(samples)
+        device.kernel_share * convolution.weight_bytes
+        + device.depthwise_share * convolution.depthwise_bytes
+        + device.reordered_share * convolution.reordered.at(samples)
     )

@@ -22,7 +22,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec
-from fedepth.task import Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
+from fedepth.task import Convolution, Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
 
 FLOAT_BYTES = 4
 SMALL_BATCH = 2
@@ -39,6 +38,23 @@ SMALLEST_LARGE_BATCH = 16
 _CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 
 Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Convolving:
+    """A convolution, or its backward pass, while it runs at one batch size, in bytes.
+
+    Attributes:
+        living: what lives then, without the unit's input, parameters and their gradients.
+        weights: its weights.
+        maps: its input and output.
+        wide_depthwise: it is depth-wise and wider than 3.
+    """
+
+    living: int
+    weights: int
+    maps: int
+    wide_depthwise: bool
 
 
 @dataclass(frozen=True)
@@ -53,8 +69,7 @@ class StepTrace:
         forward: the peak of the forward pass above what lives after it.
         backward: the peak of the backward pass above `saved`, gradients of input and output counted.
         inference: the peak of a forward pass without autograd above its output.
-        convolving: the most that lives while a convolution runs, in the forward pass, in the backward pass, and without
-            autograd; 0 without one.
+        convolving: the convolutions of the forward pass, of the backward pass, and of a forward pass without autograd.
     """
 
     saved: int
@@ -63,7 +78,7 @@ class StepTrace:
     forward: int
     backward: int
     inference: int
-    convolving: tuple[int, int, int]
+    convolving: tuple[tuple[Convolving, ...], tuple[Convolving, ...], tuple[Convolving, ...]]
 
 
 def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
@@ -83,6 +98,7 @@ def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] 
     """
     split_model = split_spec(spec, allowed)
     batches = (SMALL_BATCH, max(training.batch, SMALLEST_LARGE_BATCH))
+    channels_last = prefers_channels_last(split_model, torch.device("cpu"))
     units: list[UnitCost] = []
     exits: list[UnitCost] = []
     exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
@@ -90,13 +106,11 @@ def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] 
         _fill(split_model)
         for index, unit in enumerate(split_model.units):
             shape, output_shape = split_model.input_shapes[index], split_model.output_shapes[index]
-            units.append(_unit_cost(unit, shape, output_shape, batches))
+            units.append(_unit_cost(unit, shape, output_shape, batches, channels_last))
             if output_shape not in exit_by_shape:
-                exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches)
+                exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches, channels_last)
             exits.append(exit_by_shape[output_shape])
         smallest = _smallest_micro_batch(split_model)
-    copied = _in_channels_last if prefers_channels_last(split_model, torch.device("cpu")) else _reordered
-    units, exits = [copied(unit) for unit in units], [copied(exit_) for exit_ in exits]
     values = torch.Size(spec.input_shape).numel()
     return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
 
@@ -128,21 +142,26 @@ def _unit_cost(
     shape: tuple[int, ...],
     output_shape: tuple[int, ...],
     batches: tuple[int, int],
+    channels_last: bool,
 ) -> UnitCost:
     inside, first = (
         [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
         for input_grad in (True, False)
     )
-    cost = _cost(unit, unit, shape, torch.Size(output_shape).numel() * FLOAT_BYTES, batches, inside)
-    backward, convolving = (line(batches, sizes) for sizes in zip(*map(_backward_sizes, first), strict=True))
-    convolutions = replace(cost.convolutions, backward_first=convolving)
-    return replace(cost, backward_first=backward, convolutions=convolutions)
+    output_bytes = torch.Size(output_shape).numel() * FLOAT_BYTES
+    cost, at_start = (
+        _cost(unit, unit, shape, output_bytes, batches, traces, channels_last) for traces in (inside, first)
+    )
+    convolutions = replace(cost.convolutions, backward_first=at_start.convolutions.backward)
+    return replace(cost, backward_first=at_start.backward, convolutions=convolutions)
 
 
-def _exit_cost(split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
+def _exit_cost(
+    split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int], channels_last: bool
+) -> UnitCost:
     head, step = split_model.head, _exit_step(split_model)
     traces = [_trace(step, (head,), shape, samples, input_grad=True) for samples in batches]
-    return _cost(head, step, shape, 0, batches, traces)
+    return _cost(head, step, shape, 0, batches, traces, channels_last)
 
 
 def _exit_step(split_model: SplitModel) -> Step:
@@ -160,15 +179,13 @@ def _cost(
     output_bytes: int,
     batches: tuple[int, int],
     traces: list[StepTrace],
+    channels_last: bool,
 ) -> UnitCost:
     """Two traces as sizes that are linear in the batch."""
     small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
-    convolutions = [m for top in unit.modules for m in top.modules() if isinstance(m, _ConvNd)]
-    weights = max((each.weight.nbytes for each in convolutions), default=0)
-    flops, maps = _run_once(step, unit, convolutions, shape, batches[1])
     forward, backward, inference = (
-        line(batches, sizes) for sizes in zip(small.convolving, large.convolving, strict=True)
+        _convolutions(batches, each, channels_last) for each in zip(small.convolving, large.convolving, strict=True)
     )
     return UnitCost(
         name=unit.name,
@@ -184,29 +201,36 @@ def _cost(
         backward=line(batches, (small.backward, large.backward)),
         backward_first=line(batches, (small.backward, large.backward)),
         inference=line(batches, (small.inference, large.inference)),
-        convolutions=Convolutions(
-            weight_bytes=weights,
-            depthwise_bytes=max((each.weight.nbytes for each in convolutions if _is_wide_depthwise(each)), default=0),
-            reordered=Size(weights, maps),
-            forward=forward,
-            backward=backward,
-            backward_first=backward,
-            inference=inference,
-        ),
-        flops=flops,
+        convolutions=Convolutions(forward, backward, backward, inference),
+        flops=_flops(step, unit, shape, batches[1]),
     )
 
 
-def _backward_sizes(trace: StepTrace) -> tuple[int, int]:
-    return trace.backward, trace.convolving[1]
+def _convolutions(
+    batches: tuple[int, int], traces: tuple[tuple[Convolving, ...], tuple[Convolving, ...]], channels_last: bool
+) -> tuple[Convolution, ...]:
+    """One pass's convolutions, seen at two batch sizes."""
+    found = [
+        Convolution(
+            weight_bytes=large.weights if channels_last else 0,
+            depthwise_bytes=large.weights if channels_last and large.wide_depthwise else 0,
+            reordered=Size(0, 0) if channels_last else Size(large.weights, -(-large.maps // batches[1])),
+            living=line(batches, (small.living, large.living)),
+        )
+        for small, large in zip(*traces, strict=True)
+    ]
+    distinct = list(dict.fromkeys(found))
+    return tuple(each for each in distinct if not any(_outweighs(other, each) for other in distinct))
 
 
-def _in_channels_last(cost: UnitCost) -> UnitCost:
-    return replace(cost, convolutions=replace(cost.convolutions, reordered=Size(0, 0)))
+def _outweighs(one: Convolution, other: Convolution) -> bool:
+    """Whether it copies and holds at least as much in every respect, and is another one."""
+    return one != other and all(mine >= its for mine, its in zip(_weights(one), _weights(other), strict=True))
 
 
-def _reordered(cost: UnitCost) -> UnitCost:
-    return replace(cost, convolutions=replace(cost.convolutions, weight_bytes=0, depthwise_bytes=0))
+def _weights(each: Convolution) -> tuple[int, ...]:
+    sizes = (each.reordered, each.living)
+    return each.weight_bytes, each.depthwise_bytes, *(part for size in sizes for part in (size.fixed, size.per_sample))
 
 
 def line(batches: tuple[int, int], sizes: tuple[int, int]) -> Size:
@@ -236,14 +260,14 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         events: (serial number of the storage, bytes), negative bytes where it ends.
-        convolutions: how many events there were when each convolution, or its backward pass, was through.
+        convolutions: every convolution, or its backward pass, and how many events there were when it was through.
     """
 
     def __init__(self, *foreign: torch.Tensor) -> None:
         """`foreign` tensors were there before and are not counted."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
-        self.convolutions: list[int] = []
+        self.convolutions: list[tuple[int, Convolving]] = []
         self._serials: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._next = 0
         self._foreign = {self._register(tensor.untyped_storage()) for tensor in foreign}
@@ -258,7 +282,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if id(storage) not in self._serials:
                     self.events.append((self._register(storage), storage.nbytes()))
         if func.overloadpacket in _CONVOLUTIONS:
-            self.convolutions.append(len(self.events))
+            self.convolutions.append((len(self.events), _running(func, args, result)))
         return result
 
     def serial(self, tensor: torch.Tensor) -> int:
@@ -273,10 +297,10 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The most that lives at once from event `start` on, without the given storages."""
         return max(self._totals(without)[start:], default=0)
 
-    def peak_convolving(self, start: int = 0, without: frozenset[int] = frozenset()) -> int:
-        """The same while a convolution runs."""
+    def convolving(self, start: int = 0, without: frozenset[int] = frozenset()) -> tuple[Convolving, ...]:
+        """The convolutions from event `start` on, in the order in which they ran."""
         totals = self._totals(without)
-        return max((totals[number - 1] for number in self.convolutions if number > start), default=0)
+        return tuple(replace(each, living=totals[end - 1]) for end, each in self.convolutions if end > start)
 
     def _totals(self, without: frozenset[int]) -> list[int]:
         """What lives after every event."""
@@ -293,6 +317,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._serials[key] = (serial, weakref.ref(storage, ended))
         return serial
+
+
+def _running(func: Any, args: tuple[Any, ...], result: Any) -> Convolving:
+    """What an operation of `_CONVOLUTIONS` works on; what lives meanwhile is not known yet."""
+    backward = func.overloadpacket == torch.ops.aten.convolution_backward
+    output, (x, weight) = (args[0], args[1:3]) if backward else (result, args[:2])
+    groups = args[9] if backward else args[8]
+    depthwise = groups == x.shape[1] > 1
+    return Convolving(0, weight.nbytes, x.nbytes + output.nbytes, depthwise and max(weight.shape[2:]) > 3)
 
 
 def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool) -> StepTrace:
@@ -314,7 +347,7 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
         output = step(x)
     is_loss = output.dim() == 0
     saves_output = not is_loss and ledger.serial(output) in kept
-    forward_peak, forward_convolving, after_forward = ledger.peak(), ledger.peak_convolving(), ledger.live()
+    forward_peak, forward_convolving, after_forward = ledger.peak(), ledger.convolving(), ledger.live()
     saved = max(0, after_forward - (0 if is_loss or saves_output else output.nbytes))
     tail = output if is_loss else _Tail.apply(output)
     del output  # so that backward frees it as soon as it would in the middle of a model
@@ -325,7 +358,7 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     backward_peak = ledger.peak(start, without=gradients)
     for parameter in parameters:
         parameter.grad = None
-    inference, inference_convolving = _inference_peaks(step, owners, x.detach())
+    inference, inference_convolving = _inference(step, owners, x.detach())
     return StepTrace(
         saved=saved,
         saves_input=ledger.serial(x) in kept,
@@ -333,42 +366,27 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
         forward=forward_peak - after_forward,
         backward=max(0, backward_peak - saved),
         inference=inference,
-        convolving=(forward_convolving, ledger.peak_convolving(start, without=gradients), inference_convolving),
+        convolving=(forward_convolving, ledger.convolving(start, without=gradients), inference_convolving),
     )
 
 
-def _inference_peaks(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> tuple[int, int]:
-    """The peak above the output, and the most that lives while a convolution runs."""
+def _inference(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> tuple[int, tuple[Convolving, ...]]:
+    """The peak above the output, and the convolutions."""
     tensors = [tensor for owner in owners for _, tensor in (*owner.parameters(), *owner.buffers())]
     for owner in owners:
         owner.train(False)
     ledger = _Ledger(x, *tensors)
     with torch.no_grad(), ledger:
         output = step(x)
-        return max(0, ledger.peak() - output.nbytes), ledger.peak_convolving()
+        return max(0, ledger.peak() - output.nbytes), ledger.convolving()
 
 
-def _run_once(
-    step: Step, owner: Unit, convolutions: Sequence[_ConvNd], shape: tuple[int, ...], samples: int
-) -> tuple[int, int]:
-    """Per sample: floating point operations, and the largest input and output of one of the convolutions in bytes."""
-    reordered = 0
-
-    def look(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal reordered
-        reordered = max(reordered, arguments[0].nbytes + output.nbytes)
-
-    handles = [each.register_forward_hook(look) for each in convolutions]
+def _flops(step: Step, owner: Unit, shape: tuple[int, ...], samples: int) -> int:
+    """Floating point operations of a forward pass, per sample."""
     owner.train(True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         step(torch.empty((samples, *shape)))
-    for handle in handles:
-        handle.remove()
-    return int(counter.get_total_flops()) // samples, -(-reordered // samples)
-
-
-def _is_wide_depthwise(convolution: _ConvNd) -> bool:
-    return convolution.groups == convolution.in_channels > 1 and max(convolution.kernel_size) > 3
+    return int(counter.get_total_flops()) // samples
 
 
 def _fill(split_model: SplitModel) -> None:

@@ -10,6 +10,7 @@ from fedepth.task import (
     NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
+    Convolution,
     Convolutions,
     ModelCosts,
     PeakComponents,
@@ -26,9 +27,10 @@ TRUE = replace(START, fixed_bytes=3 * MIB, kept=0.0, kernel_share=2.0, depthwise
 
 
 def stage(parameters: int, activation: int, depthwise: int, micro_batch: int, true: Calibration) -> MeasuredStage:
+    convolution = Convolution(parameters, depthwise, Size(0, activation), Size(0, 4 * activation))
     unit = UnitCost(
         "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
-        *[ZERO] * 4, Convolutions(parameters, depthwise, Size(0, activation), *[Size(0, 4 * activation)] * 4), 1,
+        *[ZERO] * 4, Convolutions(*[(convolution,)] * 4), 1,
     )  # fmt: skip
     exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, NO_CONVOLUTIONS, 1)
     costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)

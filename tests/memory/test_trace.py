@@ -1,5 +1,6 @@
 import functools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from fedepth.errors import ModelError
 from fedepth.memory.trace import line, trace_block, trace_costs
 from fedepth.models.split import split_spec
-from fedepth.task import ModelCosts, ModelSpec, Size, TrainingSpec
+from fedepth.task import Convolution, Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec
 
 TRAINING = TrainingSpec(64, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 FLOAT = 4
@@ -67,14 +68,12 @@ def test_a_unit_by_hand() -> None:
     assert first.inference == Size(0, 0)
     # The gradient of the output, and beside it the gradient behind the ReLU.
     assert first.backward == Size(0, 2 * map_bytes(4))
-    convolutions = first.convolutions
-    assert (convolutions.weight_bytes, convolutions.depthwise_bytes) == (3 * 4 * 9 * FLOAT, 0)
-    assert convolutions.reordered == Size(0, 0)  # it trains in channels_last
-    # Beside the input there is its output; backwards the gradient in front of the ReLU, which is through and keeps
-    # nothing any more, and that of the input, if anybody wants it.
-    assert convolutions.forward == convolutions.inference == Size(0, map_bytes(4))
-    assert convolutions.backward_first == Size(0, map_bytes(4))
-    assert convolutions.backward == Size(0, map_bytes(4) + map_bytes(3))
+    # It trains in channels_last. Beside the input there is its output; backwards the gradient in front of the ReLU,
+    # which is through and keeps nothing any more, and that of the input, if anybody wants it.
+    weights = 3 * 4 * 9 * FLOAT
+    one = Convolution(weights, 0, reordered=Size(0, 0), living=Size(0, map_bytes(4)))
+    both = replace(one, living=Size(0, map_bytes(4) + map_bytes(3)))
+    assert first.convolutions == Convolutions(forward=(one,), backward=(both,), backward_first=(one,), inference=(one,))
     assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
     # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
     assert second.saves_input and not second.saves_output
@@ -105,15 +104,59 @@ def depthwise() -> nn.Module:
 
 def test_what_kernels_copy_is_counted_by_hand() -> None:
     units = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
-    patches, narrow = (each.convolutions for each in units)
+    ((patches,), (narrow,)) = (each.convolutions.forward for each in units)
     assert [each.weight_bytes + each.depthwise_bytes for each in (patches, narrow)] == [0, 0]
     half = map_bytes(4) // 4  # the maps behind the patches have half the side
     assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
     assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
-    narrow, wide = (each.convolutions for each in trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units)
-    assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
-    assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
-    assert narrow.reordered == wide.reordered == Size(0, 0)
+    units = trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units
+    for one_pass in ("forward", "backward", "inference"):
+        ((narrow,), (wide,)) = (getattr(each.convolutions, one_pass) for each in units)
+        assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
+        assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
+        assert narrow.reordered == wide.reordered == Size(0, 0)
+
+
+class Pair(nn.Module):
+    """Two convolutions that are one unit."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.second(self.first(x))
+        return output
+
+
+def wide_then_narrow() -> nn.Module:
+    pair = Pair(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 4, 1, bias=False))
+    return nn.Sequential(pair, nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def same_twice() -> nn.Module:
+    pair = Pair(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+    return nn.Sequential(pair, nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+
+
+def test_of_several_convolutions_each_tells_what_lives_while_it_runs_and_what_is_outweighed_is_left_out() -> None:
+    unit = trace_costs(spec_of(f"{__name__}:wide_then_narrow", SIDE), TRAINING).units[0].convolutions
+    wide, narrow = 3 * 8 * 9 * FLOAT, 8 * 4 * FLOAT
+    # Forwards the first copies most; when the second runs, the output of the first lives, and its own.
+    assert [(each.weight_bytes, each.living) for each in unit.forward] == [
+        (wide, Size(0, map_bytes(8))),
+        (narrow, Size(0, map_bytes(8) + map_bytes(4))),
+    ]
+    # Backwards: the second has its saved input and the gradients of output and input; for the first, what is left is
+    # the gradient of its output, and that of its input.
+    assert [(each.weight_bytes, each.living) for each in unit.backward] == [
+        (narrow, Size(0, 2 * map_bytes(8) + map_bytes(4))),
+        (wide, Size(0, map_bytes(8) + map_bytes(3))),
+    ]
+    # Without autograd the second one outlives the first no longer than it needs its output.
+    assert [each.weight_bytes for each in unit.inference] == [wide, narrow]
+    (alone,) = trace_costs(spec_of(f"{__name__}:same_twice", SIDE), TRAINING).units[0].convolutions.forward
+    assert alone.living == Size(0, 2 * map_bytes(3))  # the second copies as much, and more lives
 
 
 def test_buffers_and_parameters_are_counted_apart() -> None:

@@ -19,6 +19,7 @@ from fedepth.task import (
     NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
+    Convolution,
     Convolutions,
     ModelCosts,
     PeakComponents,
@@ -103,12 +104,16 @@ def test_parameters_momentum_and_one_gradient_count_when_weights_bind() -> None:
     assert proximal.parameters == 4 * MIB
 
 
+def in_every_pass(*convolutions: Convolution) -> Convolutions:
+    return Convolutions(*[convolutions] * 4)
+
+
 def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
     device = Calibration("", "", MIB, kept=0.5, kernel_share=2.0, depthwise_share=100.0, reordered_share=0.25)
     one = replace(
         model(1).units[0],
         largest_parameter_bytes=3 * MIB,
-        convolutions=Convolutions(2 * MIB, MIB // 50, Size(2 * MIB, MIB), *[Size(0, 1000 * KIB)] * 4),
+        convolutions=in_every_pass(Convolution(2 * MIB, MIB // 50, Size(2 * MIB, MIB), Size(0, 1000 * KIB))),
     )
     costs = replace(model(1), units=(one,), calibration=device)
     # 1 MiB + twice 2 MiB + 100 times a fiftieth MiB + a quarter of 2 MiB and of 4 samples' 1 MiB;
@@ -125,8 +130,9 @@ def test_what_convolutions_copy_does_not_come_on_top_of_what_lives_when_none_run
 
     def peak(living: int, *, checkpoint: bool = False) -> PeakComponents:
         """One unit saves 2 samples' 1000 KiB; while its convolution runs, it holds `living` KiB of each."""
-        passes = [Size(0, living * KIB)] * 4
-        one = replace(model(1).units[0], convolutions=Convolutions(of_weights, 0, Size(0, 0), *passes))
+        running = Convolution(of_weights, 0, Size(0, 0), Size(0, living * KIB))
+        other = Convolution(0, 0, Size(0, 0), Size(0, 70 * KIB))  # it copies nothing, and does not count
+        one = replace(model(1).units[0], convolutions=in_every_pass(other, running))
         costs = replace(model(1), units=(one,), calibration=device)
         return training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0, checkpoint=checkpoint).peak
 
@@ -141,7 +147,8 @@ def test_what_convolutions_copy_does_not_come_on_top_of_what_lives_when_none_run
         assert late.activations + late.temporaries == 2 * 60_010 * KIB + more
     # What the unit saves is more than the copies: then it is what counts, without them.
     small = replace(device, kernel_share=0.01)
-    one = replace(model(1).units[0], convolutions=Convolutions(of_weights, 0, Size(0, 0), *[Size(0, KIB)] * 4))
+    running = Convolution(of_weights, 0, Size(0, 0), Size(0, KIB))
+    one = replace(model(1).units[0], convolutions=in_every_pass(running))
     costs = replace(model(1), units=(one,), calibration=small)
     saved = training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0).peak
     assert saved.scratch == MIB and saved.activations + saved.temporaries == 2 * (10 + 1000 + 10) * KIB

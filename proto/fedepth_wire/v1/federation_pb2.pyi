@@ -360,42 +360,62 @@ class Size(_message.Message):
 Global___Size: _TypeAlias = Size  # noqa: Y015
 
 @_typing.final
-class Convolutions(_message.Message):
+class Convolution(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
     REORDERED_FIELD_NUMBER: _builtins.int
-    FORWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
-    INFERENCE_FIELD_NUMBER: _builtins.int
+    LIVING_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
     depthwise_bytes: _builtins.int
     @_builtins.property
     def reordered(self) -> Global___Size: ...
     @_builtins.property
-    def forward(self) -> Global___Size: ...
-    @_builtins.property
-    def backward(self) -> Global___Size: ...
-    @_builtins.property
-    def backward_first(self) -> Global___Size: ...
-    @_builtins.property
-    def inference(self) -> Global___Size: ...
+    def living(self) -> Global___Size: ...
     def __init__(
         self,
         *,
         weight_bytes: _builtins.int = ...,
         depthwise_bytes: _builtins.int = ...,
         reordered: Global___Size | None = ...,
-        forward: Global___Size | None = ...,
-        backward: Global___Size | None = ...,
-        backward_first: Global___Size | None = ...,
-        inference: Global___Size | None = ...,
+        living: Global___Size | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference", "reordered", b"reordered"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["living", b"living", "reordered", b"reordered"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "depthwise_bytes", b"depthwise_bytes", "forward", b"forward", "inference", b"inference", "reordered", b"reordered", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depthwise_bytes", b"depthwise_bytes", "living", b"living", "reordered", b"reordered", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Convolution: _TypeAlias = Convolution  # noqa: Y015
+
+@_typing.final
+class Convolutions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
+    INFERENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def forward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    @_builtins.property
+    def backward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    @_builtins.property
+    def backward_first(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    @_builtins.property
+    def inference(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    def __init__(
+        self,
+        *,
+        forward: _abc.Iterable[Global___Convolution] | None = ...,
+        backward: _abc.Iterable[Global___Convolution] | None = ...,
+        backward_first: _abc.Iterable[Global___Convolution] | None = ...,
+        inference: _abc.Iterable[Global___Convolution] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
