@@ -17,7 +17,7 @@ import torch
 
 from edge_client import trainer
 from edge_client.train_request import TrainRequest
-from fedepth.training import depthwise
+from fedepth.memory import predict
 
 
 class Counting(trainer.Lines):
@@ -42,7 +42,7 @@ def page_faults() -> int:
 
 def main() -> None:
     share, allowed_bytes = float(sys.argv[1]), int(sys.argv[2])
-    depthwise.may_keep_bytes = lambda needed_bytes: int(needed_bytes * share) + allowed_bytes
+    predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     lines = Counting(request.budget.budget_bytes)
     result = trainer.run(request, lines, torch.device("cpu"), trainer.Known())
