@@ -44,8 +44,10 @@ def main() -> None:
     share, allowed_bytes = float(sys.argv[1]), int(sys.argv[2])
     predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
+    device = torch.device("cpu")
+    trainer._start(device)
     lines = Counting(request.budget.budget_bytes)
-    result = trainer.run(request, lines, torch.device("cpu"), trainer.Known())
+    result = trainer.run(request, lines, device, trainer.Known())
     told = {
         "seconds": time.monotonic() - lines.began,
         "page_faults": page_faults() - lines.faults,

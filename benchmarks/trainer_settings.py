@@ -46,7 +46,7 @@ from fedepth.task import Policy
 
 SPINS = ("default", "0", "500", "1000", "2000", "4000", "10000")
 BATCHES = (128, 32)
-ALLOWANCES = ((0.02, 1 << 20), (0.04, 1 << 20), (KEPT_SHARE, KEPT_BYTES), (0.11, 1 << 20), (0.5, 20 << 20))
+ALLOWANCES = ((0.02, 1 << 20), (0.06, 1 << 20), (KEPT_SHARE, KEPT_BYTES), (0.2, 1 << 20), (0.5, 20 << 20))
 PIECES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20)
 FILE_BYTES = 600 << 20
 REST_S = 6.0

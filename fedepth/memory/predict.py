@@ -37,7 +37,7 @@ FLOAT_BYTES = 4
 
 # Beside what it needs, a stage may keep so much of freed memory for the next requests. More of it saves a twentieth of
 # the time at most, and what is kept nobody can predict (docs/memory.md).
-KEPT_SHARE = 0.06
+KEPT_SHARE = 0.1
 KEPT_BYTES = 1 << 20
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
