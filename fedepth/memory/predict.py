@@ -35,8 +35,8 @@ MARGIN_BYTES = 3 << 20
 MARGIN_SHARE = 0.08
 FLOAT_BYTES = 4
 
-# Beside what it needs, a stage may keep so much of freed memory for the next requests. More of it saves a twentieth of
-# the time at most, and what is kept nobody can predict (docs/memory.md).
+# Beside what it needs, a stage may keep so much of freed memory for the next requests. With less, steps may ask for
+# thousands of pages anew; more of it saves nothing that was seen, and what is kept nobody can predict (docs/memory.md).
 KEPT_SHARE = 0.1
 KEPT_BYTES = 1 << 20
 
