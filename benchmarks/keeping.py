@@ -45,7 +45,7 @@ def main() -> None:
     predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     device = torch.device("cpu")
-    trainer._start(device)
+    trainer.start(device)
     lines = Counting(request.budget.budget_bytes)
     result = trainer.run(request, lines, device, trainer.Known())
     told = {

@@ -82,6 +82,14 @@ class Lab:
         self.data = write_noise(folder / "data", SPEC, images)
         self.runs: list[Run] = []
 
+    def half(self) -> tuple[int, Plan]:
+        """Half of the memory that full training is predicted to need, and the blocks that fit into it."""
+        costs, training = self.model.costs, self.model.training
+        budget = needed_bytes(full_training_peak(costs, training, self.images).total) // 2
+        return budget, make_plan(
+            costs, budget_bytes=budget, training=training, sample_count=self.images, policy=Policy.PAPER
+        )
+
     def request(self, plan: Plan, budget: int, epochs: int, cache_type: CacheType = CacheType.FLOAT32) -> TrainRequest:
         shutil.rmtree(self.folder / "run", ignore_errors=True)
         training = replace(self.model.training, local_epochs=epochs, cache_type=cache_type)
@@ -150,11 +158,9 @@ class Lab:
 
 async def compare(lab: Lab, pairs: int) -> dict[str, Any]:
     """Runs everything and returns the figures of the JSON file."""
-    costs, training = lab.model.costs, lab.model.training
-    full_peak = full_training_peak(costs, training, lab.images).total
-    budget = needed_bytes(full_peak) // 2
-    plan = make_plan(costs, budget_bytes=budget, training=training, sample_count=lab.images, policy=Policy.PAPER)
+    budget, plan = lab.half()
     whole = Plan((_whole(lab, BATCH, checkpoint=False),), (), Policy.AUTO, _UNLIMITED)
+    full_peak = full_training_peak(lab.model.costs, lab.model.training, lab.images).total
     console.print(f"full training is predicted to need {format_size(full_peak)}, the budget is {format_size(budget)}")
     ours = "tcmalloc" if "tcmalloc" in available() else "glibc"
     firsts = {name: lab.reference("full", whole, name, 1) for name in ("default", *available())}

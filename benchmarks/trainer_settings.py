@@ -39,8 +39,8 @@ from benchmarks.bench_task import prepare
 from benchmarks.overhead import SPEC, TRAINING, Lab
 from edge_client.allocators import environment
 from fedepth.child import module_argv
-from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE, needed_bytes
-from fedepth.planning.planner import full_training_peak, make_plan
+from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE
+from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
 from fedepth.task import Policy
 
@@ -133,13 +133,12 @@ def waiting(folder: Path, images: int, repeats: int) -> list[dict[str, Any]]:
 def keeping(folder: Path, images: int, repeats: int) -> list[dict[str, Any]]:
     """Medians for every allowance."""
     model = asyncio.run(prepare(SPEC, TRAINING, folder / "models"))
-    # Twice as much as the plan is made for, so that no allowance is cut by the budget.
-    budget = needed_bytes(full_training_peak(model.costs, TRAINING, images).total) // 2
-    plan = make_plan(model.costs, budget_bytes=budget, training=TRAINING, sample_count=images, policy=Policy.PAPER)
     lab = Lab(model, images, folder)
+    budget, plan = lab.half()
     runs: dict[tuple[float, int], list[dict[str, Any]]] = {}
     rounds = [allowance for _ in range(repeats) for allowance in ALLOWANCES]
     for allowance in track(rounds, "keeping", console=console):
+        # Twice as much as the plan is made for, so that no allowance is cut by the budget.
         request = msgspec.json.encode(lab.request(plan, 2 * budget, 1))
         runs.setdefault(allowance, []).append(keeping_figures(request, *allowance))
     return [

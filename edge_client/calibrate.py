@@ -3,8 +3,8 @@
 Small models are trained for a few steps in the real trainer. The first of them is tried with every allocator that is
 there: of those whose footprint follows the tensors, the fastest is taken. Then the coefficients of the prediction are
 fitted to what all of them took (fedepth.memory.calibrate). The record is the machine's, not one agent's: agents that
-start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, the processor, or
-the number of threads has changed.
+start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, the processor, the
+number of threads, or what a stage may keep of freed memory has changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from edge_client.trial import TrialModel, trial_request, try_training, write_noi
 from fedepth import __version__
 from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
-from fedepth.memory.predict import needed_bytes, training_step
+from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.memory.traced import Tracer, tracer
 from fedepth.sizes import format_size
 from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
@@ -176,7 +176,8 @@ def _fingerprint(config: TrainerConfig) -> str:
     )
     return (
         f"fedepth {__version__}, torch {torch_version()}, {' '.join(platform.libc_ver())}, {libraries}, "
-        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, allocator {config.allocator}"
+        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, allocator {config.allocator}, "
+        f"allowance {KEPT_SHARE} and {KEPT_BYTES}"
     )
 
 

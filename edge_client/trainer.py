@@ -113,7 +113,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"), device)
     os.dup2(2, 1)
-    _start(device)
+    start(device)
     gc.freeze()  # what was imported stays, and need not be looked through again and again
     lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
     known = Known()
@@ -205,7 +205,7 @@ def _part_info(number: int, path: Path) -> PartInfo:
     return PartInfo(number, path.stat().st_size, file_digest(path))
 
 
-def _start(device: torch.device) -> None:
+def start(device: torch.device) -> None:
     """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
 
     Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come

@@ -209,9 +209,6 @@ class Convolutions:
     inference: tuple[Convolution, ...] = ()
 
 
-NO_CONVOLUTIONS = Convolutions()
-
-
 @dataclass(frozen=True)
 class UnitCost:
     """What one unit (or an exit: the skip connection and the head behind a unit) costs, traced under fake tensors.

@@ -19,8 +19,8 @@ class Moment:
     Attributes:
         stage: index of the stage in its plan.
         label: what runs: "build 3", "forward 3", "again 3", "backward 3" with the index of the unit, "forward exit",
-            "backward exit", or "build" where the inputs are the samples themselves; with ", convolution" behind it
-            while a convolution of the unit runs (fedepth.memory.predict).
+            "backward exit", or "build" where the inputs are the samples themselves; with ", convolution 1" behind
+            it while the first of the unit's convolutions runs (fedepth.memory.predict).
         components: what lives meanwhile, in bytes.
     """
 

@@ -149,11 +149,14 @@ def _unit_cost(
         for input_grad in (True, False)
     )
     output_bytes = torch.Size(output_shape).numel() * FLOAT_BYTES
-    cost, at_start = (
-        _cost(unit, unit, shape, output_bytes, batches, traces, channels_last) for traces in (inside, first)
+    cost = _cost(unit, unit, shape, output_bytes, batches, inside, channels_last)
+    small, large = first
+    convolving = _convolutions(batches, (small.convolving[1], large.convolving[1]), channels_last)
+    return replace(
+        cost,
+        backward_first=line(batches, (small.backward, large.backward)),
+        convolutions=replace(cost.convolutions, backward_first=convolving),
     )
-    convolutions = replace(cost.convolutions, backward_first=at_start.convolutions.backward)
-    return replace(cost, backward_first=at_start.backward, convolutions=convolutions)
 
 
 def _exit_cost(
@@ -225,10 +228,10 @@ def _convolutions(
 
 def _outweighs(one: Convolution, other: Convolution) -> bool:
     """Whether it copies and holds at least as much in every respect, and is another one."""
-    return one != other and all(mine >= its for mine, its in zip(_weights(one), _weights(other), strict=True))
+    return one != other and all(mine >= its for mine, its in zip(_amounts(one), _amounts(other), strict=True))
 
 
-def _weights(each: Convolution) -> tuple[int, ...]:
+def _amounts(each: Convolution) -> tuple[int, ...]:
     sizes = (each.reordered, each.living)
     return each.weight_bytes, each.depthwise_bytes, *(part for size in sizes for part in (size.fixed, size.per_sample))
 

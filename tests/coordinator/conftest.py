@@ -15,9 +15,9 @@ from coordinator.config import JobConfig
 from coordinator.store import TaskRecord
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     Budget,
     CachePlace,
+    Convolutions,
     DeviceReport,
     ModelCosts,
     PartInfo,
@@ -50,7 +50,7 @@ def cost(name: str) -> UnitCost:
         backward=Size(0, 512),
         backward_first=Size(0, 512),
         inference=Size(0, 256),
-        convolutions=NO_CONVOLUTIONS,
+        convolutions=Convolutions(),
         flops=1000,
     )
 

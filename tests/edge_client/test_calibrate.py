@@ -133,6 +133,15 @@ def test_another_processor_is_measured_anew(
     assert measured.times == 3
 
 
+def test_what_was_kept_of_another_allowance_is_measured_anew(
+    tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for allowed in (1 << 20, 1 << 20, 2 << 20):
+        monkeypatch.setattr(calibrate, "KEPT_BYTES", allowed)
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+    assert measured.times == 2
+
+
 def done(*peaks: tuple[int, int]) -> Done:
     """What a trainer tells of one stage for each (rehearsed, measured) peak."""
     nothing = PeakComponents(0, 0, 0, 0, 0, 0, 0)

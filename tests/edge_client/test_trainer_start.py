@@ -17,7 +17,7 @@ from edge_client import trainer
 from fedepth.memory.meter import status_bytes
 
 if sys.argv[1] == "started":
-    trainer._start(torch.device("cpu"))
+    trainer.start(torch.device("cpu"))
 else:
     torch.autograd.backward(torch.nn.Conv2d(16, 16, 3)(torch.rand(32, 16, 40, 40)).sum())
 before = status_bytes("RssFile")

@@ -18,8 +18,8 @@ from edge_client.trainer_process import Done, Failed, Measure, StageStarted, Tra
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from fedepth.models import zoo
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
+    Convolutions,
     ModelCosts,
     ModelSpec,
     Outcome,
@@ -39,7 +39,7 @@ BATCH = 64
 ENOUGH = 400 * MIB
 EPOCHS = 30  # some seconds: a stage looks at what is free once a second
 # An estimate of a TiB, so that no smaller micro-batch seems to fit.
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, NO_CONVOLUTIONS, 1)
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, Convolutions(), 1)
 COSTS = ModelCosts("digits-cnn", (HUNGRY,) * 6, (HUNGRY,) * 6, 256, 64, 1)
 ALLOCATORS = ["glibc", *(["tcmalloc"] if find_tcmalloc() else [])]
 

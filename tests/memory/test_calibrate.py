@@ -7,7 +7,6 @@ import pytest
 from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
 from fedepth.memory.predict import may_keep_bytes
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
     Convolution,
@@ -32,7 +31,7 @@ def stage(parameters: int, activation: int, depthwise: int, micro_batch: int, tr
         "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
         *[ZERO] * 4, Convolutions(*[(convolution,)] * 4), 1,
     )  # fmt: skip
-    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, NO_CONVOLUTIONS, 1)
+    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1)
     costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
     training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
     planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))

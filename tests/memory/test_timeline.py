@@ -9,9 +9,9 @@ from fedepth.memory.predict import needed_bytes
 from fedepth.memory.timeline import timeline
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
+    Convolutions,
     ModelCosts,
     Policy,
     Size,
@@ -39,7 +39,7 @@ def model(count: int) -> ModelCosts:
         True,
         False,
         *[ZERO] * 4,
-        NO_CONVOLUTIONS,
+        Convolutions(),
         1000,
     )
     exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)

@@ -10,7 +10,7 @@ from fedepth.errors import PlanError
 from fedepth.memory.predict import needed_bytes
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
-from fedepth.task import NO_CONVOLUTIONS, Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from fedepth.task import Calibration, Convolutions, ModelCosts, Policy, Size, TrainingSpec, UnitCost
 from tests.drawn_costs import models
 
 KIB = 1024
@@ -22,7 +22,7 @@ ZERO = Size(0, 0)
 
 def unit(name: str, saved: int, flops: int = 10**9) -> UnitCost:
     """A unit without weights that keeps its input of 10 KiB and `saved` bytes of every sample."""
-    return UnitCost(name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, NO_CONVOLUTIONS, flops)
+    return UnitCost(name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, Convolutions(), flops)
 
 
 def model(*saved_kib: int) -> ModelCosts:

@@ -16,7 +16,6 @@ from fedepth.memory.predict import (
 )
 from fedepth.planning.planner import make_plan
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
     Calibration,
     Convolution,
@@ -54,7 +53,7 @@ def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> Un
         backward=Size(0, 0),
         backward_first=Size(0, 0),
         inference=Size(0, 0),
-        convolutions=NO_CONVOLUTIONS,
+        convolutions=Convolutions(),
         flops=1000,
     )
 

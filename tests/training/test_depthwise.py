@@ -20,8 +20,8 @@ from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split, split_spec
 from fedepth.task import (
-    NO_CONVOLUTIONS,
     CachePlace,
+    Convolutions,
     ModelCosts,
     ModelSpec,
     PeakComponents,
@@ -47,7 +47,7 @@ PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 COSTS = ModelCosts("test", (), (), 256, 64, 1)
 ZERO = Size(0, 0)
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, NO_CONVOLUTIONS, 1)
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1)
 
 
 class Quiet:
@@ -263,6 +263,7 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     monkeypatch.setattr(depthwise, "fitting_micro_batch", lambda *_: 2)
     caps: list[int] = []
     monkeypatch.setattr(depthwise.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
+    monkeypatch.setattr(depthwise.allocator.HeapCap, "_lift", lambda _: caps.append(0))
     sizes: list[int] = []
     step = BlockTraining.step
 
@@ -281,8 +282,8 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     # It looks after every step; two looks find too little.
     assert sizes[:5] == [8, 2, 2, 8, 8]
     assert result.micro_batch == 2
-    whole, low, whole_again = caps
-    assert whole == whole_again == low + (150 << 20)
+    whole, low, whole_again, none = caps
+    assert whole == whole_again == low + (150 << 20) and none == 0
 
 
 @pytest.mark.parametrize(("low", "waits"), [(0, 1), (50 << 20, 0)], ids=["nothing", "enough for what is predicted"])
