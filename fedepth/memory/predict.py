@@ -36,7 +36,7 @@ MARGIN_SHARE = 0.08
 FLOAT_BYTES = 4
 
 # Beside what it needs, a stage may keep so much of freed memory for the next requests. With less, steps may ask for
-# thousands of pages anew; more of it saves nothing that was seen, and what is kept nobody can predict (docs/memory.md).
+# thousands of pages anew; with more, they ask for no fewer, and what is kept nobody can predict (docs/memory.md).
 KEPT_SHARE = 0.1
 KEPT_BYTES = 1 << 20
 
