@@ -54,7 +54,7 @@ class Recomputed:
 def train_recomputing(request: TrainRequest) -> dict[str, object]:
     """The plan's stages in order, without caches."""
     task = request.task
-    split = split_spec(task.model, request.allowed_models)
+    split = split_spec(task.model, request.allowed_models, costs=task.costs)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
         folder.mkdir(parents=True, exist_ok=True)

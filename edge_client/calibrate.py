@@ -42,7 +42,8 @@ from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, P
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
 FOLLOWS = 1.25
 ROOM = 1.5  # a probe's predicted need times this has to be free
-# The tracer of the probes' models takes this beside what a trainer takes: sympy, torch._dynamo, the models on paper.
+# A tracer takes less than this beside what a trainer takes: sympy, torch._dynamo, the model on paper. 190 MiB were
+# measured for ViT-B/16, 122 for a small one.
 TRACER_BYTES = 256 << 20
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _CPUINFO = Path("/proc/cpuinfo")
@@ -226,9 +227,22 @@ def _too_little(needed: int, free: int) -> PlanError:
     )
 
 
-async def _free_bytes(config: TrainerConfig, allocator: str, memory: MemoryConfig) -> int:
+async def room_for_tracing(config: TrainerConfig, memory: MemoryConfig) -> int:
+    """What is free for a tracer, or for a trainer beyond its start.
+
+    Raises:
+        PlanError: less than a tracer takes.
+        ChildError: no trainer could be started.
+    """
+    free = await _free_bytes(config, memory)
+    if free < TRACER_BYTES:
+        raise _too_little(TRACER_BYTES, free)
+    return free
+
+
+async def _free_bytes(config: TrainerConfig, memory: MemoryConfig) -> int:
     """The budget beside a running trainer. A cap is for tasks: the probes of all agents here are the same."""
-    trainer = await TrainerProcess.start(msgspec.structs.replace(config, allocator=allocator))
+    trainer = await TrainerProcess.start(config)
     try:
         uncapped = msgspec.structs.replace(memory, cap=0)
         return budget_from(measure(), trainer.start_bytes, uncapped, trainer.held_bytes).budget_bytes
@@ -241,9 +255,7 @@ async def _measure(
 ) -> Calibrated:
     """What fails is told and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
-    free = await _free_bytes(config, names[0], memory)
-    if free < TRACER_BYTES:
-        raise _too_little(TRACER_BYTES, free)
+    free = await room_for_tracing(msgspec.structs.replace(config, allocator=names[0]), memory)
     tell("tracing small models")
     async with tracer() as trace:
         models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from edge_client.calibrate import room_for_tracing
 from edge_client.config import Config, MemoryConfig
 from edge_client.probe import Memory, budget_from, measure
 from edge_client.trainer_process import Done, Failed, TrainerKeeper, TrainerProcess, torch_version
@@ -180,12 +181,15 @@ async def make_report(
 
     Raises:
         ConfigError: there is no torch here.
+        PlanError: too little memory is free to trace a model.
         ModelError: the model cannot be built or split, or is not allowed on this device.
         ChildError: no trainer starts here, or the model could not be traced.
         StateError: the state directory, where files lie meanwhile, cannot be written.
     """
     torch_version()
     with _scratch_folder(config.state_dir) as folder:
+        tell("measuring what is free")
+        await room_for_tracing(config.trainer, config.memory)
         tell(f"tracing {wanted.model.name}")
         weights = folder / "weights.safetensors"
         async with tracer() as trace:

@@ -150,7 +150,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
     """One task, from warm-up to its parts on disk."""
     started = time.monotonic()
     task = request.task
-    split = split_spec(task.model, request.allowed_models)
+    split = split_spec(task.model, request.allowed_models, costs=task.costs)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
         folder.mkdir(parents=True, exist_ok=True)

@@ -231,6 +231,8 @@ class UnitCost:
         inference: the most that lives at once in a forward pass without autograd beyond input and output.
         convolutions: what their kernels copy, and when.
         flops: floating point operations of one forward pass, per sample.
+        steps: what it is made of (fedepth.models.patterns); of an exit, what the head is made of. So a device splits a
+            model as it was traced, without having it whole in memory to find out.
     """
 
     name: str
@@ -248,6 +250,7 @@ class UnitCost:
     inference: Size
     convolutions: Convolutions
     flops: int
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True)

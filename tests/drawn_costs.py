@@ -27,6 +27,7 @@ units = st.builds(
     inference=sizes,
     convolutions=st.builds(Convolutions, *[convolutions] * 4),
     flops=st.integers(0, 10**9),
+    steps=st.just(()),
 )
 
 

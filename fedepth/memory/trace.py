@@ -206,6 +206,7 @@ def _cost(
         inference=line(batches, (small.inference, large.inference)),
         convolutions=Convolutions(forward, backward, backward, inference),
         flops=_flops(step, unit, shape, batches[1]),
+        steps=unit.paths,
     )
 
 

@@ -1,30 +1,38 @@
-"""Unit costs and initial weights of a model, by a child process: `python -m fedepth.memory.traced`.
+"""Unit costs of a model, and weights to try them with, by a child process: `python -m fedepth.memory.traced`.
 
 Tracing imports sympy and torch._dynamo, hundreds of MiB that whoever wants the figures must not keep. A request is one
-line of JSON on standard input, {"model", "training", "seed", "weights", "allowed"}, its answer one on standard output.
+line of JSON on standard input, {"model", "training", "weights", "allowed"}, its answer one on standard output.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, FedepthError, ModelError
+from fedepth.layout import ModelLayout
 from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_SEED = 1
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What to trace. `weights`: where initial weights go; nowhere if empty. `allowed`: see `zoo.build`."""
+    """What to trace. `weights`: where weights go; nowhere if empty. `allowed`: see `zoo.build`."""
 
     model: ModelSpec
     training: TrainingSpec
-    seed: int
     weights: str
     allowed: tuple[str, ...] | None
 
@@ -46,17 +54,14 @@ class Tracer:
         training: TrainingSpec,
         weights: Path | None,
         allowed: Sequence[str] | None,
-        seed: int = 1,
     ) -> ModelCosts:
-        """The cost table; initial weights go to `weights`. Takes seconds.
+        """The cost table; random weights that can be trained go to `weights`. Takes seconds.
 
         Raises:
             ModelError: the model cannot be built or split, or is not among `allowed`.
             ChildError: the child ended without an answer.
         """
-        wanted = Wanted(
-            spec, training, seed, str(weights) if weights else "", None if allowed is None else tuple(allowed)
-        )
+        wanted = Wanted(spec, training, str(weights) if weights else "", None if allowed is None else tuple(allowed))
         await self._child.send(wanted)
         answer = msgspec.convert(await self._child.receive(), _Answer)
         if answer.error:
@@ -78,18 +83,33 @@ async def tracer() -> AsyncIterator[Tracer]:
 
 
 def _trace(wanted: Wanted) -> ModelCosts:
-    import torch
-
     from fedepth.memory.trace import trace_costs
     from fedepth.models.split import split_spec
-    from fedepth.weights import save
 
+    costs = trace_costs(wanted.model, wanted.training, wanted.allowed)
     if wanted.weights:
-        torch.manual_seed(wanted.seed)
-        model = split_spec(wanted.model, wanted.allowed, device="cpu").model
-        save(Path(wanted.weights), {name: tensor.numpy() for name, tensor in model.state_dict().items()})
-        del model
-    return trace_costs(wanted.model, wanted.training, wanted.allowed)
+        _write_random(Path(wanted.weights), split_spec(wanted.model, wanted.allowed, costs=costs).layout())
+    return costs
+
+
+def _write_random(path: Path, layout: ModelLayout) -> None:
+    """Weights about as large as a fresh model's, one tensor at a time: the whole of them need not fit into memory."""
+    import numpy as np
+
+    from fedepth.weights import write_tensors
+
+    tensors = layout.by_name
+    rng = np.random.default_rng(_SEED)
+
+    def values(name: str) -> Iterator[npt.NDArray[np.float32]]:
+        shape = tensors[name].shape
+        if len(shape) > 1:
+            yield rng.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
+        else:
+            # What has one dimension and is no bias or mean scales something, or is its variance; counters start at 0.
+            yield np.full(shape, bool(shape) and not name.endswith(("bias", "mean")), dtype=np.float32)
+
+    write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, values)
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedepth.task import ModelCosts
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -45,6 +47,11 @@ def pattern_for(model: nn.Module) -> Pattern | None:
     """
     pattern = PATTERNS.get(f"{type(model).__module__}.{type(model).__qualname__}")
     return None if pattern is None else _expand(model, pattern)
+
+
+def pattern_of(costs: ModelCosts) -> Pattern:
+    """How the model was split that these costs were traced from."""
+    return Pattern(tuple(unit.steps for unit in costs.units), costs.exits[0].steps if costs.exits else ())
 
 
 def _expand(model: nn.Module, pattern: Pattern) -> Pattern:

@@ -23,8 +23,8 @@ from fedepth.errors import ModelError
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.models import zoo
 from fedepth.models.discover import discover_pattern
-from fedepth.models.patterns import GLUE, Pattern, pattern_for
-from fedepth.task import ModelSpec
+from fedepth.models.patterns import GLUE, Pattern, pattern_for, pattern_of
+from fedepth.task import ModelCosts, ModelSpec
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -46,6 +46,7 @@ class Unit:
 
     Attributes:
         name: the path of its first step.
+        paths: its steps as patterns name them.
         steps: what to call.
         modules: the modules among the steps and those that glue functions use.
         parameter_names: names of its parameters in the model's state dict.
@@ -54,6 +55,7 @@ class Unit:
     """
 
     name: str
+    paths: tuple[str, ...]
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     modules: tuple[nn.Module, ...]
     parameter_names: tuple[str, ...]
@@ -98,7 +100,6 @@ class SplitModel:
         head: what follows the last unit; gives logits.
         input_shapes: each unit's input without the batch.
         head_shape: the head's input without the batch, where every skip connection leads.
-        pattern: how it was split.
     """
 
     model: nn.Module
@@ -106,7 +107,6 @@ class SplitModel:
     head: Unit
     input_shapes: tuple[tuple[int, ...], ...]
     head_shape: tuple[int, ...]
-    pattern: Pattern
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images to (B, classes) logits; the same as `model(x)`."""
@@ -124,7 +124,10 @@ class SplitModel:
 
 
 def split_spec(
-    spec: ModelSpec, allowed: Sequence[str] | None = None, device: torch.device | str = "meta"
+    spec: ModelSpec,
+    allowed: Sequence[str] | None = None,
+    device: torch.device | str = "meta",
+    costs: ModelCosts | None = None,
 ) -> SplitModel:
     """Builds a job's model and splits it.
 
@@ -132,13 +135,16 @@ def split_spec(
         spec: names the model.
         allowed: see `zoo.build`.
         device: "meta" for a model without weights, or where its fresh weights shall be.
+        costs: split it as it was when these were traced. Without them, a model of no known architecture is built once
+            with all its weights, wherever it shall be, to be watched.
 
     Raises:
         ModelError: see `zoo.build` and `split`.
     """
     with torch.device(device), _NoRandomFill():
         model = zoo.build(spec, allowed)
-    return split(model, spec.name, spec.input_shape, factory=partial(zoo.build, spec, allowed))
+    pattern = pattern_of(costs) if costs else None
+    return split(model, spec.name, spec.input_shape, partial(zoo.build, spec, allowed), pattern)
 
 
 def split(
@@ -167,7 +173,10 @@ def split(
             change.
     """
     _check_tensors(model, name)
-    pattern = pattern or pattern_for(model)
+    if pattern is not None:
+        _check_pattern(model, name, pattern)
+    else:
+        pattern = pattern_for(model)
     if pattern is None:
         real = model
         if any(tensor.is_meta for tensor in model.state_dict().values()):
@@ -180,7 +189,7 @@ def split(
     head = _unit(model, pattern.head)
     _check_owners(model, name, (*units, head))
     shapes = _shapes(units, tuple(input_shape))
-    return SplitModel(model, units, head, shapes[:-1], shapes[-1], pattern)
+    return SplitModel(model, units, head, shapes[:-1], shapes[-1])
 
 
 def assign(split_model: SplitModel | nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:
@@ -245,6 +254,7 @@ def _unit(model: nn.Module, paths: tuple[str, ...]) -> Unit:
     modules_by_name = dict(model.named_modules())
     return Unit(
         name=paths[0].lstrip("@"),
+        paths=paths,
         steps=tuple(steps),
         modules=tuple(modules_by_name[path] for path in owned if path in modules_by_name),
         parameter_names=tuple(name for name, _ in model.named_parameters() if _belongs(name, owned)),
@@ -295,6 +305,19 @@ def _check_tensors(model: nn.Module, name: str) -> None:
     odd = [n for n, tensor in model.state_dict().items() if tensor.dtype not in DTYPE_NAMES]
     if odd:
         raise ModelError(f"The model {name} has tensors of types that cannot travel: {', '.join(odd)}.")
+
+
+def _check_pattern(model: nn.Module, name: str, pattern: Pattern) -> None:
+    """A pattern that came from elsewhere has to fit the model that the code here builds."""
+    known = {*GLUE, *(path for path, _ in model.named_modules() if path)}
+    parts = (*pattern.units, pattern.head)
+    unknown = [step for part in parts for step in part if step not in known]
+    if unknown or not all(parts):
+        told = f"it has no {', '.join(unknown[:8])}" if unknown else "not every unit has a step"
+        raise ModelError(
+            f"The model {name} cannot be split as it was where its costs were traced: {told}. "
+            "Install the same version of the model's code here as there."
+        )
 
 
 def _check_owners(model: nn.Module, name: str, units: Sequence[Unit]) -> None:

@@ -52,6 +52,7 @@ def cost(name: str) -> UnitCost:
         inference=Size(0, 256),
         convolutions=Convolutions(),
         flops=1000,
+        steps=(),
     )
 
 

@@ -25,7 +25,7 @@ from edge_client.report import (
 from edge_client.report_tables import in_words, micro_batches, shown_blocks, tables
 from edge_client.trainer_process import TrainerKeeper
 from edge_client.trial import TrialModel
-from fedepth.errors import ConfigError, ModelError, StateError
+from fedepth.errors import ConfigError, ModelError, PlanError, StateError
 from fedepth.memory.predict import needed_bytes
 from fedepth.models.catalog import named_spec
 from fedepth.planning.explain import CLEARLY_LESS, ladder
@@ -211,6 +211,14 @@ def test_a_model_that_this_device_does_not_allow_is_refused(tmp_path: Path) -> N
     wanted = Wanted(named_spec("os:getcwd", "1x8x8", 10), TRAINING, Policy.AUTO, 8)
     with pytest.raises(ModelError, match="os:getcwd"):
         asyncio.run(make_report(wanted, Config(state=str(tmp_path))))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_traced_where_a_tracer_has_no_room(tmp_path: Path) -> None:
+    wanted = Wanted(TOY, TRAINING, Policy.AUTO, 8)
+    config = Config(state=str(tmp_path), memory=MemoryConfig(reserve="1000GiB"))
+    with pytest.raises(PlanError, match=r"256\.0 MiB have to be free beside the trainer, 0 B are"):
+        asyncio.run(make_report(wanted, config))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -70,6 +70,17 @@ def test_two_unequal_devices_train_a_model_that_leaves_as_onnx(rig: Any) -> None
     assert "measured_peak_bytes" in text and "predicted_peak_bytes" in text
 
 
+def test_a_model_of_ones_own_is_split_on_devices_as_the_coordinator_split_it(rig: Any) -> None:
+    name = "tests.own_model:build"
+    rig.lab.start_coordinator(rig.job(devices=1, quorum=1, model=name), "--exit-when-done")
+    rig.agent(0, "--exit-when-done", "--allow-model", name)
+    exported = rig.event("coordinator", "exported")
+    assert [rig.end(process) for process in ("coordinator", "device-0")] == [0, 0]
+    assert exported["parity_max_abs"] <= 1e-4
+    (given,) = [line for line in rig.log("coordinator") if line.get("event") == "task_given"]
+    assert given["blocks"] == "0-3"
+
+
 def test_a_device_that_dies_does_not_hold_the_round(rig: Any) -> None:
     rig.lab.start_coordinator(rig.job(quorum=1, deadline=12, epochs=300), "--exit-when-done")
     rig.agent(0)

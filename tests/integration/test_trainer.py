@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -39,8 +40,9 @@ BATCH = 64
 ENOUGH = 400 * MIB
 EPOCHS = 30  # some seconds: a stage looks at what is free once a second
 # An estimate of a TiB, so that no smaller micro-batch seems to fit.
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, Convolutions(), 1)
-COSTS = ModelCosts("digits-cnn", (HUNGRY,) * 6, (HUNGRY,) * 6, 256, 64, 1)
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, Convolutions(), 1, ())
+UNITS = tuple(replace(HUNGRY, steps=(f"units.{index}",)) for index in range(6))
+COSTS = ModelCosts("digits-cnn", UNITS, (replace(HUNGRY, steps=("head",)),) * 6, 256, 64, 1)
 ALLOCATORS = ["glibc", *(["tcmalloc"] if find_tcmalloc() else [])]
 
 Request = Callable[..., TrainRequest]

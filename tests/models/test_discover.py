@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fedepth.errors import ModelError
 from fedepth.models import zoo
 from fedepth.models.discover import discover_pattern
+from fedepth.models.patterns import pattern_for
 from fedepth.models.split import split
 from fedepth.task import ModelSpec
 
@@ -162,7 +163,7 @@ def test_a_convolution_can_be_the_classifier() -> None:
 def test_the_rule_finds_the_units_of_a_known_architecture() -> None:
     spec = ModelSpec("resnet18", ("a", "b"), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
     model = zoo.build(spec)
-    assert discover_pattern(model, "resnet18", (3, 32, 32)) == split(model, "resnet18", (3, 32, 32)).pattern
+    assert discover_pattern(model, "resnet18", (3, 32, 32)) == pattern_for(model)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -8,10 +9,12 @@ from torch import nn
 
 from fedepth.errors import ModelError
 from fedepth.layout import ModelLayout
+from fedepth.memory.trace import trace_costs
 from fedepth.models import zoo
 from fedepth.models.split import SplitModel, assign, release, split, split_spec
-from fedepth.task import ModelSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
+TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
 UNITS = {"digits-cnn": 6, "preresnet20": 10, "resnet18": 9, "mobilenet-v3-small": 13, "vit-tiny": 13}
 HEADS = {
     "digits-cnn": ("head.2.weight", "head.2.bias"),
@@ -220,8 +223,56 @@ def test_a_meta_model_without_pattern_needs_a_factory() -> None:
     expected = torch.rand(1)
     torch.manual_seed(5)
     split_model = split(model, "mine", (3, 8, 8), factory=build)
-    assert split_model.pattern == split(build(), "mine", (3, 8, 8)).pattern
+    assert [unit.paths for unit in split_model.units] == [("0",)] and split_model.head.paths == ("1", "2", "3")
     assert all(parameter.is_meta for parameter in split_model.model.parameters())
     torch.manual_seed(5)
     split(model, "mine", (3, 8, 8), factory=build)
     assert torch.equal(torch.rand(1), expected)
+
+
+def only_on_meta() -> nn.Module:
+    if torch.empty(0).device.type != "meta":
+        raise MemoryError("all of the model was asked for")
+    return small_model()
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+
+
+def test_with_its_costs_a_model_of_ones_own_is_split_without_being_built() -> None:
+    spec = spec_of(f"{__name__}:small_model")
+    costs = trace_costs(spec, TRAINING)
+    assert [unit.steps for unit in costs.units] == [("0",), ("1",)]
+    assert [exit_.steps for exit_ in costs.exits] == [("2", "3", "4")] * 2
+    split_model = split_spec(replace(spec, name=f"{__name__}:only_on_meta"), costs=costs)
+    assert split_model.layout() == split_spec(spec).layout()
+    assert all(parameter.is_meta for parameter in split_model.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("units", "head", "message"),
+    [
+        ((("0",), ("conv9",)), ("2", "3", "4"), "it has no conv9.*same version"),
+        ((("0",), ("1", "@other")), ("2", "3", "4"), "it has no @other"),
+        ((("0",), ()), ("2", "3", "4"), "not every unit has a step"),
+        ((("0",), ("1",)), (), "not every unit has a step"),
+        ((("0",),), ("2", "3", "4"), r"1.weight \(none\)"),
+        ((("0",), ("1", "0")), ("2", "3", "4"), r"0.weight \(0, 1\)"),
+    ],
+)
+def test_costs_of_another_model_are_told(
+    units: tuple[tuple[str, ...], ...], head: tuple[str, ...], message: str
+) -> None:
+    spec = spec_of(f"{__name__}:small_model")
+    costs = trace_costs(spec, TRAINING)
+    unit, exit_ = costs.units[0], costs.exits[0]
+    other = replace(
+        costs, units=tuple(replace(unit, steps=steps) for steps in units), exits=(replace(exit_, steps=head),)
+    )
+    with pytest.raises(ModelError, match=message):
+        split_spec(spec, costs=other)
+    with pytest.raises(ModelError, match="not every unit has a step"):
+        split_spec(spec, costs=replace(costs, exits=()))

@@ -55,6 +55,7 @@ def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> Un
         inference=Size(0, 0),
         convolutions=Convolutions(),
         flops=1000,
+        steps=(),
     )
 
 
