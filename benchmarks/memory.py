@@ -33,7 +33,7 @@ from rich.progress import track
 from benchmarks.bench_task import prepare, write_digits
 from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Done
+from edge_client.trainer_process import Done, Failed
 from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
 from edge_client.work import SMALLER_PLANS, smaller_limit
 from fedepth.errors import PlanError
@@ -182,8 +182,12 @@ async def _train(
         task = trial_request(
             prepared, replace(plan, budget_bytes=budget), budget, data, folder / "run", enforce=enforce
         )
-        end = await try_in_fresh_trainer(task, _config(prepared.costs.calibration.allocator))
+        config = _config(prepared.costs.calibration.allocator)
+        end = await try_in_fresh_trainer(task, config)
         tries += 1
+        if isinstance(end, Failed) and end.capped:
+            end = await try_in_fresh_trainer(replace(task, keeping=False), config)
+            tries += 1
         if isinstance(end, Done):
             return end.result.plan, tries, end
         if end.outcome not in (Outcome.OVER_BUDGET, Outcome.TRAINER_DIED) or tries > SMALLER_PLANS:

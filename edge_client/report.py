@@ -240,6 +240,8 @@ class Bench:
         request = trial_request(self.model, plan, limit, self._data, folder, enforce=True)
         try:
             end = await try_training(trainer, request)
+            if isinstance(end, Failed) and end.capped:
+                end = await try_training(trainer, replace(request, keeping=False))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(end, Done):

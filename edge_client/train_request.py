@@ -15,6 +15,7 @@ class TrainRequest:
         plan: the task's plan, or a smaller one where memory has shrunk.
         allowed_models: every `module:function` that this device may import.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
+        keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
     """
 
     task: Task
@@ -27,3 +28,4 @@ class TrainRequest:
     device_id: str
     allowed_models: tuple[str, ...]
     enforce: bool
+    keeping: bool = True

@@ -131,6 +131,7 @@ def main() -> None:
                 budget_bytes=getattr(error, "budget_bytes", request.budget.budget_bytes),
                 stage=getattr(error, "stage", 0),
                 miss_bytes=getattr(error, "miss_bytes", 0),
+                capped=getattr(error, "capped", False),
             )
         else:
             lines.tell(event="done", result=result)
@@ -167,6 +168,7 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
             device=device,
             channels_last=prefers_channels_last(split, device),
             enforce=request.enforce,
+            keeping=request.keeping,
         )
         warm = known.warm.setdefault(task.model, set())
         if not warm.issuperset(request.plan.trained_units):

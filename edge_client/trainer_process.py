@@ -102,7 +102,10 @@ class Done(_Event, tag="done", frozen=True):
 
 
 class Failed(_Event, tag="failed", frozen=True):
-    """The task ended without an update; the trainer lives on."""
+    """The task ended without an update; the trainer lives on.
+
+    `capped`: a stage met the cap on its heap, not its budget; the same plan may be trained without keeping memory.
+    """
 
     outcome: Outcome
     message: str
@@ -110,6 +113,7 @@ class Failed(_Event, tag="failed", frozen=True):
     budget_bytes: int = 0
     stage: int = 0
     miss_bytes: int = 0
+    capped: bool = False
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Waiting | StageDone | Done | Failed

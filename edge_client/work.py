@@ -40,7 +40,7 @@ from fedepth.errors import (
 from fedepth.memory.predict import needed_bytes
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Task
+from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Stage, Task
 
 SMALLER_PLANS = 4
 FETCHES = 3  # of weights that come damaged
@@ -78,6 +78,7 @@ class Worker:
         self._outbox = outbox
         self._link = link
         self._report = report
+        self._keeping_nothing: set[tuple[Stage, ...]] = set()  # plans that have met the cap on their heap before
         self._folder = config.state_dir / "work"
         shutil.rmtree(self._folder, ignore_errors=True)  # of an agent that was killed
 
@@ -160,7 +161,8 @@ class Worker:
                 self._allowance.learn_start(trainer.start_bytes)
                 budget = self._allowance.budget(trainer.held_bytes, trainer.baseline_bytes)
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
-                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget), tell)
+                keeping = plan.stages not in self._keeping_nothing
+                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget, keeping=keeping), tell)
             except ChildError as error:
                 await self._keeper.drop()
                 self._allowance.died()
@@ -173,6 +175,10 @@ class Worker:
                 return end
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _Told(end)
+            if end.capped and keeping:
+                _log.warning("a stage met the cap on its heap; the same plan, keeping nothing", message=end.message)
+                self._keeping_nothing.add(plan.stages)
+                continue
             smaller += 1
             task = request.task
             least = smallest_peak(task.costs, task.training, samples, task.policy)

@@ -55,12 +55,14 @@ class OverBudgetError(FedepthError):
     Attributes:
         stage: index of the stage in its plan.
         miss_bytes: by how much, as far as it was measured; at least 0.
+        capped: it was not the budget but the cap on its heap, a little above what its rehearsal needed.
     """
 
-    def __init__(self, message: str, *, stage: int, miss_bytes: int) -> None:
+    def __init__(self, message: str, *, stage: int, miss_bytes: int, capped: bool = False) -> None:
         super().__init__(message)
         self.stage = stage
         self.miss_bytes = miss_bytes
+        self.capped = capped
 
 
 class ChildError(FedepthError):

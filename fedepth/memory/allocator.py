@@ -144,13 +144,13 @@ class HeapCap:
     def __init__(self, held_bytes: int, cap_bytes: int) -> None:
         """`held_bytes`: what the heap held when nothing was added yet; `cap_bytes`: what may be added at most."""
         self._held = held_bytes
-        self._cap = self._now = cap_bytes
+        self.cap_bytes = self._now = cap_bytes
         self._plug: int | None = None
 
     def __enter__(self) -> HeapCap:
-        self._limit(self._cap)
+        self._limit(self.cap_bytes)
         if not _property(_DECOMMIT):
-            _reserve(min(self._cap, _address_space_left() - _UNRESERVED_BYTES))
+            _reserve(min(self.cap_bytes, _address_space_left() - _UNRESERVED_BYTES))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,7 +158,7 @@ class HeapCap:
 
     def resize(self, cap_bytes: int) -> None:
         """Another bound from now on, never above the first; free pages are given back."""
-        before, self._now = self._now, min(cap_bytes, self._cap)
+        before, self._now = self._now, min(cap_bytes, self.cap_bytes)
         if self._now != before:
             self._limit(self._now)
 
@@ -198,11 +198,12 @@ def _reserve(size_bytes: int) -> None:
 @contextmanager
 def keeping_nothing() -> Iterator[None]:
     """Within the block, what is freed is given back at once: slow, and the high-water mark is that of the tensors."""
+    before = _property(_DECOMMIT)
     _set_property(_DECOMMIT, 1)
     try:
         yield
     finally:
-        _set_property(_DECOMMIT, 0)
+        _set_property(_DECOMMIT, before)
 
 
 def _set_property(key: bytes, value: int) -> None:

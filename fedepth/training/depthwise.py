@@ -119,6 +119,8 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 limits.enter_context(
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
+            if not work.keeping:
+                limits.enter_context(allocator.keeping_nothing())
             cap = limits.enter_context(_heap_cap(work, meter, rehearsed or {}, stage, budget))
             previous = done[-1] if done else None
             yield_memory = partial(_yield_memory, work, stage, meter, cap, hooks, len(done))
@@ -134,7 +136,8 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
-                    raise _over_budget(error, len(done), stage, budget, meter) from error
+                    capped = cap.cap_bytes < _whole_heap(work, budget)
+                    raise _over_budget(error, len(done), stage, budget, meter, capped=capped) from error
                 raise
             units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]
             parts.append(_write(work, len(parts), units))
@@ -175,12 +178,16 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     At most the budget, and all of it where the stage was not rehearsed. Stages that need less than the worst keep what
     they like up to its need.
     """
-    cap = budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
-    if stage in rehearsed:
+    cap = _whole_heap(work, budget)
+    if work.keeping and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
     # What lies beside the heap is off every cap, also off one that is lowered later.
     return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
+
+
+def _whole_heap(work: Work, budget: int) -> int:
+    return budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -334,17 +341,25 @@ def _check(meter: Meter, work: Work, budget: int, index: int, stage: Stage) -> N
         )
 
 
-def _over_budget(error: BaseException, index: int, stage: Stage, budget: int, meter: Meter) -> BaseException:
-    """An allocator's error as OverBudgetError; any other error as it is."""
+def _over_budget(
+    error: BaseException, index: int, stage: Stage, budget: int, meter: Meter, *, capped: bool
+) -> BaseException:
+    """An allocator's error as OverBudgetError; any other error as it is.
+
+    Args:
+        capped: the cap on the heap was below the budget. It counts what is asked for, a rehearsal what is written to.
+    """
     if not _is_out_of_memory(error):
         return error
     text = str(error)
     wanted = _WANTED.search(text)
     # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
     needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)
+    met = "the cap on its heap" if capped else "its limit"
     return OverBudgetError(
-        f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met its limit in "
+        f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met {met} in "
         f"a budget of {format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
         stage=index,
         miss_bytes=max(0, needed - budget),
+        capped=capped,
     )

@@ -54,7 +54,9 @@ def write_part(request: dict[str, Any]) -> dict[str, Any]:
     content = b"trained"
     output = Path(request["output"])
     output.mkdir(parents=True, exist_ok=True)
-    (output / "part-0000.safetensors").write_bytes(content)
+    path = output / "part-0000.safetensors"
+    if not path.exists():  # a part is final once it was told of: the agent may be reading it
+        path.write_bytes(content)
     return {"part": 0, "size_bytes": len(content), "digest": hashlib.sha256(content).hexdigest()}
 
 
@@ -98,7 +100,7 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
     if kind == "babble":
         print("not JSON", flush=True)
     elif kind == "over":
-        failed("over_budget", stage=0, miss_bytes=scene["miss"])
+        failed("over_budget", stage=0, miss_bytes=scene["miss"], capped=scene.get("capped", False))
     elif kind == "fail":
         failed(scene["outcome"], needed_bytes=7, budget_bytes=5)
     else:

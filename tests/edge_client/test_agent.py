@@ -375,6 +375,18 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     assert len(transport.delivered) == 1
 
 
+def test_a_plan_that_met_the_cap_on_its_heap_is_trained_keeping_nothing_from_then_on(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task("t1"), make_task("t2")]
+    bench.run(transport, {"do": "over", "miss": 0, "capped": True}, OK, OK)
+    first, *others = bench.plans()
+    assert others == [first, first]
+    assert [request["keeping"] for request in bench.requests] == [True, False, False]
+    assert len(bench.said("a stage met the cap on its heap; the same plan, keeping nothing")) == 1
+    assert len(transport.delivered) == 2
+
+
 def test_a_death_in_the_rehearsal_is_a_plan_that_needs_too_much(
     bench: Bench, transport: FakeTransport, make_task: MakeTask, plan_for: PlanFor
 ) -> None:

@@ -33,6 +33,7 @@ from fedepth.task import (
     UnitCost,
 )
 from fedepth.weights import save
+from tests.own_model import UNWRITTEN_BYTES
 
 MIB = 1 << 20
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 64, 64), (0.5,), (0.5,))
@@ -55,13 +56,13 @@ def request_of(tmp_path: Path) -> Request:
     save(weights, {name: tensor.numpy() for name, tensor in zoo.build(SPEC, None).state_dict().items()})
     data = write_noise(tmp_path / "data", SPEC, 3 * BATCH)
 
-    def request(first: int, last: int, budget: int, *, epochs: int = 1) -> TrainRequest:
+    def request(first: int, last: int, budget: int, *, epochs: int = 1, model: str = SPEC.name) -> TrainRequest:
         training = TrainingSpec(BATCH, epochs, "sgd", 0.01, 0.9, 0.0, 0.0, "none", 1)
         stage = Stage(first, last, BATCH, CachePlace.DISK, 4, PeakComponents(0, 0, 0, 0, 0, 0, 0))
         untrained = tuple(unit for unit in range(6) if not first <= unit <= last)
         plan = Plan((stage,), untrained, Policy.PAPER, budget)
-        model = TrialModel(SPEC, training, COSTS, weights)
-        return trial_request(model, plan, budget, data, tmp_path / f"run-{first}", enforce=True)
+        trial = TrialModel(replace(SPEC, name=model), training, COSTS, weights)
+        return trial_request(trial, plan, budget, data, tmp_path / f"run-{first}", enforce=True)
 
     return request
 
@@ -86,7 +87,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
     async def scene() -> None:
         async with running(allocator) as trainer:
             end = await try_training(trainer, request_of(0, 5, 12 * MIB))
-            assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET
+            assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET and not end.capped
             assert "stage 0 (units 0-5" in end.message and "12.0 MiB" in end.message
             # Other units, and enough memory, in the same process.
             done = await try_training(trainer, request_of(4, 5, ENOUGH))
@@ -94,6 +95,24 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
             assert done.result.trained_units == (4, 5)
             (stage,) = done.result.stages
             assert 0 < stage.rehearsed_peak_bytes <= stage.measured_peak_bytes <= ENOUGH
+
+    play(scene())
+
+
+@pytest.mark.skipif("tcmalloc" not in ALLOCATORS, reason="no other allocator has a cap")
+def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_keeping_nothing(request_of: Request) -> None:
+    async def scene() -> None:
+        async with running("tcmalloc") as trainer:
+            request = request_of(5, 5, ENOUGH, model="tests.own_model:roomy_digits")
+            end = await try_training(trainer, request)
+            assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET and end.capped
+            assert "stage 0 (units 5-5, micro-batch 64) met the cap on its heap" in end.message
+            assert str(UNWRITTEN_BYTES) in end.message
+            done = await try_training(trainer, replace(request, keeping=False))
+            assert isinstance(done, Done), done
+            (stage,) = done.result.stages
+            assert 0 < stage.rehearsed_peak_bytes < UNWRITTEN_BYTES
+            assert abs(stage.measured_peak_bytes - stage.rehearsed_peak_bytes) < 2 * MIB
 
     play(scene())
 

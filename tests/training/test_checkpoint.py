@@ -14,6 +14,7 @@ def units(*modules: nn.Module) -> list[Unit]:
     return [
         Unit(
             str(place),
+            (str(place),),
             (module,),
             (module,),
             tuple(f"{place}.{name}" for name, _ in module.named_parameters()),
