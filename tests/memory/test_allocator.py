@@ -72,6 +72,8 @@ for size in range(10 * MIB - 96 * KIB, 11 * MIB, 256 * KIB):
             told["to_the_page"][-1].append(address is not None)
             library.free(ctypes.c_void_p(address))
 with allocator.keeping_nothing():
+    with allocator.keeping_nothing():
+        pass  # the end of this one does not end the other
     told["nothing_kept"] = holes_then_large()
 before = meter.beside_heap_bytes
 mapped = mmap.mmap(-1, 8 * MIB)  # what the heap knows nothing of
