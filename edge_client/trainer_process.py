@@ -104,7 +104,7 @@ class Done(_Event, tag="done", frozen=True):
 class Failed(_Event, tag="failed", frozen=True):
     """The task ended without an update; the trainer lives on.
 
-    `capped`: a stage met the cap on its heap, not its budget; the same plan may be trained without keeping memory.
+    `capped`: a stage met the cap on its heap, perhaps inside its budget; keeping nothing, it may be trained.
     """
 
     outcome: Outcome

@@ -55,7 +55,7 @@ class OverBudgetError(FedepthError):
     Attributes:
         stage: index of the stage in its plan.
         miss_bytes: by how much, as far as it was measured; at least 0.
-        capped: it was not the budget but the cap on its heap, a little above what its rehearsal needed.
+        capped: it met the cap on its heap, which counts what was asked for, not what was written to.
     """
 
     def __init__(self, message: str, *, stage: int, miss_bytes: int, capped: bool = False) -> None:

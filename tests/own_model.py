@@ -11,7 +11,7 @@ from fedepth.models.digits import DigitsCNN
 from fedepth.task import ModelSpec
 
 WIDTHS = (16, 16, 32, 32)
-UNWRITTEN_BYTES = 64 << 20
+UNWRITTEN_BYTES = 24 << 20
 
 
 def build(spec: ModelSpec) -> nn.Module:

@@ -39,8 +39,9 @@ LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 _UNBOUNDED = 1 << 50
 BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
+UNWRITTEN_BYTES = 16 << 20  # that kernels ask for and never write to; they count on the heap, and take no memory
 _OUT_OF_MEMORY = re.compile(
-    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not create a)",
+    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
     re.I,
 )
 _WANTED = re.compile(r"tried to allocate (\d+) bytes")
@@ -136,7 +137,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
-                    capped = cap.cap_bytes < _whole_heap(work, budget)
+                    capped = work.keeping and cap.cap_bytes < _UNBOUNDED and allocator.can_be_capped()
                     raise _over_budget(error, len(done), stage, budget, meter, capped=capped) from error
                 raise
             units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]
@@ -187,7 +188,11 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
 
 
 def _whole_heap(work: Work, budget: int) -> int:
-    return budget - BESIDE_HEAP_BYTES if work.enforce else _UNBOUNDED
+    """What the heap may come to in a budget. Where nothing is kept it follows what is in use, and may have asked for
+    more than was ever written to; the first step is held against the budget then."""
+    if not work.enforce:
+        return _UNBOUNDED
+    return budget - BESIDE_HEAP_BYTES if work.keeping else budget + UNWRITTEN_BYTES
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -290,7 +295,7 @@ def _yield_memory(
             cap.resize(_UNBOUNDED)
             fits(None)
             return
-        cap.resize(budget - BESIDE_HEAP_BYTES)
+        cap.resize(_whole_heap(work, budget))
         if fits(budget):
             return
         hooks.waiting(index, stage, budget)
@@ -347,7 +352,7 @@ def _over_budget(
     """An allocator's error as OverBudgetError; any other error as it is.
 
     Args:
-        capped: the cap on the heap was below the budget. It counts what is asked for, a rehearsal what is written to.
+        capped: a cap on the heap held, which counts what is asked for, and not what is written to.
     """
     if not _is_out_of_memory(error):
         return error

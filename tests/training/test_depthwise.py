@@ -334,6 +334,24 @@ def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> N
     assert caught.value.stage == 0 and caught.value.miss_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 300 bytes. Error code 12", 300),
+        ("could not create a memory object", 0),
+        ("could not execute a primitive", 0),  # what oneDNN says where its scratch memory is refused
+        ("CUDA out of memory. Tried to allocate 20.00 MiB", 0),
+    ],
+)
+def test_what_an_allocator_says_is_told_from_other_errors(text: str, wanted: int) -> None:
+    meter = SimpleNamespace(peak_bytes=1000)
+    told = depthwise._over_budget(RuntimeError(text), 3, stage(4, 5), 900, meter, capped=True)  # type: ignore[arg-type]
+    assert isinstance(told, OverBudgetError)
+    assert (told.stage, told.miss_bytes, told.capped) == (3, 100 + wanted, True)
+    other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert depthwise._over_budget(other, 3, stage(4, 5), 900, meter, capped=True) is other  # type: ignore[arg-type]
+
+
 def test_what_lies_beside_the_heap_is_off_the_cap_and_off_a_lowered_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
