@@ -26,6 +26,7 @@ from fedepth.memory.meter import Meter
 from fedepth.models.load import load_model
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import Unit, split_spec
+from fedepth.training.pressure import MicroBatch
 from fedepth.training.stage import BlockTraining, epoch_batches
 from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work, load, to_device
@@ -76,7 +77,9 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
                 load(work, unit, trainable=False)
                 unit.train(False)
             source = Recomputed(work, prefix)
-            block = BlockTraining(work, stage, source, labels, index, final=index == len(request.plan.stages) - 1)
+            micro_batch = MicroBatch(task.costs, task.training, stage, len(images))
+            final = index == len(request.plan.stages) - 1
+            block = BlockTraining(work, stage, source, labels, index, micro_batch, final=final)
             for _ in range(task.training.local_epochs):
                 for indices in block.epoch_batches(task.training.batch):
                     block.step(indices)

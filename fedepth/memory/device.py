@@ -34,6 +34,14 @@ def peak_bytes(meter: Meter, device: torch.device) -> int:
     return meter.peak_bytes + reserved if _is_unified(device) else max(meter.peak_bytes, reserved)
 
 
+def held_bytes(meter: Meter, device: torch.device) -> int:
+    """What this process holds now above the baseline, of the memory that its budget is measured in: a discrete GPU's
+    own memory comes on top of that (`bounded`)."""
+    if device.type != "cuda" or not _is_unified(device):
+        return meter.held_bytes
+    return meter.held_bytes + torch.cuda.memory_reserved(device)
+
+
 def bounded(budget_bytes: int, device: torch.device) -> int:
     """The budget as far as the device's own memory allows it; CUDA's allocator is held to it from now on."""
     if device.type != "cuda":

@@ -21,7 +21,7 @@ import torch
 
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
-from fedepth.memory.device import peak_bytes, reset
+from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
 from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
@@ -30,7 +30,7 @@ from fedepth.sizes import format_size
 from fedepth.task import Plan, Stage, StageResult
 from fedepth.training.cache import Cache
 from fedepth.training.prefix import build_inputs
-from fedepth.training.pressure import building_fits, fitting_micro_batch
+from fedepth.training.pressure import MicroBatch, building_fits
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
 from fedepth.weights import write_tensors
@@ -82,7 +82,7 @@ def fitted(work: Work, meter: Meter, hooks: Hooks) -> Work:
     Raises:
         PlanError: nothing fits.
     """
-    stages = _fit(work, list(work.plan.stages), [], hooks.measure(0, meter.held_bytes))
+    stages = _fit(work, list(work.plan.stages), [], hooks.measure(0, held_bytes(meter, work.device)))
     return replace(work, plan=replace(work.plan, stages=tuple(stages)))
 
 
@@ -102,10 +102,10 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     results: list[StageResult] = []
     parts: list[Path] = []
     cache: Cache | None = None
-    labels = torch.from_numpy(work.images.labels.astype(np.int64))[: work.first_samples or None]
+    labels = torch.from_numpy(np.asarray(work.images.labels, np.int64))[: work.first_samples or None]
     load(work, split.head, trainable=True)
     while waiting:
-        budget = hooks.measure(len(done), meter.held_bytes)
+        budget = hooks.measure(len(done), held_bytes(meter, work.device))
         waiting = _fit(work, waiting, done, budget)
         if not waiting:
             break
@@ -128,11 +128,13 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
             try:
                 between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, work, stage, previous)))
                 cache = build_inputs(work, stage, previous, cache, between)
-                block = BlockTraining(work, stage, cache, labels, len(done), final=not waiting)
+                # What the inputs took says nothing of what training them takes, so this look is at what is expected.
+                micro_batch = MicroBatch(work.task.costs, work.task.training, stage, work.cached_samples)
+                yield_memory(micro_batch.fits, _expected(stage, rehearsed_bytes))
+                block = BlockTraining(work, stage, cache, labels, len(done), micro_batch, final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                shrink = partial(_fits_with_smaller_micro_batches, work, stage, block)
-                losses = _epochs(work, block, meter, check, partial(yield_memory, shrink), report)
+                losses = _epochs(work, block, meter, check, partial(yield_memory, micro_batch.fits), report)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -185,6 +187,13 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
         cap = min(cap, need + may_keep_bytes(need))
     # What lies beside the heap is off every cap, also off one that is lowered later.
     return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
+
+
+def _expected(stage: Stage, rehearsed_bytes: int) -> int:
+    """What a stage is going to take, pages that are kept included."""
+    if not rehearsed_bytes:
+        return needed_bytes(stage.predicted_peak_bytes)
+    return rehearsed_bytes + may_keep_bytes(rehearsed_bytes)
 
 
 def _whole_heap(work: Work, budget: int) -> int:
@@ -274,6 +283,7 @@ def _yield_memory(
     hooks: Hooks,
     index: int,
     fits: Callable[[int | None], bool],
+    expected_bytes: int = 0,
 ) -> None:
     """Fits the stage to what is free now, between two steps; waits while nothing of it fits.
 
@@ -282,6 +292,7 @@ def _yield_memory(
 
     Args:
         fits: makes the stage fit into a budget and says whether it does; None gives it its own way back.
+        expected_bytes: what it will take as planned, where its peak does not tell that yet.
 
     Raises:
         OverBudgetError: memory did not come back.
@@ -290,8 +301,8 @@ def _yield_memory(
         return
     waited = 0.0
     while True:
-        budget = hooks.measure(index, meter.held_bytes)
-        if peak_bytes(meter, work.device) <= budget:
+        budget = hooks.measure(index, held_bytes(meter, work.device))
+        if max(peak_bytes(meter, work.device), expected_bytes) <= budget:
             cap.resize(_UNBOUNDED)
             fits(None)
             return
@@ -308,15 +319,6 @@ def _yield_memory(
             )
         time.sleep(LOOK_S)
         waited += LOOK_S
-
-
-def _fits_with_smaller_micro_batches(work: Work, stage: Stage, block: BlockTraining, budget: int | None) -> bool:
-    micro_batch: int | None = stage.micro_batch
-    if budget is not None:
-        micro_batch = fitting_micro_batch(work.task.costs, work.task.training, stage, work.cached_samples, budget)
-    if micro_batch is not None:
-        block.micro_batch = micro_batch
-    return micro_batch is not None
 
 
 def _fits_while_building(work: Work, stage: Stage, previous: Stage | None, budget: int | None) -> bool:

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
 from fedepth.task import ModelCosts, Stage, TrainingSpec
+
+
+class MicroBatch:
+    """The samples that a stage takes at once.
+
+    Attributes:
+        now: as planned, or fewer while memory is short; it may change between two steps.
+    """
+
+    def __init__(self, costs: ModelCosts, training: TrainingSpec, stage: Stage, sample_count: int) -> None:
+        self.now = stage.micro_batch
+        self._stage = stage
+        self._fitting = partial(fitting_micro_batch, costs, training, stage, sample_count)
+
+    def fits(self, budget_bytes: int | None) -> bool:
+        """Makes it fit into a budget and says whether it does; None gives the stage its own way back."""
+        found = self._stage.micro_batch if budget_bytes is None else self._fitting(budget_bytes)
+        self.now = found or self.now
+        return found is not None
 
 
 def fitting_micro_batch(
@@ -15,6 +35,8 @@ def fitting_micro_batch(
     too much."""
     batch = effective_batch(costs, training, sample_count)
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
+        if batch // -(-batch // micro_batch) < costs.smallest_micro_batch:
+            continue  # an odd batch leaves pieces of one sample, of which BatchNorm has no variance
         peak = training_step(
             costs,
             training,

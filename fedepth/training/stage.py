@@ -15,14 +15,14 @@ from fedepth.task import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.optimizers import new_state, optimizer_step
-from fedepth.training.work import Work, load, to_device
+from fedepth.training.pressure import MicroBatch
+from fedepth.training.work import Work, load, read, to_device
 
 
 class BlockTraining:
     """A block and the head, loaded and trainable, until `close`.
 
     Attributes:
-        micro_batch: samples per forward pass; may be changed between steps.
         smallest_micro_batch: the smallest so far.
         steps: optimizer steps so far.
         samples_seen: samples so far, counted once an epoch.
@@ -35,11 +35,13 @@ class BlockTraining:
         inputs: Inputs,
         labels: torch.Tensor,
         index: int,
+        micro_batch: MicroBatch,
         *,
         final: bool,
     ) -> None:
         """`index`: the place of the stage in its task; `final`: no stage follows."""
-        self.micro_batch = self.smallest_micro_batch = stage.micro_batch
+        self.smallest_micro_batch = micro_batch.now
+        self._micro_batch = micro_batch
         self.steps = 0
         self.samples_seen = 0
         self._work = work
@@ -58,12 +60,15 @@ class BlockTraining:
         _track_statistics(split.head, track=final)
         self._update = optimizer_step(work.task.training.optimizer)
         self._last_piece = True
-        self._parameters = [p for unit in (*self._units, split.head) for _, p in unit.parameters()]
+        named = [pair for unit in (*self._units, split.head) for pair in unit.parameters()]
+        self._parameters = [parameter for _, parameter in named]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._updater(parameter))  # type: ignore[no-untyped-call]
-            for parameter in self._parameters
+            parameter.register_post_accumulate_grad_hook(self._updater(name, parameter))  # type: ignore[no-untyped-call]
+            for name, parameter in named
         ]
+        # As large as the part of an epoch's order that a rehearsal, which draws few samples, does not have.
+        self._order_beyond = torch.zeros(work.cached_samples - len(labels), dtype=torch.int64)
 
     def epoch_batches(self, batch: int) -> Iterator[torch.Tensor]:
         """Index batches of the next epoch."""
@@ -72,8 +77,9 @@ class BlockTraining:
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
         self.steps += 1
-        self.smallest_micro_batch = min(self.smallest_micro_batch, self.micro_batch)
-        pieces = torch.tensor_split(indices, -(-len(indices) // self.micro_batch))
+        micro_batch = self._micro_batch.now
+        self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
+        pieces = torch.tensor_split(indices, -(-len(indices) // micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):
             self._last_piece = number == len(pieces)
@@ -111,9 +117,10 @@ class BlockTraining:
         torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def _updater(self, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def _updater(self, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
         spec = self._work.task.training
-        reference = parameter.detach().clone() if spec.proximal_mu > 0 else None
+        # The global weights, also for the head, which earlier stages of the task have trained already.
+        reference = read(self._work, self._work.weights, name) if spec.proximal_mu > 0 else None
         state = new_state(parameter.detach(), spec)
 
         def update(_: torch.Tensor) -> None:
@@ -135,8 +142,11 @@ def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterato
     One size keeps the kernels' cached scratch small, and no sample of a small shard is ever dropped.
     """
     order = torch.randperm(count, generator=generator)
-    positions = torch.arange(-(-count // batch) * batch) % count
-    yield from torch.split(order[positions], batch)
+    whole = count // batch * batch
+    for start in range(0, whole, batch):
+        yield order[start : start + batch]
+    if whole < count:
+        yield order[torch.arange(whole, whole + batch) % count]
 
 
 def _track_statistics(unit: Unit, *, track: bool) -> None:

@@ -61,10 +61,14 @@ def load(work: Work, unit: Unit, *, trainable: bool) -> None:
     for name, present in (*unit.parameters(), *unit.buffers()):
         if not present.is_meta:
             continue
-        tensor = torch.from_numpy(work.trained.get(name, work.weights).read(name)).to(work.device)
-        if work.channels_last and tensor.dim() == 4:
-            tensor = tensor.to(memory_format=torch.channels_last)
+        tensor = read(work, work.trained.get(name, work.weights), name)
         assign(work.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)
+
+
+def read(work: Work, reader: Reader, name: str) -> torch.Tensor:
+    """A tensor of a weights file, on the device and in the model's memory format."""
+    tensor = torch.from_numpy(reader.read(name)).to(work.device)
+    return tensor.to(memory_format=torch.channels_last) if work.channels_last and tensor.dim() == 4 else tensor
 
 
 def to_device(work: Work, x: torch.Tensor, *, from_pixels: bool) -> torch.Tensor:

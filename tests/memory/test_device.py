@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedepth.memory import device as device_module
-from fedepth.memory.device import bounded, peak_bytes, reset
+from fedepth.memory.device import bounded, held_bytes, peak_bytes, reset
 
 MIB = 1 << 20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -53,6 +53,7 @@ class Host:
 
     def __init__(self, peak_bytes: int) -> None:
         self.peak_bytes = peak_bytes
+        self.held_bytes = 50 * MIB
         self.resets = 0
 
     def reset(self) -> None:
@@ -87,6 +88,12 @@ def test_the_peak_is_the_larger_of_two_memories_or_the_sum_in_one(gpu: Gpu) -> N
     small, large = Host(70 * MIB), Host(500 * MIB)
     assert peak_bytes(small, CUDA) == (370 if gpu.integrated else 300) * MIB  # type: ignore[arg-type]
     assert peak_bytes(large, CUDA) == (800 if gpu.integrated else 500) * MIB  # type: ignore[arg-type]
+
+
+def test_what_a_unified_gpu_holds_is_what_this_process_holds(gpu: Gpu) -> None:
+    host = Host(70 * MIB)
+    assert held_bytes(host, CUDA) == (50 + 200 if gpu.integrated else 50) * MIB  # type: ignore[arg-type]
+    assert held_bytes(host, CPU) == 50 * MIB  # type: ignore[arg-type]
 
 
 def test_a_stage_begins_with_both_high_water_marks_reset(gpu: Gpu) -> None:

@@ -34,7 +34,7 @@ from fedepth.task import (
     TrainingSpec,
     UnitCost,
 )
-from fedepth.training import depthwise
+from fedepth.training import depthwise, pressure
 from fedepth.training.depthwise import train
 from fedepth.training.stage import BlockTraining, _seed, epoch_batches
 from fedepth.training.work import Work
@@ -119,6 +119,7 @@ def by_hand(job: Work, blocks: Sequence[tuple[int, int]], count: int) -> dict[st
     model = split(zoo.build(job.task.model, None), job.task.model.name, job.task.model.input_shape)
     x = (torch.from_numpy(job.images.read(np.arange(count))).float() / 255 - 0.5) / 0.5
     y = torch.from_numpy(job.images.labels)
+    start = {parameter: parameter.detach().clone() for parameter in model.model.parameters()}
     for index, (first, last) in enumerate(blocks):
         units = model.units[first : last + 1]
         parameters = [p for unit in (*units, model.head) for _, p in unit.parameters()]
@@ -131,6 +132,9 @@ def by_hand(job: Work, blocks: Sequence[tuple[int, int]], count: int) -> dict[st
                 z = unit(z)
             optimizer.zero_grad()
             functional.cross_entropy(model.head(skip(z, model.head_shape)), y[batch]).backward()
+            with torch.no_grad():
+                for p in parameters:
+                    p.grad.add_(p - start[p], alpha=job.task.training.proximal_mu)  # type: ignore[union-attr]
             optimizer.step()
         with torch.no_grad():
             for unit in units:
@@ -222,6 +226,42 @@ def test_every_sample_is_seen_and_all_batches_have_one_size() -> None:
     assert set(torch.cat(batches).tolist()) == set(range(10))
 
 
+def test_the_head_is_pulled_towards_its_global_value_in_every_stage(tmp_path: Path) -> None:
+    blocks = [(0, 1), (2, 3), (4, 5)]
+    job = work(tmp_path, [stage(*block) for block in blocks], training=replace(TRAINING, proximal_mu=2.0))
+    assert_equal(trained_tensors(job), by_hand(job, blocks, 16))
+
+
+@pytest.mark.parametrize(("rehearsed", "sizes"), [(0, [2, 2]), (80 << 20, [8, 8])])
+def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearsed: int, sizes: list[int]
+) -> None:
+    """100 MiB are predicted and 90 are free; where the rehearsal has seen that 80 are enough, nothing shrinks."""
+    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
+    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
+    seen: list[int] = []
+    step = BlockTraining.step
+
+    def counted(block: BlockTraining, indices: torch.Tensor) -> float:
+        seen.append(block._micro_batch.now)
+        return step(block, indices)
+
+    monkeypatch.setattr(BlockTraining, "step", counted)
+
+    class Falling(Quiet):
+        measured = 0
+
+        def measure(self, stage: int, held_bytes: int) -> int:
+            self.measured += 1
+            return (200 if self.measured == 1 else 90) << 20
+
+    planned = replace(stage(0, 5), predicted=replace(NOTHING, activations=100 << 20))
+    job = replace(work(tmp_path, [planned]), enforce=True)
+    (result,) = train(job, Meter(), Falling(), {planned: rehearsed} if rehearsed else None).stages
+    assert seen[:2] == sizes
+    assert result.micro_batch == sizes[0]
+
+
 class Shrinking(Quiet):
     """What is free falls to `later` after the first look; `measured` counts the looks."""
 
@@ -260,7 +300,7 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
 ) -> None:
     monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
     monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
-    monkeypatch.setattr(depthwise, "fitting_micro_batch", lambda *_: 2)
+    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
     caps: list[int] = []
     monkeypatch.setattr(depthwise.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
     monkeypatch.setattr(depthwise.allocator.HeapCap, "_lift", lambda _: caps.append(0))
@@ -268,7 +308,7 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     step = BlockTraining.step
 
     def counted(block: BlockTraining, indices: torch.Tensor) -> float:
-        sizes.append(block.micro_batch)
+        sizes.append(block._micro_batch.now)
         return step(block, indices)
 
     monkeypatch.setattr(BlockTraining, "step", counted)
@@ -308,8 +348,9 @@ def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
     job = replace(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1)), enforce=True)
     train(job, Meter(), Dipping())
     assert waited == [(3, low)] * waits
-    # Before the stage, after each of four batches of inputs and once more after a wait, after each of two steps.
-    assert len(asked) == 1 + 4 + waits + 2
+    # Before the stage, after each of four batches of inputs and once more after a wait, before training, after each of
+    # two steps.
+    assert len(asked) == 1 + 4 + waits + 1 + 2
 
 
 @pytest.mark.usefixtures("unlimited")

@@ -20,6 +20,7 @@ from fedepth.models.split import split
 from fedepth.task import CachePlace, ModelSpec, Stage, TrainingSpec
 from fedepth.training import stage as stage_module
 from fedepth.training.prefix import build_inputs
+from fedepth.training.pressure import MicroBatch
 from fedepth.training.stage import BlockTraining
 from fedepth.training.work import Work, load
 from tests.training.test_depthwise import NOTHING, work
@@ -60,7 +61,8 @@ def by_lever(
     load(job, job.split.head, trainable=True)
     inputs = build_inputs(job, stage, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels.astype(np.int64))
-    block = BlockTraining(job, stage, inputs, labels, 0, final=True)
+    micro_batch = MicroBatch(job.task.costs, job.task.training, stage, COUNT)
+    block = BlockTraining(job, stage, inputs, labels, 0, micro_batch, final=True)
     for _ in range(steps):
         block.step(torch.arange(COUNT))
     inputs.close()

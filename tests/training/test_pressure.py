@@ -45,5 +45,17 @@ def test_batch_norm_keeps_its_two_samples() -> None:
     assert fitting_micro_batch(costs, TRAINING, STAGE, 64, needed(2) - 1) is None
 
 
+def test_no_piece_of_an_odd_batch_is_too_small_for_batch_norm() -> None:
+    costs, training = replace(COSTS, smallest_micro_batch=2), replace(TRAINING, batch=101)
+    stage = replace(STAGE, micro_batch=101)
+    enough_for = {
+        size: needed_bytes(training_step(costs, training, 0, 0, size, accumulates=True, cache_bytes=0).peak.total)
+        for size in (2, 3)
+    }
+    # In twos, 101 samples would leave one alone.
+    assert fitting_micro_batch(costs, training, stage, 200, enough_for[3]) == 3
+    assert fitting_micro_batch(costs, training, stage, 200, enough_for[2]) is None
+
+
 def test_it_never_grows_beyond_what_was_planned() -> None:
     assert fitting_micro_batch(COSTS, TRAINING, replace(STAGE, micro_batch=4), 64, 1 << 40) == 4
