@@ -33,7 +33,7 @@ from edge_client.transport import (
 from edge_client.work import Worker
 from fedepth import __version__
 from fedepth.data.scan import scan
-from fedepth.errors import ProtocolError, TransportError
+from fedepth.errors import DataError, ProtocolError, TransportError
 from fedepth.sizes import format_size
 from fedepth.task import Budget, Calibration, DeviceReport, Failure, Progress, Result, Task
 
@@ -102,8 +102,7 @@ class Agent:
             ChildError: the trainer cannot be started at all.
         """
         try:
-            summary = scan(self._config.data_dir, None)
-            self._samples, self._class_counts = summary.sample_count, summary.class_counts
+            self._count_samples()
             self._memory = self._around.measure()
             for note in self._memory.notes:
                 _log.warning("memory", note=note)
@@ -179,9 +178,16 @@ class Agent:
             self._around.on_progress(None)
         await self._finish(end)
 
+    def _count_samples(self) -> None:
+        summary = scan(self._config.data_dir, None)
+        self._samples, self._class_counts = summary.sample_count, summary.class_counts
+
     async def _finish(self, end: Result | Failure) -> None:
+        try:
+            await asyncio.to_thread(self._count_samples)  # the next task is asked for with what is there by then
+        except (DataError, OSError) as error:
+            _log.error("the data cannot be counted; what was counted last stands", error=str(error))
         if isinstance(end, Result):
-            self._samples = end.sample_count
             _log.info("task trained", task=end.task_id, blocks=end.plan.blocks, seconds=round(end.seconds, 1))
             return
         _log.error("task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message)

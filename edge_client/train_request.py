@@ -15,6 +15,7 @@ class TrainRequest:
         plan: the task's plan, or a smaller one where memory has shrunk.
         allowed_models: every `module:function` that this device may import.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
+        most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
     """
 
@@ -28,4 +29,5 @@ class TrainRequest:
     device_id: str
     allowed_models: tuple[str, ...]
     enforce: bool
+    most_samples: int = 0
     keeping: bool = True

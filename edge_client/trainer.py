@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from edge_client.train_request import TrainRequest
-from fedepth.data.read import open_images
+from fedepth.data.read import Images, open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.files import file_digest
 from fedepth.memory import allocator
@@ -27,8 +27,8 @@ from fedepth.memory.meter import Baseline, Meter, status_bytes
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
 from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
-from fedepth.training.depthwise import Peaks, fitted, train
-from fedepth.training.rehearsal import rehearse
+from fedepth.training.depthwise import Peaks, fitted, is_out_of_memory, train
+from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.warmup import warm_up
 from fedepth.training.work import Work
 from fedepth.weights import open_weights
@@ -133,6 +133,13 @@ def main() -> None:
                 miss_bytes=getattr(error, "miss_bytes", 0),
                 capped=getattr(error, "capped", False),
             )
+        except Exception as error:
+            # A mistake, or a file that cannot be written: what it was is told, and the agent starts another trainer.
+            # Memory that ran out is none of these: that is a death, and the agent plans smaller.
+            if not is_out_of_memory(error):
+                text = f"the trainer ended on an error that nobody expected: {type(error).__name__}: {error}"
+                lines.tell(event="failed", outcome=Outcome.ERROR, message=text)
+            raise
         else:
             lines.tell(event="done", result=result)
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
@@ -155,13 +162,16 @@ def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
         folder.mkdir(parents=True, exist_ok=True)
+    images: Images = open_images(Path(request.data), task.model, "train", scratch=cache)
+    if 0 < request.most_samples < len(images):
+        images = FirstImages(images, request.most_samples)
     with open_weights(Path(request.weights)) as weights:
         work = Work(
             task=task,
             plan=request.plan,
             split=split,
             weights=weights,
-            images=open_images(Path(request.data), task.model, "train", scratch=cache),
+            images=images,
             output=output,
             cache=cache,
             device_id=request.device_id,

@@ -310,4 +310,13 @@ def _checked(task: Task) -> Task:
             f"task {task.task_id}: attempt {task.attempt}, {task.weights_bytes} bytes of weights, "
             f"{len(task.plan.stages)} stages cannot be"
         )
+    units, exits = len(task.costs.units), len(task.costs.exits)
+    beyond = [
+        s.block for s in task.plan.stages if not 0 <= s.first <= s.last < units or min(s.micro_batch, s.build_batch) < 1
+    ]
+    if units != exits or beyond or task.training.batch < 1 or task.training.local_epochs < 1:
+        raise ProtocolError(
+            f"task {task.task_id}: costs of {units} units and {exits} exits, batches of {task.training.batch}, "
+            f"{task.training.local_epochs} epochs, and stages {', '.join(beyond) or 'inside them'} cannot be"
+        )
     return task

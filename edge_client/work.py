@@ -36,6 +36,7 @@ from fedepth.errors import (
     OverBudgetError,
     PlanError,
     ProtocolError,
+    StateError,
 )
 from fedepth.memory.predict import needed_bytes
 from fedepth.planning.planner import make_plan, smallest_peak
@@ -86,7 +87,8 @@ class Worker:
         """The task, to its end. A result lies in the outbox already.
 
         Args:
-            planned_samples: the number of samples that the coordinator made its plan for.
+            planned_samples: how many the coordinator was told of. It made its plan for so many, and takes no update of
+                more, so that what has come since waits for the next task.
         """
         folder = self._folder / f"{task.task_id}-{task.attempt}"
         tell = Tell(task, self._device_id, self._report)
@@ -107,15 +109,18 @@ class Worker:
                 device_id=self._device_id,
                 allowed_models=self._config.models.allow,
                 enforce=self._config.trainer.enforce,
+                most_samples=planned_samples,
             )
-            same_data = summary.sample_count == planned_samples  # more samples need a larger cache
-            done = await self._train(request, summary.sample_count, tell, keep_plan=same_data)
+            samples = min(summary.sample_count, planned_samples)
+            done = await self._train(request, samples, tell, keep_plan=samples == planned_samples)
             self._outbox.put(done.result, folder / "output")
         except asyncio.CancelledError:
             await self._keeper.drop()
             raise
         except FedepthError as error:
             return _failure(task, self._device_id, error)
+        except OSError as error:  # a full disk, a folder that cannot be read
+            return _failure(task, self._device_id, StateError(f"{error.filename or folder}: {error.strerror}"))
         else:
             self._allowance.succeeded()
             return done.result

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fedepth.errors import ModelError
+from fedepth.errors import FedepthError, ModelError
 from fedepth.models.catalog import ZOO
 from fedepth.task import ModelSpec
 
@@ -117,6 +117,8 @@ def _resolve(path: str, name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ModelError(f"The model {name!r} cannot be imported: {error}. Install what it needs.") from error
+    except Exception as error:  # whatever that code does when it is imported
+        raise ModelError(f"The model {name!r} cannot be imported: {_told(error)}. Correct its code.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ModelError(f"The model {name!r}: {module_name} has no function {function_name!r}. Correct the name.")
@@ -129,7 +131,16 @@ def _call(function: Callable[..., Any], spec: ModelSpec) -> nn.Module:
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         for parameter in inspect.signature(function).parameters.values()
     )
-    model = function(spec) if takes_spec else function()
+    try:
+        model = function(spec) if takes_spec else function()
+    except (FedepthError, MemoryError):
+        raise
+    except Exception as error:  # whatever that code does
+        raise ModelError(f"The model {spec.name!r} cannot be built: {_told(error)}. Correct its code.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"The model {spec.name!r} gave a {type(model).__name__}. It must return a torch.nn.Module.")
     return model
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -204,7 +204,8 @@ def _whole_heap(work: Work, budget: int) -> int:
     return budget - BESIDE_HEAP_BYTES if work.keeping else budget + UNWRITTEN_BYTES
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has refused; torch and oneDNN have no type for that."""
     return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
@@ -356,7 +357,7 @@ def _over_budget(
     Args:
         capped: a cap on the heap held, which counts what is asked for, and not what is written to.
     """
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return error
     text = str(error)
     wanted = _WANTED.search(text)

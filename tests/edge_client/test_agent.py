@@ -1,6 +1,7 @@
 """The agent's loop against a fake coordinator and a real child process that speaks the trainer's protocol."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -331,19 +332,57 @@ def test_less_memory_means_a_smaller_plan(
     assert transport.delivered[0].plan == plan_for(small)
 
 
-def test_other_data_than_reported_is_planned_for_anew(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask
+@pytest.mark.parametrize("change", ["new", "lost"])
+def test_data_that_changes_after_it_was_reported_is_trained_and_then_counted(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, change: str
 ) -> None:
-    def more() -> None:
-        (bench.data / "train/a/new.png").write_bytes(b"x")
+    def more_or_less() -> None:
+        picture = bench.data / "train/a/new.png"
+        if change == "new":
+            picture.write_bytes(b"x")
+        else:
+            next(iter(sorted((bench.data / "train/a").iterdir()))).unlink()
 
-    class Growing(FakeTransport):
+    class Changing(FakeTransport):
         async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
-            more()
+            if not self.reports:
+                more_or_less()
             return await super().next_task(report, wait_s)
 
-    bench.run(Growing(transport.weights, [make_task()]), OK)
-    assert len(bench.said("planned again on the device")) == 1
+    changing = Changing(transport.weights, [make_task()])
+    bench.run(changing, OK)
+    (request,) = bench.requests
+    assert request["most_samples"] == 6  # the coordinator takes no update of more than it was told of
+    # Fewer samples need a smaller cache, and perhaps another plan.
+    assert len(bench.said("planned again on the device")) == (change == "lost")
+    assert [report.sample_count for report in changing.reports] == [6, 7 if change == "new" else 5]
+
+
+def test_data_that_cannot_be_counted_any_more_is_told(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    class Losing(FakeTransport):
+        async def fetch_weights(self, task: Task) -> Path:
+            shutil.rmtree(bench.data)
+            return await super().fetch_weights(task)
+
+    bench.run(Losing(transport.weights, [make_task()]), OK)
+    (line,) = bench.said("the data cannot be counted; what was counted last stands")
+    assert str(bench.data) in line["error"]
+
+
+def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    class Full(FakeTransport):
+        async def fetch_weights(self, task: Task) -> Path:
+            raise OSError(errno.ENOSPC, "No space left on device", "/there")
+
+    full = Full(transport.weights, [make_task()])
+    bench.run(full, OK)
+    (failure,) = full.failures
+    assert (failure.outcome, failure.message) == (Outcome.ERROR, "/there: No space left on device")
+    assert full.calls == ["next_task", "next_task"]
 
 
 def test_what_does_not_fit_is_declined_with_numbers(

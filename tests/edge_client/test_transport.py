@@ -141,6 +141,43 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     assert from_message(server.asked[0].device, DeviceReport) == REPORT
 
 
+def without_exits(task: Task) -> Task:
+    return replace(task, costs=replace(task.costs, exits=()))
+
+
+def with_stage(task: Task, **changes: Any) -> Task:
+    return replace(task, plan=replace(task.plan, stages=(replace(task.plan.stages[0], **changes),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda task: replace(task, plan=replace(task.plan, stages=())), "0 stages cannot be"),
+        (without_exits, "8 units and 0 exits"),
+        (
+            lambda task: replace(without_exits(task), costs=replace(task.costs, units=(), exits=())),
+            "0 units and 0 exits",
+        ),
+        (lambda task: with_stage(task, first=3, last=2), "stages 3 cannot be"),
+        (lambda task: with_stage(task, first=0, last=8), "stages 0-8 cannot be"),
+        (lambda task: with_stage(task, micro_batch=0), "cannot be"),
+        (lambda task: with_stage(task, build_batch=0), "cannot be"),
+        (lambda task: replace(task, training=replace(task.training, batch=0)), "batches of 0"),
+        (lambda task: replace(task, training=replace(task.training, local_epochs=0)), "0 epochs"),
+    ],
+)
+def test_a_task_that_cannot_be_trained_is_refused(
+    server: Server, tmp_path: Path, big_task: Task, change: Callable[[Task], Task], message: str
+) -> None:
+    server.task_reply = pb.NextTaskReply(task=to_message(change(big_task), pb.Task))
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match=message):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+
+
 @pytest.mark.parametrize(
     "bad", [{"task_id": "../../etc"}, {"task_id": ".new-x"}, {"task_id": ""}, {"weights_digest": "../x"}]
 )

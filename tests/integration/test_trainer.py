@@ -102,6 +102,30 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
     play(scene())
 
 
+def test_a_file_that_cannot_be_written_is_told_and_is_no_death(request_of: Request, tmp_path: Path) -> None:
+    async def scene() -> None:
+        (tmp_path / "file").touch()
+        async with running("glibc") as trainer:
+            end = await try_training(
+                trainer, replace(request_of(5, 5, ENOUGH), output=str(tmp_path / "file" / "below"))
+            )
+            assert isinstance(end, Failed) and end.outcome is Outcome.ERROR
+            assert "NotADirectoryError" in end.message and "below" in end.message
+
+    play(scene())
+
+
+def test_no_more_than_was_reported_is_trained_on(request_of: Request) -> None:
+    async def scene() -> None:
+        async with running("glibc") as trainer:
+            done = await try_training(trainer, replace(request_of(5, 5, ENOUGH), most_samples=BATCH + 1))
+            assert isinstance(done, Done), done
+            assert done.result.sample_count == BATCH + 1
+            assert done.result.stages[0].samples_seen == 2 * BATCH  # the last batch is filled up
+
+    play(scene())
+
+
 @pytest.mark.skipif("tcmalloc" not in ALLOCATORS, reason="no other allocator has a cap")
 @pytest.mark.parametrize("budget", [ENOUGH, 25 * MIB])  # the cap is what was rehearsed, or what the budget leaves
 def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_keeping_nothing(

@@ -32,6 +32,10 @@ def own_model_of_spec(spec: ModelSpec) -> nn.Module:
     return nn.Linear(len(spec.classes), spec.input_shape[0])
 
 
+def broken_model() -> nn.Module:
+    raise ZeroDivisionError("division by zero")
+
+
 def no_model() -> int:
     return 3
 
@@ -110,6 +114,8 @@ def test_names_of_the_zoo_need_no_permission() -> None:
         (f"{__name__}:missing", "has no function 'missing'"),
         (f"{__name__}:PARAMETERS", "has no function 'PARAMETERS'"),
         (f"{__name__}:no_model", "gave a int"),
+        (f"{__name__}:broken_model", "cannot be built: ZeroDivisionError: division by zero"),
+        (":build", "cannot be imported: ValueError"),
     ],
 )
 def test_what_is_wrong_with_an_own_model_is_told(name: str, message: str) -> None:
