@@ -233,6 +233,7 @@ class UnitCost:
         flops: floating point operations of one forward pass, per sample.
         steps: what it is made of (fedepth.models.patterns); of an exit, what the head is made of. So a device splits a
             model as it was traced, without having it whole in memory to find out.
+        input_shape: of one input; so a device need not run a unit to learn it.
     """
 
     name: str
@@ -251,6 +252,7 @@ class UnitCost:
     convolutions: Convolutions
     flops: int
     steps: tuple[str, ...]
+    input_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

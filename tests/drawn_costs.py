@@ -28,6 +28,7 @@ units = st.builds(
     convolutions=st.builds(Convolutions, *[convolutions] * 4),
     flops=st.integers(0, 10**9),
     steps=st.just(()),
+    input_shape=st.just(()),
 )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedepth.errors import ModelError
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
+from fedepth.memory.predict import FLOAT_BYTES
 from fedepth.models import zoo
 from fedepth.models.discover import discover_pattern
 from fedepth.models.patterns import GLUE, Pattern, pattern_for, pattern_of
@@ -135,16 +137,15 @@ def split_spec(
         spec: names the model.
         allowed: see `zoo.build`.
         device: "meta" for a model without weights, or where its fresh weights shall be.
-        costs: split it as it was when these were traced. Without them, a model of no known architecture is built once
-            with all its weights, wherever it shall be, to be watched.
+        costs: split it as it was when these were traced. Without them, every unit is run once on one sample, and a
+            model of no known architecture is built once with all its weights, to be watched.
 
     Raises:
         ModelError: see `zoo.build` and `split`.
     """
     with torch.device(device), _NoRandomFill():
         model = zoo.build(spec, allowed)
-    pattern = pattern_of(costs) if costs else None
-    return split(model, spec.name, spec.input_shape, partial(zoo.build, spec, allowed), pattern)
+    return split(model, spec.name, spec.input_shape, partial(zoo.build, spec, allowed), costs)
 
 
 def split(
@@ -152,7 +153,7 @@ def split(
     name: str,
     input_shape: Sequence[int],
     factory: Callable[[], nn.Module] | None = None,
-    pattern: Pattern | None = None,
+    costs: ModelCosts | None = None,
 ) -> SplitModel:
     """Splits a model into units and a head.
 
@@ -166,17 +167,14 @@ def split(
         name: for messages.
         input_shape: (channels, height, width).
         factory: builds the same model with real weights.
-        pattern: how to split, where that is known already.
+        costs: of the same model, if it was split and traced before.
 
     Raises:
         ModelError: the model cannot be split; the message names the child or the tensors, and says what to
             change.
     """
     _check_tensors(model, name)
-    if pattern is not None:
-        _check_pattern(model, name, pattern)
-    else:
-        pattern = pattern_for(model)
+    pattern = pattern_for(model) if costs is None else _told_pattern(model, name, costs)
     if pattern is None:
         real = model
         if any(tensor.is_meta for tensor in model.state_dict().values()):
@@ -188,7 +186,7 @@ def split(
     units = tuple(_unit(model, steps) for steps in pattern.units)
     head = _unit(model, pattern.head)
     _check_owners(model, name, (*units, head))
-    shapes = _shapes(units, tuple(input_shape))
+    shapes = _shapes(units, tuple(input_shape)) if costs is None else _told_shapes(name, tuple(input_shape), costs)
     return SplitModel(model, units, head, shapes[:-1], shapes[-1])
 
 
@@ -307,8 +305,9 @@ def _check_tensors(model: nn.Module, name: str) -> None:
         raise ModelError(f"The model {name} has tensors of types that cannot travel: {', '.join(odd)}.")
 
 
-def _check_pattern(model: nn.Module, name: str, pattern: Pattern) -> None:
+def _told_pattern(model: nn.Module, name: str, costs: ModelCosts) -> Pattern:
     """A pattern that came from elsewhere has to fit the model that the code here builds."""
+    pattern = pattern_of(costs)
     known = {*GLUE, *(path for path, _ in model.named_modules() if path)}
     parts = (*pattern.units, pattern.head)
     unknown = [step for part in parts for step in part if step not in known]
@@ -318,6 +317,21 @@ def _check_pattern(model: nn.Module, name: str, pattern: Pattern) -> None:
             f"The model {name} cannot be split as it was where its costs were traced: {told}. "
             "Install the same version of the model's code here as there."
         )
+    return pattern
+
+
+def _told_shapes(name: str, input_shape: tuple[int, ...], costs: ModelCosts) -> tuple[tuple[int, ...], ...]:
+    """Shapes that came from elsewhere have to be those that the costs were counted for."""
+    told = (*costs.units, costs.exits[-1])
+    if told[0].input_shape != input_shape:
+        raise ModelError(
+            f"The model {name} takes images of {input_shape}, and its costs were traced for {told[0].input_shape}. "
+            "Trace them for this job's input_shape."
+        )
+    odd = [unit.name for unit in told if prod(unit.input_shape) * FLOAT_BYTES != unit.input_bytes]
+    if odd:
+        raise ModelError(f"The costs of the model {name} do not fit the shapes of the inputs of {', '.join(odd[:8])}.")
+    return tuple(unit.input_shape for unit in told)
 
 
 def _check_owners(model: nn.Module, name: str, units: Sequence[Unit]) -> None:

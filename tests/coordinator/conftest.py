@@ -53,6 +53,7 @@ def cost(name: str) -> UnitCost:
         convolutions=Convolutions(),
         flops=1000,
         steps=(),
+        input_shape=(),
     )
 
 

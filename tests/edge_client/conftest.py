@@ -29,11 +29,13 @@ SAMPLES = 6  # what `data` holds
 
 def unit(name: str) -> UnitCost:
     """1 MiB of parameters and 1 MiB of saved activations per sample."""
-    return UnitCost(name, MIB, 0, MIB, 1000, 1000, Size(0, MIB), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, ())
+    return UnitCost(
+        name, MIB, 0, MIB, 1000, 1000, Size(0, MIB), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, (), ()
+    )
 
 
 def exit_unit(name: str) -> UnitCost:
-    return UnitCost(name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, ())
+    return UnitCost(name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, (), ())
 
 
 COSTS = ModelCosts(

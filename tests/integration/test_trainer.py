@@ -17,20 +17,17 @@ from edge_client.config import TrainerConfig
 from edge_client.train_request import TrainRequest
 from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
+from fedepth.memory.trace import trace_costs
 from fedepth.models import zoo
 from fedepth.task import (
     CachePlace,
-    Convolutions,
-    ModelCosts,
     ModelSpec,
     Outcome,
     PeakComponents,
     Plan,
     Policy,
-    Size,
     Stage,
     TrainingSpec,
-    UnitCost,
 )
 from fedepth.weights import save
 from tests.own_model import UNWRITTEN_BYTES
@@ -40,10 +37,6 @@ SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 64, 64), (0.5,), (0.5,))
 BATCH = 64
 ENOUGH = 400 * MIB
 EPOCHS = 30  # some seconds: a stage looks at what is free once a second
-# An estimate of a TiB, so that no smaller micro-batch seems to fit.
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, Size(0, 0), True, False, *[Size(0, 0)] * 4, Convolutions(), 1, ())
-UNITS = tuple(replace(HUNGRY, steps=(f"units.{index}",)) for index in range(6))
-COSTS = ModelCosts("digits-cnn", UNITS, (replace(HUNGRY, steps=("head",)),) * 6, 256, 64, 1)
 ALLOCATORS = ["glibc", *(["tcmalloc"] if find_tcmalloc() else [])]
 
 Request = Callable[..., TrainRequest]
@@ -55,13 +48,16 @@ def request_of(tmp_path: Path) -> Request:
     weights = tmp_path / "weights.safetensors"
     save(weights, {name: tensor.numpy() for name, tensor in zoo.build(SPEC, None).state_dict().items()})
     data = write_noise(tmp_path / "data", SPEC, 3 * BATCH)
+    traced = trace_costs(SPEC, TrainingSpec(BATCH, 1, "sgd", 0.01, 0.9, 0.0, 0.0, "none", 1))
+    # An estimate of a TiB, so that no smaller micro-batch seems to fit.
+    costs = replace(traced, units=tuple(replace(unit, parameter_bytes=1 << 40) for unit in traced.units))
 
     def request(first: int, last: int, budget: int, *, epochs: int = 1, model: str = SPEC.name) -> TrainRequest:
         training = TrainingSpec(BATCH, epochs, "sgd", 0.01, 0.9, 0.0, 0.0, "none", 1)
         stage = Stage(first, last, BATCH, CachePlace.DISK, 4, PeakComponents(0, 0, 0, 0, 0, 0, 0))
         untrained = tuple(unit for unit in range(6) if not first <= unit <= last)
         plan = Plan((stage,), untrained, Policy.PAPER, budget)
-        trial = TrialModel(replace(SPEC, name=model), training, COSTS, weights)
+        trial = TrialModel(replace(SPEC, name=model), training, costs, weights)
         return trial_request(trial, plan, budget, data, tmp_path / f"run-{first}", enforce=True)
 
     return request

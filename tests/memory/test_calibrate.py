@@ -29,9 +29,9 @@ def stage(parameters: int, activation: int, depthwise: int, micro_batch: int, tr
     convolution = Convolution(parameters, depthwise, Size(0, activation), Size(0, 4 * activation))
     unit = UnitCost(
         "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
-        *[ZERO] * 4, Convolutions(*[(convolution,)] * 4), 1, (),
+        *[ZERO] * 4, Convolutions(*[(convolution,)] * 4), 1, (), (),
     )  # fmt: skip
-    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, ())
+    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, (), ())
     costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
     training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
     planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))

@@ -42,6 +42,7 @@ def model(count: int) -> ModelCosts:
         Convolutions(),
         1000,
         (),
+        (),
     )
     exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)
     return ModelCosts("hand", (one,) * count, (exit_,) * count, 10 * KIB, 2 * KIB, 1, BARE)

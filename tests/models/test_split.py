@@ -11,7 +11,7 @@ from fedepth.errors import ModelError
 from fedepth.layout import ModelLayout
 from fedepth.memory.trace import trace_costs
 from fedepth.models import zoo
-from fedepth.models.split import SplitModel, assign, release, split, split_spec
+from fedepth.models.split import SplitModel, Unit, assign, release, split, split_spec
 from fedepth.task import ModelSpec, TrainingSpec
 
 TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
@@ -276,3 +276,28 @@ def test_costs_of_another_model_are_told(
         split_spec(spec, costs=other)
     with pytest.raises(ModelError, match="not every unit has a step"):
         split_spec(spec, costs=replace(costs, exits=()))
+
+
+def test_shapes_come_from_the_costs_and_no_unit_is_run_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of("resnet18")
+    costs = trace_costs(spec, TRAINING)
+    expected = split_spec(spec)
+
+    def run(*_: object) -> None:
+        raise AssertionError("a unit was run")
+
+    monkeypatch.setattr(Unit, "__call__", run)
+    split_model = split_spec(spec, costs=costs)
+    assert split_model.input_shapes == expected.input_shapes
+    assert split_model.output_shapes == expected.output_shapes
+    assert split_model.head_shape == expected.head_shape == (512, 1, 1)
+
+
+def test_costs_of_other_shapes_are_told() -> None:
+    spec = spec_of("preresnet20")
+    costs = trace_costs(spec, TRAINING)
+    with pytest.raises(ModelError, match=r"takes images of \(3, 64, 64\), and its costs were traced for \(3, 32, 32\)"):
+        split_spec(replace(spec, input_shape=(3, 64, 64)), costs=costs)
+    third = replace(costs.units[2], input_shape=(16, 32, 33))
+    with pytest.raises(ModelError, match=r"do not fit the shapes of the inputs of blocks\.1"):
+        split_spec(spec, costs=replace(costs, units=(*costs.units[:2], third, *costs.units[3:])))

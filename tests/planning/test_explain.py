@@ -23,7 +23,7 @@ ZERO = Size(0, 0)
 def unit(name: str, saved: int, flops: int = 10**9) -> UnitCost:
     """A unit without weights that keeps its input of 10 KiB and `saved` bytes of every sample."""
     return UnitCost(
-        name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, Convolutions(), flops, ()
+        name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, Convolutions(), flops, (), ()
     )
 
 

@@ -56,6 +56,7 @@ def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> Un
         convolutions=Convolutions(),
         flops=1000,
         steps=(),
+        input_shape=(),
     )
 
 

@@ -47,7 +47,7 @@ PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 COSTS = ModelCosts("test", (), (), 256, 64, 1)
 ZERO = Size(0, 0)
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, ())
+HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, (), ())
 
 
 class Quiet:

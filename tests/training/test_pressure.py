@@ -20,7 +20,7 @@ from fedepth.training.pressure import fitting_micro_batch
 MIB = 1 << 20
 TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
 ZERO = Size(0, 0)
-UNIT = UnitCost("u", MIB, 0, MIB, 1000, 1000, Size(0, 4 * MIB), True, False, *[ZERO] * 4, Convolutions(), 10, ())
+UNIT = UnitCost("u", MIB, 0, MIB, 1000, 1000, Size(0, 4 * MIB), True, False, *[ZERO] * 4, Convolutions(), 10, (), ())
 EXIT = replace(UNIT, name="exit", parameter_bytes=0, largest_parameter_bytes=0, saved=ZERO, output_bytes=0)
 COSTS = ModelCosts("m", (UNIT,), (EXIT,), 1000, 250, 1)
 STAGE = Stage(0, 0, 16, CachePlace.DISK, 16, PeakComponents(0, 0, 0, 0, 0, 0, 0))

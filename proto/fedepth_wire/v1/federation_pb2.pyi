@@ -441,6 +441,7 @@ class UnitCost(_message.Message):
     CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    INPUT_SHAPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
     buffer_bytes: _builtins.int
@@ -464,6 +465,8 @@ class UnitCost(_message.Message):
     def convolutions(self) -> Global___Convolutions: ...
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def input_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -483,10 +486,11 @@ class UnitCost(_message.Message):
         convolutions: Global___Convolutions | None = ...,
         flops: _builtins.int = ...,
         steps: _abc.Iterable[_builtins.str] | None = ...,
+        input_shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "convolutions", b"convolutions", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "input_shape", b"input_shape", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
