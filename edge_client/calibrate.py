@@ -260,6 +260,8 @@ async def _measure(
     async with tracer() as trace:
         models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
     first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
+    if len(others) + 1 < len(PROBES):
+        tell(f"{len(others) + 1} of {len(PROBES)} probes fit into what is free; the others are left out")
     trials: list[AllocatorTrial] = []
     firsts: dict[str, Done] = {}
     failed = ""

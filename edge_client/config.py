@@ -41,6 +41,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_LONGEST_LINGER_S = 365 * 86400
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
@@ -81,8 +82,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allocator: Literal["auto", "glibc", "tcmalloc"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.linger_s < 0:
-            raise ValueError(f"linger_s is {self.linger_s}, allowed is 0 and more")
+        if not 0 <= self.linger_s <= _LONGEST_LINGER_S:
+            raise ValueError(f"linger_s is {self.linger_s}, allowed is 0 to {_LONGEST_LINGER_S} (a year)")
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}, allowed is 0 (torch decides) and more")
 

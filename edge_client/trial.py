@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_client.config import TrainerConfig
 from edge_client.train_request import TrainRequest
 from edge_client.trainer_process import Done, Event, Failed, Measure, TrainerProcess
-from fedepth.data.idx import write_idx
+from fedepth.data.idx import write_idx, write_idx_items
 from fedepth.errors import ChildError
 from fedepth.task import Budget, ModelCosts, ModelSpec, Outcome, Plan, Task, TrainingSpec
 
@@ -31,13 +31,13 @@ class TrialModel:
 
 
 def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
-    """`count` random images of the model's size as IDX files."""
+    """`count` random images of the model's size as IDX files, written one at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     _, height, width = spec.input_shape
     noise = random.Random(_SEED)
-    pixels = memoryview(noise.randbytes(count * height * width)).cast("B", (count, height, width))
+    pixels = (noise.randbytes(height * width) for _ in range(count))
     labels = memoryview(bytes(index % min(len(spec.classes), 256) for index in range(count)))  # IDX has bytes
-    write_idx(folder / "train-images-idx3-ubyte", pixels)
+    write_idx_items(folder / "train-images-idx3-ubyte", (count, height, width), pixels)
     write_idx(folder / "train-labels-idx1-ubyte", labels)
     return folder
 

@@ -13,10 +13,10 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from fedepth.errors import DataError
 from fedepth.files import replacing
@@ -40,11 +40,20 @@ def write_idx(path: Path, array: Buffer) -> None:
     view = memoryview(array)
     if view.format != "B" or not view.c_contiguous or not 1 <= view.ndim <= _DIMENSIONS_LIMIT:
         raise ValueError(f"an IDX file takes contiguous unsigned bytes, got {view.format!r} of {view.shape}")
-    extents = view.shape or ()
-    data = struct.pack(f">HBB{len(extents)}I", 0, _UNSIGNED_BYTE, len(extents), *extents) + view.tobytes()
-    with replacing(path) as file:
-        # Without a time stamp, so that equal data gives equal files.
-        file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    write_idx_items(path, view.shape or (), (view,))
+
+
+def write_idx_items(path: Path, shape: Sequence[int], pieces: Iterable[Buffer]) -> None:
+    """The same from pieces of unsigned bytes that make up an array of `shape`; one of them is held at a time."""
+    header = struct.pack(f">HBB{len(shape)}I", 0, _UNSIGNED_BYTE, len(shape), *shape)
+    with ExitStack() as files:
+        file: Any = files.enter_context(replacing(path))
+        if path.suffix == ".gz":
+            # Without a name and a time stamp, so that equal data gives equal files.
+            file = files.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
+        file.write(header)
+        for piece in pieces:
+            file.write(piece)
 
 
 class IdxFile:

@@ -8,9 +8,10 @@ the test split's names begin with `t10k` or `test`. "folders": `CLASS/*.jpg` bel
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fedepth.data.idx import IdxFile
 from fedepth.errors import DataError
@@ -19,6 +20,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _IDX_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 _FOLDERS = {"train": ("train",), "test": ("test", "val")}
 _NAMES_SHOWN = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ def scan(directory: Path, classes: Sequence[str] | None, split: str = "train") -
     idx = find_idx(directory, split)
     if idx is not None:
         return _scan_idx(*idx, classes)
-    found = find_folders(directory, classes, split)
+    found = _by_class(directory, classes, split, lambda files: sum(1 for _ in files), 0)  # none of them is kept
     return DataSummary(
-        sample_count=sum(map(len, found.values())),
-        class_counts=tuple(map(len, found.values())),
+        sample_count=sum(found.values()),
+        class_counts=tuple(found.values()),
         layout="folders",
         classes=tuple(found),
     )
@@ -85,16 +87,23 @@ def find_folders(directory: Path, classes: Sequence[str] | None, split: str) -> 
     Raises:
         DataError: there are no images, or folders with images that are no class of the job.
     """
+    return _by_class(directory, classes, split, sorted, [])
+
+
+def _by_class(
+    directory: Path, classes: Sequence[str] | None, split: str, take: Callable[[Iterator[Path]], T], nothing: T
+) -> dict[str, T]:
+    """What `take` makes of the image files of every class, in label order; `nothing` for a class without images."""
     _check_directory(directory, split)
     root = _split_root(directory, classes or (), split)
     reserved = {name for names in _FOLDERS.values() for name in names} if root == directory else set()
     reserved -= set(classes or ())
-    found: dict[str, list[Path]] = {name: [] for name in classes or ()}
+    found: dict[str, T] = dict.fromkeys(classes or (), nothing)
     unknown: list[str] = []
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name.startswith(".") or folder.name in reserved:
             continue
-        files = sorted(file for file in folder.iterdir() if _is_image(file))
+        files = take(file for file in folder.iterdir() if _is_image(file))
         if not files:
             continue
         if classes is not None and folder.name not in found:

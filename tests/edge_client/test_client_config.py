@@ -49,6 +49,7 @@ def test_defaults() -> None:
         ("[memory]\nfraction = 1.5", "memory.fraction is 1.5"),
         ('[memory]\nreserve = "3M"', 'memory.reserve: "3M" is not a size'),
         ('[trainer]\nthreads = "many"', "trainer.threads: Expected `int`"),
+        ("[trainer]\nlinger_s = inf", "trainer.linger_s is inf, allowed is 0 to 31536000"),
         ('[models]\nallow = ["os.system"]', 'models.allow holds "os.system", expected "module:function"'),
         ('coordinator = "nowhere"', 'coordinator is "nowhere", expected HOST:PORT'),
         ('coordinator = "host:70000"', "expected HOST:PORT"),
