@@ -38,9 +38,9 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
     failing = []
     for tier, limit in tiers.items():
         plan = full_plan(prepared.costs, training.batch, limit)
-        end = await try_in_fresh_trainer(
-            trial_request(prepared, plan, limit, data, folder / tier, enforce=True), TrainerConfig(threads=2)
-        )
+        request = trial_request(prepared, plan, limit, data, folder / tier, enforce=True)
+        # Nothing is kept of what is freed: the least that training can do with.
+        end = await try_in_fresh_trainer(replace(request, keeping=False), TrainerConfig(threads=2))
         verdict = end.message if isinstance(end, Failed) else ""
         console.print(f"  {tier:<7} {format_size(limit):>10}: {verdict or 'trains'}")
         if verdict:
