@@ -1,5 +1,6 @@
 """A rehearsal measures every stage as it will be, and leaves nothing of itself."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
@@ -15,6 +17,7 @@ from fedepth.task import CachePlace, Plan, Policy, StageResult
 from fedepth.training import depthwise
 from fedepth.training.depthwise import train
 from fedepth.training.rehearsal import FirstImages, rehearse
+from fedepth.training.stage import BlockTraining
 from tests.training.test_depthwise import NOTHING, SPEC, TRAINING, Quiet, stage, trained_tensors, work
 
 MIB = 1 << 20
@@ -133,6 +136,20 @@ def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unlimited")
+def test_the_order_of_an_epoch_has_its_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    epoch_batches = BlockTraining.epoch_batches
+
+    def counted(block: BlockTraining, batch: int) -> Iterator[torch.Tensor]:
+        sizes.append((len(block._labels), len(block._order_beyond)))
+        return epoch_batches(block, batch)
+
+    monkeypatch.setattr(BlockTraining, "epoch_batches", counted)
+    job = work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1), count=40)
+    train(job, Meter(), Quiet(), rehearse(job, Meter(), Quiet()))
+    assert sizes == [(8, 32), (40, 0)]  # of the rehearsal, and of training
+
+
 def test_a_plan_that_needs_too_much_is_found_out(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     job = work(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)
