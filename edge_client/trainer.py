@@ -137,7 +137,8 @@ def main() -> None:
             # A mistake, or a file that cannot be written: what it was is told, and the agent starts another trainer.
             # Memory that ran out is none of these: that is a death, and the agent plans smaller.
             if not is_out_of_memory(error):
-                text = f"the trainer ended on an error that nobody expected: {type(error).__name__}: {error}"
+                what = f"{type(error).__name__}: {error}"
+                text = f"the trainer ended on an error that nobody expected: {what}; the agent's log has its traceback"
                 lines.tell(event="failed", outcome=Outcome.ERROR, message=text)
             raise
         else:

@@ -120,7 +120,10 @@ class Worker:
         except FedepthError as error:
             return _failure(task, self._device_id, error)
         except OSError as error:  # a full disk, a folder that cannot be read
-            return _failure(task, self._device_id, StateError(f"{error.filename or folder}: {error.strerror}"))
+            told = (
+                f"{error.filename or folder}: {error.strerror or error}; make room there, or let the agent write there"
+            )
+            return _failure(task, self._device_id, StateError(told))
         else:
             self._allowance.succeeded()
             return done.result

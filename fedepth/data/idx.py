@@ -44,7 +44,12 @@ def write_idx(path: Path, array: Buffer) -> None:
 
 
 def write_idx_items(path: Path, shape: Sequence[int], pieces: Iterable[Buffer]) -> None:
-    """The same from pieces of unsigned bytes that make up an array of `shape`; one of them is held at a time."""
+    """The same from pieces of unsigned bytes that make up an array of `shape`; one of them is held at a time.
+
+    Raises:
+        ValueError: they are more or fewer bytes than that; `path` is as it was.
+    """
+    left = math.prod(shape)
     header = struct.pack(f">HBB{len(shape)}I", 0, _UNSIGNED_BYTE, len(shape), *shape)
     with ExitStack() as files:
         file: Any = files.enter_context(replacing(path))
@@ -54,6 +59,9 @@ def write_idx_items(path: Path, shape: Sequence[int], pieces: Iterable[Buffer]) 
         file.write(header)
         for piece in pieces:
             file.write(piece)
+            left -= memoryview(piece).nbytes
+        if left:
+            raise ValueError(f"items of shape {tuple(shape)} came with {-left:+d} bytes; nothing is written")
 
 
 class IdxFile:

@@ -54,7 +54,7 @@ def scan(directory: Path, classes: Sequence[str] | None, split: str = "train") -
     idx = find_idx(directory, split)
     if idx is not None:
         return _scan_idx(*idx, classes)
-    found = _by_class(directory, classes, split, lambda files: sum(1 for _ in files), 0)  # none of them is kept
+    found = _by_class(directory, classes, split, lambda files: sum(1 for _ in files))  # none of them is kept
     return DataSummary(
         sample_count=sum(found.values()),
         class_counts=tuple(found.values()),
@@ -87,18 +87,18 @@ def find_folders(directory: Path, classes: Sequence[str] | None, split: str) -> 
     Raises:
         DataError: there are no images, or folders with images that are no class of the job.
     """
-    return _by_class(directory, classes, split, sorted, [])
+    return _by_class(directory, classes, split, sorted)
 
 
 def _by_class(
-    directory: Path, classes: Sequence[str] | None, split: str, take: Callable[[Iterator[Path]], T], nothing: T
+    directory: Path, classes: Sequence[str] | None, split: str, take: Callable[[Iterator[Path]], T]
 ) -> dict[str, T]:
-    """What `take` makes of the image files of every class, in label order; `nothing` for a class without images."""
+    """What `take` makes of the image files of every class, in label order; of a class without images too."""
     _check_directory(directory, split)
     root = _split_root(directory, classes or (), split)
     reserved = {name for names in _FOLDERS.values() for name in names} if root == directory else set()
     reserved -= set(classes or ())
-    found: dict[str, T] = dict.fromkeys(classes or (), nothing)
+    found = {name: take(iter(())) for name in classes or ()}
     unknown: list[str] = []
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name.startswith(".") or folder.name in reserved:

@@ -130,7 +130,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
                 cache = build_inputs(work, stage, previous, cache, between)
                 # What the inputs took says nothing of what training them takes, so this look is at what is expected.
                 micro_batch = MicroBatch(work.task.costs, work.task.training, stage, work.cached_samples)
-                yield_memory(micro_batch.fits, _expected(stage, rehearsed_bytes))
+                yield_memory(micro_batch.fits, _expected(work, stage, rehearsed_bytes, budget))
                 block = BlockTraining(work, stage, cache, labels, len(done), micro_batch, final=not waiting)
                 check = partial(_check, meter, work, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
@@ -189,11 +189,12 @@ def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: 
     return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
 
 
-def _expected(stage: Stage, rehearsed_bytes: int) -> int:
-    """What a stage is going to take, pages that are kept included."""
+def _expected(work: Work, stage: Stage, rehearsed_bytes: int, budget: int) -> int:
+    """What a stage is going to take: with the pages that it keeps, and no more than the budget that it is held to."""
     if not rehearsed_bytes:
         return needed_bytes(stage.predicted_peak_bytes)
-    return rehearsed_bytes + may_keep_bytes(rehearsed_bytes)
+    kept = may_keep_bytes(rehearsed_bytes) if work.keeping else 0
+    return min(budget, rehearsed_bytes + kept)
 
 
 def _whole_heap(work: Work, budget: int) -> int:

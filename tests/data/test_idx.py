@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedepth.data import idx
-from fedepth.data.idx import IdxFile, write_idx
+from fedepth.data.idx import IdxFile, write_idx, write_idx_items
 from fedepth.errors import DataError
 
 IMAGES = np.arange(60, dtype=np.uint8).reshape(5, 3, 4)
@@ -143,3 +143,16 @@ def test_an_item_that_does_not_exist_is_an_index_error(tmp_path: Path, index: in
 def test_only_contiguous_unsigned_bytes_are_written(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(ValueError, match="unsigned bytes"):
         write_idx(tmp_path / "images", array)
+
+
+@pytest.mark.parametrize("name", ["images", "images.gz"])
+def test_items_are_written_one_by_one_and_have_to_fill_the_shape(tmp_path: Path, name: str) -> None:
+    path, whole = tmp_path / name, tmp_path / f"whole-{name}"
+    write_idx(whole, IMAGES)
+    write_idx_items(path, IMAGES.shape, (image.tobytes() for image in IMAGES))
+    before = path.read_bytes()
+    assert before == whole.read_bytes()
+    for items, missing in ((IMAGES[:-1], -IMAGES[0].size), ((*IMAGES, IMAGES[0]), IMAGES[0].size)):
+        with pytest.raises(ValueError, match=rf"came with \{missing:+d} bytes"):
+            write_idx_items(path, IMAGES.shape, (image.tobytes() for image in items))
+    assert path.read_bytes() == before

@@ -381,7 +381,10 @@ def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
     full = Full(transport.weights, [make_task()])
     bench.run(full, OK)
     (failure,) = full.failures
-    assert (failure.outcome, failure.message) == (Outcome.ERROR, "/there: No space left on device")
+    assert (failure.outcome, failure.message) == (
+        Outcome.ERROR,
+        "/there: No space left on device; make room there, or let the agent write there",
+    )
     assert full.calls == ["next_task", "next_task"]
 
 

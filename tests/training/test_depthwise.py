@@ -232,34 +232,47 @@ def test_the_head_is_pulled_towards_its_global_value_in_every_stage(tmp_path: Pa
     assert_equal(trained_tensors(job), by_hand(job, blocks, 16))
 
 
-@pytest.mark.parametrize(("rehearsed", "sizes"), [(0, [2, 2]), (80 << 20, [8, 8])])
-def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearsed: int, sizes: list[int]
-) -> None:
-    """100 MiB are predicted and 90 are free; where the rehearsal has seen that 80 are enough, nothing shrinks."""
-    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
-    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
-    seen: list[int] = []
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The micro-batch of every step that is trained."""
+    found: list[int] = []
     step = BlockTraining.step
 
     def counted(block: BlockTraining, indices: torch.Tensor) -> float:
-        seen.append(block._micro_batch.now)
+        found.append(block._micro_batch.now)
         return step(block, indices)
 
     monkeypatch.setattr(BlockTraining, "step", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("free", "rehearsed", "expected"),
+    [
+        pytest.param(90, 0, 2, id="less than predicted"),
+        pytest.param(90, 80, 8, id="as much as was rehearsed"),
+        pytest.param(200, 195, 8, id="no less than before: its cap leaves it less to keep"),
+    ],
+)
+def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], free: int, rehearsed: int, expected: int
+) -> None:
+    """In MiB: 200 are free when the stage begins, of which it is predicted to take 100."""
+    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
+    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
 
     class Falling(Quiet):
         measured = 0
 
         def measure(self, stage: int, held_bytes: int) -> int:
             self.measured += 1
-            return (200 if self.measured == 1 else 90) << 20
+            return (200 if self.measured == 1 else free) << 20
 
     planned = replace(stage(0, 5), predicted=replace(NOTHING, activations=100 << 20))
     job = replace(work(tmp_path, [planned]), enforce=True)
-    (result,) = train(job, Meter(), Falling(), {planned: rehearsed} if rehearsed else None).stages
-    assert seen[:2] == sizes
-    assert result.micro_batch == sizes[0]
+    (result,) = train(job, Meter(), Falling(), {planned: rehearsed << 20} if rehearsed else None).stages
+    assert sizes[:2] == [expected] * 2
+    assert result.micro_batch == expected
 
 
 class Shrinking(Quiet):
@@ -296,7 +309,7 @@ def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
 
 
 def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
     monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
     monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
@@ -304,14 +317,6 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     caps: list[int] = []
     monkeypatch.setattr(depthwise.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
     monkeypatch.setattr(depthwise.allocator.HeapCap, "_lift", lambda _: caps.append(0))
-    sizes: list[int] = []
-    step = BlockTraining.step
-
-    def counted(block: BlockTraining, indices: torch.Tensor) -> float:
-        sizes.append(block._micro_batch.now)
-        return step(block, indices)
-
-    monkeypatch.setattr(BlockTraining, "step", counted)
 
     class Dipping(Quiet):
         def measure(self, stage: int, held_bytes: int) -> int:
