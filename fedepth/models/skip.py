@@ -1,8 +1,9 @@
-"""The skip connection: a parameter-free map from any unit's output to the input of the shared head."""
+"""The skip connection: a parameter-free map from a unit's output to the input of the shared head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch.nn import functional as F
@@ -13,41 +14,80 @@ from fedepth.errors import ModelError
 def skip(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Maps a unit's output to the head's input (arXiv 2303.04887, section 4.1).
 
-    Feature maps (B, C, H, W) are averaged over windows down to the head's height and width, and get channels
-    of zeros behind their own. Tokens (B, T, D) get zeros behind their width; where the width is constant, as
-    in a ViT, the skip is the identity.
+    The paper has feature maps whose channels only grow, and tokens of one width. The rest is ours:
+
+    - Feature maps (B, C, H, W) are averaged over windows down to the head's height and width; channels that are missing
+      become zeros, and channels that are too many are averaged in even groups. Series (B, C, T) alike.
+    - Maps with channels last (B, H, W, C), and tokens (B, T, D), are treated so in their own order.
+    - A vector (B, D) gets the mean over all positions of a map; its missing values are zeros.
 
     Args:
-        x: a unit's output, (B, C, H, W) or (B, T, D).
-        shape: the head's input without the batch, (C, H, W) or (T, D).
+        x: a unit's output.
+        shape: the head's input without the batch.
 
     Raises:
-        ModelError: the map would have to enlarge an image, drop channels, or change the number of tokens.
+        ModelError: there is no such map: it would have to enlarge an image, or turn a map into tokens.
     """
     target = tuple(shape)
     if tuple(x.shape[1:]) == target:
         return x
-    if x.dim() == 4 and len(target) == 3:
-        channels, height, width = target
-        if x.shape[1] <= channels and x.shape[2] >= height and x.shape[3] >= width:
-            return _pad_dimension(_pool(x, height, width), 1, channels)
-    if x.dim() == 3 and len(target) == 2 and x.shape[1] == target[0] and x.shape[2] <= target[1]:
-        return _pad_dimension(x, 2, target[1])
-    raise ModelError(
-        f"No skip connection from an output of shape {tuple(x.shape[1:])} to a head that takes {target}: "
-        "images can only shrink, channels only be added, and the number of tokens must stay. Change the "
-        "model so that no unit is wider, or smaller in height and width, than the head's input."
-    )
+    channels = channel_dimension(tuple(x.shape[1:]), target)
+    if channels is None:
+        raise ModelError(
+            f"no skip connection from an output of shape {tuple(x.shape[1:])} to a head that takes {target}: maps can "
+            "only shrink, and keep their number of dimensions or become a vector"
+        )
+    x = x.movedim(channels + 1, 1)
+    if len(target) == 1:
+        return _channels(x.flatten(2).mean(2) if x.dim() > 2 else x, target[0])
+    extents = target[:channels] + target[channels + 1 :]
+    return _channels(_pool(x, extents), target[channels]).movedim(1, channels + 1)
 
 
-def _pool(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    if x.shape[2:] == (height, width):
+def channel_dimension(source: tuple[int, ...], target: tuple[int, ...]) -> int | None:
+    """Which dimension of `source`, without the batch, holds its channels if it is to become `target`.
+
+    The first or the last: the one with which all other dimensions only shrink; of both, the one in which channels grow.
+    None if there is no such map.
+    """
+    if len(target) == 1:
+        # Where nothing tells them apart: an image has fewer pixels to a side than tokens have numbers, and squares.
+        if len(source) == 3 and source[0] == source[1] != source[2]:
+            return 2
+        return 1 if len(source) == 2 else 0 if source else None
+    if len(source) != len(target):
+        return None
+    fitting = [
+        channels
+        for channels in (0, len(source) - 1)
+        if all(n >= m for at, (n, m) in enumerate(zip(source, target, strict=True)) if at != channels)
+    ]
+    growing = [channels for channels in fitting if source[channels] <= target[channels]]
+    return next(iter(growing or fitting), None)
+
+
+def _pool(x: torch.Tensor, extents: tuple[int, ...]) -> torch.Tensor:
+    """(B, C, …) averaged over windows to (B, C, *extents)."""
+    now = tuple(x.shape[2:])
+    if now == extents:
         return x
-    if x.shape[2] % height == 0 and x.shape[3] % width == 0:
-        return F.avg_pool2d(x, (x.shape[2] // height, x.shape[3] // width))
-    return F.adaptive_avg_pool2d(x, (height, width))
+    even = all(n % m == 0 for n, m in zip(now, extents, strict=True))
+    if len(extents) == 2:
+        if even:
+            return F.avg_pool2d(x, tuple(n // m for n, m in zip(now, extents, strict=True)))
+        return F.adaptive_avg_pool2d(x, extents)
+    if len(extents) == 1:
+        return F.adaptive_avg_pool1d(x, extents[0])
+    return F.adaptive_avg_pool3d(x, extents)
 
 
-def _pad_dimension(x: torch.Tensor, dimension: int, size: int) -> torch.Tensor:
-    missing = size - x.shape[dimension]
-    return F.pad(x, (0, 0) * (x.dim() - 1 - dimension) + (0, missing)) if missing else x
+def _channels(x: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, C, …) with `count` channels: zeros behind its own, or means of even groups of them."""
+    have = x.shape[1]
+    if have < count:
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, count - have))
+    if have > count:
+        positions = prod(x.shape[2:])
+        folded = F.adaptive_avg_pool1d(x.reshape(len(x), have, positions).transpose(1, 2), count)
+        return folded.transpose(1, 2).reshape(len(x), count, *x.shape[2:])
+    return x

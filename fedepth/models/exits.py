@@ -1,0 +1,40 @@
+"""Where a block may end: behind a unit whose output tells something of the input, by a skip connection to the head."""
+
+from __future__ import annotations
+
+import torch
+
+from fedepth.errors import ModelError
+from fedepth.models.run import Model
+from fedepth.models.skip import skip
+
+# Logits of two inputs that differ by less than this share of their size do not depend on the input.
+_SMALLEST_CHANGE = 1e-6
+
+
+def find_exits(model: Model, inputs: torch.Tensor) -> tuple[bool, ...]:
+    """For every unit whether a block may end behind it.
+
+    A Vision Transformer's embedding, for one, has a skip connection, but its class token has met no patch yet: logits
+    would not depend on the image. Full depth needs no skip connection, so the last unit always is an exit.
+
+    Args:
+        model: with weights, in evaluation mode.
+        inputs: at least two that differ, (B, *input_shape).
+    """
+    exits: list[bool] = []
+    with torch.no_grad():
+        x = inputs
+        for unit in model.units:
+            x = unit(x)
+            exits.append(_tells_apart(model, x))
+    return (*exits[:-1], True)
+
+
+def _tells_apart(model: Model, x: torch.Tensor) -> bool:
+    try:
+        logits = model.head(skip(x, model.graph.head_shape))
+    except ModelError:
+        return False
+    change = (logits - logits[:1]).abs().max()
+    return bool(change > _SMALLEST_CHANGE * logits.abs().max().clamp_min(1e-12))

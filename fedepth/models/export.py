@@ -1,0 +1,249 @@
+"""From a module to a graph: torch.export in both modes, cut into units, with everything that a device needs to know.
+
+Nothing of this runs on a device. What a graph cannot hold is refused with the line of the user's own code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from msgspec import structs
+from torch import nn
+
+from fedepth.errors import ModelError
+from fedepth.models.cut import cut
+from fedepth.models.exits import find_exits
+from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
+from fedepth.models.lower import FlatProgram, lower
+from fedepth.models.run import Model
+from fedepth.models.source import error_line, first_line
+
+LARGEST_BATCH = 4096
+_EXAMPLES = 3  # a batch of 1 or 2 might be taken for a constant
+HINT = "devices run models as graphs, without Python code"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph, and the tensors that it names."""
+
+    graph: Graph
+    tensors: Mapping[str, torch.Tensor]
+
+
+def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input_type: str, classes: int) -> Exported:
+    """The graph of a module with real weights on the CPU, which stay where they are.
+
+    Args:
+        module: its forward takes one tensor (B, *input_shape), and gives logits (B, classes); of several outputs the
+            first is taken.
+        name: for messages.
+        input_shape: without the batch.
+        input_type: "F32" or "I64".
+        classes: the job's number of classes.
+
+    Raises:
+        ModelError: it cannot be exported or cut; with the user's line, the reason, and what to change.
+    """
+    names, tensors = _tensors(module, name)
+    example = example_inputs(input_shape, input_type, _EXAMPLES)
+    programs: list[FlatProgram] = []
+    notes: set[str] = set()
+    was_training = module.training
+    try:
+        for training in (True, False):
+            module.train(training)
+            exported = _export(module, name, example)
+            output = _logits(exported, name, classes, notes)
+            for target, tensor in exported.constants.items():
+                if isinstance(tensor, torch.Tensor):
+                    tensors.setdefault(target, tensor.detach())
+                    names.setdefault(target, target)
+            programs.append(_lowered(exported, output, names, name))
+    finally:
+        module.train(was_training)
+    trainable = frozenset(names[each] for each, parameter in module.named_parameters() if parameter.requires_grad)
+    parameters = {names[each]: tuple(p.shape) for each, p in module.named_parameters()}
+    units, head = cut(programs[0], programs[1], parameters, trainable)
+    used = {each for unit in (*units, head) for each in unit.tensor_names}
+    if unused := sorted(trainable - used):
+        notes.add(f"parameters that the output does not depend on are left out: {', '.join(unused[:5])}")
+    graph = Graph(
+        version=FORMAT_VERSION,
+        units=units,
+        head=head,
+        exits=(*(False for _ in units[:-1]), True),
+        tensors={each: (_dtype(tensors[each], each, name), tuple(tensors[each].shape)) for each in sorted(used)},
+        input_type=input_type,
+        smallest_micro_batch=_smallest_micro_batch(programs[0]),
+        channels_last=_prefers_channels_last(programs[0], parameters),
+        notes=tuple(sorted(notes)),
+    )
+    check(graph)
+    kept = {each: tensors[each] for each in graph.tensors}
+    model = Model(graph)
+    model.load(perturbed(kept, trainable & used).__getitem__)
+    model.train(False)
+    found = find_exits(model, example_inputs(input_shape, input_type, 4))
+    return Exported(structs.replace(graph, exits=found), kept)
+
+
+def example_inputs(input_shape: Sequence[int], input_type: str, count: int, scale: float = 1.0) -> torch.Tensor:
+    """Random inputs (count, *input_shape), always the same. Token ids are small, so that any vocabulary has them."""
+    generator = torch.Generator().manual_seed(count)
+    if input_type == "I64":
+        return torch.randint(0, 8, (count, *input_shape), generator=generator)
+    return torch.randn((count, *input_shape), generator=generator) * scale
+
+
+def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they multiply."""
+    generator = torch.Generator().manual_seed(len(tensors))
+    moved = {each: tensor.clone() for each, tensor in tensors.items()}
+    for each in sorted(names):
+        tensor = moved[each]
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            tensor.mul_(1 + 0.1 * noise).add_(0.02 * noise)
+    return moved
+
+
+def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """From every name of a parameter or buffer to the first with the same storage, and the tensors by that name."""
+    names: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    first: dict[int, str] = {}
+    for each, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        if tensor.is_meta:
+            raise ModelError(f"the model {name} has no weights: {each} lies on the meta device; initialise it")
+        names[each] = first.setdefault(id(tensor), each)
+        tensors[names[each]] = tensor.detach()
+    return names, tensors
+
+
+def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing that a user could act on
+        try:
+            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+        except Exception as error:  # whatever torch.export, or the model's own code, does
+            raise _refused(error, name) from error
+
+
+def _lowered(program: torch.export.ExportedProgram, output: int, names: Mapping[str, str], name: str) -> FlatProgram:
+    try:
+        return lower(program, output, names)
+    except ModelError as error:
+        raise ModelError(f"the model {name} cannot be turned into a graph: {error}; {HINT}") from error
+
+
+def _refused(error: Exception, name: str) -> ModelError:
+    where = error_line(error)
+    place = f" at {where}" if where else ""
+    return ModelError(f"the model {name} cannot be exported{place}: {_reason(error)}; {HINT}")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in text.lower() or "GuardOnDataDependent" in text:
+        return (
+            "what it does there depends on values of a tensor (an if, a loop, .item(), .tolist() or a mask as index); "
+            "use torch.where, or sizes that are known before"
+        )
+    if "Constraints violated" in text or "specialized" in text:
+        return (
+            "it works for one batch size only: a size or a reshape there holds the batch as a constant; take it from "
+            "x.shape[0], or write -1"
+        )
+    if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
+        return "it leaves torch for numpy; write it with torch's functions"
+    return first_line(error)
+
+
+def _logits(program: torch.export.ExportedProgram, name: str, classes: int, notes: set[str]) -> int:
+    """Which output holds the logits."""
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    kinds = torch.export.graph_signature.OutputKind
+    places = [i for i, spec in enumerate(program.graph_signature.output_specs) if spec.kind is kinds.USER_OUTPUT]
+    if not places:
+        raise ModelError(f"the model {name} returns nothing; its forward() has to return logits")
+    if len(places) > 1:
+        notes.add(f"of the {len(places)} outputs of the model the first is taken; the others are left out")
+    value = output.args[0][places[0]].meta["val"] if isinstance(output.args[0][places[0]], torch.fx.Node) else None
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if len(shape) != 2 or not isinstance(shape[0], torch.SymInt):
+        raise ModelError(f"the model {name} returns {_told(shape)}; it has to return logits (batch, classes)")
+    if int(shape[1]) != classes:
+        raise ModelError(f"the model {name} returns {int(shape[1])} logits, the job has {classes} classes")
+    return places[0]
+
+
+def _told(shape: tuple[Any, ...]) -> str:
+    return (
+        f"a tensor of shape ({', '.join(str(n) if isinstance(n, int) else 'batch' for n in shape)})"
+        if shape
+        else "no tensor"
+    )
+
+
+def _dtype(tensor: torch.Tensor, each: str, name: str) -> str:
+    found = DTYPE_OF_TORCH.get(str(tensor.dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"the model {name} has a tensor {each} of type {tensor.dtype}, which cannot travel")
+    return found
+
+
+def _smallest_micro_batch(program: FlatProgram) -> int:
+    """2 if a BatchNorm in training mode sees one value per channel and sample, of which it cannot take a variance."""
+    for step in program.steps:
+        operation = step.operation
+        if (
+            operation.name == "batch_norm"
+            and operation.arguments[5] is True
+            and isinstance(operation.arguments[0], Value)
+        ):
+            shape = program.values[operation.arguments[0].number].shape
+            rows, rest = shape[0], shape[2:]
+            if (
+                rows == Extent(1)
+                and all(isinstance(n, int) for n in rest)
+                and prod(n for n in rest if isinstance(n, int)) == 1
+            ):
+                return 2
+    return 1
+
+
+def _prefers_channels_last(program: FlatProgram, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the model trains in channels_last on a CPU, where convolutions run several times faster in it.
+
+    Not where it has a 1×1 convolution with a stride: its backward pass in channels_last has been seen to corrupt the
+    heap on two threads (torch 2.13 and 2.14, AVX-512). Nor with a patch embedding, which is no convolutional trunk.
+    """
+    found = False
+    for step in program.steps:
+        operation = step.operation
+        if not operation.name.startswith("conv2d") or not isinstance(operation.arguments[1], Tensor):
+            continue
+        found = True
+        kernel = shapes[operation.arguments[1].name][2:]
+        stride = _pair(operation)
+        if stride != (1, 1) and kernel in ((1, 1), stride):
+            return False
+    return found
+
+
+def _pair(operation: Operation) -> tuple[int, ...]:
+    stride = operation.arguments[3] if len(operation.arguments) > 3 else operation.keywords.get("stride", 1)
+    if isinstance(stride, tuple):
+        return tuple(int(n) for n in stride if isinstance(n, int)) * (2 // len(stride))
+    return (int(stride),) * 2 if isinstance(stride, int) else (1, 1)

@@ -1,0 +1,274 @@
+"""A model as data: units, each a list of operators with arguments and tensor names. No torch.
+
+A device rebuilds a model from this and needs none of the code that defined it. The same file can later be compiled for
+another runtime, so it knows operators by plain names, types as safetensors names them, and shapes without the batch.
+
+    value 0 is a unit's input; every operation gives values with numbers of their own
+    {"is": "value", "number": 3}                     an earlier value of the same unit
+    {"is": "tensor", "name": "layer1.0.conv1.weight"} a parameter, a buffer or a constant
+    {"is": "extent", "per_sample": 4, "fixed": 0}     a size that grows with the batch: 4 · batch + 0
+
+A unit has two programs, one for training and one for evaluation: dropout and BatchNorm do not run alike in both, and a
+model may branch on its mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from fedepth.errors import ModelError
+from fedepth.layout import ITEM_BYTES, ModelLayout, TensorInfo, UnitLayout
+
+FORMAT_VERSION = 1
+# A graph comes from the network: more than any model has is refused before it is looked at.
+MOST_UNITS = 512
+MOST_OPERATIONS = 100_000
+MOST_TENSORS = 100_000
+MOST_BYTES = 64 << 20
+
+DTYPE_OF_TORCH = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
+class Value(msgspec.Struct, frozen=True, tag_field="is", tag="value"):
+    """An earlier value of the same unit."""
+
+    number: int
+
+
+class Tensor(msgspec.Struct, frozen=True, tag_field="is", tag="tensor"):
+    """A parameter, buffer or constant of the unit."""
+
+    name: str
+
+
+class Extent(msgspec.Struct, frozen=True, tag_field="is", tag="extent"):
+    """A size that grows with the batch: `per_sample · batch + fixed`."""
+
+    per_sample: int
+    fixed: int = 0
+
+
+class DType(msgspec.Struct, frozen=True, tag_field="is", tag="dtype"):
+    """An element type as safetensors names it, such as "F32"."""
+
+    name: str
+
+
+class Number(msgspec.Struct, frozen=True, tag_field="is", tag="number"):
+    """A float that JSON cannot write: "inf", "-inf" or "nan"."""
+
+    text: str
+
+
+class MemoryFormat(msgspec.Struct, frozen=True, tag_field="is", tag="memory_format"):
+    """How a tensor lies in memory, such as "contiguous_format"."""
+
+    name: str
+
+
+Scalar = None | bool | int | float | str | Value | Tensor | Extent | DType | Number | MemoryFormat
+Argument = Scalar | tuple[Scalar, ...]
+
+
+class Operation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One operator of a program.
+
+    Attributes:
+        name: of the operator and its overload, such as "conv2d" or "add.Tensor".
+        results: numbers of the values it gives; -1 for one that nobody reads.
+        detached: runs without autograd, as under torch.no_grad().
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    results: tuple[int, ...]
+    keywords: dict[str, Argument] = {}
+    detached: bool = False
+
+
+class Program(msgspec.Struct, frozen=True):
+    """Operations in order, and the number of the value that they are run for."""
+
+    operations: tuple[Operation, ...]
+    output: int
+
+
+class Unit(msgspec.Struct, frozen=True):
+    """A part of a model between two cuts, each a single tensor.
+
+    Attributes:
+        name: the module that it belongs to, for people.
+        parameters: names of its trainable parameters.
+        written: names of the buffers that it writes in training, such as running statistics.
+        fixed: names of what it only reads: parameters frozen by the model's author, other buffers, constants.
+        input_shape: without the batch.
+        training: its program in training mode.
+        evaluation: its program in evaluation mode.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    written: tuple[str, ...]
+    fixed: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    training: Program
+    evaluation: Program
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Of all tensors that it needs to run."""
+        return self.parameters + self.written + self.fixed
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Of the tensors that training changes, which an update carries."""
+        return self.parameters + self.written
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """A model.
+
+    Attributes:
+        units: in order.
+        head: what follows the last unit, and gives logits; without operations where nothing does.
+        exits: for every unit, whether a block may end behind it (fedepth.models.exits).
+        tensors: all tensors, by name.
+        input_type: "F32" for images and vectors, "I64" for token ids.
+        smallest_micro_batch: 2 where BatchNorm sees a single value per channel and sample, of which it has no variance.
+        channels_last: convolutions run faster in this memory format on a CPU, and are known to be safe in it.
+        notes: what a person should know, such as outputs that are left out.
+    """
+
+    version: int
+    units: tuple[Unit, ...]
+    head: Unit
+    exits: tuple[bool, ...]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    input_type: str
+    smallest_micro_batch: int
+    channels_last: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.units[0].input_shape
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """The head's input without the batch, where every skip connection leads."""
+        return self.head.input_shape
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Every unit's output without the batch."""
+        return (*(unit.input_shape for unit in self.units[1:]), self.head_shape)
+
+    def info(self, name: str) -> TensorInfo:
+        dtype, shape = self.tensors[name]
+        return TensorInfo(name, shape, dtype)
+
+    def layout(self) -> ModelLayout:
+        """What an update consists of, unit by unit."""
+        units = tuple(UnitLayout(unit.name, tuple(map(self.info, unit.trained_names))) for unit in self.units)
+        return ModelLayout(units, tuple(map(self.info, self.head.trained_names)))
+
+
+def encode(graph: Graph) -> bytes:
+    """The graph as JSON; equal graphs give equal bytes."""
+    return msgspec.json.encode(graph, order="deterministic")
+
+
+def decode(data: bytes) -> Graph:
+    """A graph from JSON, checked: every reference leads to something that comes before it.
+
+    Raises:
+        ModelError: it is damaged, too large, or of another version.
+    """
+    if len(data) > MOST_BYTES:
+        raise ModelError(f"a model's graph of {len(data)} bytes is not read; at most {MOST_BYTES} are")
+    try:
+        graph = msgspec.json.decode(data, type=Graph)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(f"the model's graph cannot be read: {error}") from None
+    check(graph)
+    return graph
+
+
+def check(graph: Graph) -> None:
+    """Raises ModelError if the graph refers to what it does not have, or is larger than any model."""
+    if graph.version != FORMAT_VERSION:
+        raise ModelError(
+            f"the model's graph has format {graph.version}, this version reads {FORMAT_VERSION}; install the same "
+            "version of fedepth on the coordinator and its devices"
+        )
+    if not 1 <= len(graph.units) <= MOST_UNITS or len(graph.tensors) > MOST_TENSORS:
+        raise ModelError(f"the model's graph has {len(graph.units)} units and {len(graph.tensors)} tensors")
+    if len(graph.exits) != len(graph.units) or not graph.exits[-1]:
+        raise ModelError("the model's graph does not say of every unit whether a block may end behind it")
+    if graph.input_type not in ("F32", "I64") or graph.smallest_micro_batch not in (1, 2):
+        raise ModelError("the model's graph has an input type or a smallest micro-batch that does not exist")
+    for name, (dtype, shape) in graph.tensors.items():
+        if dtype not in ITEM_BYTES or any(extent < 0 for extent in shape) or len(shape) > 16:
+            raise ModelError(
+                f"tensor {name[:80]!r} of the model's graph has type {dtype[:20]!r} and shape {shape[:16]}"
+            )
+    operations = 0
+    owner: dict[str, str] = {}
+    for unit in (*graph.units, graph.head):
+        for name in unit.tensor_names:
+            if name not in graph.tensors:
+                raise ModelError(f"unit {unit.name[:80]} of the model's graph names an unknown tensor {name[:80]!r}")
+        for name in unit.trained_names:
+            if owner.setdefault(name, unit.name) != unit.name or name in unit.fixed:
+                raise ModelError(f"tensor {name[:80]!r} of the model's graph belongs to two units")
+        for program in (unit.training, unit.evaluation):
+            operations += len(program.operations)
+            _check_program(unit, program)
+    if operations > MOST_OPERATIONS:
+        raise ModelError(f"the model's graph has {operations} operations; at most {MOST_OPERATIONS} are run")
+
+
+def values_of(operation: Operation) -> Iterator[int]:
+    """The numbers of the values that an operation reads."""
+    for scalar in scalars_of(operation):
+        if isinstance(scalar, Value):
+            yield scalar.number
+
+
+def scalars_of(operation: Operation) -> Iterator[Scalar]:
+    """All arguments, with lists opened."""
+    for argument in (*operation.arguments, *operation.keywords.values()):
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument
+
+
+def _check_program(unit: Unit, program: Program) -> None:
+    known, tensors = {0}, set(unit.tensor_names)
+    for operation in program.operations:
+        for scalar in scalars_of(operation):
+            if isinstance(scalar, Value) and scalar.number not in known:
+                raise ModelError(
+                    f"{operation.name[:40]} in unit {unit.name[:80]} reads a value that does not exist yet"
+                )
+            if isinstance(scalar, Tensor) and scalar.name not in tensors:
+                raise ModelError(f"{operation.name[:40]} in unit {unit.name[:80]} reads a tensor of another unit")
+        given = [number for number in operation.results if number >= 0]
+        if known.intersection(given) or len(set(given)) != len(given) or max(given, default=0) > MOST_OPERATIONS * 16:
+            raise ModelError(f"{operation.name[:40]} in unit {unit.name[:80]} gives a value that exists already")
+        known.update(given)
+    if program.output not in known:
+        raise ModelError(f"unit {unit.name[:80]} ends with a value that does not exist")

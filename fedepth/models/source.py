@@ -1,0 +1,43 @@
+"""Where in a user's code something happened: the file and line that a message names."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(\S[^\n]*))?')
+_NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "<frozen", "<string>", "<eval")
+
+
+def user_line(node: fx.Node) -> str:
+    """The innermost line outside torch that a node of a graph comes from."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    theirs = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
+    return _told(*theirs[-1]) if theirs else f"operator {node.name}"
+
+
+def error_line(error: BaseException) -> str:
+    """The innermost line outside torch and this package that an error went through; empty if there is none."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_THE_USERS) and "/importlib/" not in frame.filename
+    ]
+    own = [frame for frame in frames if "/lib/python" not in frame.filename or "site-packages" in frame.filename]
+    if not own:
+        return ""
+    frame = own[-1]
+    return _told(frame.filename, str(frame.lineno), frame.name, frame.line or "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without torch's pages of text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _told(file: str, line: str, function: str, code: str) -> str:
+    return f"{file}:{line}, in {function}: {code}" if code else f"{file}:{line}, in {function}"

@@ -1,0 +1,172 @@
+"""The proof that a graph is the module it came from: the same outputs, gradients and buffers, to the last bit or nearly.
+
+What a graph cannot hold shows here: a custom backward pass, hooks, random numbers of Python or numpy, counters. So every
+model, also one of the zoo, is compared before a job starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedepth.errors import ModelError
+from fedepth.models.export import Exported, example_inputs, perturbed
+from fedepth.models.run import Model
+from fedepth.models.source import error_line, first_line
+
+# Kernels may sum in another order in another memory layout; a wrong graph is off by far more.
+TOLERANCE = 1e-4
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One comparison: a batch of inputs of some scale, in one mode, with weights as they are or perturbed."""
+
+    samples: int
+    scale: float
+    training: bool
+    perturbed: bool
+
+    def __str__(self) -> str:
+        return f"{'training' if self.training else 'evaluation'} mode, batch {self.samples}, inputs of scale {self.scale:g}"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    logits: torch.Tensor
+    gradients: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+
+def verify(module: nn.Module, exported: Exported, name: str) -> float:
+    """Compares a graph with its module; returns the largest difference, relative to the size of what is compared.
+
+    Raises:
+        ModelError: they differ; names the mode and the first unit or tensor that does.
+    """
+    worst = 0.0
+    graph = exported.graph
+    for trial in _trials(graph.smallest_micro_batch):
+        original = copy.deepcopy(module)
+        own = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+        moved = [each for each in exported.tensors if each in own] if trial.perturbed else []
+        weights = perturbed(exported.tensors, moved)
+        with torch.no_grad():
+            for each in moved:
+                own[each].copy_(weights[each])
+        inputs = example_inputs(graph.input_shape, graph.input_type, trial.samples, trial.scale)
+        first = _run_module(copy.deepcopy(original), inputs, trial, weights, seed=0, name=name)
+        again = _run_module(original, inputs, trial, weights, seed=1, name=name)
+        if _difference(first, again)[0] > 0:
+            raise ModelError(
+                f"the model {name} does not agree with itself: with the same torch seed it gives other results each time "
+                "it runs (random numbers of Python or numpy, a counter, or a global); use torch's random functions"
+            )
+        found = _run_graph(exported, inputs, trial, weights)
+        difference, what = _difference(again, found)
+        if not difference <= TOLERANCE:
+            raise ModelError(
+                f"the graph of the model {name} differs from the model by {difference:.3g} in {what} ({trial}); "
+                "it does something that torch.export does not record, such as a hook or a custom backward pass"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _trials(smallest: int) -> Iterator[_Trial]:
+    yield _Trial(max(smallest, 1), 1.0, True, False)
+    yield _Trial(5, 8.0, True, True)
+    yield _Trial(1, 1.0, False, True)
+    yield _Trial(4, 8.0, False, False)
+
+
+def _run_module(
+    module: nn.Module, inputs: torch.Tensor, trial: _Trial, weights: Mapping[str, torch.Tensor], seed: int, name: str
+) -> _Outcome:
+    module.train(trial.training)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(_SEED)
+    module.zero_grad()
+    try:
+        output = module(inputs.clone())
+    except Exception as error:  # whatever the model's own code does
+        where = error_line(error)
+        raise ModelError(
+            f"the model {name} fails in {trial}{f' at {where}' if where else ''}: {first_line(error)}"
+        ) from error
+    logits = _first_tensor(output)
+    _backward(logits)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    return _Outcome(
+        logits.detach(),
+        {each: p.grad for each, p in parameters.items() if p.grad is not None and each in weights},
+        {each: buffer for each, buffer in buffers.items() if each in weights},
+    )
+
+
+def _run_graph(
+    exported: Exported, inputs: torch.Tensor, trial: _Trial, weights: Mapping[str, torch.Tensor]
+) -> _Outcome:
+    model = Model(exported.graph)
+    fresh = {each: tensor.clone() for each, tensor in weights.items()}
+    model.load(fresh.__getitem__, trainable=True)
+    model.train(trial.training)
+    torch.manual_seed(_SEED)
+    logits = model(inputs.clone())
+    _backward(logits)
+    parameters = {each for unit in (*model.units, model.head) for each in unit.unit.parameters}
+    return _Outcome(
+        logits.detach(),
+        {each: fresh[each].grad for each in parameters if fresh[each].grad is not None},
+        {each: tensor for each, tensor in fresh.items() if each not in parameters},
+    )
+
+
+def _first_tensor(output: object) -> torch.Tensor:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _backward(logits: torch.Tensor) -> None:
+    if logits.requires_grad:
+        weights = torch.linspace(-1.0, 1.0, logits.numel()).view_as(logits)
+        torch.autograd.backward((logits * weights).sum())
+
+
+def _difference(one: _Outcome, other: _Outcome) -> tuple[float, str]:
+    """The largest relative difference, and where it is."""
+    pairs = [("the logits", one.logits, other.logits)]
+    for kind, mine, theirs in (
+        ("the gradient of", one.gradients, other.gradients),
+        ("the buffer", one.buffers, other.buffers),
+    ):
+        for each in mine.keys() | (theirs.keys() if kind != "the buffer" else ()):
+            if each not in mine or each not in theirs:
+                known = mine.get(each, theirs.get(each))
+                assert known is not None
+                if kind == "the buffer":
+                    continue
+                pairs.append((f"{kind} {each}", known, torch.zeros_like(known)))
+            else:
+                pairs.append((f"{kind} {each}", mine[each], theirs[each]))
+    return max(((_relative(a, b), what) for what, a, b in pairs), key=lambda each: each[0])
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    if one.numel() == 0 or torch.equal(one, other):
+        return 0.0
+    one, other = one.double(), other.double()
+    size = max(float(one.abs().max()), float(other.abs().max()), 1e-6)
+    difference = float((one - other).abs().max()) / size
+    return difference if difference == difference else float("inf")
