@@ -47,9 +47,10 @@ from edge_client.trial import TrialModel, trial_request, try_training, write_noi
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
 from fedepth.memory.predict import needed_bytes, training_step
+from fedepth.plan import CachePlace, CacheType, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, CacheType, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 EPOCHS = 5
 BATCH = 128

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from fedepth.errors import ConfigError
-from fedepth.task import CacheType, ModelSpec, Policy
+from fedepth.plan import CacheType, Policy
+from fedepth.task import ModelSpec
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -34,9 +34,11 @@ from coordinator.round_events import (
 from coordinator.schedule import training_spec
 from coordinator.store import Prepared, Store, TaskRecord
 from coordinator.worker import Models
+from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
+from fedepth.plan import Plan
 from fedepth.planning.planner import make_plan
-from fedepth.task import DeviceReport, Failure, ModelCosts, Plan, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 TICK_S = 0.2
 

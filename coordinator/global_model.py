@@ -14,9 +14,9 @@ from coordinator.events import Events
 from coordinator.schedule import training_spec
 from coordinator.store import Prepared, RoundRecord, Store
 from coordinator.worker import Models
+from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts
 
 Update = tuple[tuple[Path, ...], float]  # the parts of an update, and its weight in the average
 

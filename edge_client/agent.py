@@ -32,10 +32,12 @@ from edge_client.transport import (
 )
 from edge_client.work import Worker
 from fedepth import __version__
+from fedepth.budget import Budget
+from fedepth.costs import Calibration
 from fedepth.data.scan import scan
 from fedepth.errors import DataError, ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Calibration, DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 POLL_S = 30.0
 BEAT_S = 5.0

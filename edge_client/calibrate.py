@@ -32,12 +32,14 @@ from edge_client.probe import budget_from, measure
 from edge_client.trainer_process import Done, TrainerProcess, torch_version
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.memory.traced import Tracer, tracer
+from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
 FOLLOWS = 1.25

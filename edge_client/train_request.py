@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedepth.task import Budget, Plan, Task
+from fedepth.budget import Budget
+from fedepth.plan import Plan
+from fedepth.task import Task
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from edge_client.config import TrainerConfig
 from edge_client.link import within
 from edge_client.probe import anonymous_bytes
 from edge_client.train_request import TrainRequest
+from fedepth.budget import Budget
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
-from fedepth.task import Budget, Outcome, PartInfo, Result, StageResult
+from fedepth.task import Outcome, PartInfo, Result, StageResult
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer"))
 START_S = 600.0  # importing torch from an SD card takes a minute

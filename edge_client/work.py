@@ -27,6 +27,7 @@ from edge_client.trainer_process import (
     TrainerProcess,
 )
 from edge_client.transport import Transport, UnreachableError
+from fedepth.budget import Budget
 from fedepth.data.scan import scan
 from fedepth.errors import (
     ChildError,
@@ -39,9 +40,10 @@ from fedepth.errors import (
     StateError,
 )
 from fedepth.memory.predict import needed_bytes
+from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Stage, Task
+from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 SMALLER_PLANS = 4
 FETCHES = 3  # of weights that come damaged

@@ -15,13 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, FedepthError, PlanError
 from fedepth.memory.predict import effective_batch, needed_bytes
 from fedepth.memory.timeline import Moment, timeline
 from fedepth.models.catalog import named_spec
+from fedepth.plan import Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Calibration, ModelCosts, Optimizer, Plan, Policy, TrainingSpec
+from fedepth.task import Optimizer, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 

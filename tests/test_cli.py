@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedepth.cli import app
+from fedepth.costs import Calibration
 from fedepth.errors import ConfigError, ModelError, PlanError
 from fedepth.memory.predict import needed_bytes
 from fedepth.sizes import format_size
-from fedepth.task import Calibration
 
 MODEL = "digits-cnn"
 MIB = 1 << 20

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from fedepth.errors import ConfigError
 from fedepth.memory.timeline import Moment
+from fedepth.plan import PeakComponents, Plan
 from fedepth.sizes import format_size
-from fedepth.task import PeakComponents, Plan
 
 _MIB = 1 << 20
 _COMPONENTS = tuple(field.name for field in fields(PeakComponents))

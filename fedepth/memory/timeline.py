@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedepth.costs import ModelCosts
 from fedepth.memory.predict import build_moments, cache_bytes_in, effective_batch, training_step
-from fedepth.task import ModelCosts, PeakComponents, Plan, TrainingSpec
+from fedepth.plan import PeakComponents, Plan
+from fedepth.task import TrainingSpec
 
 
 @dataclass(frozen=True)

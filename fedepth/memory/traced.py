@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fedepth.child import Child, module_argv
+from fedepth.costs import ModelCosts
 from fedepth.errors import ChildError, FedepthError, ModelError
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 if TYPE_CHECKING:
     import numpy as np

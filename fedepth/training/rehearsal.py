@@ -20,7 +20,8 @@ from fedepth.data.read import Images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.memory.predict import effective_batch
-from fedepth.task import Stage, StageResult
+from fedepth.plan import Stage
+from fedepth.task import StageResult
 from fedepth.training.depthwise import Hooks, Peaks, train
 from fedepth.training.work import Work
 

@@ -12,10 +12,11 @@ import pytest
 
 from coordinator import model_worker
 from fedepth.child import Child, module_argv
+from fedepth.costs import ModelCosts
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.weights import load_numpy, save
 
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 8, 8), (0.3,), (0.35,))

@@ -19,16 +19,8 @@ from edge_client.trainer_process import Done, Failed, Measure, StageStarted, Tra
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from fedepth.memory.trace import trace_costs
 from fedepth.models import zoo
-from fedepth.task import (
-    CachePlace,
-    ModelSpec,
-    Outcome,
-    PeakComponents,
-    Plan,
-    Policy,
-    Stage,
-    TrainingSpec,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec, Outcome, TrainingSpec
 from fedepth.weights import save
 from tests.own_model import UNWRITTEN_BYTES
 
