@@ -11,7 +11,7 @@ from edge_client.trial import TrialModel
 from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
-from fedepth.memory.traced import tracer
+from fedepth.estimate.tracer.client import tracer
 from fedepth.task import ModelSpec, TrainingSpec
 
 

@@ -16,7 +16,7 @@ from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed
 from edge_client.trial import trial_request, try_in_fresh_trainer
 from fedepth.costs import ModelCosts
-from fedepth.memory.predict import MARGIN_BYTES, MARGIN_SHARE
+from fedepth.estimate.peak import MARGIN_BYTES, MARGIN_SHARE
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size

@@ -17,7 +17,7 @@ import torch
 
 from edge_client import trainer
 from edge_client.train_request import TrainRequest
-from fedepth.memory import predict
+from fedepth.estimate import peak
 
 
 class Counting(trainer.Lines):
@@ -42,7 +42,7 @@ def page_faults() -> int:
 
 def main() -> None:
     share, allowed_bytes = float(sys.argv[1]), int(sys.argv[2])
-    predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
+    peak.KEPT_SHARE, peak.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     device = torch.device("cpu")
     trainer.start(device)

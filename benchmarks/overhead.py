@@ -46,7 +46,7 @@ from edge_client.trainer_process import Done, Event, Rehearsing, TrainerProcess
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
-from fedepth.memory.predict import needed_bytes, training_step
+from fedepth.estimate.peak import needed_bytes, training_step
 from fedepth.plan import CachePlace, CacheType, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import normalise
 from fedepth.errors import DataError, FedepthError, ProtocolError
+from fedepth.estimate.tracing import trace_costs
 from fedepth.export.onnx import export
-from fedepth.memory.trace import trace_costs
 from fedepth.models.load import load_model
 from fedepth.models.split import split_spec
 from fedepth.task import ModelSpec, TrainingSpec

@@ -23,8 +23,8 @@ from edge_client.trial import TrialModel, trial_request, try_training, write_noi
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.errors import PlanError, StateError
-from fedepth.memory.predict import needed_bytes
-from fedepth.memory.traced import tracer
+from fedepth.estimate.peak import needed_bytes
+from fedepth.estimate.tracer.client import tracer
 from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.explain import ladder
 from fedepth.planning.planner import full_training_peak, make_plan, unit_plan

@@ -39,7 +39,7 @@ from fedepth.errors import (
     ProtocolError,
     StateError,
 )
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size

@@ -101,9 +101,9 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.memory.calibrate).
+    """What a backend and its allocator take beside the tensors, as measured on one device (fedepth.estimate.fit).
 
-    scratch = fixed + kept · what a stage that needs so much may keep (fedepth.memory.predict)
+    scratch = fixed + kept · what a stage that needs so much may keep (fedepth.estimate.peak)
               + kernel_share · weight_bytes + depthwise_share · depthwise_bytes + reordered_share · reordered
                 while a convolution of the running unit runs.
     The defaults were measured on a desktop with tcmalloc.

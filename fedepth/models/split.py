@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
+from fedepth.estimate.peak import FLOAT_BYTES
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.memory.predict import FLOAT_BYTES
 from fedepth.models import zoo
 from fedepth.models.discover import discover_pattern
 from fedepth.models.patterns import GLUE, Pattern, pattern_for, pattern_of

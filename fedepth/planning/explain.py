@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
 from fedepth.task import TrainingSpec

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (
+from fedepth.estimate.peak import (
     build_peak,
     cache_bytes_in,
     cached_sample_bytes,

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from fedepth.errors import OverBudgetError, PlanError
+from fedepth.estimate.peak import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan

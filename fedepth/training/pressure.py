@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from fedepth.costs import ModelCosts
-from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
 from fedepth.plan import Stage
 from fedepth.task import TrainingSpec
 

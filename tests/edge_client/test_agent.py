@@ -32,7 +32,7 @@ from edge_client.transport import (
 )
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task

@@ -16,7 +16,7 @@ from edge_client.trainer_process import Done
 from edge_client.trial import TrialModel
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.models.catalog import named_spec
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import Result, StageResult, TrainingSpec

@@ -27,7 +27,7 @@ from edge_client.trainer_process import TrainerKeeper
 from edge_client.trial import TrialModel
 from fedepth.budget import MemoryLimit
 from fedepth.errors import ConfigError, ModelError, PlanError, StateError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
 from fedepth.planning.explain import CLEARLY_LESS, ladder

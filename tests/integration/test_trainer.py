@@ -17,7 +17,7 @@ from edge_client.config import TrainerConfig
 from edge_client.train_request import TrainRequest
 from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
-from fedepth.memory.trace import trace_costs
+from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import ModelSpec, Outcome, TrainingSpec

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedepth.costs import Calibration, Convolutions, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Policy
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak

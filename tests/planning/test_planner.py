@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 
 from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (
-    build_peak,
-    cache_bytes_in,
-    may_keep_bytes,
-    needed_bytes,
-    training_step,
-)
+from fedepth.estimate.peak import build_peak, cache_bytes_in, may_keep_bytes, needed_bytes, training_step
 from fedepth.plan import CachePlace, PeakComponents, Policy
 from fedepth.planning.planner import make_plan
 from fedepth.task import TrainingSpec

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
-from fedepth.memory.predict import needed_bytes, training_step
+from fedepth.estimate.peak import needed_bytes, training_step
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
 from fedepth.training.pressure import fitting_micro_batch

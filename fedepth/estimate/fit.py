@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedepth.costs import Calibration, ModelCosts
-from fedepth.memory.predict import effective_batch, may_keep_bytes, training_step
+from fedepth.estimate.peak import effective_batch, may_keep_bytes, training_step
 from fedepth.plan import PeakComponents, Stage
 from fedepth.task import TrainingSpec
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedepth.costs import Convolution, Convolutions, ModelCosts, Size
 from fedepth.errors import ModelError
-from fedepth.memory.trace import line, trace_block, trace_costs
+from fedepth.estimate.tracing import line, trace_block, trace_costs
 from fedepth.models.split import split_spec
 from fedepth.task import ModelSpec, TrainingSpec
 

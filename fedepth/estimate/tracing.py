@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedepth.costs import Convolution, Convolutions, ModelCosts, Size, UnitCost
-from fedepth.memory.predict import FLOAT_BYTES
+from fedepth.estimate.peak import FLOAT_BYTES
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.costs import Calibration, Convolutions, ModelCosts, Size, UnitCost
-from fedepth.memory.predict import needed_bytes
-from fedepth.memory.timeline import timeline
+from fedepth.estimate.peak import needed_bytes
+from fedepth.estimate.timeline import timeline
 from fedepth.plan import CachePlace, Policy
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.task import TrainingSpec

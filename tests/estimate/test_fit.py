@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
-from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
-from fedepth.memory.predict import may_keep_bytes
+from fedepth.estimate.fit import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
+from fedepth.estimate.peak import may_keep_bytes
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
 

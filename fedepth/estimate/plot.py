@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedepth.errors import ConfigError
-from fedepth.memory.timeline import Moment
+from fedepth.estimate.timeline import Moment
 from fedepth.plan import PeakComponents, Plan
 from fedepth.sizes import format_size
 
