@@ -10,13 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.bench_task import prepare, write_digits
-from coordinator.config import load_config
-from coordinator.schedule import training_spec
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed
 from edge_client.trial import trial_request, try_in_fresh_trainer
 from fedepth.costs import ModelCosts
 from fedepth.estimate.peak import MARGIN_BYTES, MARGIN_SHARE
+from fedepth.job import load_config, training_spec
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size

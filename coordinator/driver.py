@@ -11,7 +11,6 @@ from typing import Any
 import structlog
 
 from coordinator import rounds
-from coordinator.config import JobConfig, model_spec, policy
 from coordinator.events import Events, encode_event
 from coordinator.global_model import GlobalModel
 from coordinator.intake import Intake
@@ -31,11 +30,11 @@ from coordinator.round_events import (
     Tick,
     Waiting,
 )
-from coordinator.schedule import training_spec
 from coordinator.store import Prepared, Store, TaskRecord
 from coordinator.worker import Models
 from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
+from fedepth.job import JobConfig, model_spec, policy, training_spec
 from fedepth.plan import Plan
 from fedepth.planning.planner import make_plan
 from fedepth.task import DeviceReport, Failure, Progress, Result, Task

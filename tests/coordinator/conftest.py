@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import JobConfig
 from coordinator.store import TaskRecord
 from fedepth.budget import Budget
 from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.job import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import DeviceReport, PartInfo, Result, StageResult
