@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.bench_task import prepare, write_digits
 from benchmarks.federation import Shard, run_federation
 from benchmarks.full_training import full_plan
-from coordinator.worker import ModelWorker
+from coordinator.model_worker.client import ModelWorker
 from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
 from edge_client.trainer_process import Failed

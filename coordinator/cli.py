@@ -53,8 +53,8 @@ def serve_command(
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
     from coordinator.logs import configure_logging
+    from coordinator.model_worker.client import ModelWorker
     from coordinator.server import ServeOptions, serve
-    from coordinator.worker import ModelWorker
     from fedepth.job import load_config
 
     configure_logging(json_logs)
@@ -198,8 +198,8 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 
 async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
     from coordinator.global_model import export_fields
+    from coordinator.model_worker.client import ModelWorker
     from coordinator.store import Store
-    from coordinator.worker import ModelWorker
 
     store = Store.read(state)
     models = ModelWorker()

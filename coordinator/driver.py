@@ -14,6 +14,7 @@ from coordinator import rounds
 from coordinator.events import Events, encode_event
 from coordinator.global_model import GlobalModel
 from coordinator.intake import Intake
+from coordinator.model_worker.client import Models
 from coordinator.round_events import (
     Accepted,
     Action,
@@ -31,7 +32,6 @@ from coordinator.round_events import (
     Waiting,
 )
 from coordinator.store import Prepared, Store, TaskRecord
-from coordinator.worker import Models
 from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec

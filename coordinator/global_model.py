@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from coordinator.events import Events
+from coordinator.model_worker.client import Models
 from coordinator.store import Prepared, RoundRecord, Store
-from coordinator.worker import Models
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
 from fedepth.job import JobConfig, model_spec, training_spec

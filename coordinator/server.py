@@ -22,9 +22,9 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.driver import Driver
 from coordinator.global_model import prepare
+from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.store import Store
-from coordinator.worker import Models
 from fedepth.errors import TransportError
 from fedepth.job import JobConfig, model_spec
 

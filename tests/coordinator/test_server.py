@@ -115,7 +115,7 @@ def test_a_port_in_use_is_told_with_what_to_do(tmp_path: Path, kit: Any) -> None
 
 def test_the_server_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, coordinator.server, coordinator.cli, coordinator.worker\n"
+        "import sys, coordinator.server, coordinator.cli, coordinator.model_worker.client\n"
         "heavy = {'torch', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'numpy'}\n"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
     )
