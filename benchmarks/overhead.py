@@ -41,8 +41,8 @@ from rich.table import Table
 from benchmarks.bench_task import prepare
 from edge_client.allocators import available, environment
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Event, Rehearsing, TrainerProcess
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Rehearsing, TrainRequest
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError

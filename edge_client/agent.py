@@ -19,7 +19,7 @@ from edge_client.config import Config
 from edge_client.link import Clock, Link, within
 from edge_client.outbox import Entry, Outbox
 from edge_client.probe import Memory, measure
-from edge_client.trainer_process import TRAINER_ARGV, TrainerKeeper, torch_version
+from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
     Accepted,
     Answer,

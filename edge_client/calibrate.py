@@ -29,7 +29,8 @@ from edge_client.allocators import available
 from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
 from edge_client.probe import budget_from, measure
-from edge_client.trainer_process import Done, TrainerProcess, torch_version
+from edge_client.trainer.client import TrainerProcess, torch_version
+from edge_client.trainer.protocol import Done
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
 from fedepth.costs import Calibration, ModelCosts

@@ -24,7 +24,7 @@ from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
 from edge_client.report import Report, Wanted, busy_share, default_samples, make_report
 from edge_client.report_tables import tables
-from edge_client.trainer_process import torch_version
+from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.errors import ConfigError, FedepthError

@@ -18,7 +18,8 @@ from pathlib import Path
 from edge_client.calibrate import room_for_tracing
 from edge_client.config import Config, MemoryConfig
 from edge_client.probe import Memory, budget_from, measure
-from edge_client.trainer_process import Done, Failed, TrainerKeeper, TrainerProcess, torch_version
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess, torch_version
+from edge_client.trainer.protocol import Done, Failed
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.budget import Budget
 from fedepth.costs import Calibration

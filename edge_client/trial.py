@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Event, Failed, Measure, TrainerProcess
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Failed, Measure, TrainRequest
 from fedepth.budget import Budget
 from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx, write_idx_items

@@ -16,16 +16,8 @@ from edge_client.early_upload import EarlyUpload
 from edge_client.link import Link
 from edge_client.outbox import Outbox
 from edge_client.tell import Tell
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import (
-    Done,
-    Failed,
-    Measure,
-    Rehearsing,
-    StageDone,
-    TrainerKeeper,
-    TrainerProcess,
-)
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import Transport, UnreachableError
 from fedepth.budget import Budget
 from fedepth.data.scan import scan

@@ -12,7 +12,7 @@ import pytest
 from edge_client import calibrate
 from edge_client.calibrate import PROBES, ROOM, TRACER_BYTES, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Done
+from edge_client.trainer.protocol import Done
 from edge_client.trial import TrialModel
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError

@@ -23,7 +23,7 @@ from edge_client.report import (
     measured_report,
 )
 from edge_client.report_tables import in_words, micro_batches, shown_blocks, tables
-from edge_client.trainer_process import TrainerKeeper
+from edge_client.trainer.client import TrainerKeeper
 from edge_client.trial import TrialModel
 from fedepth.budget import MemoryLimit
 from fedepth.errors import ConfigError, ModelError, PlanError, StateError

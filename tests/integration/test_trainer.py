@@ -14,8 +14,8 @@ import torch
 
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, StageStarted, TrainRequest, Waiting
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo

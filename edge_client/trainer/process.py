@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
-from edge_client.train_request import TrainRequest
+from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
 from fedepth.data.read import Images, open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
