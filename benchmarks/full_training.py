@@ -10,15 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.bench_task import prepare, write_digits
-from coordinator.config import load_config
-from coordinator.schedule import training_spec
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Failed
+from edge_client.trainer.protocol import Failed
 from edge_client.trial import trial_request, try_in_fresh_trainer
-from fedepth.memory.predict import MARGIN_BYTES, MARGIN_SHARE
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import MARGIN_BYTES, MARGIN_SHARE
+from fedepth.job import load_config, training_spec
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, ModelCosts, ModelSpec, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec
 
 
 def fails_in_full(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console) -> list[str]:

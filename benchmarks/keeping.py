@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import torch
 
-from edge_client import trainer
-from edge_client.train_request import TrainRequest
-from fedepth.memory import predict
+from edge_client.trainer import process
+from edge_client.trainer.protocol import TrainRequest
+from fedepth.estimate import peak
 
 
-class Counting(trainer.Lines):
+class Counting(process.Lines):
     """Tells nobody, grants the request's budget, and notes when the rehearsal begins."""
 
     def __init__(self, budget_bytes: int) -> None:
@@ -42,12 +42,12 @@ def page_faults() -> int:
 
 def main() -> None:
     share, allowed_bytes = float(sys.argv[1]), int(sys.argv[2])
-    predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
+    peak.KEPT_SHARE, peak.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     device = torch.device("cpu")
-    trainer.start(device)
+    process.start(device)
     lines = Counting(request.budget.budget_bytes)
-    result = trainer.run(request, lines, device, trainer.Known())
+    result = process.run(request, lines, device, process.Known())
     told = {
         "seconds": time.monotonic() - lines.began,
         "page_faults": page_faults() - lines.faults,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from edge_client.train_request import TrainRequest
+from edge_client.trainer.protocol import TrainRequest
 from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter

@@ -11,10 +11,10 @@ from typing import Any
 import structlog
 
 from coordinator import rounds
-from coordinator.config import JobConfig, model_spec, policy
 from coordinator.events import Events, encode_event
 from coordinator.global_model import GlobalModel
 from coordinator.intake import Intake
+from coordinator.model_worker.client import Models
 from coordinator.round_events import (
     Accepted,
     Action,
@@ -31,12 +31,13 @@ from coordinator.round_events import (
     Tick,
     Waiting,
 )
-from coordinator.schedule import training_spec
 from coordinator.store import Prepared, Store, TaskRecord
-from coordinator.worker import Models
+from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
+from fedepth.job import JobConfig, model_spec, policy, training_spec
+from fedepth.plan import Plan
 from fedepth.planning.planner import make_plan
-from fedepth.task import DeviceReport, Failure, ModelCosts, Plan, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 TICK_S = 0.2
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import msgspec
 
-from coordinator.config import JobConfig, model_spec
 from coordinator.events import Events
-from coordinator.schedule import training_spec
+from coordinator.model_worker.client import Models
 from coordinator.store import Prepared, RoundRecord, Store
-from coordinator.worker import Models
+from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
+from fedepth.job import JobConfig, model_spec, training_spec
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts
 
 Update = tuple[tuple[Path, ...], float]  # the parts of an update, and its weight in the average
 

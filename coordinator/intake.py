@@ -19,7 +19,8 @@ from coordinator.store import Store, TaskRecord
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
-from fedepth.task import PartInfo, Plan, Result
+from fedepth.plan import Plan
+from fedepth.task import PartInfo, Result
 
 SPARE_PARTS = 3  # beyond one per unit and the head
 SPARE_BYTES = 1 << 20

@@ -20,13 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from coordinator.config import JobConfig, model_spec
 from coordinator.driver import Driver
 from coordinator.global_model import prepare
+from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.store import Store
-from coordinator.worker import Models
 from fedepth.errors import TransportError
+from fedepth.job import JobConfig, model_spec
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0

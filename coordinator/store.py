@@ -26,10 +26,12 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
+from fedepth.costs import ModelCosts
 from fedepth.errors import StateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
-from fedepth.task import DeviceReport, ModelCosts, ModelSpec, Plan, Result, TrainingSpec
+from fedepth.plan import Plan
+from fedepth.task import DeviceReport, ModelSpec, Result, TrainingSpec
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edge_client.config import Config
 from edge_client.link import Clock, Link, within
 from edge_client.outbox import Entry, Outbox
 from edge_client.probe import Memory, measure
-from edge_client.trainer_process import TRAINER_ARGV, TrainerKeeper, torch_version
+from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
     Accepted,
     Answer,
@@ -32,10 +32,12 @@ from edge_client.transport import (
 )
 from edge_client.work import Worker
 from fedepth import __version__
+from fedepth.budget import Budget
+from fedepth.costs import Calibration
 from fedepth.data.scan import scan
 from fedepth.errors import DataError, ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Calibration, DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 POLL_S = 30.0
 BEAT_S = 5.0

@@ -11,7 +11,7 @@ import structlog
 from edge_client.config import MemoryConfig
 from edge_client.identity import recall, remember
 from edge_client.probe import Memory, budget_from
-from fedepth.task import Budget
+from fedepth.budget import Budget
 
 # After a death the device plans smaller; five good tasks make up for one death.
 _AFTER_DEATH = 0.8

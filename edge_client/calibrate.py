@@ -2,7 +2,7 @@
 
 Small models are trained for a few steps in the real trainer. The first of them is tried with every allocator that is
 there: of those whose footprint follows the tensors, the fastest is taken. Then the coefficients of the prediction are
-fitted to what all of them took (fedepth.memory.calibrate). The record is the machine's, not one agent's: agents that
+fitted to what all of them took (fedepth.estimate.fit). The record is the machine's, not one agent's: agents that
 start together wait for the first of them. It is measured again when torch, the C library, tcmalloc, the processor, the
 number of threads, or what a stage may keep of freed memory has changed.
 """
@@ -29,15 +29,18 @@ from edge_client.allocators import available
 from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
 from edge_client.probe import budget_from, measure
-from edge_client.trainer_process import Done, TrainerProcess, torch_version
+from edge_client.trainer.client import TrainerProcess, torch_version
+from edge_client.trainer.protocol import Done
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError
-from fedepth.memory.calibrate import MeasuredStage, fit, relative_errors, with_kept
-from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
-from fedepth.memory.traced import Tracer, tracer
+from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
+from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
+from fedepth.estimate.tracer.client import Tracer, tracer
+from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, Calibration, ModelCosts, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 # An allocator whose footprint is larger than the smallest by more than this does not follow the tensors.
 FOLLOWS = 1.25

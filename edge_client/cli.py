@@ -24,12 +24,14 @@ from edge_client.daemon import Start
 from edge_client.probe import Memory, measure
 from edge_client.report import Report, Wanted, busy_share, default_samples, make_report
 from edge_client.report_tables import tables
-from edge_client.trainer_process import torch_version
+from edge_client.trainer.client import torch_version
+from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.models.catalog import named_spec
+from fedepth.plan import Policy
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Budget, Optimizer, Policy, TrainingSpec
+from fedepth.task import Optimizer, TrainingSpec
 
 _PLAIN_WIDTH = 130  # of tables that are piped or written to a file
 

@@ -22,8 +22,8 @@ from edge_client.config import Config
 from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
 from edge_client.transport import GrpcTransport
+from fedepth.costs import Calibration
 from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
-from fedepth.task import Calibration
 
 
 class Start(msgspec.Struct, frozen=True):

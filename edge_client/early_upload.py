@@ -14,7 +14,8 @@ import structlog
 from edge_client.outbox import part_name
 from edge_client.transport import Part, Transport
 from fedepth.errors import ProtocolError, TransportError
-from fedepth.task import PartInfo, Plan, Task
+from fedepth.plan import Plan
+from fedepth.task import PartInfo, Task
 
 _log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from edge_client.config import MemoryConfig
-from fedepth.task import Budget, MemoryLimit
+from fedepth.budget import Budget, MemoryLimit
 
 # cgroup v1 writes "no limit" as the largest multiple of a page in a signed 64-bit number.
 _UNLIMITED = 1 << 60

@@ -18,25 +18,19 @@ from pathlib import Path
 from edge_client.calibrate import room_for_tracing
 from edge_client.config import Config, MemoryConfig
 from edge_client.probe import Memory, budget_from, measure
-from edge_client.trainer_process import Done, Failed, TrainerKeeper, TrainerProcess, torch_version
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess, torch_version
+from edge_client.trainer.protocol import Done, Failed
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
+from fedepth.budget import Budget
+from fedepth.costs import Calibration
 from fedepth.errors import PlanError, StateError
-from fedepth.memory.predict import needed_bytes
-from fedepth.memory.traced import tracer
+from fedepth.estimate.peak import needed_bytes
+from fedepth.estimate.tracer.client import tracer
+from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.explain import ladder
 from fedepth.planning.planner import full_training_peak, make_plan, unit_plan
 from fedepth.sizes import format_size
-from fedepth.task import (
-    Budget,
-    Calibration,
-    ModelSpec,
-    Outcome,
-    Plan,
-    Policy,
-    Stage,
-    StageResult,
-    TrainingSpec,
-)
+from fedepth.task import ModelSpec, Outcome, StageResult, TrainingSpec
 
 RUNGS = 6
 _STEPS = 3

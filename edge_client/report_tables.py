@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from edge_client.report import End, Measured, PlanRow, Report, UnitRow, Verdict
+from fedepth.plan import Plan, Stage
 from fedepth.sizes import format_size
-from fedepth.task import Plan, Stage
 
 _BUSY = 0.3  # of all cores; from here on, times are not the device's own
 _NUMBERS = ("predicted\nMiB", "rehearsed\nMiB", "measured\nMiB", "seconds\nper step", "per 1,000\nsamples")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from edge_client.trainer_process import Event, Rehearsing, StageDone, StageProgress, StageStarted, Waiting
+from edge_client.trainer.protocol import Event, Rehearsing, StageDone, StageProgress, StageStarted, Waiting
 from fedepth.sizes import format_size
 from fedepth.task import Progress, Task
 

@@ -25,7 +25,8 @@ from edge_client.link import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
-from fedepth.task import DeviceReport, Failure, PartInfo, Plan, Progress, Task
+from fedepth.plan import Plan
+from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Event, Failed, Measure, TrainerProcess
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Failed, Measure, TrainRequest
+from fedepth.budget import Budget
+from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx, write_idx_items
 from fedepth.errors import ChildError
-from fedepth.task import Budget, ModelCosts, ModelSpec, Outcome, Plan, Task, TrainingSpec
+from fedepth.plan import Plan
+from fedepth.task import ModelSpec, Outcome, Task, TrainingSpec
 
 _SEED = 1
 

@@ -16,17 +16,10 @@ from edge_client.early_upload import EarlyUpload
 from edge_client.link import Link
 from edge_client.outbox import Outbox
 from edge_client.tell import Tell
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import (
-    Done,
-    Failed,
-    Measure,
-    Rehearsing,
-    StageDone,
-    TrainerKeeper,
-    TrainerProcess,
-)
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import Transport, UnreachableError
+from fedepth.budget import Budget
 from fedepth.data.scan import scan
 from fedepth.errors import (
     ChildError,
@@ -38,10 +31,11 @@ from fedepth.errors import (
     ProtocolError,
     StateError,
 )
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Failure, Outcome, Plan, Progress, Result, Stage, Task
+from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 SMALLER_PLANS = 4
 FETCHES = 3  # of weights that come damaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from fedepth.task import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
 
 sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
 convolutions = st.lists(

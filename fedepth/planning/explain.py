@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
-from fedepth.task import ModelCosts, Plan, Policy, TrainingSpec
+from fedepth.task import TrainingSpec
 
 CLEARLY_LESS = 0.9  # of the estimated work; finer differences are within what the estimate can tell
 _UNLIMITED = 1 << 62

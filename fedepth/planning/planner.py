@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (
+from fedepth.estimate.peak import (
     build_peak,
     cache_bytes_in,
     cached_sample_bytes,
@@ -22,8 +23,9 @@ from fedepth.memory.predict import (
     needed_bytes,
     training_step,
 )
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, ModelCosts, PeakComponents, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import TrainingSpec
 
 # Only the order that these give matters, never the absolute time.
 _DISK_FLOPS_PER_BYTE = 40.0  # reading a cached byte costs about as much as this much arithmetic

@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 
 from fedepth.errors import StateError
+from fedepth.plan import CachePlace, CacheType
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, CacheType
 
 _RANGE_BYTES = 8  # a row of uint8 begins with its smallest value and its step, both float32
 _STEPS = 255

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 
 from fedepth.errors import OverBudgetError, PlanError
+from fedepth.estimate.peak import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
+from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
-from fedepth.task import Plan, Stage, StageResult
+from fedepth.task import StageResult
 from fedepth.training.cache import Cache
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch, building_fits

@@ -9,7 +9,7 @@ import torch
 
 from fedepth.data.transforms import augment, views_rng
 from fedepth.models.split import Unit, release
-from fedepth.task import CachePlace, CacheType, Stage
+from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.work import Work, load, to_device
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
-from fedepth.task import ModelCosts, Stage, TrainingSpec
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.plan import Stage
+from fedepth.task import TrainingSpec
 
 
 class MicroBatch:

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.data.read import Images
+from fedepth.estimate.peak import effective_batch
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
-from fedepth.memory.predict import effective_batch
-from fedepth.task import Stage, StageResult
+from fedepth.plan import Stage
+from fedepth.task import StageResult
 from fedepth.training.depthwise import Hooks, Peaks, train
 from fedepth.training.work import Work
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fedepth.models.skip import skip
 from fedepth.models.split import Unit
-from fedepth.task import Stage
+from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.optimizers import new_state, optimizer_step

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from fedepth.memory.meter import Meter
-from fedepth.task import CachePlace, PeakComponents, Stage
+from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.training.depthwise import train
 from fedepth.training.rehearsal import FirstImages, Unheard
 from fedepth.training.work import Work

@@ -10,7 +10,8 @@ import torch
 
 from fedepth.data.read import Images
 from fedepth.models.split import SplitModel, Unit, assign
-from fedepth.task import Plan, Task
+from fedepth.plan import Plan
+from fedepth.task import Task
 from fedepth.weights import Reader, open_weights
 
 

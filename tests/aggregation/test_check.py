@@ -13,7 +13,8 @@ import pytest
 from fedepth.aggregation.check import check_update
 from fedepth.errors import UpdateError
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.task import Plan, Policy, Result
+from fedepth.plan import Plan, Policy
+from fedepth.task import Result
 from fedepth.weights import save, write_tensors
 
 LAYOUT = ModelLayout(

@@ -11,25 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import JobConfig
 from coordinator.store import TaskRecord
+from fedepth.budget import Budget
+from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.job import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.task import (
-    Budget,
-    CachePlace,
-    Convolutions,
-    DeviceReport,
-    ModelCosts,
-    PartInfo,
-    PeakComponents,
-    Plan,
-    Policy,
-    Result,
-    Size,
-    Stage,
-    StageResult,
-    UnitCost,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import DeviceReport, PartInfo, Result, StageResult
 
 UNITS = 3
 MIB = 1 << 20

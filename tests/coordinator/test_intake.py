@@ -13,10 +13,10 @@ import pytest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator import intake as intake_module
-from coordinator.config import model_spec
 from coordinator.intake import Intake, PartHeader, check_result
 from coordinator.store import Store
 from fedepth.errors import ProtocolError, UpdateError
+from fedepth.job import model_spec
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
 

@@ -18,11 +18,11 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationSe
 
 from coordinator import global_model
 from coordinator import intake as intake_module
-from coordinator.config import model_spec
 from coordinator.driver import Driver
 from coordinator.global_model import prepare
 from coordinator.service import FederationService
 from coordinator.store import Store
+from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"

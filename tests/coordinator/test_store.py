@@ -11,11 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import model_spec
-from coordinator.schedule import training_spec
 from coordinator.store import Prepared, Store
 from coordinator.tables import job, open_engine
 from fedepth.errors import StateError
+from fedepth.job import model_spec, training_spec
 
 
 def open_store(folder: Path, kit: Any) -> Store:

@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import make_plan
-from fedepth.task import (
-    Convolutions,
-    ModelCosts,
-    ModelSpec,
-    PartInfo,
-    Plan,
-    Policy,
-    Result,
-    Size,
-    StageResult,
-    Task,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.task import ModelSpec, PartInfo, Result, StageResult, Task, TrainingSpec
 
 MIB = 1 << 20
 WEIGHTS = b"weights" * 1000

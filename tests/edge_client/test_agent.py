@@ -30,20 +30,12 @@ from edge_client.transport import (
     RetryLater,
     UnreachableError,
 )
+from fedepth.budget import Budget, MemoryLimit
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan
 from fedepth.sizes import format_size
-from fedepth.task import (
-    Budget,
-    DeviceReport,
-    Failure,
-    MemoryLimit,
-    Outcome,
-    Plan,
-    Progress,
-    Result,
-    Task,
-)
+from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 MIB = 1 << 20
 START = 10 * MIB  # what the fake trainer says of itself

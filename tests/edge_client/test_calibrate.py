@@ -12,23 +12,14 @@ import pytest
 from edge_client import calibrate
 from edge_client.calibrate import PROBES, ROOM, TRACER_BYTES, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Done
+from edge_client.trainer.protocol import Done
 from edge_client.trial import TrialModel
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.models.catalog import named_spec
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    ModelCosts,
-    PeakComponents,
-    Plan,
-    Policy,
-    Result,
-    Stage,
-    StageResult,
-    TrainingSpec,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import Result, StageResult, TrainingSpec
 
 MIB = 1 << 20
 GLIBC = AllocatorTrial("glibc", "glibc 2.36", 100 * MIB, 0.5)

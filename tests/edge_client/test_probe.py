@@ -13,7 +13,7 @@ import pytest
 
 from edge_client.config import MemoryConfig
 from edge_client.probe import Memory, anonymous_bytes, budget_from, measure
-from fedepth.task import MemoryLimit
+from fedepth.budget import MemoryLimit
 
 MIB = 1 << 20
 MEMINFO = (

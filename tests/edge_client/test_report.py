@@ -23,15 +23,17 @@ from edge_client.report import (
     measured_report,
 )
 from edge_client.report_tables import in_words, micro_batches, shown_blocks, tables
-from edge_client.trainer_process import TrainerKeeper
+from edge_client.trainer.client import TrainerKeeper
 from edge_client.trial import TrialModel
+from fedepth.budget import MemoryLimit
 from fedepth.errors import ConfigError, ModelError, PlanError, StateError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.models.catalog import named_spec
+from fedepth.plan import Policy
 from fedepth.planning.explain import CLEARLY_LESS, ladder
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak, unit_plan
 from fedepth.sizes import format_size
-from fedepth.task import MemoryLimit, ModelSpec, Policy
+from fedepth.task import ModelSpec
 from tests.edge_client.conftest import COSTS, MIB, SAMPLES, TRAINING
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")

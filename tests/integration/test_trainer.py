@@ -14,21 +14,13 @@ import torch
 
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, StageStarted, TrainRequest, Waiting
 from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
-from fedepth.memory.trace import trace_costs
+from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
-from fedepth.task import (
-    CachePlace,
-    ModelSpec,
-    Outcome,
-    PeakComponents,
-    Plan,
-    Policy,
-    Stage,
-    TrainingSpec,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec, Outcome, TrainingSpec
 from fedepth.weights import save
 from tests.own_model import UNWRITTEN_BYTES
 

@@ -6,27 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (
-    build_peak,
-    cache_bytes_in,
-    may_keep_bytes,
-    needed_bytes,
-    training_step,
-)
+from fedepth.estimate.peak import build_peak, cache_bytes_in, may_keep_bytes, needed_bytes, training_step
+from fedepth.plan import CachePlace, PeakComponents, Policy
 from fedepth.planning.planner import make_plan
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    Convolution,
-    Convolutions,
-    ModelCosts,
-    PeakComponents,
-    Policy,
-    Size,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 
 KIB = 1024

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.errors import StateError
-from fedepth.task import CachePlace, CacheType
+from fedepth.plan import CachePlace, CacheType
 from fedepth.training.cache import RowFormat, filling_order, open_cache
 from tests.training.open_files import open_files
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
 from fedepth.errors import OverBudgetError
@@ -19,21 +20,8 @@ from fedepth.memory.meter import Meter
 from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split, split_spec
-from fedepth.task import (
-    CachePlace,
-    Convolutions,
-    ModelCosts,
-    ModelSpec,
-    PeakComponents,
-    Plan,
-    Policy,
-    Size,
-    Stage,
-    StageResult,
-    Task,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec, StageResult, Task, TrainingSpec
 from fedepth.training import depthwise, pressure
 from fedepth.training.depthwise import train
 from fedepth.training.stage import BlockTraining, _seed, epoch_batches

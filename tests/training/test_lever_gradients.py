@@ -17,7 +17,8 @@ from torch.nn import functional
 from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split
-from fedepth.task import CachePlace, ModelSpec, Stage, TrainingSpec
+from fedepth.plan import CachePlace, Stage
+from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.training import stage as stage_module
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch

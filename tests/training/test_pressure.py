@@ -4,17 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.memory.predict import needed_bytes, training_step
-from fedepth.task import (
-    CachePlace,
-    Convolutions,
-    ModelCosts,
-    PeakComponents,
-    Size,
-    Stage,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.estimate.peak import needed_bytes, training_step
+from fedepth.plan import CachePlace, PeakComponents, Stage
+from fedepth.task import TrainingSpec
 from fedepth.training.pressure import fitting_micro_batch
 
 MIB = 1 << 20

@@ -13,7 +13,8 @@ import torch
 from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
-from fedepth.task import CachePlace, Plan, Policy, StageResult
+from fedepth.plan import CachePlace, Plan, Policy
+from fedepth.task import StageResult
 from fedepth.training import depthwise
 from fedepth.training.depthwise import train
 from fedepth.training.rehearsal import FirstImages, rehearse

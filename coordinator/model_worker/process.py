@@ -1,8 +1,7 @@
-"""The model worker: a child of the coordinator that holds torch, run as `python -m coordinator.model_worker`.
+"""What runs in the model worker: `python -m coordinator.model_worker.process`.
 
-It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or
-{"error": {"type", "message"}}, and ends with its standard input. Requests are the dataclasses below, with the
-key "do" to tell which.
+It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or {"error": {"type", "message"}}, and
+ends with its standard input.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,55 +18,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from coordinator.model_worker.protocol import Evaluate, Export, Prepare
 from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import normalise
 from fedepth.errors import DataError, FedepthError, ProtocolError
+from fedepth.estimate.tracing import trace_costs
 from fedepth.export.onnx import export
-from fedepth.memory.trace import trace_costs
 from fedepth.models.load import load_model
 from fedepth.models.split import split_spec
-from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.task import ModelSpec
 from fedepth.weights import save
 
 # One batch of input images; at 224 px 27 of them, at 32 px the 256 that are enough for any speed.
 BATCH_BYTES = 16 << 20
 LARGEST_BATCH = 256
 EXPORT_SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Build a model, write its first weights to `output`, and say what it costs.
-
-    Answers "costs" (ModelCosts), "layout" (ModelLayout), "digest" and "size_bytes" of the weights.
-    """
-
-    model: ModelSpec
-    training: TrainingSpec
-    seed: int
-    output: str
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Test weights. `test_data` is a path, or "digits". Answers "accuracy" (0..1), "loss" and "samples"."""
-
-    model: ModelSpec
-    weights: str
-    test_data: str
-
-
-@dataclass(frozen=True)
-class Export:
-    """Export weights to ONNX, compared on the first test images. Answers the fields of ExportReport."""
-
-    model: ModelSpec
-    weights: str
-    weights_digest: str
-    job: str
-    round: int
-    test_data: str
-    output: str
 
 
 def prepare(request: Prepare) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import TrainerKeeper, TrainerProcess
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from fedepth.errors import ChildError
 
-FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
+FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
 
 
 @pytest.fixture

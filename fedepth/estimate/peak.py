@@ -21,15 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    Convolution,
-    ModelCosts,
-    PeakComponents,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.costs import Calibration, Convolution, ModelCosts, UnitCost
+from fedepth.plan import CachePlace, PeakComponents
+from fedepth.task import TrainingSpec
 
 MARGIN_BYTES = 3 << 20
 MARGIN_SHARE = 0.08

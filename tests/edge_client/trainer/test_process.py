@@ -13,11 +13,11 @@ MIB = 1 << 20
 PROGRAM = """
 import json, sys
 import torch
-from edge_client import trainer
+from edge_client.trainer import process
 from fedepth.memory.meter import status_bytes
 
 if sys.argv[1] == "started":
-    trainer.start(torch.device("cpu"))
+    process.start(torch.device("cpu"))
 else:
     torch.autograd.backward(torch.nn.Conv2d(16, 16, 3)(torch.rand(32, 16, 40, 40)).sum())
 before = status_bytes("RssFile")

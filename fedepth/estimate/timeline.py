@@ -1,15 +1,17 @@
 """Predicted memory over time: what lives at every moment of a plan. Pure arithmetic; no torch.
 
 A stage computes its inputs once and then repeats the same step, so one step stands for all of them. The moments are
-those from which fedepth.memory.predict takes a stage's peak.
+those from which fedepth.estimate.peak takes a stage's peak.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedepth.memory.predict import build_moments, cache_bytes_in, effective_batch, training_step
-from fedepth.task import ModelCosts, PeakComponents, Plan, TrainingSpec
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import build_moments, cache_bytes_in, effective_batch, training_step
+from fedepth.plan import PeakComponents, Plan
+from fedepth.task import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Moment:
         stage: index of the stage in its plan.
         label: what runs: "build 3", "forward 3", "again 3", "backward 3" with the index of the unit, "forward exit",
             "backward exit", or "build" where the inputs are the samples themselves; with ", convolution 1" behind
-            it while the first of the unit's convolutions runs (fedepth.memory.predict).
+            it while the first of the unit's convolutions runs (fedepth.estimate.peak).
         components: what lives meanwhile, in bytes.
     """
 

@@ -49,7 +49,7 @@ class ModelWorker:
         idle_s: float = IDLE_S,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
-        self._argv = argv if argv is not None else module_argv("coordinator.model_worker")
+        self._argv = argv if argv is not None else module_argv("coordinator.model_worker.process")
         self._idle_s = idle_s
         self._on_progress = on_progress or (lambda text: _log.info("model worker", text=text))
         self._lock = asyncio.Lock()

@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedepth.memory.predict import effective_batch, may_keep_bytes, training_step
-from fedepth.task import Calibration, ModelCosts, PeakComponents, Stage, TrainingSpec
+from fedepth.costs import Calibration, ModelCosts
+from fedepth.estimate.peak import effective_batch, may_keep_bytes, training_step
+from fedepth.plan import PeakComponents, Stage
+from fedepth.task import TrainingSpec
 
 # What each coefficient is counted in, so that all are of the size of 1 and are drawn to their defaults alike.
 _UNITS = {

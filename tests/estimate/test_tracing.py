@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from fedepth.costs import Convolution, Convolutions, ModelCosts, Size
 from fedepth.errors import ModelError
-from fedepth.memory.trace import line, trace_block, trace_costs
+from fedepth.estimate.tracing import line, trace_block, trace_costs
 from fedepth.models.split import split_spec
-from fedepth.task import Convolution, Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 TRAINING = TrainingSpec(64, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 FLOAT = 4

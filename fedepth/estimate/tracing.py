@@ -26,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedepth.memory.predict import FLOAT_BYTES
+from fedepth.costs import Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.estimate.peak import FLOAT_BYTES
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec
-from fedepth.task import Convolution, Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
+from fedepth.task import ModelSpec, TrainingSpec
 
 SMALL_BATCH = 2
 SMALLEST_LARGE_BATCH = 16

@@ -5,19 +5,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.memory.predict import needed_bytes
-from fedepth.memory.timeline import timeline
+from fedepth.costs import Calibration, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.estimate.peak import needed_bytes
+from fedepth.estimate.timeline import timeline
+from fedepth.plan import CachePlace, Policy
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    Convolutions,
-    ModelCosts,
-    Policy,
-    Size,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 
 KIB = 1024

@@ -4,20 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.memory.calibrate import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
-from fedepth.memory.predict import may_keep_bytes
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    Convolution,
-    Convolutions,
-    ModelCosts,
-    PeakComponents,
-    Size,
-    Stage,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.estimate.fit import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
+from fedepth.estimate.peak import may_keep_bytes
+from fedepth.plan import CachePlace, PeakComponents, Stage
+from fedepth.task import TrainingSpec
 
 MIB = 1 << 20
 ZERO = Size(0, 0)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from coordinator.worker import ModelWorker
+from coordinator.model_worker.client import ModelWorker
 from fedepth.errors import ChildError, ModelError
 
 CHILD = """

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedepth.errors import ConfigError
-from fedepth.memory.timeline import Moment
+from fedepth.estimate.timeline import Moment
+from fedepth.plan import PeakComponents, Plan
 from fedepth.sizes import format_size
-from fedepth.task import PeakComponents, Plan
 
 _MIB = 1 << 20
 _COMPONENTS = tuple(field.name for field in fields(PeakComponents))

@@ -1,8 +1,4 @@
-"""The trainer as the agent sees it: a child process with a fitting environment and typed events.
-
-The protocol is JSON lines (fedepth.child). The child writes `ready` once; after each `train` request it
-writes any number of `measure`, `stage_started`, `progress` and `stage_done`, and then `done` or `failed`.
-"""
+"""The trainer as the agent sees it: a child process with a fitting environment and typed events."""
 
 from __future__ import annotations
 
@@ -19,104 +15,14 @@ from edge_client.allocators import environment
 from edge_client.config import TrainerConfig
 from edge_client.link import within
 from edge_client.probe import anonymous_bytes
-from edge_client.train_request import TrainRequest
+from edge_client.trainer.protocol import Done, Event, Failed, Measure, Ready, TrainRequest
+from fedepth.budget import Budget
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
-from fedepth.task import Budget, Outcome, PartInfo, Result, StageResult
 
-TRAINER_ARGV = tuple(module_argv("edge_client.trainer"))
+TRAINER_ARGV = tuple(module_argv("edge_client.trainer.process"))
 START_S = 600.0  # importing torch from an SD card takes a minute
 _log = structlog.get_logger()
-
-
-class _Event(msgspec.Struct, frozen=True, tag_field="event"):
-    """Fields that a newer trainer adds are ignored."""
-
-
-class Ready(_Event, tag="ready", frozen=True):
-    """The trainer is warm. `start_bytes`: what it holds before weights and data."""
-
-    start_bytes: int
-    allocator: str
-
-
-class Measure(_Event, tag="measure", frozen=True):
-    """Asks for the budget as it is now.
-
-    Attributes:
-        held_bytes: what the trainer holds beyond its baseline.
-        baseline_bytes: what it held before weights and data, the model's modules included.
-        baseline_anonymous_bytes: the part of that which the kernel cannot drop.
-    """
-
-    stage: int
-    held_bytes: int
-    baseline_bytes: int
-    baseline_anonymous_bytes: int
-
-
-class Rehearsing(_Event, tag="rehearsing", frozen=True):
-    """Every stage is tried for one step; until the first stage starts, a death means that the plan needs too much."""
-
-
-class StageStarted(_Event, tag="stage_started", frozen=True):
-    """A stage begins, perhaps with a smaller plan than it was asked for."""
-
-    stage: int
-    stage_count: int
-    first: int
-    last: int
-    predicted_peak_bytes: int
-
-
-class StageProgress(_Event, tag="progress", frozen=True):
-    """Where a stage stands."""
-
-    stage: int
-    stage_count: int
-    first: int
-    last: int
-    epoch: int
-    epochs: int
-    loss: float
-
-
-class Waiting(_Event, tag="waiting", frozen=True):
-    """A stage pauses: not even its smallest micro-batch fits into what is free now."""
-
-    stage: int
-    budget_bytes: int
-
-
-class StageDone(_Event, tag="stage_done", frozen=True):
-    """A stage has ended well; its part lies in the output folder, and is final."""
-
-    result: StageResult
-    part: PartInfo
-
-
-class Done(_Event, tag="done", frozen=True):
-    """The task is trained, and its parts lie in the output folder."""
-
-    result: Result
-
-
-class Failed(_Event, tag="failed", frozen=True):
-    """The task ended without an update; the trainer lives on.
-
-    `capped`: a stage met the cap on its heap, perhaps inside its budget; keeping nothing, it may be trained.
-    """
-
-    outcome: Outcome
-    message: str
-    needed_bytes: int = 0
-    budget_bytes: int = 0
-    stage: int = 0
-    miss_bytes: int = 0
-    capped: bool = False
-
-
-Event = Measure | Rehearsing | StageStarted | StageProgress | Waiting | StageDone | Done | Failed
 
 
 class TrainerProcess:

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
-from edge_client.train_request import TrainRequest
+from edge_client.trainer.protocol import TrainRequest
+from fedepth.budget import Budget
 from fedepth.data.read import Images, open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.files import file_digest
@@ -26,7 +27,8 @@ from fedepth.memory.device import bounded
 from fedepth.memory.meter import Baseline, Meter, status_bytes
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import split_spec
-from fedepth.task import Budget, ModelSpec, Outcome, PartInfo, Result, Stage, StageResult
+from fedepth.plan import Stage
+from fedepth.task import ModelSpec, Outcome, PartInfo, Result, StageResult
 from fedepth.training.depthwise import Peaks, fitted, is_out_of_memory, train
 from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.warmup import warm_up

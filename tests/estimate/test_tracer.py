@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedepth.errors import ModelError
-from fedepth.memory.traced import tracer
+from fedepth.estimate.tracer.client import tracer
 from fedepth.models.catalog import named_spec
 from fedepth.models.digits import DigitsCNN
 from fedepth.models.preresnet import PreResNet

@@ -10,12 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator import model_worker
+from coordinator.model_worker import process
 from fedepth.child import Child, module_argv
+from fedepth.costs import ModelCosts
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.weights import load_numpy, save
 
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 8, 8), (0.3,), (0.35,))
@@ -25,7 +26,7 @@ TRAINING = TrainingSpec(32, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 def ask(do: str, **fields: Any) -> dict[str, Any]:
     """The answer to one request, through JSON on both ways."""
     answers = io.BytesIO()
-    model_worker.serve(io.BytesIO(msgspec.json.encode({"do": do, **fields}) + b"\n"), answers)
+    process.serve(io.BytesIO(msgspec.json.encode({"do": do, **fields}) + b"\n"), answers)
     ready, answer = (json.loads(line) for line in answers.getvalue().splitlines())
     assert ready == {"event": "ready"}
     assert isinstance(answer, dict)
@@ -81,7 +82,7 @@ def test_batches_do_not_change_an_evaluation(tmp_path: Path, monkeypatch: pytest
     prepared(tmp_path / "w")
     request = {"model": SPEC, "weights": str(tmp_path / "w"), "test_data": "digits"}
     whole = ask("evaluate", **request)["ok"]
-    monkeypatch.setattr(model_worker, "LARGEST_BATCH", 37)
+    monkeypatch.setattr(process, "LARGEST_BATCH", 37)
     assert ask("evaluate", **request)["ok"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -100,7 +101,7 @@ def test_export_reports_its_parity(tmp_path: Path) -> None:
     )["ok"]
     assert told["path"] == str(output)
     assert told["size_bytes"] == output.stat().st_size
-    assert told["samples"] == model_worker.EXPORT_SAMPLES
+    assert told["samples"] == process.EXPORT_SAMPLES
     assert told["top1_equal"] + told["ties"] == told["samples"]
     assert 0 <= told["parity_max_abs"] <= 1e-4
     assert digest.encode() in output.read_bytes()
@@ -133,7 +134,7 @@ def test_a_model_that_does_not_exist_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_no_json_gets_an_answer() -> None:
-    assert model_worker.answer(b"{nonsense\n")["error"]["type"] == "ProtocolError"
+    assert process.answer(b"{nonsense\n")["error"]["type"] == "ProtocolError"
 
 
 def test_the_child_answers_and_ends_with_its_input(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_the_child_answers_and_ends_with_its_input(tmp_path: Path) -> None:
 
     async def talk() -> tuple[Any, Any, int | None]:
         child = await Child.start(
-            "model worker", module_argv("coordinator.model_worker"), {"PYTHONPATH": str(tmp_path)}
+            "model worker", module_argv("coordinator.model_worker.process"), {"PYTHONPATH": str(tmp_path)}
         )
         ready = await child.receive()
         await child.send({"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, "output": str(output)})
