@@ -1,42 +1,43 @@
-"""Building the models that a job may name. torchvision costs 170 MiB, so only the builders that need it import it."""
+"""Building the models that a job may name, with fresh weights or with those of a local file. At the coordinator only."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedepth.errors import FedepthError, ModelError
 from fedepth.models.catalog import ZOO
+from fedepth.models.source import error_line
 from fedepth.task import ModelSpec
 
 
-def build(spec: ModelSpec, allowed: Sequence[str] | None = None) -> nn.Module:
-    """Builds a model with fresh weights, on the device that `torch.device` as a context names.
+def build(spec: ModelSpec) -> nn.Module:
+    """Builds a model with fresh weights.
 
     Args:
-        spec: `spec.name` is a name of the zoo, or "module:function"; the function is called with the spec if
-            it takes an argument, else without.
-        allowed: the "module:function" names that may be imported here. None allows any: only the coordinator,
-            whose operator wrote the job, passes that.
+        spec: `spec.name` is a name of the zoo, "torchvision:NAME", "timm:NAME", or "module:function" of the operator's
+            own; such a function is called with the spec if it takes an argument, else without.
 
     Raises:
-        ModelError: the name is unknown, not allowed here, cannot be imported, or gives no module.
+        ModelError: the name is unknown, or its code cannot be imported, fails, or gives no module.
     """
     if spec.name in ZOO:
         return _call(_resolve(ZOO[spec.name].builder, spec.name), spec)
-    if ":" not in spec.name:
+    source, colon, name = spec.name.partition(":")
+    if not colon:
         names = ", ".join(sorted(ZOO))
-        raise ModelError(f"There is no model {spec.name!r}. Name one of {names}, or your own as 'module:function'.")
-    if allowed is not None and spec.name not in allowed:
-        listed = ", ".join(allowed) or "none"
         raise ModelError(
-            f"The job wants the model {spec.name!r}, which this device may not import (allowed: {listed}). "
-            "If you trust that code, add the name to the models that the device's configuration allows."
+            f"there is no model {spec.name!r}; name one of {names}, or torchvision:NAME, timm:NAME, or a custom model "
+            "as module:function"
         )
+    if source in _LIBRARIES:
+        return _built(lambda: _LIBRARIES[source](name, spec), spec)
     return _call(_resolve(spec.name, spec.name), spec)
 
 
@@ -53,25 +54,11 @@ def preresnet20(spec: ModelSpec) -> nn.Module:
 
 
 def resnet18(spec: ModelSpec) -> nn.Module:
-    from torchvision.models import resnet18 as build_resnet18
-
-    model: nn.Module = build_resnet18(weights=None, num_classes=len(spec.classes))
-    if spec.input_shape[0] != 3:
-        stem = nn.Conv2d(spec.input_shape[0], 64, 7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        model.conv1 = stem
-    return model
+    return _torchvision("resnet18", spec)
 
 
 def mobilenet_v3_small(spec: ModelSpec) -> nn.Module:
-    from torchvision.models import mobilenet_v3_small as build_mobilenet
-
-    model: nn.Module = build_mobilenet(weights=None, num_classes=len(spec.classes))
-    if spec.input_shape[0] != 3:
-        stem = nn.Conv2d(spec.input_shape[0], 16, 3, stride=2, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out")
-        model.get_submodule("features.0").register_module("0", stem)
-    return model
+    return _torchvision("mobilenet_v3_small", spec)
 
 
 def vit_tiny(spec: ModelSpec) -> nn.Module:
@@ -102,12 +89,74 @@ def _vit(spec: ModelSpec, *, patch: int, width: int, depth: int, heads: int) -> 
         mlp_dim=4 * width,
         num_classes=len(spec.classes),
     )
-    if channels != 3:
-        stem = nn.Conv2d(channels, width, patch, stride=patch)
-        nn.init.trunc_normal_(stem.weight, std=(1 / (channels * patch * patch)) ** 0.5)
-        model.conv_proj = stem
-    # torchvision starts with a classifier of zeros, through which a first stage gets no gradient at all.
-    nn.init.trunc_normal_(model.get_submodule("heads.head").get_parameter("weight"), std=0.02)
+    return _with_gradient(_with_channels(model, channels))
+
+
+def _torchvision(name: str, spec: ModelSpec) -> nn.Module:
+    """A classifier of torchvision for the job's classes and channels."""
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        raise ModelError(f"torchvision has no classifier {name!r}; it has {', '.join(names)}")
+    options: dict[str, Any] = {"num_classes": len(spec.classes)}
+    if name.startswith("vit_"):
+        options["image_size"] = spec.input_shape[-1]
+    if name.startswith("maxvit"):
+        options["input_size"] = tuple(spec.input_shape[-2:])
+    if name in ("googlenet", "inception_v3"):  # their auxiliary classifiers are no part of what is trained here
+        options.update(aux_logits=False, init_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initialisation that a newer release changes
+        model: nn.Module = models.get_model(name, weights=None, **options)
+    return _with_gradient(_with_channels(model, spec.input_shape[0]))
+
+
+def _timm(name: str, spec: ModelSpec) -> nn.Module:
+    """A classifier of timm for the job's classes, channels and, where it depends on it, image size."""
+    try:
+        import timm
+    except ImportError:
+        raise ModelError(f"the model timm:{name} needs timm here: pip install 'fedepth[timm]'") from None
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        raise ModelError(f"timm has no model {name!r}; it has {near}, …")
+    options: dict[str, Any] = {"num_classes": len(spec.classes), "in_chans": spec.input_shape[0]}
+    try:
+        model = timm.create_model(name, pretrained=False, img_size=tuple(spec.input_shape[-2:]), **options)
+    except TypeError:  # it takes images of any size
+        model = timm.create_model(name, pretrained=False, **options)
+    return _with_gradient(model)
+
+
+_LIBRARIES: dict[str, Callable[[str, ModelSpec], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _with_channels(model: nn.Module, channels: int) -> nn.Module:
+    """The same for images of so many channels: its first convolution is made anew."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module.in_channels != channels:
+                fresh = nn.Conv2d(
+                    channels,
+                    module.out_channels,
+                    module.kernel_size,  # type: ignore[arg-type]
+                    stride=module.stride,  # type: ignore[arg-type]
+                    padding=module.padding,  # type: ignore[arg-type]
+                    bias=module.bias is not None,
+                )
+                nn.init.kaiming_normal_(fresh.weight, mode="fan_out", nonlinearity="relu")
+                parent, _, leaf = path.rpartition(".")
+                model.get_submodule(parent).register_module(leaf, fresh)
+            break
+    return model
+
+
+def _with_gradient(model: nn.Module) -> nn.Module:
+    """The same without a classifier of zeros, as some begin, through which a first stage gets no gradient at all."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not torch.any(module.weight):
+            nn.init.trunc_normal_(module.weight, std=0.02)
     return model
 
 
@@ -116,12 +165,12 @@ def _resolve(path: str, name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ModelError(f"The model {name!r} cannot be imported: {error}. Install what it needs.") from error
+        raise ModelError(f"the model {name!r} cannot be imported: {error}; install what it needs") from error
     except Exception as error:  # whatever that code does when it is imported
-        raise ModelError(f"The model {name!r} cannot be imported: {_told(error)}. Correct its code.") from error
+        raise ModelError(f"the model {name!r} cannot be imported: {_told(error)}; correct its code") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ModelError(f"The model {name!r}: {module_name} has no function {function_name!r}. Correct the name.")
+        raise ModelError(f"the model {name!r}: {module_name} has no function {function_name!r}; correct the name")
     return function  # type: ignore[no-any-return]
 
 
@@ -131,16 +180,21 @@ def _call(function: Callable[..., Any], spec: ModelSpec) -> nn.Module:
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         for parameter in inspect.signature(function).parameters.values()
     )
+    return _built((lambda: function(spec)) if takes_spec else function, spec)
+
+
+def _built(function: Callable[[], Any], spec: ModelSpec) -> nn.Module:
     try:
-        model = function(spec) if takes_spec else function()
+        model = function()
     except (FedepthError, MemoryError):
         raise
     except Exception as error:  # whatever that code does
-        raise ModelError(f"The model {spec.name!r} cannot be built: {_told(error)}. Correct its code.") from error
+        raise ModelError(f"the model {spec.name!r} cannot be built: {_told(error)}; correct its code") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"The model {spec.name!r} gave a {type(model).__name__}. It must return a torch.nn.Module.")
+        raise ModelError(f"the model {spec.name!r} gave a {type(model).__name__}; it must return a torch.nn.Module")
     return model
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    where = error_line(error)
+    return f"{type(error).__name__}: {error}{f' (at {where})' if where else ''}"
