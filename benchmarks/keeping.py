@@ -10,7 +10,6 @@ import io
 import resource
 import sys
 import time
-from typing import Any
 
 import msgspec
 import torch
@@ -18,10 +17,11 @@ import torch
 from edge_client.trainer import process
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.estimate import peak
+from fedepth.training.session import Known, run
 
 
 class Counting(process.Lines):
-    """Tells nobody, grants the request's budget, and notes when the rehearsal begins."""
+    """Grants the request's budget, and notes when the rehearsal begins."""
 
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(sys.stdin, io.StringIO(), torch.device("cpu"))
@@ -31,9 +31,8 @@ class Counting(process.Lines):
     def measure(self, stage: int, held_bytes: int) -> int:
         return self.budget_bytes
 
-    def tell(self, **message: Any) -> None:
-        if message["event"] == "rehearsing":
-            self.began, self.faults = time.monotonic(), page_faults()
+    def rehearsing(self) -> None:
+        self.began, self.faults = time.monotonic(), page_faults()
 
 
 def page_faults() -> int:
@@ -47,7 +46,7 @@ def main() -> None:
     device = torch.device("cpu")
     process.start(device)
     lines = Counting(request.budget.budget_bytes)
-    result = process.run(request, lines, device, process.Known())
+    result = run(process.assignment(request), lines, device, Known())
     told = {
         "seconds": time.monotonic() - lines.began,
         "page_faults": page_faults() - lines.faults,

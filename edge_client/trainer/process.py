@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,21 +17,14 @@ import torch
 
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
-from fedepth.data.read import Images, open_images
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
-from fedepth.files import file_digest
 from fedepth.memory import allocator
 from fedepth.memory.device import bounded
-from fedepth.memory.meter import Baseline, Meter, status_bytes
-from fedepth.models.memory_format import prefers_channels_last
-from fedepth.models.split import split_spec
+from fedepth.memory.meter import Baseline, status_bytes
 from fedepth.plan import Stage
-from fedepth.task import ModelSpec, Outcome, PartInfo, Result, StageResult
-from fedepth.training.depthwise import Peaks, fitted, is_out_of_memory, train
-from fedepth.training.rehearsal import FirstImages, rehearse
-from fedepth.training.warmup import warm_up
-from fedepth.training.work import Work
-from fedepth.weights import open_weights
+from fedepth.task import Outcome, PartInfo, StageResult
+from fedepth.training.limits import is_out_of_memory
+from fedepth.training.session import Assignment, Known, run
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
@@ -54,11 +45,12 @@ class Lines:
         self._device = device
         self.epochs = 0
         self.baseline = Baseline(0, 0, 0, 0)
-        self.parts: list[PartInfo] = []
 
     def begin(self, epochs: int, baseline: Baseline) -> None:
-        """A task of so many local epochs, counted from this baseline; no block of it is finished."""
-        self.epochs, self.baseline, self.parts = epochs, baseline, []
+        self.epochs, self.baseline = epochs, baseline
+
+    def rehearsing(self) -> None:
+        self.tell(event="rehearsing")
 
     def tell(self, **message: Any) -> None:
         self._sink.write(msgspec.json.encode(message).decode() + "\n")
@@ -105,9 +97,8 @@ class Lines:
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
         self.tell(event="waiting", stage=index, budget_bytes=budget_bytes)
 
-    def stage_done(self, result: StageResult, part: Path) -> None:
-        self.parts.append(_part_info(len(self.parts), part))
-        self.tell(event="stage_done", result=result, part=self.parts[-1])
+    def stage_done(self, result: StageResult, part: PartInfo) -> None:
+        self.tell(event="stage_done", result=result, part=part)
 
 
 def main() -> None:
@@ -123,7 +114,7 @@ def main() -> None:
         message = lines.hear()
         request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
         try:
-            result = run(request, lines, device, known)
+            result = run(assignment(request), lines, device, known)
         except FedepthError as error:
             lines.tell(
                 event="failed",
@@ -148,76 +139,21 @@ def main() -> None:
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 
-@dataclass
-class Known:
-    """What this process has been through: units it has warmed up for, by model, and what it has rehearsed, with the
-    peaks."""
-
-    warm: dict[ModelSpec, set[int]] = field(default_factory=dict)
-    rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
-
-
-def run(request: TrainRequest, lines: Lines, device: torch.device, known: Known) -> Result:
-    """One task, from warm-up to its parts on disk."""
-    started = time.monotonic()
-    task = request.task
-    split = split_spec(task.model, request.allowed_models, costs=task.costs)
-    output, cache = Path(request.output), Path(request.cache)
-    for folder in (output, cache):
-        folder.mkdir(parents=True, exist_ok=True)
-    images: Images = open_images(Path(request.data), task.model, "train", scratch=cache)
-    if 0 < request.most_samples < len(images):
-        images = FirstImages(images, request.most_samples)
-    with open_weights(Path(request.weights)) as weights:
-        work = Work(
-            task=task,
-            plan=request.plan,
-            split=split,
-            weights=weights,
-            images=images,
-            output=output,
-            cache=cache,
-            device_id=request.device_id,
-            device=device,
-            channels_last=prefers_channels_last(split, device),
-            enforce=request.enforce,
-            keeping=request.keeping,
-        )
-        warm = known.warm.setdefault(task.model, set())
-        if not warm.issuperset(request.plan.trained_units):
-            warm_up(work, set(request.plan.trained_units) - warm)
-            warm.update(request.plan.trained_units)
-        meter = Meter()
-        lines.begin(task.training.local_epochs, meter.baseline)
-        work = fitted(work, meter, lines)
-        # Rounds differ in learning rate and seed, which change nothing about memory.
-        alike = replace(task.training, learning_rate=0.0, seed=0)
-        key = (task.model, alike, work.plan.stages, len(work.images), request.enforce)
-        if key not in known.rehearsed:
-            lines.tell(event="rehearsing")
-            known.rehearsed = {key: rehearse(work, meter, lines)}
-        peaks = known.rehearsed[key]
-        if peaks.keys() != set(work.plan.stages):
-            known.rehearsed = {}  # memory fell short meanwhile; the next task rehearses again
-        trained = train(work, meter, lines, peaks)
-    return Result(
-        task_id=task.task_id,
-        attempt=task.attempt,
+def assignment(request: TrainRequest) -> Assignment:
+    """What a session is told of a request."""
+    return Assignment(
+        task=request.task,
+        plan=request.plan,
+        weights=Path(request.weights),
+        data=Path(request.data),
+        output=Path(request.output),
+        cache=Path(request.cache),
         device_id=request.device_id,
-        round=task.round,
-        sample_count=len(work.images),
-        plan=trained.plan,
-        trained_units=trained.plan.trained_units,
-        stages=trained.stages,
-        parts=(*lines.parts, _part_info(len(lines.parts), trained.parts[-1])),
-        seconds=time.monotonic() - started,
-        allocator=allocator.name(),
-        baseline_bytes=meter.baseline.resident_bytes,
+        allowed_models=request.allowed_models,
+        enforce=request.enforce,
+        most_samples=request.most_samples,
+        keeping=request.keeping,
     )
-
-
-def _part_info(number: int, path: Path) -> PartInfo:
-    return PartInfo(number, path.stat().st_size, file_digest(path))
 
 
 def start(device: torch.device) -> None:

@@ -21,11 +21,11 @@ from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split, split_spec
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import ModelSpec, StageResult, Task, TrainingSpec
-from fedepth.training import depthwise, pressure
-from fedepth.training.depthwise import train
-from fedepth.training.stage import BlockTraining, _seed, epoch_batches
-from fedepth.training.work import Work
+from fedepth.task import ModelSpec, PartInfo, StageResult, Task, TrainingSpec
+from fedepth.training import limits, pressure, stages
+from fedepth.training.block import BlockTraining, _seed, epoch_batches
+from fedepth.training.context import TrainingContext
+from fedepth.training.stages import train
 from fedepth.weights import load_numpy, open_weights, save
 from tests.training.open_files import open_files
 
@@ -53,7 +53,7 @@ class Quiet:
 
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
 
-    def stage_done(self, result: StageResult, part: Path) -> None: ...
+    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...
 
 
 def stage(first: int, last: int, micro_batch: int = 8, cache: CachePlace = CachePlace.RAM) -> Stage:
@@ -66,13 +66,13 @@ def images(folder: Path, count: int) -> None:
     write_idx(folder / "train-labels-idx1-ubyte", (np.arange(count) % 3).astype(np.uint8))
 
 
-def work(
+def context(
     folder: Path,
     stages: Sequence[Stage],
     spec: ModelSpec = SPEC,
     training: TrainingSpec = TRAINING,
     count: int = 16,
-) -> Work:
+) -> TrainingContext:
     torch.manual_seed(7)
     initial = zoo.build(spec, None)
     weights = folder / "weights.safetensors"
@@ -82,26 +82,26 @@ def work(
         (folder / each).mkdir(exist_ok=True)
     plan = Plan(tuple(stages), (), Policy.PAPER, 1 << 40)
     task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, COSTS, plan, "", 0, 0)
-    return Work(
+    return TrainingContext(
         task=task, plan=plan, split=split_spec(spec), weights=open_weights(weights),
         images=open_images(folder, spec, "train"), output=folder / "out", cache=folder / "cache", device_id="d",
         device=torch.device("cpu"), channels_last=False, enforce=False,
     )  # fmt: skip
 
 
-def trained_tensors(job: Work, hooks: Quiet | None = None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def trained_tensors(job: TrainingContext, hooks: Quiet | None = None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     outcome = train(job, Meter(), hooks or Quiet())
     return {name: tensor for part in outcome.parts for name, tensor in load_numpy(part).items()}
 
 
-def order(job: Work, index: int, count: int) -> list[torch.Tensor]:
+def order(job: TrainingContext, index: int, count: int) -> list[torch.Tensor]:
     """The index batches that stage `index` trains on, all epochs."""
     generator = torch.Generator().manual_seed(_seed(job, index))
     training = job.task.training
     return [b for _ in range(training.local_epochs) for b in epoch_batches(count, training.batch, generator)]
 
 
-def by_hand(job: Work, blocks: Sequence[tuple[int, int]], count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     """The algorithm of the paper, written as plainly as possible with torch.optim."""
     torch.manual_seed(7)
     model = split(zoo.build(job.task.model, None), job.task.model.name, job.task.model.input_shape)
@@ -138,37 +138,37 @@ def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], to
 
 
 def test_one_stage_is_plain_training(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(0, 5)])
+    job = context(tmp_path, [stage(0, 5)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
 
 
 @pytest.mark.parametrize("place", CachePlace)
 def test_blocks_in_sequence_are_the_papers_algorithm(tmp_path: Path, place: CachePlace) -> None:
-    job = work(tmp_path, [stage(0, 1, cache=place), stage(2, 3, cache=place), stage(4, 5, cache=place)])
+    job = context(tmp_path, [stage(0, 1, cache=place), stage(2, 3, cache=place), stage(4, 5, cache=place)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 1), (2, 3), (4, 5)], 16))
     assert open_files(tmp_path / "cache") == []
 
 
 def test_micro_batches_are_exact_with_group_norm(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(0, 5, micro_batch=3)])
+    job = context(tmp_path, [stage(0, 5, micro_batch=3)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
 
 
 @pytest.mark.parametrize("spec", [SPEC, PRERESNET], ids=["group norm", "batch norm"])
 def test_checkpointing_trains_alike_to_the_running_statistics(tmp_path: Path, spec: ModelSpec) -> None:
     last = 5 if spec is SPEC else 9
-    plain = trained_tensors(work(tmp_path, [stage(0, 2), stage(3, last)], spec))
+    plain = trained_tensors(context(tmp_path, [stage(0, 2), stage(3, last)], spec))
     again = [replace(stage(0, 2), checkpoint=True), replace(stage(3, last), checkpoint=True)]
-    assert_equal(trained_tensors(work(tmp_path, again, spec)), plain)
+    assert_equal(trained_tensors(context(tmp_path, again, spec)), plain)
 
 
 def test_checkpointing_goes_with_micro_batches(tmp_path: Path) -> None:
-    job = work(tmp_path, [replace(stage(0, 5, micro_batch=3), checkpoint=True)])
+    job = context(tmp_path, [replace(stage(0, 5, micro_batch=3), checkpoint=True)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
 
 
 def test_untrained_units_are_not_in_the_update_and_are_run_at_their_global_value(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(2, 3), stage(5, 5)])
+    job = context(tmp_path, [stage(2, 3), stage(5, 5)])
     outcome = train(job, Meter(), Quiet())
     names = {name for part in outcome.parts for name in load_numpy(part)}
     layout = split_spec(SPEC).layout()
@@ -178,7 +178,7 @@ def test_untrained_units_are_not_in_the_update_and_are_run_at_their_global_value
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_the_head_tracks_only_full_depth(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(0, 4), stage(5, 9)], spec=PRERESNET, training=replace(TRAINING, local_epochs=1))
+    job = context(tmp_path, [stage(0, 4), stage(5, 9)], spec=PRERESNET, training=replace(TRAINING, local_epochs=1))
     train(job, Meter(), Quiet())
     first = load_numpy(tmp_path / "out" / "part-0000.safetensors")
     statistics = [name for name in first if name.endswith("num_batches_tracked")]
@@ -191,15 +191,15 @@ def test_frozen_batch_norm_keeps_its_statistics_and_the_head_tracks_only_full_de
 
 
 def test_a_shard_of_one_image_trains(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(0, 5, micro_batch=1)], count=1)
+    job = context(tmp_path, [stage(0, 5, micro_batch=1)], count=1)
     got = trained_tensors(job)
     before = load_numpy(tmp_path / "weights.safetensors")
     assert any(not np.array_equal(got[name], before[name]) for name in got)
 
 
 def test_the_proximal_term_pulls_towards_the_global_weights(tmp_path: Path) -> None:
-    free = trained_tensors(work(tmp_path, [stage(0, 5)]))
-    held = trained_tensors(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, proximal_mu=5.0)))
+    free = trained_tensors(context(tmp_path, [stage(0, 5)]))
+    held = trained_tensors(context(tmp_path, [stage(0, 5)], training=replace(TRAINING, proximal_mu=5.0)))
     start = load_numpy(tmp_path / "weights.safetensors")
     distance = {
         key: sum(float(np.square(value[name] - start[name]).sum()) for name in start)
@@ -216,7 +216,7 @@ def test_every_sample_is_seen_and_all_batches_have_one_size() -> None:
 
 def test_the_head_is_pulled_towards_its_global_value_in_every_stage(tmp_path: Path) -> None:
     blocks = [(0, 1), (2, 3), (4, 5)]
-    job = work(tmp_path, [stage(*block) for block in blocks], training=replace(TRAINING, proximal_mu=2.0))
+    job = context(tmp_path, [stage(*block) for block in blocks], training=replace(TRAINING, proximal_mu=2.0))
     assert_equal(trained_tensors(job), by_hand(job, blocks, 16))
 
 
@@ -247,7 +247,7 @@ def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
 ) -> None:
     """In MiB: 200 are free when the stage begins, of which it is predicted to take 100."""
     monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
-    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
+    monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
 
     class Falling(Quiet):
         measured = 0
@@ -257,7 +257,7 @@ def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
             return (200 if self.measured == 1 else free) << 20
 
     planned = replace(stage(0, 5), predicted=replace(NOTHING, activations=100 << 20))
-    job = replace(work(tmp_path, [planned]), enforce=True)
+    job = replace(context(tmp_path, [planned]), enforce=True)
     (result,) = train(job, Meter(), Falling(), {planned: rehearsed << 20} if rehearsed else None).stages
     assert sizes[:2] == [expected] * 2
     assert result.micro_batch == expected
@@ -285,11 +285,11 @@ class Shrinking(Quiet):
 def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int, waits: int
 ) -> None:
-    monkeypatch.setattr(depthwise, "LOOK_S", 0.001)
-    monkeypatch.setattr(depthwise, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(stages, "LOOK_S", 0.001)
+    monkeypatch.setattr(stages, "LONGEST_PAUSE_S", 0.05)
     hooks = Shrinking(later)
     costs = replace(COSTS, units=(HUNGRY,) * 6, exits=(HUNGRY,) * 6)
-    job = work(tmp_path, [stage(0, 5)])
+    job = context(tmp_path, [stage(0, 5)])
     job = replace(job, task=replace(job.task, costs=costs), enforce=True)
     (result,) = train(job, Meter(), hooks).stages
     assert hooks.measured > 1 and hooks.waits == waits
@@ -299,18 +299,18 @@ def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
 def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
-    monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
-    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
+    monkeypatch.setattr(stages, "LOOK_S", 0.0)
+    monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 100 << 20)
     monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
     caps: list[int] = []
-    monkeypatch.setattr(depthwise.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
-    monkeypatch.setattr(depthwise.allocator.HeapCap, "_lift", lambda _: caps.append(0))
+    monkeypatch.setattr(stages.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
+    monkeypatch.setattr(stages.allocator.HeapCap, "_lift", lambda _: caps.append(0))
 
     class Dipping(Quiet):
         def measure(self, stage: int, held_bytes: int) -> int:
             return (50 if len(sizes) in (1, 2) else 200) << 20
 
-    job = replace(work(tmp_path, [stage(0, 5)], count=40), enforce=True)
+    job = replace(context(tmp_path, [stage(0, 5)], count=40), enforce=True)
     (result,) = train(job, Meter(), Dipping()).stages
     # It looks after every step; two looks find too little.
     assert sizes[:5] == [8, 2, 2, 8, 8]
@@ -323,8 +323,8 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
 def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: int, waits: int
 ) -> None:
-    monkeypatch.setattr(depthwise, "LOOK_S", 0.0)
-    monkeypatch.setattr(depthwise, "peak_bytes", lambda meter, device: 100 << 20)
+    monkeypatch.setattr(stages, "LOOK_S", 0.0)
+    monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 100 << 20)
     asked: list[int] = []
 
     class Dipping(Quiet):
@@ -338,7 +338,7 @@ def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
             waited.append((len(asked), budget_bytes))
 
     waited: list[tuple[int, int]] = []
-    job = replace(work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1)), enforce=True)
+    job = replace(context(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1)), enforce=True)
     train(job, Meter(), Dipping())
     assert waited == [(3, low)] * waits
     # Before the stage, after each of four batches of inputs and once more after a wait, before training, after each of
@@ -350,8 +350,8 @@ def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
 def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
-    stages = [stage(0, 5, micro_batch=64, cache=CachePlace.DISK)]
-    job = replace(work(tmp_path, stages, large, training, count=64), enforce=True)
+    planned = [stage(0, 5, micro_batch=64, cache=CachePlace.DISK)]
+    job = replace(context(tmp_path, planned, large, training, count=64), enforce=True)
     with pytest.raises(OverBudgetError):
         train(job, Meter(), Quiet(budget=4 << 20))
     assert open_files(tmp_path / "cache") == []
@@ -362,7 +362,7 @@ def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> N
     # Tens of MiB, more than earlier tests can have left in this process's heap.
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
-    job = replace(work(tmp_path, [stage(0, 5, micro_batch=64)], large, training, count=64), enforce=True)
+    job = replace(context(tmp_path, [stage(0, 5, micro_batch=64)], large, training, count=64), enforce=True)
     with pytest.raises(OverBudgetError, match=r"stage 0 \(units 0-5\) took .* the budget is 4\.0 MiB") as caught:
         train(job, Meter(), Quiet(budget=4 << 20))
     assert caught.value.stage == 0 and caught.value.miss_bytes > 0
@@ -379,23 +379,21 @@ def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> N
 )
 def test_what_an_allocator_says_is_told_from_other_errors(text: str, wanted: int) -> None:
     meter = SimpleNamespace(peak_bytes=1000)
-    told = depthwise._over_budget(RuntimeError(text), 3, stage(4, 5), 900, meter, capped=True)  # type: ignore[arg-type]
+    told = limits.over_budget(RuntimeError(text), 3, stage(4, 5), 900, meter, capped=True)  # type: ignore[arg-type]
     assert isinstance(told, OverBudgetError)
     assert (told.stage, told.miss_bytes, told.capped) == (3, 100 + wanted, True)
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert depthwise._over_budget(other, 3, stage(4, 5), 900, meter, capped=True) is other  # type: ignore[arg-type]
+    assert limits.over_budget(other, 3, stage(4, 5), 900, meter, capped=True) is other  # type: ignore[arg-type]
 
 
 def test_what_lies_beside_the_heap_is_off_the_cap_and_off_a_lowered_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits: list[int] = []
-    monkeypatch.setattr(
-        depthwise.allocator.HeapCap, "_limit", lambda cap, cap_bytes: limits.append(cap._held + cap_bytes)
-    )
+    caps: list[int] = []
+    monkeypatch.setattr(stages.allocator.HeapCap, "_limit", lambda cap, cap_bytes: caps.append(cap._held + cap_bytes))
     meter = SimpleNamespace(baseline=SimpleNamespace(heap_bytes=100 << 20), beside_heap_bytes=5 << 20)
-    job = replace(work(tmp_path, [stage(0, 5)]), enforce=True)
-    with depthwise._heap_cap(job, meter, {}, stage(0, 5), 50 << 20) as cap:  # type: ignore[arg-type]
+    job = replace(context(tmp_path, [stage(0, 5)]), enforce=True)
+    with limits.heap_cap(job, meter, {}, stage(0, 5), 50 << 20) as cap:  # type: ignore[arg-type]
         cap.resize(30 << 20)
     # Of 50 MiB, 2 are left to what may still come beside the heap.
-    assert limits == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]
+    assert caps == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]

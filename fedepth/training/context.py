@@ -16,7 +16,7 @@ from fedepth.weights import Reader, open_weights
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingContext:
     """What the training functions work on.
 
     Attributes:
@@ -51,35 +51,35 @@ class Work:
         """How many samples a cache of a block's inputs has room for."""
         return len(self.images) + self.cache_room
 
-    def with_part(self, part: Path) -> Work:
+    def with_part(self, part: Path) -> TrainingContext:
         """The same with a block trained, whose tensors lie in `part`."""
         reader = open_weights(part)
         return replace(self, trained={**self.trained, **dict.fromkeys(reader.names, reader)})
 
 
-def load(work: Work, unit: Unit, *, trainable: bool) -> None:
+def load(context: TrainingContext, unit: Unit, *, trainable: bool) -> None:
     """Reads a unit's tensors, as they are by now, from their file to the device, unless they are there already."""
     for name, present in (*unit.parameters(), *unit.buffers()):
         if not present.is_meta:
             continue
-        tensor = read(work, work.trained.get(name, work.weights), name)
-        assign(work.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)
+        tensor = read(context, context.trained.get(name, context.weights), name)
+        assign(context.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)
 
 
-def read(work: Work, reader: Reader, name: str) -> torch.Tensor:
+def read(context: TrainingContext, reader: Reader, name: str) -> torch.Tensor:
     """A tensor of a weights file, on the device and in the model's memory format."""
-    tensor = torch.from_numpy(reader.read(name)).to(work.device)
-    return tensor.to(memory_format=torch.channels_last) if work.channels_last and tensor.dim() == 4 else tensor
+    tensor = torch.from_numpy(reader.read(name)).to(context.device)
+    return tensor.to(memory_format=torch.channels_last) if context.channels_last and tensor.dim() == 4 else tensor
 
 
-def to_device(work: Work, x: torch.Tensor, *, from_pixels: bool) -> torch.Tensor:
+def to_device(context: TrainingContext, x: torch.Tensor, *, from_pixels: bool) -> torch.Tensor:
     """A cached batch as the unit wants it: float32, normalised if it holds pixels, in the model's memory format."""
-    x = x.to(work.device)
+    x = x.to(context.device)
     if from_pixels:
-        spec = work.task.model
-        mean = torch.tensor(spec.mean, device=work.device).view(-1, 1, 1)
-        std = torch.tensor(spec.std, device=work.device).view(-1, 1, 1)
+        spec = context.task.model
+        mean = torch.tensor(spec.mean, device=context.device).view(-1, 1, 1)
+        std = torch.tensor(spec.std, device=context.device).view(-1, 1, 1)
         x = x.float().div_(255.0).sub_(mean).div_(std)
-    if work.channels_last and x.dim() == 4:
+    if context.channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return x

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from fedepth.models.skip import skip
 from fedepth.models.split import Unit
 from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
+from fedepth.training.context import TrainingContext, load, read, to_device
+from fedepth.training.objective import shared_head
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
-from fedepth.training.work import Work, load, read, to_device
 
 
 class BlockTraining:
@@ -30,7 +30,7 @@ class BlockTraining:
 
     def __init__(
         self,
-        work: Work,
+        context: TrainingContext,
         stage: Stage,
         inputs: Inputs,
         labels: torch.Tensor,
@@ -44,21 +44,21 @@ class BlockTraining:
         self._micro_batch = micro_batch
         self.steps = 0
         self.samples_seen = 0
-        self._work = work
+        self._context = context
         self._stage = stage
         self._inputs = inputs
         self._labels = labels
-        self._shuffle = torch.Generator().manual_seed(_seed(work, index))
-        torch.manual_seed(_seed(work, index) ^ 1)  # dropout
-        split = work.split
+        self._shuffle = torch.Generator().manual_seed(_seed(context, index))
+        torch.manual_seed(_seed(context, index) ^ 1)  # dropout
+        split = context.split
         self._units = [split.units[each] for each in range(stage.first, stage.last + 1)]
         for unit in self._units:
-            load(work, unit, trainable=True)
+            load(context, unit, trainable=True)
             unit.train(True)
         split.head.train(True)
         # The head sees zero-padded channels until the last stage; their statistics must not reach its BatchNorm.
         _track_statistics(split.head, track=final)
-        self._update = optimizer_step(work.task.training.optimizer)
+        self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
         named = [pair for unit in (*self._units, split.head) for pair in unit.parameters()]
         self._parameters = [parameter for _, parameter in named]
@@ -68,7 +68,7 @@ class BlockTraining:
             for name, parameter in named
         ]
         # As large as the part of an epoch's order that a rehearsal, which draws few samples, does not have.
-        self._order_beyond = torch.zeros(work.cached_samples - len(labels), dtype=torch.int64)
+        self._order_beyond = torch.zeros(context.cached_samples - len(labels), dtype=torch.int64)
 
     def epoch_batches(self, batch: int) -> Iterator[torch.Tensor]:
         """Index batches of the next epoch."""
@@ -94,20 +94,17 @@ class BlockTraining:
         for parameter in self._parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for _, parameter in self._work.split.head.parameters():
+        for _, parameter in self._context.split.head.parameters():
             parameter.requires_grad_(True)
         self._hooks.clear()
         self._parameters.clear()
 
     def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
         """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
-        head, shape = self._work.split.head, self._work.split.head_shape
-        targets = self._labels[piece].to(self._work.device)
-
-        def loss_of(output: torch.Tensor) -> torch.Tensor:
-            return functional.cross_entropy(head(skip(output, shape)), targets, reduction="sum") / batch
-
-        x = to_device(self._work, self._inputs.read(piece), from_pixels=self._stage.first == 0)
+        head, shape = self._context.split.head, self._context.split.head_shape
+        targets = self._labels[piece].to(self._context.device)
+        loss_of = partial(shared_head, head=head, head_shape=shape, targets=targets, batch=batch)
+        x = to_device(self._context, self._inputs.read(piece), from_pixels=self._stage.first == 0)
         if self._stage.checkpoint:
             return float(checkpoint.forward_backward(self._units, x, loss_of))
         for unit in self._units:
@@ -118,9 +115,9 @@ class BlockTraining:
         return float(loss.detach())
 
     def _updater(self, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
-        spec = self._work.task.training
+        spec = self._context.task.training
         # The global weights, also for the head, which earlier stages of the task have trained already.
-        reference = read(self._work, self._work.weights, name) if spec.proximal_mu > 0 else None
+        reference = read(self._context, self._context.weights, name) if spec.proximal_mu > 0 else None
         state = new_state(parameter.detach(), spec)
 
         def update(_: torch.Tensor) -> None:
@@ -155,7 +152,7 @@ def _track_statistics(unit: Unit, *, track: bool) -> None:
             module.track_running_stats = track
 
 
-def _seed(work: Work, index: int) -> int:
+def _seed(context: TrainingContext, index: int) -> int:
     """The same for the same job, round, device and stage; different for any other."""
-    text = f"{work.task.training.seed}/{work.task.round}/{work.device_id}/{index}"
+    text = f"{context.task.training.seed}/{context.task.round}/{context.device_id}/{index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
