@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fedepth.budget import Budget
-from fedepth.costs import Calibration, ModelCosts
+from fedepth.costs import Calibration
 from fedepth.plan import CacheType, Plan, Policy
 
 
@@ -18,6 +18,18 @@ class Optimizer(str, Enum):
 
     SGD = "sgd"
     ADAMW = "adamw"
+
+
+class InputType(str, Enum):
+    """What a model's input holds."""
+
+    FLOAT = "float"  # bytes of data, divided by 255 and normalised: images, vectors, series
+    TOKENS = "tokens"  # bytes of data as token ids
+
+    @property
+    def dtype(self) -> str:
+        """The element type as safetensors names it."""
+        return {InputType.FLOAT: "F32", InputType.TOKENS: "I64"}[self]
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,13 @@ class ModelSpec:
     """Which model a job trains.
 
     Attributes:
-        name: a name from the zoo ("digits-cnn", "preresnet20", …) or "module:function".
+        name: a name from the zoo ("digits-cnn", "preresnet20", …), "torchvision:NAME", "timm:NAME", or
+            "module:function". Only the coordinator builds it; devices have its graph.
         classes: class names in label order.
-        input_shape: (channels, height, width).
-        mean: per channel, for pixel values in 0..1.
-        std: per channel, for pixel values in 0..1.
+        input_shape: (channels, height, width) of images, or any other shape.
+        mean: per channel, for values in 0..1; channels are the first dimension.
+        std: per channel, for values in 0..1.
+        input_type: what the input holds.
     """
 
     name: str
@@ -53,6 +67,7 @@ class ModelSpec:
     input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    input_type: InputType = InputType.FLOAT
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class Task:
     Attributes:
         task_id: names this task for ever; uploads are idempotent under it.
         attempt: counts how often this task was handed to the same device.
+        graph_digest: sha256 (hex) of the job's traced model, which a device fetches once (fedepth.models.traced).
         weights_digest: sha256 (hex) of the global weights' safetensors file.
         deadline_ms: milliseconds from now until the round may close without this update.
     """
@@ -89,8 +105,9 @@ class Task:
     model: ModelSpec
     training: TrainingSpec
     policy: Policy
-    costs: ModelCosts
     plan: Plan
+    graph_digest: str
+    graph_bytes: int
     weights_digest: str
     weights_bytes: int
     deadline_ms: int
@@ -166,7 +183,7 @@ class Outcome(str, Enum):
     OVER_BUDGET = "over_budget"  # met its limit and no smaller plan fits
     TRAINER_DIED = "trainer_died"
     DATA = "data"
-    MODEL_NOT_ALLOWED = "model_not_allowed"
+    MODEL = "model"  # its graph is damaged, or asks for what is not run here
     ERROR = "error"
 
 

@@ -30,7 +30,7 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
     OverBudgetError: Outcome.OVER_BUDGET,
     DataError: Outcome.DATA,
-    ModelError: Outcome.MODEL_NOT_ALLOWED,
+    ModelError: Outcome.MODEL,
 }
 
 _LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
@@ -144,12 +144,13 @@ def assignment(request: TrainRequest) -> Assignment:
     return Assignment(
         task=request.task,
         plan=request.plan,
+        graph=Path(request.graph),
+        calibration=request.calibration,
         weights=Path(request.weights),
         data=Path(request.data),
         output=Path(request.output),
         cache=Path(request.cache),
         device_id=request.device_id,
-        allowed_models=request.allowed_models,
         enforce=request.enforce,
         most_samples=request.most_samples,
         keeping=request.keeping,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fedepth.budget import Budget
+from fedepth.costs import Calibration
 from fedepth.plan import Plan
 from fedepth.task import Outcome, PartInfo, Result, StageResult, Task
 
@@ -21,7 +22,8 @@ class TrainRequest:
 
     Attributes:
         plan: the task's plan, or a smaller one where memory has shrunk.
-        allowed_models: every `module:function` that this device may import.
+        graph: path of the job's traced model.
+        calibration: of this device.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
@@ -30,12 +32,13 @@ class TrainRequest:
     task: Task
     plan: Plan
     budget: Budget
+    graph: str
+    calibration: Calibration
     weights: str
     data: str
     output: str
     cache: str
     device_id: str
-    allowed_models: tuple[str, ...]
     enforce: bool
     most_samples: int = 0
     keeping: bool = True

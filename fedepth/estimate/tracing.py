@@ -15,23 +15,21 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedepth.costs import Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.estimate.peak import FLOAT_BYTES
-from fedepth.models.memory_format import prefers_channels_last
+from fedepth.models.graph import Graph
+from fedepth.models.run import DTYPES, Model, RunnableUnit
 from fedepth.models.skip import skip
-from fedepth.models.split import SplitModel, Unit, assign, split_spec
-from fedepth.task import ModelSpec, TrainingSpec
 
 SMALL_BATCH = 2
 SMALLEST_LARGE_BATCH = 16
@@ -82,133 +80,135 @@ class StepTrace:
     convolving: tuple[tuple[Convolving, ...], tuple[Convolving, ...], tuple[Convolving, ...]]
 
 
-def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
+def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     """The cost table of a model.
 
-    Every unit, and every exit behind a unit, is traced at two batch sizes, 2 and the job's batch (at least
-    16). A peak is the largest of several sums that grow with the batch, a convex function, so the line
+    Every unit, also frozen, and every exit behind a unit, is traced at two batch sizes, 2 and the job's batch (at
+    least 16). A peak is the largest of several sums that grow with the batch, a convex function, so the line
     through these two points is never below it between them.
 
     Args:
-        spec: the model.
-        training: its batch is the larger batch size.
-        allowed: see `zoo.build`.
-
-    Raises:
-        ModelError: the model cannot be built or split, or a unit has no skip connection to the head.
+        graph: the model.
+        name: for people.
+        batch: the larger batch size.
     """
-    split_model = split_spec(spec, allowed)
-    batches = (SMALL_BATCH, max(training.batch, SMALLEST_LARGE_BATCH))
-    channels_last = prefers_channels_last(split_model, torch.device("cpu"))
+    batches = (SMALL_BATCH, max(batch, SMALLEST_LARGE_BATCH))
     units: list[UnitCost] = []
-    exits: list[UnitCost] = []
     exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
     with FakeTensorMode():
-        _fill(split_model)
-        for index, unit in enumerate(split_model.units):
-            shape, output_shape = split_model.input_shapes[index], split_model.output_shapes[index]
-            units.append(_unit_cost(unit, shape, output_shape, batches, channels_last))
-            if output_shape not in exit_by_shape:
-                exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches, channels_last)
-            exits.append(exit_by_shape[output_shape])
-        smallest = _smallest_micro_batch(split_model)
-    values = torch.Size(spec.input_shape).numel()
-    return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
+        model = _filled(graph)
+        for unit, shape, exits in zip(model.units, graph.output_shapes, graph.exits, strict=True):
+            if exits and shape not in exit_by_shape:
+                exit_by_shape[shape] = _exit_cost(model, shape, batches)
+            units.append(replace(_unit_cost(graph, unit, shape, batches), exit=exit_by_shape[shape] if exits else None))
+    values = prod(graph.input_shape)
+    return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch)
 
 
-def trace_block(
-    spec: ModelSpec, first: int, last: int, samples: int, allowed: Sequence[str] | None = None
-) -> StepTrace:
+def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
     """Units `first..last` with their exit and the loss, traced as a whole at one batch size.
 
     What `trace_costs` composes has to come close to this.
     """
-    split_model = split_spec(spec, allowed)
-    units = split_model.units[first : last + 1]
-    exit_step = _exit_step(split_model)
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        for unit in units:
-            x = unit(x)
-        return exit_step(x)
-
     with FakeTensorMode():
-        _fill(split_model)
-        owners = (*units, split_model.head)
-        return _trace(step, owners, split_model.input_shapes[first], samples, input_grad=False)
+        model = _filled(graph)
+        units = model.units[first : last + 1]
+        exit_step = _exit_step(model)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            for unit in units:
+                x = unit(x)
+            return exit_step(x)
+
+        return _trace(step, (*units, model.head), _inputs(graph, first, samples, input_grad=False))
 
 
-def _unit_cost(
-    unit: Unit,
-    shape: tuple[int, ...],
-    output_shape: tuple[int, ...],
-    batches: tuple[int, int],
-    channels_last: bool,
-) -> UnitCost:
-    inside, first = (
-        [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
-        for input_grad in (True, False)
+def _unit_cost(graph: Graph, unit: RunnableUnit, output_shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
+    index = graph.units.index(unit.unit)
+    inside, first, frozen = (
+        [_trace(unit, (unit,), _inputs(graph, index, samples, input_grad=grad), frozen=frozen) for samples in batches]
+        for grad, frozen in ((True, False), (False, False), (True, True))
     )
-    output_bytes = torch.Size(output_shape).numel() * FLOAT_BYTES
-    cost = _cost(unit, unit, shape, output_bytes, batches, inside, channels_last)
-    small, large = first
-    convolving = _convolutions(batches, (small.convolving[1], large.convolving[1]), channels_last)
+    cost = _cost(graph, unit, unit, index, prod(output_shape) * FLOAT_BYTES, batches, inside)
     return replace(
         cost,
-        backward_first=line(batches, (small.backward, large.backward)),
-        convolutions=replace(cost.convolutions, backward_first=convolving),
+        backward_first=_step_cost(batches, first, graph.channels_last).backward,
+        frozen=_step_cost(batches, frozen, graph.channels_last) if index else None,
     )
 
 
-def _exit_cost(
-    split_model: SplitModel, shape: tuple[int, ...], batches: tuple[int, int], channels_last: bool
-) -> UnitCost:
-    head, step = split_model.head, _exit_step(split_model)
-    traces = [_trace(step, (head,), shape, samples, input_grad=True) for samples in batches]
-    return _cost(head, step, shape, 0, batches, traces, channels_last)
+def _exit_cost(model: Model, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
+    step = _exit_step(model)
+    index = model.graph.output_shapes.index(shape) + 1
+    traces = [
+        _trace(step, (model.head,), torch.empty((samples, *shape)).requires_grad_().clone()) for samples in batches
+    ]
+    return _cost(model.graph, model.head, step, index, 0, batches, traces)
 
 
-def _exit_step(split_model: SplitModel) -> Step:
+def _exit_step(model: Model) -> Step:
     def step(x: torch.Tensor) -> torch.Tensor:
-        logits = split_model.head(skip(x, split_model.head_shape))
+        logits = model.head(skip(x, model.graph.head_shape))
         return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64))
 
     return step
 
 
+def _inputs(graph: Graph, index: int, samples: int, *, input_grad: bool) -> torch.Tensor:
+    """An input of unit `index`, or of the exit behind the unit before it."""
+    shapes = (*(unit.input_shape for unit in graph.units), graph.head_shape)
+    if index == 0 and graph.input_type != "F32":
+        return torch.zeros((samples, *shapes[0]), dtype=DTYPES[graph.input_type])
+    # A copy of the leaf, so that a step may change its input in place; copying saves nothing for backward.
+    return torch.empty((samples, *shapes[index])).requires_grad_(input_grad).clone()
+
+
 def _cost(
-    unit: Unit,
+    graph: Graph,
+    unit: RunnableUnit,
     step: Step,
-    shape: tuple[int, ...],
+    index: int,
     output_bytes: int,
     batches: tuple[int, int],
     traces: list[StepTrace],
-    channels_last: bool,
 ) -> UnitCost:
     """Two traces as sizes that are linear in the batch."""
-    small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
-    forward, backward, inference = (
-        _convolutions(batches, each, channels_last) for each in zip(small.convolving, large.convolving, strict=True)
-    )
+    training = _step_cost(batches, traces, graph.channels_last)
+    inputs = _inputs(graph, index, batches[1], input_grad=False)
     return UnitCost(
-        name=unit.name,
+        name=unit.unit.name,
         parameter_bytes=sum(parameters),
-        buffer_bytes=sum(buffer.nbytes for _, buffer in unit.buffers()),
+        buffer_bytes=sum(unit.tensors[name].nbytes for name in unit.unit.written),
         largest_parameter_bytes=max(parameters, default=0),
-        input_bytes=torch.Size(shape).numel() * FLOAT_BYTES,
+        input_bytes=prod(inputs.shape[1:]) * FLOAT_BYTES,
         output_bytes=output_bytes,
+        training=training,
+        backward_first=training.backward,
+        inference=_pass_cost(batches, [(each.inference, each.convolving[2]) for each in traces], graph.channels_last),
+        flops=_flops(step, unit, inputs),
+        fixed_bytes=sum(unit.tensors[name].nbytes for name in unit.unit.fixed),
+    )
+
+
+def _step_cost(batches: tuple[int, int], traces: list[StepTrace], channels_last: bool) -> StepCost:
+    small, large = traces
+    return StepCost(
         saved=line(batches, (small.saved, large.saved)),
         saves_input=small.saves_input,
         saves_output=small.saves_output,
-        forward=line(batches, (small.forward, large.forward)),
-        backward=line(batches, (small.backward, large.backward)),
-        backward_first=line(batches, (small.backward, large.backward)),
-        inference=line(batches, (small.inference, large.inference)),
-        convolutions=Convolutions(forward, backward, backward, inference),
-        flops=_flops(step, unit, shape, batches[1]),
-        steps=unit.paths,
-        input_shape=shape,
+        forward=_pass_cost(batches, [(each.forward, each.convolving[0]) for each in traces], channels_last),
+        backward=_pass_cost(batches, [(each.backward, each.convolving[1]) for each in traces], channels_last),
+    )
+
+
+def _pass_cost(
+    batches: tuple[int, int], traces: Sequence[tuple[int, tuple[Convolving, ...]]], channels_last: bool
+) -> PassCost:
+    """One pass, as its peak and its convolutions, seen at two batch sizes."""
+    (small, small_convolving), (large, large_convolving) = traces
+    return PassCost(
+        line(batches, (small, large)), _convolutions(batches, (small_convolving, large_convolving), channels_last)
     )
 
 
@@ -334,15 +334,15 @@ def _running(func: Any, args: tuple[Any, ...], result: Any) -> Convolving:
     return Convolving(0, weight.nbytes, x.nbytes + output.nbytes, depthwise and max(weight.shape[2:]) > 3)
 
 
-def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool) -> StepTrace:
-    """Runs one step under the fake mode that is active."""
+def _trace(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor, *, frozen: bool = False) -> StepTrace:
+    """Runs one step under the fake mode that is active; `frozen`: in evaluation mode, parameters without gradients."""
     parameters = [parameter for owner in owners for _, parameter in owner.parameters()]
-    buffers = [buffer for owner in owners for _, buffer in owner.buffers()]
-    # A copy of the leaf, so that a step may change its input in place; copying saves nothing for backward.
-    x = torch.empty((samples, *shape)).requires_grad_(input_grad).clone()
+    known = [tensor for owner in owners for tensor in owner.tensors.values()]
     for owner in owners:
-        owner.train(True)
-    ledger = _Ledger(x, *parameters, *buffers)
+        owner.training = not frozen
+    for parameter in parameters:
+        parameter.requires_grad_(not frozen)
+    ledger = _Ledger(x, *known)
     kept: set[int] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -355,15 +355,18 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     saves_output = not is_loss and ledger.serial(output) in kept
     forward_peak, forward_convolving, after_forward = ledger.peak(), ledger.convolving(), ledger.live()
     saved = max(0, after_forward - (0 if is_loss or saves_output else output.nbytes))
-    tail = output if is_loss else _Tail.apply(output)
-    del output  # so that backward frees it as soon as it would in the middle of a model
-    start, gradient = len(ledger.events), torch.empty_like(tail)
-    with ledger:
-        torch.autograd.backward(tail, gradient)
-    gradients = frozenset(ledger.serial(p.grad) for p in parameters if p.grad is not None)
+    start, gradients = len(ledger.events), frozenset[int]()
+    if output.requires_grad:  # not where a unit has no parameters, and its input needs no gradient
+        tail = output if is_loss else _Tail.apply(output)
+        del output  # so that backward frees it as soon as it would in the middle of a model
+        gradient = torch.empty_like(tail)
+        with ledger:
+            torch.autograd.backward(tail, gradient)
+        gradients = frozenset(ledger.serial(p.grad) for p in parameters if p.grad is not None)
     backward_peak = ledger.peak(start, without=gradients)
     for parameter in parameters:
         parameter.grad = None
+        parameter.requires_grad_(True)
     inference, inference_convolving = _inference(step, owners, x.detach())
     return StepTrace(
         saved=saved,
@@ -376,45 +379,31 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     )
 
 
-def _inference(step: Step, owners: Sequence[Unit], x: torch.Tensor) -> tuple[int, tuple[Convolving, ...]]:
+def _inference(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor) -> tuple[int, tuple[Convolving, ...]]:
     """The peak above the output, and the convolutions."""
-    tensors = [tensor for owner in owners for _, tensor in (*owner.parameters(), *owner.buffers())]
     for owner in owners:
-        owner.train(False)
-    ledger = _Ledger(x, *tensors)
+        owner.training = False
+    ledger = _Ledger(x, *(tensor for owner in owners for tensor in owner.tensors.values()))
     with torch.no_grad(), ledger:
         output = step(x)
         return max(0, ledger.peak() - output.nbytes), ledger.convolving()
 
 
-def _flops(step: Step, owner: Unit, shape: tuple[int, ...], samples: int) -> int:
+def _flops(step: Step, owner: RunnableUnit, inputs: torch.Tensor) -> int:
     """Floating point operations of a forward pass, per sample."""
-    owner.train(True)
+    owner.training = True
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        step(torch.empty((samples, *shape)))
-    return int(counter.get_total_flops()) // samples
+        step(inputs)
+    return int(counter.get_total_flops()) // len(inputs)
 
 
-def _fill(split_model: SplitModel) -> None:
-    """Fake tensors in the place of meta tensors; a fake mode has to be active."""
-    for unit in (*split_model.units, split_model.head):
-        for name, parameter in unit.parameters():
-            assign(split_model, name, torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=True)
-        for name, buffer in unit.buffers():
-            assign(split_model, name, torch.empty(buffer.shape, dtype=buffer.dtype), requires_grad=False)
+def _filled(graph: Graph) -> Model:
+    """The model with fake tensors; a fake mode has to be active."""
+    model = Model(graph)
 
+    def fake(name: str) -> torch.Tensor:
+        dtype, shape = graph.tensors[name]
+        return torch.empty(shape, dtype=DTYPES[dtype])
 
-def _smallest_micro_batch(split_model: SplitModel) -> int:
-    """2 if a BatchNorm sees one value per channel and sample, of which it cannot take a variance; else 1."""
-    single: list[bool] = []
-
-    def look(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        single.append(arguments[0].shape[2:].numel() == 1)
-
-    norms = [module for module in split_model.model.modules() if isinstance(module, _BatchNorm)]
-    handles = [module.register_forward_pre_hook(look) for module in norms]
-    with torch.no_grad():
-        split_model(torch.empty((2, *split_model.input_shapes[0])))
-    for handle in handles:
-        handle.remove()
-    return 2 if any(single) else 1
+    model.load(fake, trainable=True)
+    return model

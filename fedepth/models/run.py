@@ -34,7 +34,7 @@ from fedepth.models.graph import (
 )
 from fedepth.models.operators import CREATION, OPERATORS
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -188,7 +188,7 @@ def _constant(argument: Argument) -> Any:
     if isinstance(argument, tuple):
         return [_constant(each) for each in argument]
     if isinstance(argument, DType):
-        return _DTYPES[argument.name]
+        return DTYPES[argument.name]
     if isinstance(argument, Number):
         return float(argument.text)
     if isinstance(argument, MemoryFormat):

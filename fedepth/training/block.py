@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
 
-from fedepth.models.split import Unit
 from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.context import TrainingContext, load, read, to_device
-from fedepth.training.objective import shared_head
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
 
@@ -36,10 +33,8 @@ class BlockTraining:
         labels: torch.Tensor,
         index: int,
         micro_batch: MicroBatch,
-        *,
-        final: bool,
     ) -> None:
-        """`index`: the place of the stage in its task; `final`: no stage follows."""
+        """`index`: the place of the stage in its task."""
         self.smallest_micro_batch = micro_batch.now
         self._micro_batch = micro_batch
         self.steps = 0
@@ -50,17 +45,23 @@ class BlockTraining:
         self._labels = labels
         self._shuffle = torch.Generator().manual_seed(_seed(context, index))
         torch.manual_seed(_seed(context, index) ^ 1)  # dropout
-        split = context.split
-        self._units = [split.units[each] for each in range(stage.first, stage.last + 1)]
+        model = context.model
+        self._units = list(model.units[stage.first : stage.last + 1])
+        self._suffix = list(model.units[stage.last + 1 :]) if stage.frozen_suffix else []
         for unit in self._units:
             load(context, unit, trainable=True)
-            unit.train(True)
-        split.head.train(True)
-        # The head sees zero-padded channels until the last stage; their statistics must not reach its BatchNorm.
-        _track_statistics(split.head, track=final)
+            unit.training = True
+        for unit in self._suffix:
+            load(context, unit, trainable=False)
+            unit.training = False
+        self._head = model.head
+        self._head.training = True
+        # Behind a skip connection the head sees zeros for channels; such statistics must not reach its BatchNorm.
+        true_features = stage.last == len(model.units) - 1 or stage.frozen_suffix
+        self._head_written = {} if true_features else self._head.copies_of_written()
         self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
-        named = [pair for unit in (*self._units, split.head) for pair in unit.parameters()]
+        named = [pair for unit in (*self._units, self._head) for pair in unit.parameters()]
         self._parameters = [parameter for _, parameter in named]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
@@ -94,27 +95,33 @@ class BlockTraining:
         for parameter in self._parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for _, parameter in self._context.split.head.parameters():
+        for _, parameter in self._head.parameters():
             parameter.requires_grad_(True)
+        for unit in self._suffix:
+            unit.release()
         self._hooks.clear()
         self._parameters.clear()
 
     def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
         """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
-        head, shape = self._context.split.head, self._context.split.head_shape
-        targets = self._labels[piece].to(self._context.device)
-        loss_of = partial(shared_head, head=head, head_shape=shape, targets=targets, batch=batch)
-        x = to_device(self._context, self._inputs.read(piece), from_pixels=self._stage.first == 0)
+        context = self._context
+        targets = self._labels[piece].to(context.device)
+        head = partial(self._head, written=self._head_written)
+        shape = context.model.graph.head_shape
+        loss_of = partial(context.objective, head=head, head_shape=shape, targets=targets, batch=batch)
+        x = to_device(context, self._inputs.read(piece), from_data=self._stage.first == 0)
+        # A frozen suffix ends with the head's own input, from which the skip connection is the identity.
+        units = (*self._units, *self._suffix)
         if self._stage.checkpoint:
-            return float(checkpoint.forward_backward(self._units, x, loss_of))
-        for unit in self._units:
+            return float(checkpoint.forward_backward(units, x, loss_of))
+        for unit in units:
             x = unit(x)
         loss = loss_of(x)
         del x
         torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def _updater(self, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def _updater(self, name: str, parameter: torch.Tensor) -> Callable[[torch.Tensor], None]:
         spec = self._context.task.training
         # The global weights, also for the head, which earlier stages of the task have trained already.
         reference = read(self._context, self._context.weights, name) if spec.proximal_mu > 0 else None
@@ -144,12 +151,6 @@ def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterato
         yield order[start : start + batch]
     if whole < count:
         yield order[torch.arange(whole, whole + batch) % count]
-
-
-def _track_statistics(unit: Unit, *, track: bool) -> None:
-    for module in (module for top in unit.modules for module in top.modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = track
 
 
 def _seed(context: TrainingContext, index: int) -> int:

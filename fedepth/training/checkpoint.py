@@ -2,7 +2,7 @@
 
 The same trade as gradient checkpointing (Chen et al., arXiv 1604.06174), with one segment per unit and without
 torch.utils.checkpoint, whose import costs 86 MiB. Gradients are those of the plain passes: random numbers are drawn
-alike both times, and running statistics move in the first pass only.
+alike both times, and the second pass writes to copies of the buffers as they were before the first.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from fedepth.models.split import Unit
+from fedepth.models.run import RunnableUnit
 
 
 def forward_backward(
-    units: Sequence[Unit], x: torch.Tensor, finish: Callable[[torch.Tensor], torch.Tensor]
+    units: Sequence[RunnableUnit], x: torch.Tensor, finish: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Adds up gradients of `finish(units(x))`, a scalar, and returns its value.
 
@@ -27,26 +26,46 @@ def forward_backward(
         x: their input; no gradient is computed for it.
         finish: from the last unit's output to the loss.
     """
-    inputs, random_states = [x], []
+    inputs, random_states, buffers = [x], [], []
     del x
     with torch.no_grad():
         for unit in units:
             random_states.append(_random_state(inputs[-1].device))
+            buffers.append(unit.copies_of_written() if unit.training else {})
             inputs.append(unit(inputs[-1]))
-    output = inputs.pop().requires_grad_()
-    loss = finish(output)
+    gradients: list[torch.Tensor] = []
+    loss = finish(_Capture.apply(inputs.pop().detach().requires_grad_(), gradients))
     torch.autograd.backward(loss)
-    gradients = [output.grad]
-    del output
     for unit in reversed(units):
-        x = inputs.pop().detach().requires_grad_(bool(inputs))  # nobody wants the first unit's input gradient
-        with _repeated(unit, random_states.pop(), x.device):
+        x = inputs.pop().detach()
+        if inputs:  # nobody wants the first unit's input gradient
+            x = _Capture.apply(x.requires_grad_(), gradients)
+        with _random_numbers_of(random_states.pop(), x.device):
             # Neither the output nor its gradient has a name here: the backward pass frees them as it goes.
-            going_on = _Continue.apply(unit(x), gradients.pop())
-        torch.autograd.backward(going_on)
-        gradients.append(x.grad)
-        del x, going_on
+            going_on = _Continue.apply(unit(x, buffers.pop()), gradients.pop())
+        del x
+        if going_on.requires_grad:
+            torch.autograd.backward(going_on)
+        del going_on
     return loss.detach()
+
+
+class _Capture(torch.autograd.Function):
+    """Hands its input on; its backward pass puts the gradient into a list, as it comes.
+
+    A leaf's `.grad` takes the leaf's strides instead, and torch's CPU backward of BatchNorm is wrong for a single sample
+    whose gradient has such strides (2.14.1).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+        ctx.gradients = gradients
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> tuple[None, None]:
+        ctx.gradients.append(gradient[0])
+        return None, None
 
 
 class _Continue(torch.autograd.Function):
@@ -67,23 +86,13 @@ class _Continue(torch.autograd.Function):
 
 
 @contextmanager
-def _repeated(unit: Unit, random_state: torch.Tensor, device: torch.device) -> Iterator[None]:
-    """Draws the random numbers of the first pass again, and leaves running statistics alone."""
+def _random_numbers_of(state: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """Draws the random numbers of the first pass again."""
     after = _random_state(device)
-    norms = [
-        module
-        for top in unit.modules
-        for module in top.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    _set_random_state(random_state, device)
-    for norm in norms:
-        norm.track_running_stats = False
+    _set_random_state(state, device)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
         _set_random_state(after, device)
 
 

@@ -1,4 +1,4 @@
-"""One task on one device, opened: its model on the meta device, its weights file, its images."""
+"""One task on one device, opened: its model without weights, its weights file, its images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from fedepth.costs import ModelCosts
 from fedepth.data.read import Images
-from fedepth.models.split import SplitModel, Unit, assign
+from fedepth.models.run import Model, RunnableUnit
 from fedepth.plan import Plan
-from fedepth.task import Task
+from fedepth.task import InputType, ModelSpec, Task
+from fedepth.training.objective import Objective, shared_head
 from fedepth.weights import Reader, open_weights
 
 
@@ -20,7 +22,8 @@ class TrainingContext:
     """What the training functions work on.
 
     Attributes:
-        split: the model, on the meta device.
+        model: holds the tensors of what is trained just now, and no others.
+        costs: of its units on this device.
         output: where finished blocks go.
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
@@ -28,11 +31,13 @@ class TrainingContext:
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
         first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
         trained: by their names, where tensors are that training has changed since `weights`.
+        objective: what a block is trained on.
     """
 
     task: Task
     plan: Plan
-    split: SplitModel
+    model: Model
+    costs: ModelCosts
     weights: Reader
     images: Images
     output: Path
@@ -45,6 +50,7 @@ class TrainingContext:
     cache_room: int = 0
     first_samples: int = 0
     trained: Mapping[str, Reader] = field(default_factory=dict)
+    objective: Objective = shared_head
 
     @property
     def cached_samples(self) -> int:
@@ -57,13 +63,13 @@ class TrainingContext:
         return replace(self, trained={**self.trained, **dict.fromkeys(reader.names, reader)})
 
 
-def load(context: TrainingContext, unit: Unit, *, trainable: bool) -> None:
+def load(context: TrainingContext, unit: RunnableUnit, *, trainable: bool) -> None:
     """Reads a unit's tensors, as they are by now, from their file to the device, unless they are there already."""
-    for name, present in (*unit.parameters(), *unit.buffers()):
-        if not present.is_meta:
+    for name in unit.unit.tensor_names:
+        if name in unit.tensors:
             continue
         tensor = read(context, context.trained.get(name, context.weights), name)
-        assign(context.split, name, tensor, requires_grad=trainable and name in unit.parameter_names)
+        unit.tensors[name] = tensor.requires_grad_() if trainable and name in unit.unit.parameters else tensor
 
 
 def read(context: TrainingContext, reader: Reader, name: str) -> torch.Tensor:
@@ -72,14 +78,22 @@ def read(context: TrainingContext, reader: Reader, name: str) -> torch.Tensor:
     return tensor.to(memory_format=torch.channels_last) if context.channels_last and tensor.dim() == 4 else tensor
 
 
-def to_device(context: TrainingContext, x: torch.Tensor, *, from_pixels: bool) -> torch.Tensor:
-    """A cached batch as the unit wants it: float32, normalised if it holds pixels, in the model's memory format."""
+def to_device(context: TrainingContext, x: torch.Tensor, *, from_data: bool) -> torch.Tensor:
+    """A cached batch as the unit wants it: normalised pixels or token ids if it holds data, else as it was kept; in the
+    model's memory format."""
     x = x.to(context.device)
-    if from_pixels:
-        spec = context.task.model
-        mean = torch.tensor(spec.mean, device=context.device).view(-1, 1, 1)
-        std = torch.tensor(spec.std, device=context.device).view(-1, 1, 1)
-        x = x.float().div_(255.0).sub_(mean).div_(std)
+    if from_data:
+        x = model_input(context.task.model, x)
     if context.channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return x
+
+
+def model_input(spec: ModelSpec, data: torch.Tensor) -> torch.Tensor:
+    """Bytes (B, *input_shape) as the first unit takes them: (x / 255 - mean) / std by channel, or token ids."""
+    if spec.input_type is InputType.TOKENS:
+        return data.long()
+    mean, std = (
+        torch.tensor(values, device=data.device).view(-1, *(1,) * (data.dim() - 2)) for values in (spec.mean, spec.std)
+    )
+    return data.float().div_(255.0).sub_(mean).div_(std)

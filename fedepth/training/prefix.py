@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedepth.data.transforms import augment, views_rng
-from fedepth.models.split import Unit, release
+from fedepth.models.run import RunnableUnit
 from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.context import TrainingContext, load, to_device
@@ -39,7 +39,7 @@ def build_inputs(
 
 def _open(context: TrainingContext, stage: Stage, unit: int, source: Cache | None) -> Cache:
     """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
-    count, shape = context.cached_samples, context.split.input_shapes[unit]
+    count, shape = context.cached_samples, context.model.graph.units[unit].input_shape
     if unit == stage.first:
         kind = None if unit == 0 else context.task.training.cache_type
         rows = RowFormat(shape, kind, context.channels_last and unit > 0)
@@ -58,29 +58,29 @@ def _pass(
     between: Callable[[], None],
 ) -> None:
     """Loads the units at `indices` and runs them over all samples; `source` holds the inputs of the first of them."""
-    units = [context.split.units[index] for index in indices]
+    units = [context.model.units[index] for index in indices]
     try:
         for unit in units:
             load(context, unit, trainable=False)
-            unit.train(False)  # BatchNorm of frozen units uses its running statistics
-        _fill(context, target, units, source, batch, between, from_pixels=indices.start == 0)
+            unit.training = False  # BatchNorm of frozen units uses its running statistics
+        _fill(context, target, units, source, batch, between, from_data=indices.start == 0)
     except BaseException:
         target.close()
         raise
     finally:
         for unit in units:
-            release(unit)
+            unit.release()
 
 
 def _fill(
     context: TrainingContext,
     target: Cache,
-    units: Sequence[Unit],
+    units: Sequence[RunnableUnit],
     source: Cache | None,
     batch: int,
     between: Callable[[], None],
     *,
-    from_pixels: bool,
+    from_data: bool,
 ) -> None:
     rng = views_rng(context.task.training.seed, context.task.round, context.device_id)
     count = len(context.images)
@@ -93,7 +93,7 @@ def _fill(
             else:
                 x = source.read(torch.from_numpy(indices))
             if units:
-                x = to_device(context, x, from_pixels=from_pixels)
+                x = to_device(context, x, from_data=from_data)
                 for unit in units:
                     x = unit(x)
                 x = x.cpu()

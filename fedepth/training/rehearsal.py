@@ -39,7 +39,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
     folder = context.cache / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
     count = len(context.images)
-    batch = effective_batch(context.task.costs, context.task.training, count)
+    batch = effective_batch(context.costs, context.task.training, count)
     few = min(count, max(_samples(stage, batch) for stage in context.plan.stages))
     built = min(count, max((stage.build_batch for stage in context.plan.stages if stage.first > 0), default=0))
     training = replace(context.task.training, local_epochs=1)

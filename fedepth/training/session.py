@@ -9,13 +9,16 @@ from typing import Protocol
 
 import torch
 
+from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
+from fedepth.errors import PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, Meter
-from fedepth.models.memory_format import prefers_channels_last
-from fedepth.models.split import split_spec
+from fedepth.models.graph import Graph
+from fedepth.models.run import Model
+from fedepth.models.traced import read_traced
 from fedepth.plan import Plan
-from fedepth.task import ModelSpec, Result, Task
+from fedepth.task import Result, Task
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
 from fedepth.training.rehearsal import FirstImages, rehearse
@@ -30,11 +33,12 @@ class Assignment:
 
     Attributes:
         plan: the task's plan, or a smaller one where memory has shrunk.
+        graph: the traced model of the job (fedepth.models.traced).
+        calibration: of this device.
         weights: the global weights.
         data: a folder with images to train on, see `open_images`.
         output: where the parts of the update go.
         cache: where cached inputs go that do not lie in RAM.
-        allowed_models: every `module:function` that may be imported.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
@@ -42,12 +46,13 @@ class Assignment:
 
     task: Task
     plan: Plan
+    graph: Path
+    calibration: Calibration
     weights: Path
     data: Path
     output: Path
     cache: Path
     device_id: str
-    allowed_models: tuple[str, ...]
     enforce: bool
     most_samples: int = 0
     keeping: bool = True
@@ -65,10 +70,10 @@ class SessionHooks(Hooks, Protocol):
 
 @dataclass
 class Known:
-    """What this process has been through: units it has warmed up for, by model, and what it has rehearsed, with the
+    """What this process has been through: units it has warmed up for, by the file of their model, and what it has rehearsed, with the
     peaks."""
 
-    warm: dict[ModelSpec, set[int]] = field(default_factory=dict)
+    warm: dict[Path, set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
 
 
@@ -77,14 +82,16 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
 
     Raises:
         DataError: the images cannot be read, or do not fit the model.
-        ModelError: the model cannot be built, or is not allowed.
+        ModelError: the graph is damaged, or asks for an operator that is not run here.
         PlanError: nothing fits what is free now.
         OverBudgetError: a stage met its limit.
         StateError: the weights file is not one.
     """
     started = time.monotonic()
     task, plan = assignment.task, assignment.plan
-    split = split_spec(task.model, assignment.allowed_models, costs=task.costs)
+    traced = read_traced(assignment.graph)
+    model = Model(traced.graph)
+    _check_blocks(plan, traced.graph)
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
     images: Images = open_images(assignment.data, task.model, "train", scratch=assignment.cache)
@@ -94,18 +101,19 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         context = TrainingContext(
             task=task,
             plan=plan,
-            split=split,
+            model=model,
+            costs=replace(traced.costs, calibration=assignment.calibration),
             weights=weights,
             images=images,
             output=assignment.output,
             cache=assignment.cache,
             device_id=assignment.device_id,
             device=device,
-            channels_last=prefers_channels_last(split, device),
+            channels_last=traced.graph.channels_last and device.type == "cpu",
             enforce=assignment.enforce,
             keeping=assignment.keeping,
         )
-        warm = known.warm.setdefault(task.model, set())
+        warm = known.warm.setdefault(assignment.graph, set())
         if not warm.issuperset(plan.trained_units):
             warm_up(context, set(plan.trained_units) - warm)
             warm.update(plan.trained_units)
@@ -130,11 +138,29 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     )
 
 
+def _check_blocks(plan: Plan, graph: Graph) -> None:
+    """Raises PlanError if a block ends where no skip connection leads to the head, or beyond the model."""
+    for stage in plan.stages:
+        if not 0 <= stage.first <= stage.last < len(graph.units):
+            raise PlanError(
+                f"the plan trains units {stage.first} to {stage.last} of a model with {len(graph.units)}",
+                needed_bytes=0,
+                budget_bytes=plan.budget_bytes,
+            )
+        if not graph.exits[stage.last] and not stage.frozen_suffix:
+            raise PlanError(
+                f"the plan ends a block behind unit {stage.last} ({graph.units[stage.last].name}), which has no skip "
+                "connection to the head; run the same version of fedepth here and on the coordinator",
+                needed_bytes=0,
+                budget_bytes=plan.budget_bytes,
+            )
+
+
 def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, known: Known) -> Peaks:
     """The peaks of the plan's stages in their rehearsal: in this one, or in one of a task before that was alike."""
     # Rounds differ in learning rate and seed, which change nothing about memory.
     alike = replace(context.task.training, learning_rate=0.0, seed=0)
-    key = (context.task.model, alike, context.plan.stages, len(context.images), context.enforce)
+    key = (context.task.graph_digest, alike, context.plan.stages, len(context.images), context.enforce)
     if key not in known.rehearsed:
         hooks.rehearsing()
         known.rehearsed = {key: rehearse(context, meter, hooks)}

@@ -2,7 +2,7 @@
 
 For every stage: compute the block's inputs once from those of the stage before, train the block together with the head
 for the job's local epochs, freeze it, write it out. Only the weights that a stage needs are in memory; everything else
-of the model stays on the meta device and in the weights file.
+of the model stays in the weights file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.models.split import Unit, release
+from fedepth.models.run import RunnableUnit
 from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -100,7 +100,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         PlanError: nothing fits before the first stage.
         OverBudgetError: a stage met its limit.
     """
-    split = context.split
+    model = context.model
     waiting = list(context.plan.stages)
     done: list[Stage] = []
     results: list[StageResult] = []
@@ -108,7 +108,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     infos: list[PartInfo] = []
     cache: Cache | None = None
     labels = torch.from_numpy(np.asarray(context.images.labels, np.int64))[: context.first_samples or None]
-    load(context, split.head, trainable=True)
+    load(context, model.head, trainable=True)
     while waiting:
         budget = hooks.measure(len(done), held_bytes(meter, context.device))
         waiting = _fit(context, waiting, done, budget)
@@ -134,9 +134,9 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, context, stage, previous)))
                 cache = build_inputs(context, stage, previous, cache, between)
                 # What the inputs took says nothing of what training them takes, so this look is at what is expected.
-                micro_batch = MicroBatch(context.task.costs, context.task.training, stage, context.cached_samples)
+                micro_batch = MicroBatch(context.costs, context.task.training, stage, context.cached_samples)
                 yield_memory(micro_batch.fits, expected_bytes(context, stage, rehearsed_bytes, budget))
-                block = BlockTraining(context, stage, cache, labels, len(done), micro_batch, final=not waiting)
+                block = BlockTraining(context, stage, cache, labels, len(done), micro_batch)
                 check = partial(check_first_step, meter, context, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
                 losses = _epochs(context, block, meter, check, partial(yield_memory, micro_batch.fits), report)
@@ -147,11 +147,11 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                     capped = context.keeping and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
                     raise over_budget(error, len(done), stage, budget, meter, capped=capped) from error
                 raise
-            units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]
+            units = list(model.units[stage.first : stage.last + 1])
             _write(context, units, parts, infos)
             context = context.with_part(parts[-1])
             for unit in units:
-                release(unit)  # the next stage reads what it needs of them
+                unit.release()  # the next stage reads what it needs of them
         results.append(
             StageResult(
                 first=stage.first,
@@ -173,10 +173,10 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         done.append(stage)
     if cache is not None:
         cache.close()
-    _write(context, [split.head], parts, infos)
-    release(split.head)
+    _write(context, [model.head], parts, infos)
+    model.head.release()
     plan = replace(context.plan, stages=tuple(done))
-    untrained = sorted({*range(len(split.units))} - {*plan.trained_units})
+    untrained = sorted({*range(len(model.units))} - {*plan.trained_units})
     return Trained(replace(plan, untrained=tuple(untrained)), tuple(results), tuple(parts), tuple(infos))
 
 
@@ -186,7 +186,7 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
         return waiting
     try:
         plan = make_plan(
-            context.task.costs,
+            context.costs,
             budget_bytes=budget,
             training=context.task.training,
             sample_count=context.cached_samples,
@@ -210,7 +210,7 @@ def _epochs(
 ) -> list[float]:
     """Trains a block for all epochs; returns the mean loss of each."""
     spec = context.task.training
-    batch = effective_batch(context.task.costs, spec, context.first_samples or len(context.images))
+    batch = effective_batch(context.costs, spec, context.first_samples or len(context.images))
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
 
@@ -297,14 +297,14 @@ def _fits_while_building(context: TrainingContext, stage: Stage, previous: Stage
     """Without what was kept of freed memory; nothing of it can be smaller."""
     if budget is None:
         return True
-    return building_fits(context.task.costs, context.task.training, stage, previous, context.cached_samples, budget)
+    return building_fits(context.costs, context.task.training, stage, previous, context.cached_samples, budget)
 
 
-def _write(context: TrainingContext, units: list[Unit], parts: list[Path], infos: list[PartInfo]) -> None:
+def _write(context: TrainingContext, units: list[RunnableUnit], parts: list[Path], infos: list[PartInfo]) -> None:
     """The tensors of `units` as one more immutable part, one tensor at a time."""
     number = len(parts)
     path = context.output / f"part-{number:04d}.safetensors"
-    tensors = {name: tensor for unit in units for name, tensor in (*unit.parameters(), *unit.buffers())}
+    tensors = {name: tensor for unit in units for name, tensor in unit.trained().items()}
     kinds = {name: context.weights.info(name) for name in tensors}
     digest = write_tensors(path, kinds, lambda name: (tensors[name].detach().cpu().contiguous().numpy(),))
     parts.append(path)

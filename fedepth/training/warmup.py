@@ -37,7 +37,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     few = FirstImages(context.images, min(samples, len(context.images)))
     plan = replace(context.plan, stages=stages, untrained=())
     train(
-        replace(context, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False),
+        replace(context, objective=any_output, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False),
         Meter(),
         Unheard(),
     )

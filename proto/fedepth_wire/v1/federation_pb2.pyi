@@ -76,6 +76,23 @@ CACHE_TYPE_FLOAT16: CacheType.ValueType  # 2
 CACHE_TYPE_UINT8: CacheType.ValueType  # 3
 Global___CacheType: _TypeAlias = CacheType  # noqa: Y015
 
+class _InputType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InputTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INPUT_TYPE_UNSPECIFIED: _InputType.ValueType  # 0
+    INPUT_TYPE_FLOAT: _InputType.ValueType  # 1
+    INPUT_TYPE_TOKENS: _InputType.ValueType  # 2
+
+class InputType(_InputType, metaclass=_InputTypeEnumTypeWrapper): ...
+
+INPUT_TYPE_UNSPECIFIED: InputType.ValueType  # 0
+INPUT_TYPE_FLOAT: InputType.ValueType  # 1
+INPUT_TYPE_TOKENS: InputType.ValueType  # 2
+Global___InputType: _TypeAlias = InputType  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -87,7 +104,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_OVER_BUDGET: _Outcome.ValueType  # 2
     OUTCOME_TRAINER_DIED: _Outcome.ValueType  # 3
     OUTCOME_DATA: _Outcome.ValueType  # 4
-    OUTCOME_MODEL_NOT_ALLOWED: _Outcome.ValueType  # 5
+    OUTCOME_MODEL: _Outcome.ValueType  # 5
     OUTCOME_ERROR: _Outcome.ValueType  # 6
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
@@ -97,7 +114,7 @@ OUTCOME_DECLINED: Outcome.ValueType  # 1
 OUTCOME_OVER_BUDGET: Outcome.ValueType  # 2
 OUTCOME_TRAINER_DIED: Outcome.ValueType  # 3
 OUTCOME_DATA: Outcome.ValueType  # 4
-OUTCOME_MODEL_NOT_ALLOWED: Outcome.ValueType  # 5
+OUTCOME_MODEL: Outcome.ValueType  # 5
 OUTCOME_ERROR: Outcome.ValueType  # 6
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
@@ -266,7 +283,9 @@ class ModelSpec(_message.Message):
     INPUT_SHAPE_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     STD_FIELD_NUMBER: _builtins.int
+    INPUT_TYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    input_type: Global___InputType.ValueType
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -283,10 +302,11 @@ class ModelSpec(_message.Message):
         input_shape: _abc.Iterable[_builtins.int] | None = ...,
         mean: _abc.Iterable[_builtins.float] | None = ...,
         std: _abc.Iterable[_builtins.float] | None = ...,
+        input_type: Global___InputType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "input_shape", b"input_shape", "mean", b"mean", "name", b"name", "std", b"std"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "input_shape", b"input_shape", "input_type", b"input_type", "mean", b"mean", "name", b"name", "std", b"std"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,207 +357,6 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
-
-@_typing.final
-class Size(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FIXED_FIELD_NUMBER: _builtins.int
-    PER_SAMPLE_FIELD_NUMBER: _builtins.int
-    fixed: _builtins.int
-    per_sample: _builtins.int
-    def __init__(
-        self,
-        *,
-        fixed: _builtins.int = ...,
-        per_sample: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed", b"fixed", "per_sample", b"per_sample"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Size: _TypeAlias = Size  # noqa: Y015
-
-@_typing.final
-class Convolution(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
-    DEPTHWISE_BYTES_FIELD_NUMBER: _builtins.int
-    REORDERED_FIELD_NUMBER: _builtins.int
-    LIVING_FIELD_NUMBER: _builtins.int
-    weight_bytes: _builtins.int
-    depthwise_bytes: _builtins.int
-    @_builtins.property
-    def reordered(self) -> Global___Size: ...
-    @_builtins.property
-    def living(self) -> Global___Size: ...
-    def __init__(
-        self,
-        *,
-        weight_bytes: _builtins.int = ...,
-        depthwise_bytes: _builtins.int = ...,
-        reordered: Global___Size | None = ...,
-        living: Global___Size | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["living", b"living", "reordered", b"reordered"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["depthwise_bytes", b"depthwise_bytes", "living", b"living", "reordered", b"reordered", "weight_bytes", b"weight_bytes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Convolution: _TypeAlias = Convolution  # noqa: Y015
-
-@_typing.final
-class Convolutions(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FORWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
-    INFERENCE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def forward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    @_builtins.property
-    def backward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    @_builtins.property
-    def backward_first(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    @_builtins.property
-    def inference(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    def __init__(
-        self,
-        *,
-        forward: _abc.Iterable[Global___Convolution] | None = ...,
-        backward: _abc.Iterable[Global___Convolution] | None = ...,
-        backward_first: _abc.Iterable[Global___Convolution] | None = ...,
-        inference: _abc.Iterable[Global___Convolution] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Convolutions: _TypeAlias = Convolutions  # noqa: Y015
-
-@_typing.final
-class UnitCost(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
-    BUFFER_BYTES_FIELD_NUMBER: _builtins.int
-    LARGEST_PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
-    INPUT_BYTES_FIELD_NUMBER: _builtins.int
-    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
-    SAVED_FIELD_NUMBER: _builtins.int
-    SAVES_INPUT_FIELD_NUMBER: _builtins.int
-    SAVES_OUTPUT_FIELD_NUMBER: _builtins.int
-    FORWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
-    INFERENCE_FIELD_NUMBER: _builtins.int
-    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
-    FLOPS_FIELD_NUMBER: _builtins.int
-    STEPS_FIELD_NUMBER: _builtins.int
-    INPUT_SHAPE_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    parameter_bytes: _builtins.int
-    buffer_bytes: _builtins.int
-    largest_parameter_bytes: _builtins.int
-    input_bytes: _builtins.int
-    output_bytes: _builtins.int
-    saves_input: _builtins.bool
-    saves_output: _builtins.bool
-    flops: _builtins.int
-    @_builtins.property
-    def saved(self) -> Global___Size: ...
-    @_builtins.property
-    def forward(self) -> Global___Size: ...
-    @_builtins.property
-    def backward(self) -> Global___Size: ...
-    @_builtins.property
-    def backward_first(self) -> Global___Size: ...
-    @_builtins.property
-    def inference(self) -> Global___Size: ...
-    @_builtins.property
-    def convolutions(self) -> Global___Convolutions: ...
-    @_builtins.property
-    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
-    def input_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        parameter_bytes: _builtins.int = ...,
-        buffer_bytes: _builtins.int = ...,
-        largest_parameter_bytes: _builtins.int = ...,
-        input_bytes: _builtins.int = ...,
-        output_bytes: _builtins.int = ...,
-        saved: Global___Size | None = ...,
-        saves_input: _builtins.bool = ...,
-        saves_output: _builtins.bool = ...,
-        forward: Global___Size | None = ...,
-        backward: Global___Size | None = ...,
-        backward_first: Global___Size | None = ...,
-        inference: Global___Size | None = ...,
-        convolutions: Global___Convolutions | None = ...,
-        flops: _builtins.int = ...,
-        steps: _abc.Iterable[_builtins.str] | None = ...,
-        input_shape: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "convolutions", b"convolutions", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "input_shape", b"input_shape", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output", "steps", b"steps"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UnitCost: _TypeAlias = UnitCost  # noqa: Y015
-
-@_typing.final
-class ModelCosts(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_FIELD_NUMBER: _builtins.int
-    UNITS_FIELD_NUMBER: _builtins.int
-    EXITS_FIELD_NUMBER: _builtins.int
-    INPUT_BYTES_FIELD_NUMBER: _builtins.int
-    RAW_INPUT_BYTES_FIELD_NUMBER: _builtins.int
-    SMALLEST_MICRO_BATCH_FIELD_NUMBER: _builtins.int
-    CALIBRATION_FIELD_NUMBER: _builtins.int
-    model: _builtins.str
-    input_bytes: _builtins.int
-    raw_input_bytes: _builtins.int
-    smallest_micro_batch: _builtins.int
-    @_builtins.property
-    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
-    @_builtins.property
-    def exits(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
-    @_builtins.property
-    def calibration(self) -> Global___Calibration:
-        """of the device that the task is for"""
-
-    def __init__(
-        self,
-        *,
-        model: _builtins.str = ...,
-        units: _abc.Iterable[Global___UnitCost] | None = ...,
-        exits: _abc.Iterable[Global___UnitCost] | None = ...,
-        input_bytes: _builtins.int = ...,
-        raw_input_bytes: _builtins.int = ...,
-        smallest_micro_batch: _builtins.int = ...,
-        calibration: Global___Calibration | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "exits", b"exits", "input_bytes", b"input_bytes", "model", b"model", "raw_input_bytes", b"raw_input_bytes", "smallest_micro_batch", b"smallest_micro_batch", "units", b"units"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ModelCosts: _TypeAlias = ModelCosts  # noqa: Y015
 
 @_typing.final
 class PeakComponents(_message.Message):
@@ -658,11 +477,12 @@ class Task(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
-    COSTS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    GRAPH_DIGEST_FIELD_NUMBER: _builtins.int
+    GRAPH_BYTES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     job: _builtins.str
@@ -671,12 +491,12 @@ class Task(_message.Message):
     weights_digest: _builtins.str
     weights_bytes: _builtins.int
     deadline_ms: _builtins.int
+    graph_digest: _builtins.str
+    graph_bytes: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelSpec: ...
     @_builtins.property
     def training(self) -> Global___TrainingSpec: ...
-    @_builtins.property
-    def costs(self) -> Global___ModelCosts: ...
     @_builtins.property
     def plan(self) -> Global___Plan: ...
     def __init__(
@@ -689,15 +509,16 @@ class Task(_message.Message):
         model: Global___ModelSpec | None = ...,
         training: Global___TrainingSpec | None = ...,
         policy: Global___Policy.ValueType = ...,
-        costs: Global___ModelCosts | None = ...,
         plan: Global___Plan | None = ...,
         weights_digest: _builtins.str = ...,
         weights_bytes: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
+        graph_digest: _builtins.str = ...,
+        graph_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "costs", b"costs", "deadline_ms", b"deadline_ms", "job", b"job", "model", b"model", "plan", b"plan", "policy", b"policy", "round", b"round", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "graph_bytes", b"graph_bytes", "graph_digest", b"graph_digest", "job", b"job", "model", b"model", "plan", b"plan", "policy", b"policy", "round", b"round", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1051,7 +872,7 @@ class Rejected(_message.Message):
 Global___Rejected: _TypeAlias = Rejected  # noqa: Y015
 
 @_typing.final
-class FetchWeightsRequest(_message.Message):
+class FetchFileRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -1070,7 +891,7 @@ class FetchWeightsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchWeightsRequest: _TypeAlias = FetchWeightsRequest  # noqa: Y015
+Global___FetchFileRequest: _TypeAlias = FetchFileRequest  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):

@@ -39,9 +39,9 @@ class FederationStub(object):
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.FromString,
                 _registered_method=True)
-        self.FetchWeights = channel.unary_stream(
-                '/fedepth_wire.v1.Federation/FetchWeights',
-                request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchWeightsRequest.SerializeToString,
+        self.FetchFile = channel.unary_stream(
+                '/fedepth_wire.v1.Federation/FetchFile',
+                request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.Chunk.FromString,
                 _registered_method=True)
         self.UploadOffset = channel.unary_unary(
@@ -92,9 +92,9 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def FetchWeights(self, request, context):
-        """Streams the global weights with this digest, from `offset` on. The device must compare the digest of the whole
-        file before it uses any of it.
+    def FetchFile(self, request, context):
+        """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
+        must compare the digest of the whole file before it uses any of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,9 +161,9 @@ def add_FederationServicer_to_server(servicer, server):
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.SerializeToString,
             ),
-            'FetchWeights': grpc.unary_stream_rpc_method_handler(
-                    servicer.FetchWeights,
-                    request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchWeightsRequest.FromString,
+            'FetchFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchFile,
+                    request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.Chunk.SerializeToString,
             ),
             'UploadOffset': grpc.unary_unary_rpc_method_handler(
@@ -240,7 +240,7 @@ class Federation(object):
             _registered_method=True)
 
     @staticmethod
-    def FetchWeights(request,
+    def FetchFile(request,
             target,
             options=(),
             channel_credentials=None,
@@ -253,8 +253,8 @@ class Federation(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/fedepth_wire.v1.Federation/FetchWeights',
-            fedepth__wire_dot_v1_dot_federation__pb2.FetchWeightsRequest.SerializeToString,
+            '/fedepth_wire.v1.Federation/FetchFile',
+            fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
             fedepth__wire_dot_v1_dot_federation__pb2.Chunk.FromString,
             options,
             channel_credentials,

@@ -39,9 +39,9 @@ class FederationStub:
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
     """
-    FetchWeights: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchWeightsRequest, _federation_pb2.Chunk]
-    """Streams the global weights with this digest, from `offset` on. The device must compare the digest of the whole
-    file before it uses any of it.
+    FetchFile: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]
+    """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
+    must compare the digest of the whole file before it uses any of it.
     """
     UploadOffset: _grpc.UnaryUnaryMultiCallable[_federation_pb2.UploadOffsetRequest, _federation_pb2.UploadOffsetReply]
     """Says how much of a part the coordinator already holds, so that an upload can resume there."""
@@ -72,9 +72,9 @@ class FederationAsyncStub(FederationStub):
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
     """
-    FetchWeights: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchWeightsRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
-    """Streams the global weights with this digest, from `offset` on. The device must compare the digest of the whole
-    file before it uses any of it.
+    FetchFile: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
+    """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
+    must compare the digest of the whole file before it uses any of it.
     """
     UploadOffset: _aio.UnaryUnaryMultiCallable[_federation_pb2.UploadOffsetRequest, _federation_pb2.UploadOffsetReply]  # type: ignore[assignment]
     """Says how much of a part the coordinator already holds, so that an upload can resume there."""
@@ -110,13 +110,13 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def FetchWeights(
+    def FetchFile(
         self,
-        request: _federation_pb2.FetchWeightsRequest,
+        request: _federation_pb2.FetchFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.Chunk], _abc.AsyncIterator[_federation_pb2.Chunk]]:
-        """Streams the global weights with this digest, from `offset` on. The device must compare the digest of the whole
-        file before it uses any of it.
+        """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
+        must compare the digest of the whole file before it uses any of it.
         """
 
     @_abc_1.abstractmethod

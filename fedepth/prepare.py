@@ -1,0 +1,72 @@
+"""From the model that a job names to what devices are handed: its graph, its costs, its first weights.
+
+torch, and the model's own code: at the coordinator's model worker, or in a tracer, never in a trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedepth.estimate.tracing import trace_costs
+from fedepth.models import zoo
+from fedepth.models.export import example_inputs, export_model
+from fedepth.models.initial_weights import load_initial_weights
+from fedepth.models.traced import TracedModel
+from fedepth.models.verify import verify
+from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.training.trial_step import try_one_step
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that is proved to be the one its author wrote.
+
+    Attributes:
+        traced: graph and costs.
+        tensors: its first weights, by name.
+        notes: what a person should know.
+    """
+
+    traced: TracedModel
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+def prepare_model(
+    spec: ModelSpec,
+    training: TrainingSpec,
+    *,
+    seed: int,
+    weights: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> PreparedModel:
+    """Builds, exports, proves, tries and traces a model. Takes seconds to a minute.
+
+    Args:
+        seed: of its fresh weights.
+        weights: a file with weights to begin with (fedepth.models.initial_weights).
+        progress: is told what is being done.
+
+    Raises:
+        ModelError: it cannot be built, exported or cut, or its graph differs from it.
+    """
+    classes = len(spec.classes)
+    progress("building the model")
+    torch.manual_seed(seed)
+    module = zoo.build(spec)
+    notes = load_initial_weights(module, weights, classes) if weights else ()
+    progress("exporting it as a graph")
+    exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
+    progress(f"comparing {len(exported.graph.units)} units with the model")
+    verify(module, exported, spec.name)
+    progress("trying one training step")
+    graph = exported.graph
+    inputs = example_inputs(graph.input_shape, graph.input_type, max(2, graph.smallest_micro_batch))
+    try_one_step(graph, exported.tensors, inputs)
+    progress("measuring what its units cost")
+    costs = trace_costs(graph, spec.name, training.batch)
+    return PreparedModel(TracedModel(graph, costs), exported.tensors, (*graph.notes, *notes))

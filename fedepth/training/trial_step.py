@@ -1,0 +1,108 @@
+"""One step of the finest plan, before any device sees a job: what fails, or gives other gradients, in the layout that a
+trainer uses, is found where the model came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from fedepth.errors import ModelError
+from fedepth.models.graph import Graph
+from fedepth.models.run import Model, RunnableUnit
+from fedepth.training import checkpoint
+from fedepth.training.objective import any_output, shared_head
+
+# Of a gradient's largest value. The same kernels run in the same order, on the same strides or nearly.
+TOLERANCE = 1e-3
+_SEED = 11
+T = TypeVar("T")
+
+
+def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> None:
+    """Trains every unit alone for one step, and all of them at once, with and without checkpointing.
+
+    Args:
+        tensors: all of the graph's; they stay as they are.
+        inputs: (B, *input_shape), B at least the smallest micro-batch.
+
+    Raises:
+        ModelError: a unit fails, or checkpointing changes a gradient or a buffer; names the unit.
+    """
+    if graph.channels_last and inputs.dim() == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    targets = torch.zeros(len(inputs), dtype=torch.int64)
+    plain = _fresh(graph, tensors)
+    loss_of = partial(shared_head, head=plain.head, head_shape=graph.head_shape, targets=targets, batch=len(inputs))
+    torch.manual_seed(_SEED)
+    x = inputs
+    for unit in plain.units:
+        with torch.no_grad():
+            given = x.detach()
+        x = _named(unit, partial(unit, x))
+        _alone(graph, tensors, unit, given, targets)
+    torch.autograd.backward(loss_of(x))
+    again = _fresh(graph, tensors)
+    torch.manual_seed(_SEED)
+    checkpoint.forward_backward(again.units, inputs, partial(loss_of, head=again.head))
+    _compare(plain, again)
+
+
+def _alone(
+    graph: Graph, tensors: Mapping[str, torch.Tensor], unit: RunnableUnit, x: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """The unit as a block of its own."""
+    state = torch.get_rng_state()
+    fresh = RunnableUnit(unit.unit)
+    head = RunnableUnit(graph.head)
+    for each in (fresh, head):
+        _load(graph, each, tensors)
+    finish = partial(any_output, head=head, head_shape=graph.head_shape, targets=targets, batch=len(x))
+    loss = _named(unit, lambda: finish(fresh(x.clone())))
+    if loss.requires_grad:
+        _named(unit, lambda: torch.autograd.backward(loss))
+    torch.set_rng_state(state)
+
+
+def _named(unit: RunnableUnit, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise ModelError(
+            f"unit {unit.unit.name} of the model fails in one training step as devices run it: {text}; change that part "
+            "of the model"
+        ) from error
+
+
+def _fresh(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> Model:
+    model = Model(graph)
+    for unit in (*model.units, model.head):
+        _load(graph, unit, tensors)
+    return model
+
+
+def _load(graph: Graph, unit: RunnableUnit, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name in unit.unit.tensor_names:
+        tensor = tensors[name].detach().clone()
+        if graph.channels_last and tensor.dim() == 4:
+            tensor = tensor.to(memory_format=torch.channels_last)
+        unit.tensors[name] = tensor.requires_grad_() if name in unit.unit.parameters else tensor
+
+
+def _compare(plain: Model, checkpointed: Model) -> None:
+    for one, other in zip((*plain.units, plain.head), (*checkpointed.units, checkpointed.head), strict=True):
+        for name in one.unit.trained_names:
+            mine, theirs = one.tensors[name], other.tensors[name]
+            if name in one.unit.parameters:
+                mine, theirs = (each if each.grad is None else each.grad for each in (mine, theirs))
+            size = max(float(mine.detach().double().abs().max()), 1e-6) if mine.numel() else 1.0
+            difference = float((mine.detach().double() - theirs.detach().double()).abs().max()) if mine.numel() else 0.0
+            if not difference <= TOLERANCE * size:
+                raise ModelError(
+                    f"unit {one.unit.name} of the model gives other results when it is run again for its backward pass: "
+                    f"{name} differs by {difference / size:.2g} of its size; devices train in that way where memory is "
+                    "short"
+                )
