@@ -6,9 +6,9 @@ fault of the export.
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +23,18 @@ from torch import nn
 
 from fedepth.errors import ExportError
 from fedepth.files import write_atomically
+from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
+from fedepth.models.run import DTYPES, Model
 from fedepth.task import ModelSpec
 
 PARITY_LIMIT = 1e-4
 # Two logits that each differ by no more than PARITY_LIMIT can change places if they are closer than this.
 TIE = 2 * PARITY_LIMIT
 COMPARED_AT_ONCE = 64
+INPUT_NAME = "images"
 
+Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
@@ -59,13 +63,14 @@ class ExportReport:
 
 def export(
     spec: ModelSpec,
+    graph: Graph,
     weights: Path,
     output: Path,
     *,
     job: str,
     round: int,
     weights_digest: str,
-    images: Floats,
+    inputs: Inputs,
 ) -> ExportReport:
     """Writes `output`, if the exported model gives what the trained one gives.
 
@@ -73,13 +78,14 @@ def export(
     weights are in the file's metadata, so that it explains itself.
 
     Args:
-        spec: the model.
+        spec: what the model is for.
+        graph: the model.
         weights: a safetensors file.
         output: appears whole or not at all.
         job: the job's name.
         round: the round that gave the weights.
         weights_digest: sha256 (hex) of `weights`.
-        images: (N, C, H, W) normalised real images to compare on.
+        inputs: (N, *input_shape) real inputs of the model to compare on: normalised images, or token ids.
 
     Raises:
         ExportError: torch cannot export the model; or a logit differs by more than 1e-4, or an image gets
@@ -87,24 +93,24 @@ def export(
         ModelError: see `load_model`.
         StateError: see `load_model`.
     """
-    if len(images) == 0:
-        raise ExportError(f"{spec.name}: no images to compare the export on. Give the job test data.")
-    model = load_model(spec, weights).model
+    if len(inputs) == 0:
+        raise ExportError(f"{spec.name}: no inputs to compare the export on. Give the job test data.")
+    model = load_model(graph, weights)
     proto = _to_onnx(model, spec)
     for key, value in _metadata(spec, job, round, weights_digest).items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto, full_check=True)
     data = proto.SerializeToString(deterministic=True)
-    expected, found = compare(model, data, images)
+    expected, found = compare(model, data, inputs)
     largest = float(np.abs(expected - found).max())
     best = np.sort(expected, axis=1)
-    tied = best[:, -1] - best[:, -2] < TIE if expected.shape[1] > 1 else np.zeros(len(images), bool)
+    tied = best[:, -1] - best[:, -2] < TIE if expected.shape[1] > 1 else np.zeros(len(inputs), bool)
     equal = expected.argmax(axis=1) == found.argmax(axis=1)
     other = int((~equal & ~tied).sum())
     if not largest <= PARITY_LIMIT or other:
         raise ExportError(
             f"The ONNX export of {spec.name} differs from the trained model: by up to {largest:.3g} in a "
-            f"logit (limit {PARITY_LIMIT:g}), and in the first class of {other} of {len(images)} images. "
+            f"logit (limit {PARITY_LIMIT:g}), and in the first class of {other} of {len(inputs)} inputs. "
             "Nothing was written. If the weights are sound (finite, logits of ordinary size), report this "
             "with the model's name."
         )
@@ -112,7 +118,7 @@ def export(
     return ExportReport(
         path=str(output),
         parity_max_abs=largest,
-        samples=len(images),
+        samples=len(inputs),
         top1_equal=int((equal & ~tied).sum()),
         ties=int(tied.sum()),
         size_bytes=len(data),
@@ -120,33 +126,50 @@ def export(
     )
 
 
-def compare(model: nn.Module, data: bytes, images: Floats) -> tuple[Floats, Floats]:
-    """Logits of torch and of ONNX Runtime for the same images, each (N, classes)."""
+def compare(model: Callable[[torch.Tensor], torch.Tensor], data: bytes, inputs: Inputs) -> tuple[Floats, Floats]:
+    """Logits of torch and of ONNX Runtime for the same inputs, each (N, classes)."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     expected, found = [], []
-    for start in range(0, len(images), COMPARED_AT_ONCE):
-        batch = np.ascontiguousarray(images[start : start + COMPARED_AT_ONCE], np.float32)
+    for start in range(0, len(inputs), COMPARED_AT_ONCE):
+        batch = np.ascontiguousarray(inputs[start : start + COMPARED_AT_ONCE])
         with torch.inference_mode():
             expected.append(model(torch.from_numpy(batch)).numpy())
-        found.append(session.run(["logits"], {"images": batch})[0])
+        found.append(session.run(["logits"], {INPUT_NAME: batch})[0])
     return np.concatenate(expected), np.concatenate(found)
 
 
-def _to_onnx(model: nn.Module, spec: ModelSpec) -> Any:
-    argument = next(iter(inspect.signature(model.forward).parameters))
+class _Whole(nn.Module):
+    """A model as one module, whose weights an exporter can find."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model = model
+        self._names = {name: f"tensor_{index}" for index, name in enumerate(model.graph.tensors)}
+        for unit in (*model.units, model.head):
+            for name, tensor in unit.tensors.items():
+                self.register_buffer(self._names[name], tensor.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for unit in (*self._model.units, self._model.head):
+            x = unit(x, {name: getattr(self, self._names[name]) for name in unit.unit.tensor_names})
+        return x
+
+
+def _to_onnx(model: Model, spec: ModelSpec) -> Any:
+    example = torch.zeros((2, *spec.input_shape), dtype=DTYPES[model.graph.input_type])
     with warnings.catch_warnings():
         # torch.export and onnxscript warn about each other's deprecations; nothing that a user could act on.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             program = torch.onnx.export(
-                model,
-                (torch.zeros((2, *spec.input_shape)),),
+                _Whole(model),
+                (example,),
                 dynamo=True,
-                dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
-                input_names=["images"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+                input_names=[INPUT_NAME],
                 output_names=["logits"],
                 verbose=False,
             )
@@ -164,6 +187,7 @@ def _metadata(spec: ModelSpec, job: str, round: int, weights_digest: str) -> dic
         "round": str(round),
         "classes": json.dumps(spec.classes, ensure_ascii=False),
         "input_shape": json.dumps(spec.input_shape),
+        "input_type": spec.input_type.value,
         "mean": json.dumps(spec.mean),
         "std": json.dumps(spec.std),
         "weights_digest": weights_digest,
