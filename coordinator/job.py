@@ -1,4 +1,4 @@
-"""Drives a job: feeds what happens into the state machine of `rounds`, and does what comes out of it."""
+"""A job in progress: feeds what happens into the state machine of `rounds`, and does what comes out of it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Waiter:
     answer: asyncio.Future[Task | None]  # None: nothing to do, the job is finished or the call is superseded
 
 
-class Driver:
+class Job:
     """One job in progress. Everything runs in one event loop; what takes long, in a thread or the worker."""
 
     def __init__(
