@@ -52,8 +52,8 @@ def serve_command(
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
-    from coordinator.logs import configure_logging
     from coordinator.model_worker.client import ModelWorker
+    from coordinator.observe.logs import configure_logging
     from coordinator.server import ServeOptions, serve
     from fedepth.job import load_config
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from coordinator.events import Events
 from coordinator.model_worker.client import Models
+from coordinator.observe.events import Events
 from coordinator.store import Prepared, RoundRecord, Store
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError

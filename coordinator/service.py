@@ -14,8 +14,8 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
-from coordinator.intake import PartHeader
 from coordinator.job import Job
+from coordinator.uploads import PartHeader
 from fedepth.errors import PlanError, ProtocolError, TransportError, UpdateError
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
@@ -97,8 +97,8 @@ class FederationService(FederationServicer):
             yield chunk
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
-        intake = self._job.intake
-        held = await intake.offset(request.task_id, request.attempt, request.part, request.digest)
+        uploads = self._job.uploads
+        held = await uploads.offset(request.task_id, request.attempt, request.part, request.digest)
         return pb.UploadOffsetReply(offset=held)
 
     async def UploadPart(
@@ -119,7 +119,7 @@ class FederationService(FederationServicer):
                 sent.digest,
             )
             chunks = self._chunks(request_iterator, header.task_id)
-            held = await self._job.intake.receive(header, chunks)
+            held = await self._job.uploads.receive(header, chunks)
         except UpdateError as error:
             self._job.refuse(sent.task_id, sent.device_id, error)
             return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))

@@ -16,8 +16,7 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 
-from coordinator import global_model
-from coordinator import intake as intake_module
+from coordinator import admission, global_model
 from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
@@ -86,7 +85,7 @@ Play = Callable[..., None]
 @pytest.fixture
 def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
-    monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(global_model, "average_updates", fake_average)
 
     @asynccontextmanager
