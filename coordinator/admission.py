@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.store import TaskRecord
+from coordinator.store.records import TaskRecord
 from fedepth.errors import StateError, UpdateError
 from fedepth.layout import ModelLayout, TensorInfo
 from fedepth.plan import Plan

@@ -132,7 +132,7 @@ def read_record(state: Path) -> dict[str, Any]:
     Raises:
         StateError: the directory holds no job.
     """
-    from coordinator.store import Store
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     try:
@@ -199,7 +199,7 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
     from coordinator.global_model import export_fields
     from coordinator.model_worker.client import ModelWorker
-    from coordinator.store import Store
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     models = ModelWorker()

@@ -30,7 +30,7 @@ from coordinator.round_events import (
     Tick,
     Waiting,
 )
-from coordinator.store import Prepared, Store, TaskRecord
+from coordinator.store.records import Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
 from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError

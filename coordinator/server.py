@@ -24,7 +24,7 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
-from coordinator.store import Store
+from coordinator.store.records import Store
 from fedepth.errors import TransportError
 from fedepth.job import JobConfig, model_spec
 

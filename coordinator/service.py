@@ -93,7 +93,7 @@ class FederationService(FederationServicer):
         if not 0 <= request.offset <= record.size_bytes:
             beyond = ProtocolError(f"offset {request.offset} in weights of {record.size_bytes} bytes")
             await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
-        for chunk in file_chunks(self._job.store.weights_path(record.round), request.offset):
+        for chunk in file_chunks(self._job.store.files.weights(record.round), request.offset):
             yield chunk
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedepth_wire.chunks import append_chunk
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator.store import Store, TaskRecord
+from coordinator.store.records import Store, TaskRecord
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
@@ -63,7 +63,7 @@ class Uploads:
         task = self._store.task(task_id)
         if task is None or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
             return 0
-        folder = self._store.spool(task_id, attempt)
+        folder = self._store.files.spool(task_id, attempt)
         whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
         async with self._lock(task_id):  # not while a part gets its name
             recorded = self._recorded_part(task_id, part, digest)
@@ -83,7 +83,7 @@ class Uploads:
         if self._recorded_part(header.task_id, header.part, header.digest) is not None:
             return header.size_bytes
         self._check_header(header)
-        folder = self._store.spool(header.task_id, header.attempt)
+        folder = self._store.files.spool(header.task_id, header.attempt)
         whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
         if header.offset == header.size_bytes and whole.exists():
             return header.size_bytes  # sent again after a lost answer; the commit checks its digest
@@ -134,7 +134,7 @@ class Uploads:
             try:
                 await asyncio.to_thread(self._admit, result, task)
             except UpdateError:
-                self._store.drop_spool(task.task_id, result.attempt)
+                self._store.files.drop_spool(task.task_id, result.attempt)
                 self._forget(task.task_id, result.attempt)
                 raise
             # Nothing waits from here to the return, so the round cannot close before the update is recorded.
@@ -146,7 +146,7 @@ class Uploads:
 
     def paths(self, result: Result) -> tuple[Path, ...]:
         """Where the parts of a recorded update lie, in the order of its result."""
-        folder = self._store.spool(result.task_id, result.attempt)
+        folder = self._store.files.spool(result.task_id, result.attempt)
         return tuple(_part_path(folder, part.part) for part in result.parts)
 
     def forget_round(self) -> None:
@@ -190,7 +190,7 @@ class Uploads:
             raise ProtocolError(f"{header.digest[:80]!r} is not a sha256 in hex")
         if header.size_bytes <= 0 or not 0 <= header.offset <= header.size_bytes:
             raise ProtocolError(f"offset {header.offset} in a part of {header.size_bytes} bytes")
-        folder = self._store.spool(header.task_id, header.attempt)
+        folder = self._store.files.spool(header.task_id, header.attempt)
         declared = self._declared.setdefault(folder, _sizes(folder))
         total = sum(size for part, size in declared.items() if part != header.part) + header.size_bytes
         if total > self.limit_bytes:
@@ -206,7 +206,7 @@ class Uploads:
         return self._locks.setdefault(task_id, asyncio.Lock())
 
     def _forget(self, task_id: str, attempt: int) -> None:
-        self._declared.pop(self._store.spool(task_id, attempt), None)
+        self._declared.pop(self._store.files.spool(task_id, attempt), None)
 
 
 def _seal(partial: Path, whole: Path, digest: str) -> None:

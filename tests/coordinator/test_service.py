@@ -20,7 +20,7 @@ from coordinator import admission, global_model
 from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
-from coordinator.store import Store
+from coordinator.store.records import Store
 from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
@@ -142,7 +142,7 @@ def test_a_whole_job(play: Play) -> None:
         status = await rig.stub.JobStatus(pb.JobStatusRequest())
         assert (status.phase, status.round, status.accuracy) == ("finished", 1, 0.75)
         assert status.onnx_path.endswith("demo-round-0001.onnx")
-        assert rig.job.store.weights_path(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
+        assert rig.job.store.files.weights(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
         assert list((rig.job.store.directory / "spool").iterdir()) == []
 
     play(scene)

@@ -13,7 +13,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator import admission
 from coordinator import uploads as uploads_module
-from coordinator.store import Store
+from coordinator.store.records import Store
 from coordinator.uploads import PartHeader, Uploads
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.job import model_spec
@@ -127,7 +127,7 @@ def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypa
 
 
 def test_a_part_that_came_whole_but_damaged_is_sent_again(setup: Setup) -> None:
-    folder = setup.store.spool(setup.task.task_id, 1)
+    folder = setup.store.files.spool(setup.task.task_id, 1)
     folder.mkdir()
     uploads_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
     with pytest.raises(ProtocolError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
