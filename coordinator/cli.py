@@ -52,8 +52,8 @@ def serve_command(
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
-    from coordinator.logs import configure_logging
     from coordinator.model_worker.client import ModelWorker
+    from coordinator.observe.logs import configure_logging
     from coordinator.server import ServeOptions, serve
     from fedepth.job import load_config
 
@@ -132,7 +132,7 @@ def read_record(state: Path) -> dict[str, Any]:
     Raises:
         StateError: the directory holds no job.
     """
-    from coordinator.store import Store
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     try:
@@ -199,7 +199,7 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
     from coordinator.global_model import export_fields
     from coordinator.model_worker.client import ModelWorker
-    from coordinator.store import Store
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     models = ModelWorker()

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from coordinator.events import Events
 from coordinator.model_worker.client import Models
-from coordinator.store import Prepared, RoundRecord, Store
+from coordinator.observe.events import Events
+from coordinator.store.records import Prepared, RoundRecord, Store
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
 from fedepth.job import JobConfig, model_spec, training_spec
@@ -75,8 +75,8 @@ class GlobalModel:
             FedepthError: they cannot be averaged or recorded; the weights before stand.
         """
         store = self._store
-        partial = store.directory / "weights" / f"round-{round_number:04d}.partial"
-        await asyncio.to_thread(average_updates, store.weights_path(self.record.round), updates, partial)
+        partial = store.files.partial_weights(round_number)
+        await asyncio.to_thread(average_updates, store.files.weights(self.record.round), updates, partial)
         record = await asyncio.to_thread(store.seal_weights, partial, round_number, len(updates), samples)
         store.record_round(record)
         self.record = record
@@ -89,7 +89,7 @@ class GlobalModel:
             answer = await self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
-                weights=str(self._store.weights_path(weights.round)),
+                weights=str(self._store.files.weights(weights.round)),
                 test_data=self._config.test.data,
             )
         except FedepthError as error:
@@ -132,10 +132,10 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
     """The request that exports a round's weights, to `output` or to their place in the state directory."""
     return {
         "model": model_spec(config),
-        "weights": str(store.weights_path(weights.round)),
+        "weights": str(store.files.weights(weights.round)),
         "weights_digest": weights.digest,
         "job": config.job.name,
         "round": weights.round,
         "test_data": config.test.data,
-        "output": output or str(store.export_path(weights.round)),
+        "output": output or str(store.files.export(store.job_name, weights.round)),
     }

@@ -1,4 +1,4 @@
-"""What goes into the state machine of `rounds`, with its time, and what comes out, for the driver to do."""
+"""What goes into the state machine of `rounds`, with its time, and what comes out, for the job to do."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import hashlib
 import os
 import platform
@@ -34,10 +33,11 @@ from edge_client.trainer.protocol import Done
 from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
 from fedepth.costs import Calibration, ModelCosts
-from fedepth.errors import ChildError, PlanError, StateError
+from fedepth.errors import ChildError, LockedError, PlanError, StateError
 from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.estimate.tracer.client import Tracer, tracer
+from fedepth.files import lock_file
 from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
 from fedepth.task import ModelSpec, TrainingSpec
@@ -198,13 +198,13 @@ def _processor() -> str:
 @asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
     """Only one process at a time is inside; others wait, and can be cancelled meanwhile."""
-    with open(path, "w", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await asyncio.sleep(_LOOK_S)
+    while True:
+        try:
+            file = lock_file(path)
+            break
+        except LockedError:
+            await asyncio.sleep(_LOOK_S)
+    with file:
         yield
 
 

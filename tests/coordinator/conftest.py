@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.store import TaskRecord
+from coordinator.store.records import TaskRecord
 from fedepth.budget import Budget
 from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
 from fedepth.job import JobConfig

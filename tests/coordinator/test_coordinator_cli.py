@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coordinator.cli import describe
-from coordinator.store import Store
+from coordinator.store.records import Store
 from fedepth.job import model_spec
 
 

@@ -75,7 +75,7 @@ def test_exit_when_done_makes_up_for_a_crash_and_ends(tmp_path: Path, kit: Any) 
 
 
 def store_finished_job(state: Path, kit: Any) -> None:
-    from coordinator.store import Store
+    from coordinator.store.records import Store
     from fedepth.job import model_spec
 
     store = Store.open(state, "demo", model_spec(kit.config()))

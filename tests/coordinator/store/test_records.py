@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.store import Prepared, Store
-from coordinator.tables import job, open_engine
+from coordinator.store.records import Prepared, Store
+from coordinator.store.tables import job, open_engine
 from fedepth.errors import StateError
 from fedepth.job import model_spec, training_spec
 
@@ -82,7 +82,7 @@ def test_two_coordinators_cannot_share_a_state(tmp_path: Path, kit: Any) -> None
     store = open_store(tmp_path, kit)
     script = (
         "import sys, pathlib\n"
-        "from coordinator.store import lock_state\n"
+        "from coordinator.store.files import lock_state\n"
         "from fedepth.errors import StateError\n"
         "try:\n    lock_state(pathlib.Path(sys.argv[1]))\n"
         "except StateError as error:\n    print(error)\n"
@@ -107,7 +107,7 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path, kit: Any, changes: 
 def test_damaged_weights_are_told(tmp_path: Path, kit: Any, damage: str) -> None:
     store = open_store(tmp_path, kit)
     add_round(store, 0, b"zero")
-    path = store.weights_path(0)
+    path = store.files.weights(0)
     if damage == "changed":
         path.write_bytes(b"zer0")
     else:
@@ -139,7 +139,7 @@ def test_only_spools_of_past_rounds_are_dropped(tmp_path: Path, kit: Any) -> Non
     store.record_task(kit.task("t-0001-0000"))
     store.record_task(replace(kit.task("t-0002-0000"), round=2))
     for task in ("t-0001-0000", "t-0002-0000", "stray"):
-        folder = store.spool(task, 1)
+        folder = store.files.spool(task, 1)
         folder.mkdir()
         (folder / "part-0000.safetensors").write_bytes(b"x")
     store.drop_spools_before(2)

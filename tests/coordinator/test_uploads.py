@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator import intake as intake_module
-from coordinator.intake import Intake, PartHeader, check_result
-from coordinator.store import Store
+from coordinator import admission
+from coordinator import uploads as uploads_module
+from coordinator.store.records import Store
+from coordinator.uploads import PartHeader, Uploads
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.job import model_spec
 from fedepth.layout import ModelLayout
@@ -31,7 +31,7 @@ class Setup:
         self.task = kit.task()
         self.store.record_task(self.task)
         self.open = True
-        self.intake = Intake(self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id)
+        self.uploads = Uploads(self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id)
 
     def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
         fields: dict[str, Any] = {
@@ -46,13 +46,13 @@ class Setup:
         return PartHeader(**{**fields, **changes})
 
     def send(self, header: PartHeader, data: bytes = DATA, end: int | None = None) -> int:
-        return asyncio.run(self.intake.receive(header, chunks(data, header.offset, end)))
+        return asyncio.run(self.uploads.receive(header, chunks(data, header.offset, end)))
 
     def offset(self, data: bytes = DATA) -> int:
-        return asyncio.run(self.intake.offset(self.task.task_id, 1, 0, self.kit.sha256(data)))
+        return asyncio.run(self.uploads.offset(self.task.task_id, 1, 0, self.kit.sha256(data)))
 
     def commit(self, **changes: Any) -> bool:
-        return asyncio.run(self.intake.commit(self.kit.result(self.task, {0: DATA}, **changes)))
+        return asyncio.run(self.uploads.commit(self.kit.result(self.task, {0: DATA}, **changes)))
 
 
 async def chunks(data: bytes, offset: int, end: int | None = None) -> AsyncIterator[Chunk]:
@@ -63,7 +63,7 @@ async def chunks(data: bytes, offset: int, end: int | None = None) -> AsyncItera
 
 @pytest.fixture
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
-    monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
@@ -75,7 +75,7 @@ def test_a_part_is_received_and_committed_once(setup: Setup) -> None:
     assert setup.commit() is False
     stored = setup.store.updates_of(1)
     assert [update.task_id for update in stored] == [setup.task.task_id]
-    assert [path.read_bytes() for path in setup.intake.paths(stored[0])] == [DATA]
+    assert [path.read_bytes() for path in setup.uploads.paths(stored[0])] == [DATA]
     setup.open = False  # the round is closed: asking again still finds the update accepted
     assert setup.commit() is False
     assert setup.offset() == len(DATA)
@@ -87,7 +87,7 @@ def test_two_commits_at_once_record_one_update(setup: Setup) -> None:
     result = setup.kit.result(setup.task, {0: DATA})
 
     async def both() -> list[bool]:
-        return list(await asyncio.gather(setup.intake.commit(result), setup.intake.commit(result)))
+        return list(await asyncio.gather(setup.uploads.commit(result), setup.uploads.commit(result)))
 
     assert sorted(asyncio.run(both())) == [False, True]
     assert len(setup.store.updates_of(1)) == 1
@@ -107,7 +107,7 @@ def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
 def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
     with pytest.raises(ProtocolError):
         setup.send(setup.header(), end=700)
-    setup.intake = Intake(setup.store, setup.kit.layout, lambda task_id: True)
+    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
     assert setup.offset() == 700
     assert setup.send(setup.header(offset=700)) == len(DATA)
 
@@ -117,19 +117,19 @@ def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(intake_module, "_seal", killed)
+        patch.setattr(uploads_module, "_seal", killed)
         setup.send(setup.header())
-    setup.intake = Intake(setup.store, setup.kit.layout, lambda task_id: True)
+    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
     assert setup.offset() == len(DATA)  # so the device does not send it again
     assert setup.commit()
     (stored,) = setup.store.updates_of(1)
-    assert [path.read_bytes() for path in setup.intake.paths(stored)] == [DATA]
+    assert [path.read_bytes() for path in setup.uploads.paths(stored)] == [DATA]
 
 
 def test_a_part_that_came_whole_but_damaged_is_sent_again(setup: Setup) -> None:
-    folder = setup.store.spool(setup.task.task_id, 1)
+    folder = setup.store.files.spool(setup.task.task_id, 1)
     folder.mkdir()
-    intake_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
+    uploads_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
     with pytest.raises(ProtocolError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
         setup.commit()
     assert setup.offset() == 0
@@ -140,23 +140,23 @@ def test_a_part_that_came_whole_but_damaged_is_sent_again(setup: Setup) -> None:
 def test_a_commit_waits_for_a_part_whose_stream_was_cut_while_it_was_sealed(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal, sealing, go_on = intake_module._seal, threading.Event(), threading.Event()
+    seal, sealing, go_on = uploads_module._seal, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> None:
         sealing.set()
         go_on.wait()
         seal(*arguments)
 
-    monkeypatch.setattr(intake_module, "_seal", slow)
+    monkeypatch.setattr(uploads_module, "_seal", slow)
 
     async def scene() -> bool:
-        upload = asyncio.create_task(setup.intake.receive(setup.header(), chunks(DATA, 0)))
+        upload = asyncio.create_task(setup.uploads.receive(setup.header(), chunks(DATA, 0)))
         await asyncio.to_thread(sealing.wait)
         upload.cancel()
         await asyncio.wait({upload})
         try:
-            assert setup.intake._lock(setup.task.task_id).locked()
-            commit = asyncio.create_task(setup.intake.commit(setup.kit.result(setup.task, {0: DATA})))
+            assert setup.uploads._lock(setup.task.task_id).locked()
+            commit = asyncio.create_task(setup.uploads.commit(setup.kit.result(setup.task, {0: DATA})))
         finally:
             go_on.set()
         return await commit
@@ -174,9 +174,9 @@ def test_an_older_stream_of_the_same_part_gives_way(setup: Setup) -> None:
             await go_on.wait()
             yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
 
-        old = asyncio.create_task(setup.intake.receive(setup.header(), slow()))
+        old = asyncio.create_task(setup.uploads.receive(setup.header(), slow()))
         await stalled.wait()
-        held = await setup.intake.receive(setup.header(offset=PIECE), chunks(DATA, PIECE))
+        held = await setup.uploads.receive(setup.header(offset=PIECE), chunks(DATA, PIECE))
         go_on.set()
         with pytest.raises(ProtocolError, match="newer stream"):
             await old
@@ -189,7 +189,7 @@ def test_an_older_stream_of_the_same_part_gives_way(setup: Setup) -> None:
 def test_a_wrong_digest_is_told_and_the_part_starts_anew(setup: Setup) -> None:
     with pytest.raises(ProtocolError, match="sha256"):
         setup.send(setup.header(digest="0" * 64))
-    assert asyncio.run(setup.intake.offset(setup.task.task_id, 1, 0, "0" * 64)) == 0
+    assert asyncio.run(setup.uploads.offset(setup.task.task_id, 1, 0, "0" * 64)) == 0
     assert setup.send(setup.header()) == len(DATA)
 
 
@@ -222,7 +222,7 @@ def test_unwanted_parts_are_refused_before_anything_is_written(
 
 
 def test_the_sum_of_the_parts_is_bounded(setup: Setup) -> None:
-    half = setup.intake.limit_bytes // 2 + 1
+    half = setup.uploads.limit_bytes // 2 + 1
     with pytest.raises(ProtocolError, match="ended"):
         setup.send(setup.header(size_bytes=half), end=500)
     with pytest.raises(UpdateError) as caught:
@@ -237,7 +237,7 @@ def test_a_round_that_closes_during_an_upload_ends_it(setup: Setup) -> None:
         yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
 
     with pytest.raises(UpdateError) as caught:
-        asyncio.run(setup.intake.receive(setup.header(), closing()))
+        asyncio.run(setup.uploads.receive(setup.header(), closing()))
     assert caught.value.reason == "late"
 
 
@@ -245,7 +245,7 @@ def test_a_round_that_closes_during_the_check_takes_no_update(setup: Setup, monk
     def close(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
         setup.open = False
 
-    monkeypatch.setattr(intake_module, "check_tensors", close)
+    monkeypatch.setattr(admission, "check_update", close)
     setup.send(setup.header())
     with pytest.raises(UpdateError) as caught:
         setup.commit()
@@ -257,7 +257,7 @@ def test_a_refused_update_leaves_no_spool(setup: Setup, monkeypatch: pytest.Monk
     def refuse(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
         raise UpdateError("not_finite", "head.weight holds nan")
 
-    monkeypatch.setattr(intake_module, "check_tensors", refuse)
+    monkeypatch.setattr(admission, "check_update", refuse)
     setup.send(setup.header())
     with pytest.raises(UpdateError, match="holds nan"):
         setup.commit()
@@ -278,53 +278,4 @@ def test_parts_that_are_not_here_are_refused(setup: Setup) -> None:
         setup.commit()
     setup.send(setup.header())
     with pytest.raises(UpdateError, match="not the one"):
-        asyncio.run(setup.intake.commit(setup.kit.result(setup.task, {0: DATA[::-1]})))
-
-
-Change = Callable[[Any, Result], Result]
-BAD: dict[str, tuple[str, Change]] = {
-    "no samples": ("samples", lambda kit, result: replace(result, sample_count=0)),
-    "more samples than reported": ("samples", lambda kit, result: replace(result, sample_count=21)),
-    "another round": ("plan", lambda kit, result: replace(result, round=2)),
-    "a later attempt": ("plan", lambda kit, result: replace(result, attempt=2)),
-    "units missing": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1)))),
-    "units twice": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1), (1, 2)))),
-    "units beyond": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 3)))),
-    "huge range": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1 << 40)))),
-    "no stage": ("plan", lambda kit, result: with_plan(kit, result, kit.plan(untrained=(0, 1, 2)))),
-    "trained units": ("plan", lambda kit, result: replace(result, trained_units=(0, 1))),
-    "over its budget": (
-        "plan",
-        lambda kit, result: replace(result, plan=replace(result.plan, budget_bytes=3999)),
-    ),
-    "stages": ("plan", lambda kit, result: replace(result, stages=result.stages[:1])),
-    "loss": (
-        "not_finite",
-        lambda kit, result: replace(
-            result, stages=(replace(result.stages[0], loss_last=float("nan")), result.stages[1])
-        ),
-    ),
-    "no parts": ("size", lambda kit, result: replace(result, parts=())),
-    "a part twice": ("size", lambda kit, result: replace(result, parts=result.parts * 2)),
-}
-
-
-def with_plan(kit: Any, result: Result, plan: Any) -> Result:
-    small = plan if all(stage.last < 100 for stage in plan.stages) else None
-    made: Result = kit.result(kit.task(), {0: DATA}, plan=small or result.plan)
-    return made if small else replace(made, plan=plan)
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_results_that_do_not_fit_their_task_are_refused(kit: Any, case: str) -> None:
-    reason, change = BAD[case]
-    good = kit.result(kit.task(), {0: DATA})
-    check_result(good, kit.task(), 3)
-    with pytest.raises(UpdateError) as caught:
-        check_result(change(kit, good), kit.task(), 3)
-    assert caught.value.reason == reason
-
-
-def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
-    plan = kit.plan((1, 1), (2, 2), untrained=(0,))
-    check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), 3)
+        asyncio.run(setup.uploads.commit(setup.kit.result(setup.task, {0: DATA[::-1]})))

@@ -6,7 +6,6 @@ A part grows as `part-0000.DIGEST.partial`, and gets its name when it is whole, 
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from pathlib import Path
 from fedepth_wire.chunks import append_chunk
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator.store import Store, TaskRecord
+from coordinator.store.records import Store, TaskRecord
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
-from fedepth.plan import Plan
 from fedepth.task import PartInfo, Result
 
 SPARE_PARTS = 3  # beyond one per unit and the head
@@ -41,84 +39,7 @@ class PartHeader:
     digest: str
 
 
-def check_result(result: Result, task: TaskRecord, units: int) -> None:
-    """Whether a result fits its task: round, attempt, samples, plan, trained units, measurements, parts.
-
-    Raises:
-        UpdateError: it does not.
-    """
-    if result.round != task.round:
-        raise UpdateError("plan", f"task {task.task_id} is of round {task.round}, the update says {result.round}")
-    if not 1 <= result.attempt <= task.attempt:
-        raise UpdateError("plan", f"attempt {result.attempt} of task {task.task_id}, given were 1 to {task.attempt}")
-    if not 0 < result.sample_count <= task.sample_count:
-        raise UpdateError(
-            "samples",
-            f"trained on {result.sample_count} samples, the device had reported {task.sample_count}",
-        )
-    _check_plan(result, units)
-    _check_stages(result)
-    numbers = [part.part for part in result.parts]
-    if not 0 < len(numbers) <= units + 1 + SPARE_PARTS or len(set(numbers)) != len(numbers):
-        raise UpdateError("size", f"parts {numbers} for a model of {units} units")
-
-
-def check_tensors(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
-    """What lies in the parts: names, shapes, dtypes, finite values.
-
-    Raises:
-        UpdateError: it does not fit the model or the result.
-    """
-    from fedepth.aggregation.check import check_update  # numpy: only when there is an update
-
-    check_update(paths, layout, result)
-
-
-def _check_plan(result: Result, units: int) -> None:
-    plan = result.plan
-    if not plan.stages:
-        raise UpdateError("plan", "the plan has no stage, so that nothing was trained")
-    trained = _units_of(plan)
-    if sorted([*trained, *plan.untrained]) != list(range(units)):
-        raise UpdateError("plan", f"plan {plan.blocks} does not cover units 0 to {units - 1} once each")
-    if sorted(result.trained_units) != trained:
-        raise UpdateError("plan", f"trained units {list(result.trained_units)} do not fit plan {plan.blocks}")
-    if plan.predicted_peak_bytes > plan.budget_bytes:
-        raise UpdateError(
-            "plan",
-            f"plan {plan.blocks} needs {plan.predicted_peak_bytes} bytes, its budget is {plan.budget_bytes}",
-        )
-
-
-def _units_of(plan: Plan) -> list[int]:
-    """Sorted. A stage cannot blow this up: bounds are checked before units are listed."""
-    found: list[int] = []
-    for stage in plan.stages:
-        if not 0 <= stage.first <= stage.last < 1 << 16:
-            raise UpdateError("plan", f"stage {stage.first}-{stage.last} is no range of units")
-        found.extend(range(stage.first, stage.last + 1))
-    return sorted(found)
-
-
-def _check_stages(result: Result) -> None:
-    planned = [(stage.first, stage.last) for stage in result.plan.stages]
-    reported = [(stage.first, stage.last) for stage in result.stages]
-    if planned != reported:
-        raise UpdateError("plan", f"stages {planned} were planned, {reported} are reported")
-    for stage in result.stages:
-        if not all(map(math.isfinite, (stage.loss_first, stage.loss_last, stage.seconds))):
-            raise UpdateError(
-                "not_finite",
-                f"stage {stage.first}-{stage.last} reports loss {stage.loss_first} to {stage.loss_last}; "
-                "lower the learning rate",
-            )
-        if min(stage.measured_peak_bytes, stage.budget_bytes, stage.steps, stage.samples_seen) < 0:
-            raise UpdateError("plan", f"stage {stage.first}-{stage.last} reports a negative measurement")
-    if not math.isfinite(result.seconds):
-        raise UpdateError("not_finite", f"training took {result.seconds} seconds")
-
-
-class Intake:
+class Uploads:
     """The upload side of the coordinator. `accepts` says whether an update for a task would count now."""
 
     def __init__(self, store: Store, layout: ModelLayout, accepts: Callable[[str], bool]) -> None:
@@ -142,7 +63,7 @@ class Intake:
         task = self._store.task(task_id)
         if task is None or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
             return 0
-        folder = self._store.spool(task_id, attempt)
+        folder = self._store.files.spool(task_id, attempt)
         whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
         async with self._lock(task_id):  # not while a part gets its name
             recorded = self._recorded_part(task_id, part, digest)
@@ -162,7 +83,7 @@ class Intake:
         if self._recorded_part(header.task_id, header.part, header.digest) is not None:
             return header.size_bytes
         self._check_header(header)
-        folder = self._store.spool(header.task_id, header.attempt)
+        folder = self._store.files.spool(header.task_id, header.attempt)
         whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
         if header.offset == header.size_bytes and whole.exists():
             return header.size_bytes  # sent again after a lost answer; the commit checks its digest
@@ -211,11 +132,9 @@ class Intake:
             if result.device_id != task.device_id:  # another's mistake must not cost the owner its spool
                 raise UpdateError("device", f"task {task.task_id} was not given to {result.device_id[:80]}")
             try:
-                check_result(result, task, len(self._layout.units))
-                paths = await asyncio.to_thread(self._whole_parts, result)
-                await asyncio.to_thread(check_tensors, paths, self._layout, result)
+                await asyncio.to_thread(self._admit, result, task)
             except UpdateError:
-                self._store.drop_spool(task.task_id, result.attempt)
+                self._store.files.drop_spool(task.task_id, result.attempt)
                 self._forget(task.task_id, result.attempt)
                 raise
             # Nothing waits from here to the return, so the round cannot close before the update is recorded.
@@ -227,13 +146,20 @@ class Intake:
 
     def paths(self, result: Result) -> tuple[Path, ...]:
         """Where the parts of a recorded update lie, in the order of its result."""
-        folder = self._store.spool(result.task_id, result.attempt)
+        folder = self._store.files.spool(result.task_id, result.attempt)
         return tuple(_part_path(folder, part.part) for part in result.parts)
 
     def forget_round(self) -> None:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
+
+    def _admit(self, result: Result, task: TaskRecord) -> None:
+        # numpy: only when there is an update
+        from coordinator.admission import check_result, check_update
+
+        check_result(result, task, len(self._layout.units), self.limit_parts)
+        check_update(self._whole_parts(result), self._layout, result)
 
     def _whole_parts(self, result: Result) -> Sequence[Path]:
         paths = self.paths(result)
@@ -264,7 +190,7 @@ class Intake:
             raise ProtocolError(f"{header.digest[:80]!r} is not a sha256 in hex")
         if header.size_bytes <= 0 or not 0 <= header.offset <= header.size_bytes:
             raise ProtocolError(f"offset {header.offset} in a part of {header.size_bytes} bytes")
-        folder = self._store.spool(header.task_id, header.attempt)
+        folder = self._store.files.spool(header.task_id, header.attempt)
         declared = self._declared.setdefault(folder, _sizes(folder))
         total = sum(size for part, size in declared.items() if part != header.part) + header.size_bytes
         if total > self.limit_bytes:
@@ -280,7 +206,7 @@ class Intake:
         return self._locks.setdefault(task_id, asyncio.Lock())
 
     def _forget(self, task_id: str, attempt: int) -> None:
-        self._declared.pop(self._store.spool(task_id, attempt), None)
+        self._declared.pop(self._store.files.spool(task_id, attempt), None)
 
 
 def _seal(partial: Path, whole: Path, digest: str) -> None:

@@ -1,4 +1,4 @@
-"""Drives a job: feeds what happens into the state machine of `rounds`, and does what comes out of it."""
+"""A job in progress: feeds what happens into the state machine of `rounds`, and does what comes out of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import structlog
 
 from coordinator import rounds
-from coordinator.events import Events, encode_event
 from coordinator.global_model import GlobalModel
-from coordinator.intake import Intake
 from coordinator.model_worker.client import Models
+from coordinator.observe.events import Events, encode_event
 from coordinator.round_events import (
     Accepted,
     Action,
@@ -31,7 +30,8 @@ from coordinator.round_events import (
     Tick,
     Waiting,
 )
-from coordinator.store import Prepared, Store, TaskRecord
+from coordinator.store.records import Prepared, Store, TaskRecord
+from coordinator.uploads import Uploads
 from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec
@@ -61,7 +61,7 @@ class _Waiter:
     answer: asyncio.Future[Task | None]  # None: nothing to do, the job is finished or the call is superseded
 
 
-class Driver:
+class Job:
     """One job in progress. Everything runs in one event loop; what takes long, in a thread or the worker."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Driver:
         self._wake = asyncio.Event()
         self.weights = GlobalModel(config, store, models, self.events)
         self.state = self._restore()
-        self.intake = Intake(store, prepared.layout, lambda task_id: rounds.accepts(self.state, task_id))
+        self.uploads = Uploads(store, prepared.layout, lambda task_id: rounds.accepts(self.state, task_id))
 
     def _restore(self) -> rounds.State:
         job = self.config.job
@@ -181,7 +181,7 @@ class Driver:
             ProtocolError: a part has to be sent again.
         """
         try:
-            new = await self.intake.commit(result)
+            new = await self.uploads.commit(result)
         except UpdateError as error:
             self.refuse(result.task_id, result.device_id, error)
             raise
@@ -329,10 +329,10 @@ class Driver:
 
     async def _close(self, closing: CloseRound) -> None:
         results = self.store.updates_of(closing.round)
-        updates = [(self.intake.paths(result), float(result.sample_count)) for result in results]
+        updates = [(self.uploads.paths(result), float(result.sample_count)) for result in results]
         await self.weights.average(closing.round, updates, sum(result.sample_count for result in results))
         await asyncio.to_thread(self.store.drop_spools_before, closing.round + 1)
-        self.intake.forget_round()
+        self.uploads.forget_round()
         await self.weights.evaluate()
         every = self.config.export.every
         if closing.round >= self.config.job.rounds or (every and closing.round % every == 0):

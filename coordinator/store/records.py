@@ -1,19 +1,10 @@
-"""The durable state of a job: a SQLite record, and files beside it.
-
-    STATE/job.sqlite                                 job, rounds, devices, tasks, updates, failures
-    STATE/weights/round-0000.safetensors             the global weights after each round; 0 is the start
-    STATE/spool/TASK-ATTEMPT/part-0000.safetensors   parts of updates
-    STATE/exports/                                   ONNX files
-    STATE/lock                                       held while a server runs
+"""The record of a job: rounds, devices, tasks, updates and failures, in SQLite (STATE/job.sqlite).
 
 A file is made durable, with its folder, before the record that names it is committed: the record decides.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -25,10 +16,10 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from coordinator.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
+from coordinator.store.files import Files, lock_state
+from coordinator.store.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
 from fedepth.costs import ModelCosts
 from fedepth.errors import StateError
-from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.plan import Plan
 from fedepth.task import DeviceReport, ModelSpec, Result, TrainingSpec
@@ -72,33 +63,17 @@ class Prepared:
     training: TrainingSpec
 
 
-def lock_state(directory: Path) -> IO[str]:
-    """Takes the state directory for this process, until the file is closed or the process ends.
-
-    Raises:
-        StateError: another process has it.
-    """
-    file = open(directory / "lock", "a+", encoding="ascii")  # noqa: SIM115 - it is held open
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise StateError(
-            f"{directory} is in use by another coordinator (process {owner}); stop it, or choose another --state"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
 class Store:
-    """The record of one job. Methods are short transactions; those that hash files say so."""
+    """The record of one job. Methods are short transactions; those that hash files say so.
+
+    Attributes:
+        directory: the state directory.
+        files: what lies in it beside the record.
+    """
 
     def __init__(self, directory: Path, engine: sa.Engine, lock: IO[str] | None) -> None:
         self.directory = directory
+        self.files = Files(directory)
         self._engine = engine
         self._lock = lock
 
@@ -110,8 +85,7 @@ class Store:
             StateError: another coordinator has it, or it holds a job with another model.
         """
         directory = directory.resolve()  # the record names files in it, for whoever reads it from elsewhere
-        for folder in ("weights", "spool", "exports"):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
+        Files(directory).create()
         lock = lock_state(directory)
         engine = open_engine(directory / "job.sqlite")
         store = cls(directory, engine, lock)
@@ -190,19 +164,9 @@ class Store:
     def record_prepared(self, prepared: Prepared) -> None:
         self._write(job.update().values(prepared=_json(prepared)))
 
-    def weights_path(self, round_number: int) -> Path:
-        return self.directory / "weights" / f"round-{round_number:04d}.safetensors"
-
-    def export_path(self, round_number: int) -> Path:
-        return self.directory / "exports" / f"{self.job_name}-round-{round_number:04d}.onnx"
-
     def seal_weights(self, partial: Path, round_number: int, devices: int, samples: int) -> RoundRecord:
         """Moves new weights to their place and makes them durable, by a hash; `record_round` is next."""
-        digest, size = file_digest(partial), partial.stat().st_size
-        make_durable(partial)
-        path = self.weights_path(round_number)
-        partial.replace(path)
-        make_durable(path)
+        digest, size = self.files.seal_weights(partial, round_number)
         return RoundRecord(round_number, digest, size, time.time(), devices, samples)
 
     def record_round(self, record: RoundRecord) -> None:
@@ -226,17 +190,8 @@ class Store:
             StateError: they are missing or damaged.
         """
         record = self.latest_round()
-        if record is None:
-            return
-        path = self.weights_path(record.round)
-        if not path.is_file():
-            raise StateError(f"{path} is missing, though round {record.round} is recorded; restore it from a backup")
-        digest = file_digest(path)
-        if digest != record.digest:
-            raise StateError(
-                f"{path} is damaged: its sha256 is {digest[:12]}…, round {record.round} was recorded with "
-                f"{record.digest[:12]}…; restore it from a backup"
-            )
+        if record is not None:
+            self.files.verify_weights(record.round, record.digest)
 
     def set_evaluation(self, round_number: int, accuracy: float, loss: float) -> None:
         self._write(rounds.update().where(rounds.c.round == round_number).values(accuracy=accuracy, loss=loss))
@@ -311,23 +266,10 @@ class Store:
         )
         return {f"{row['status']}/{row['reason']}": int(row["times"]) for row in self._all(query)}
 
-    # --- spools
-
-    def spool(self, task_id: str, attempt: int) -> Path:
-        return self.directory / "spool" / f"{task_id}-{attempt}"
-
-    def drop_spool(self, task_id: str, attempt: int) -> None:
-        folder = self.spool(task_id, attempt)
-        if folder.exists():
-            shutil.rmtree(folder)
-
     def drop_spools_before(self, round_number: int) -> None:
         """Deletes every spool but those of tasks of this round or a later one."""
         kept = self._all(sa.select(tasks.c.task_id).where(tasks.c.round >= round_number))
-        names = {row["task_id"] for row in kept}
-        for folder in (self.directory / "spool").iterdir():
-            if folder.name.rpartition("-")[0] not in names:
-                shutil.rmtree(folder)
+        self.files.keep_spools({row["task_id"] for row in kept})
 
     # --- queries
 

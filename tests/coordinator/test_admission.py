@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedepth.aggregation.check import check_update
+from coordinator.admission import check_result, check_update
 from fedepth.errors import UpdateError
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import Plan, Policy
@@ -172,3 +174,54 @@ def test_a_bad_value_at_the_end_of_a_large_tensor_is_found_in_little_memory(tmp_
     finally:
         tracemalloc.stop()
     assert peak < 12 << 20
+
+
+DATA = bytes(range(200)) * 10
+PARTS = 7  # three units, the head, three to spare
+Change = Callable[[Any, Result], Result]
+BAD: dict[str, tuple[str, Change]] = {
+    "no samples": ("samples", lambda kit, result: replace(result, sample_count=0)),
+    "more samples than reported": ("samples", lambda kit, result: replace(result, sample_count=21)),
+    "another round": ("plan", lambda kit, result: replace(result, round=2)),
+    "a later attempt": ("plan", lambda kit, result: replace(result, attempt=2)),
+    "units missing": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1)))),
+    "units twice": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1), (1, 2)))),
+    "units beyond": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 3)))),
+    "huge range": ("plan", lambda kit, result: with_plan(kit, result, kit.plan((0, 1 << 40)))),
+    "no stage": ("plan", lambda kit, result: with_plan(kit, result, kit.plan(untrained=(0, 1, 2)))),
+    "trained units": ("plan", lambda kit, result: replace(result, trained_units=(0, 1))),
+    "over its budget": (
+        "plan",
+        lambda kit, result: replace(result, plan=replace(result.plan, budget_bytes=3999)),
+    ),
+    "stages": ("plan", lambda kit, result: replace(result, stages=result.stages[:1])),
+    "loss": (
+        "not_finite",
+        lambda kit, result: replace(
+            result, stages=(replace(result.stages[0], loss_last=float("nan")), result.stages[1])
+        ),
+    ),
+    "no parts": ("size", lambda kit, result: replace(result, parts=())),
+    "a part twice": ("size", lambda kit, result: replace(result, parts=result.parts * 2)),
+}
+
+
+def with_plan(kit: Any, result: Result, plan: Any) -> Result:
+    small = plan if all(stage.last < 100 for stage in plan.stages) else None
+    made: Result = kit.result(kit.task(), {0: DATA}, plan=small or result.plan)
+    return made if small else replace(made, plan=plan)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_results_that_do_not_fit_their_task_are_refused(kit: Any, case: str) -> None:
+    reason, change = BAD[case]
+    good = kit.result(kit.task(), {0: DATA})
+    check_result(good, kit.task(), 3, PARTS)
+    with pytest.raises(UpdateError) as caught:
+        check_result(change(kit, good), kit.task(), 3, PARTS)
+    assert caught.value.reason == reason
+
+
+def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
+    plan = kit.plan((1, 1), (2, 2), untrained=(0,))
+    check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), 3, PARTS)
