@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
 from coordinator.store.records import Prepared, RoundRecord, Store
-from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
 from fedepth.job import JobConfig, model_spec, training_spec
 from fedepth.layout import ModelLayout
+
+_log = structlog.get_logger()
 
 Update = tuple[tuple[Path, ...], float]  # the parts of an update, and its weight in the average
 
 
 async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
-    """Costs, layout and initial weights of the job's model, made now or in an earlier run.
+    """Graph, layout and initial weights of the job's model, made now or in an earlier run.
 
     Raises:
         FedepthError: the model cannot be built, or the state is damaged.
@@ -34,13 +36,18 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         return known
     partial = store.directory / "weights" / "initial.partial"
     answer = await models.request(
-        "prepare", model=model_spec(config), training=training, seed=config.job.seed, output=str(partial)
+        "prepare",
+        model=model_spec(config),
+        training=training,
+        seed=config.job.seed,
+        weights=config.model.weights,
+        graph=str(store.files.graph()),
+        output=str(partial),
     )
-    costs, layout = (
-        msgspec.convert(answer["costs"], ModelCosts),
-        msgspec.convert(answer["layout"], ModelLayout),
-    )
-    prepared = Prepared(costs, layout, training)
+    for note in answer["notes"]:
+        _log.info("model", note=note)
+    layout = msgspec.convert(answer["layout"], ModelLayout)
+    prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"])
     store.record_prepared(prepared)
     if started:
         partial.unlink()  # only the costs were asked for: the weights of this job are trained ones
@@ -89,6 +96,7 @@ class GlobalModel:
             answer = await self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
+                graph=str(self._store.files.graph()),
                 weights=str(self._store.files.weights(weights.round)),
                 test_data=self._config.test.data,
             )
@@ -132,6 +140,7 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
     """The request that exports a round's weights, to `output` or to their place in the state directory."""
     return {
         "model": model_spec(config),
+        "graph": str(store.files.graph()),
         "weights": str(store.files.weights(weights.round)),
         "weights_digest": weights.digest,
         "job": config.job.name,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -33,6 +34,7 @@ from coordinator.round_events import (
 from coordinator.store.records import Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
 from fedepth.costs import ModelCosts
+from fedepth.models.traced import read_costs
 from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec
 from fedepth.plan import Plan
@@ -79,6 +81,7 @@ class Job:
         self.finished = asyncio.Event()
         self.told_finished: set[str] = set()
         self._prepared = prepared
+        self._costs = read_costs(store.files.graph())
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
         self._names = store.device_names()
@@ -124,7 +127,7 @@ class Job:
         )
 
     def _costs_on(self, report: DeviceReport) -> ModelCosts:
-        return replace(self._prepared.costs, calibration=report.calibration)
+        return replace(self._costs, calibration=report.calibration)
 
     def see(self, report: DeviceReport) -> None:
         """Takes note of a device that called, whether or not it can take part."""
@@ -229,6 +232,13 @@ class Job:
             self.apply(Failed(failure.task_id, self._clock()))
         return False
 
+    def file_of(self, digest: str) -> tuple[Path, int] | None:
+        """The file with this digest that devices may fetch, and its size: weights of a round, or the graph."""
+        if digest == self._prepared.graph_digest:
+            return self.store.files.graph(), self._prepared.graph_bytes
+        record = self.store.find_weights(digest)
+        return None if record is None else (self.store.files.weights(record.round), record.size_bytes)
+
     # --- what follows
 
     def apply(self, event: Event) -> None:
@@ -281,7 +291,8 @@ class Job:
             model=self.model,
             training=training_spec(self.config, action.round),
             policy=policy(self.config),
-            costs=self._costs_on(waiter.report),
+            graph_digest=self._prepared.graph_digest,
+            graph_bytes=self._prepared.graph_bytes,
             plan=waiter.plan,
             weights_digest=self.weights.record.digest,
             weights_bytes=self.weights.record.size_bytes,

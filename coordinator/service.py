@@ -85,15 +85,16 @@ class FederationService(FederationServicer):
         section = self._job.config.job
         return pb.NextTaskReply(finished=pb.JobFinished(job=section.name, rounds=section.rounds))
 
-    async def FetchWeights(self, request: pb.FetchWeightsRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        record = self._job.store.find_weights(request.digest)
-        if record is None:
-            missing = ProtocolError(f"no weights with sha256 {request.digest[:12]}… here; ask for a new task")
+    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+        found = self._job.file_of(request.digest)
+        if found is None:
+            missing = ProtocolError(f"no file with sha256 {request.digest[:12]}… here; ask for a new task")
             await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
-        if not 0 <= request.offset <= record.size_bytes:
-            beyond = ProtocolError(f"offset {request.offset} in weights of {record.size_bytes} bytes")
+        path, size = found
+        if not 0 <= request.offset <= size:
+            beyond = ProtocolError(f"offset {request.offset} in a file of {size} bytes")
             await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
-        for chunk in file_chunks(self._job.store.files.weights(record.round), request.offset):
+        for chunk in file_chunks(path, request.offset):
             yield chunk
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from fedepth.errors import ConfigError
 from fedepth.plan import CacheType, Policy
-from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.task import InputType, ModelSpec, TrainingSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,13 +63,20 @@ class JobSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[model]: `classes` are the names in label order, or a number n for "0" to "n-1"."""
+    """[model]: `classes` are the names in label order, or a number n for "0" to "n-1".
+
+    Attributes:
+        weights: a local file with weights to begin with, relative to the job file; empty for fresh ones.
+        input_type: what the data holds: numbers, or token ids.
+    """
 
     name: str
     classes: tuple[str, ...] | int
     input_shape: tuple[AtLeastOne, ...]
     mean: tuple[float, ...] = ()
     std: tuple[Positive, ...] = ()
+    weights: str = ""
+    input_type: InputType = InputType.FLOAT
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,7 +110,7 @@ class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A job file that has passed every check. `test.data` is absolute or "digits"."""
+    """A job file that has passed every check. `test.data` is absolute or "digits"; `model.weights` absolute or empty."""
 
     job: JobSection
     model: ModelSection
@@ -130,7 +137,7 @@ def load_config(path: Path) -> JobConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(path.name, str(error))) from None
     _check_ranges(config, path.name)
-    return _with_test_path(config, path)
+    return _with_weights_path(_with_test_path(config, path), path)
 
 
 def model_spec(config: JobConfig) -> ModelSpec:
@@ -145,6 +152,7 @@ def model_spec(config: JobConfig) -> ModelSpec:
         input_shape=section.input_shape,
         mean=section.mean or (0.0,) * channels,
         std=section.std or (1.0,) * channels,
+        input_type=section.input_type,
     )
 
 
@@ -245,9 +253,10 @@ def _check_ranges(config: JobConfig, file: str) -> None:
     if not model.name:
         raise ConfigError(f"{file}: [model] name: must not be empty")
     _check_classes(model, file)
-    if len(model.input_shape) != 3:
+    if not 1 <= len(model.input_shape) <= 3:
         raise ConfigError(
-            f"{file}: [model] input_shape: must be [channels, height, width], has {len(model.input_shape)} numbers"
+            f"{file}: [model] input_shape: must be [channels, height, width] for images, or one or two numbers for "
+            f"vectors, series and token ids; has {len(model.input_shape)} numbers"
         )
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
@@ -275,3 +284,12 @@ def _with_test_path(config: JobConfig, path: Path) -> JobConfig:
     if not data.exists():
         raise ConfigError(f'{path.name}: [test] data: {data} does not exist; give a folder or "{DIGITS}"')
     return msgspec.structs.replace(config, test=TestSection(data=str(data)))
+
+
+def _with_weights_path(config: JobConfig, path: Path) -> JobConfig:
+    if not config.model.weights:
+        return config
+    weights = (path.parent / config.model.weights).resolve()
+    if not weights.is_file():
+        raise ConfigError(f"{path.name}: [model] weights: {weights} is not a file")
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, weights=str(weights)))

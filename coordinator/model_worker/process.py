@@ -1,7 +1,7 @@
 """What runs in the model worker: `python -m coordinator.model_worker.process`.
 
-It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or {"error": {"type", "message"}}, and
-ends with its standard input.
+It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or {"error": {"type", "message"}}, perhaps
+after some {"event": "progress", "text"}, and ends with its standard input.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 from coordinator.model_worker.protocol import Evaluate, Export, Prepare
 from fedepth.data.read import Images, open_images
-from fedepth.data.transforms import normalise
+from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
-from fedepth.estimate.tracing import trace_costs
 from fedepth.export.onnx import export
+from fedepth.files import file_digest
 from fedepth.models.load import load_model
-from fedepth.models.split import split_spec
+from fedepth.models.traced import read_traced, write_traced
+from fedepth.prepare import prepare_model
 from fedepth.task import ModelSpec
 from fedepth.weights import save
 
@@ -34,40 +35,45 @@ BATCH_BYTES = 16 << 20
 LARGEST_BATCH = 256
 EXPORT_SAMPLES = 256
 
+Progress = Callable[[str], None]
 
-def prepare(request: Prepare) -> dict[str, Any]:
-    """Raises ModelError: see `split_spec` and `trace_costs`."""
-    torch.manual_seed(request.seed)
-    split_model = split_spec(request.model, device="cpu")
-    costs = trace_costs(request.model, request.training)
-    output = Path(request.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    digest = save(output, {name: tensor.numpy() for name, tensor in split_model.model.state_dict().items()})
+
+def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
+    """Raises ModelError: see `prepare_model`."""
+    weights = Path(request.weights) if request.weights else None
+    prepared = prepare_model(request.model, request.training, seed=request.seed, weights=weights, progress=progress)
+    output, graph = Path(request.output), Path(request.graph)
+    for path in (output, graph):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_traced(graph, prepared.traced)
+    digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     return {
-        "costs": costs,
-        "layout": split_model.layout(),
+        "layout": prepared.traced.graph.layout(),
+        "notes": prepared.notes,
         "digest": digest,
         "size_bytes": output.stat().st_size,
+        "graph_digest": file_digest(graph),
+        "graph_bytes": graph.stat().st_size,
     }
 
 
-def evaluate(request: Evaluate) -> dict[str, Any]:
+def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
     """Raises ModelError, StateError: see `load_model`. DataError: there are no test images."""
-    model = load_model(request.model, Path(request.weights)).model
+    model = load_model(read_traced(Path(request.graph)).graph, Path(request.weights))
     images = _test_images(request.test_data, request.model)
     correct, loss = 0, 0.0
     batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * int(np.prod(request.model.input_shape)))))
     for start in range(0, len(images), batch):
         indices = np.arange(start, min(start + batch, len(images)))
         with torch.inference_mode():
-            logits = model(torch.from_numpy(normalise(images.read(indices), request.model)))
+            logits = model(torch.from_numpy(model_inputs(images.read(indices), request.model)))
             labels = torch.from_numpy(images.labels[indices])
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(dim=1) == labels).sum())
     return {"accuracy": correct / len(images), "loss": loss / len(images), "samples": len(images)}
 
 
-def export_onnx(request: Export) -> dict[str, Any]:
+def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`. DataError: there are no test images."""
     images = _test_images(request.test_data, request.model)
     chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
@@ -75,12 +81,13 @@ def export_onnx(request: Export) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
         request.model,
+        read_traced(Path(request.graph)).graph,
         Path(request.weights),
         output,
         job=request.job,
         round=request.round,
         weights_digest=request.weights_digest,
-        images=normalise(images.read(chosen), request.model),
+        inputs=model_inputs(images.read(chosen), request.model),
     )
     return asdict(report)
 
@@ -92,14 +99,14 @@ def _test_images(test_data: str, spec: ModelSpec) -> Images:
     return images
 
 
-_ACTIONS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+_ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {
     "prepare": (Prepare, prepare),
     "evaluate": (Evaluate, evaluate),
     "export": (Export, export_onnx),
 }
 
 
-def answer(line: bytes) -> dict[str, Any]:
+def answer(line: bytes, progress: Progress = lambda text: None) -> dict[str, Any]:
     """The answer to one request line. Errors that are not FedepthError end the worker, with a traceback."""
     try:
         try:
@@ -111,7 +118,7 @@ def answer(line: bytes) -> dict[str, Any]:
             request = msgspec.convert(message, kind)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"The model worker got a request it cannot read: {error}.") from error
-        return {"ok": action(request)}
+        return {"ok": action(request, progress)}
     except FedepthError as error:
         return {"error": {"type": type(error).__name__, "message": str(error)}}
 
@@ -119,8 +126,12 @@ def answer(line: bytes) -> dict[str, Any]:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers requests until there are no more."""
     _write(answers, {"event": "ready"})
+
+    def progress(text: str) -> None:
+        _write(answers, {"event": "progress", "text": text})
+
     for line in requests:
-        _write(answers, answer(line))
+        _write(answers, answer(line, progress))
 
 
 def _write(answers: BinaryIO, message: dict[str, Any]) -> None:

@@ -12,14 +12,17 @@ from fedepth.task import ModelSpec, TrainingSpec
 
 @dataclass(frozen=True)
 class Prepare:
-    """Build a model, write its first weights to `output`, and say what it costs.
+    """Turn a model into a graph, prove it, write the traced model to `graph` and its first weights to `output`.
 
-    Answers "costs" (ModelCosts), "layout" (ModelLayout), "digest" and "size_bytes" of the weights.
+    `weights` is a file to begin with, or empty. Answers "layout" (ModelLayout), "notes", "digest" and "size_bytes" of the
+    weights, "graph_digest" and "graph_bytes".
     """
 
     model: ModelSpec
     training: TrainingSpec
     seed: int
+    weights: str
+    graph: str
     output: str
 
 
@@ -28,6 +31,7 @@ class Evaluate:
     """Test weights. `test_data` is a path, or "digits". Answers "accuracy" (0..1), "loss" and "samples"."""
 
     model: ModelSpec
+    graph: str
     weights: str
     test_data: str
 
@@ -37,6 +41,7 @@ class Export:
     """Export weights to ONNX, compared on the first test images. Answers the fields of ExportReport."""
 
     model: ModelSpec
+    graph: str
     weights: str
     weights_digest: str
     job: str

@@ -1,6 +1,7 @@
 """The files of a job's state directory: where they lie, how they become durable, how long they stay.
 
 STATE/job.sqlite                                 see records
+STATE/model/graph.json                           the job's graph and costs (fedepth.models.traced)
 STATE/weights/round-0000.safetensors             the global weights after each round; 0 is the start
 STATE/spool/TASK-ATTEMPT/part-0000.safetensors   parts of updates
 STATE/exports/                                   ONNX files
@@ -40,8 +41,12 @@ class Files:
 
     def create(self) -> None:
         """Makes the folders that are missing."""
-        for folder in ("weights", "spool", "exports"):
+        for folder in ("model", "weights", "spool", "exports"):
             (self._directory / folder).mkdir(parents=True, exist_ok=True)
+
+    def graph(self) -> Path:
+        """The traced model that devices are handed."""
+        return self._directory / "model" / "graph.json"
 
     def weights(self, round_number: int) -> Path:
         """The global weights after this round."""

@@ -18,8 +18,8 @@ from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.store.files import Files, lock_state
 from coordinator.store.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
-from fedepth.costs import ModelCosts
 from fedepth.errors import StateError
+from fedepth.files import file_digest
 from fedepth.layout import ModelLayout
 from fedepth.plan import Plan
 from fedepth.task import DeviceReport, ModelSpec, Result, TrainingSpec
@@ -56,11 +56,12 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the model worker found out about the model."""
+    """What the model worker found out about the model; its graph and costs lie in a file of this digest and size."""
 
-    costs: ModelCosts
     layout: ModelLayout
     training: TrainingSpec
+    graph_digest: str
+    graph_bytes: int
 
 
 class Store:
@@ -133,7 +134,7 @@ class Store:
             self._write(job.insert().values({**values, "created_at": time.time()}))
             return
         held = msgspec.json.decode(row["model"], type=ModelSpec)
-        for field in ("name", "classes", "input_shape", "mean", "std"):
+        for field in ("name", "classes", "input_shape", "mean", "std", "input_type"):
             before, now = getattr(held, field), getattr(model, field)
             if before != now:
                 raise StateError(
@@ -154,12 +155,15 @@ class Store:
         return str(self._require(sa.select(job))["name"])
 
     def prepared(self) -> Prepared | None:
-        """What was recorded; None if nothing was, or by a version that knew other costs: it can be found out again."""
+        """What was recorded; None if nothing was, or by a version that knew no graphs, or if the graph's file is not the
+        recorded one: it can be found out again."""
         text = self._require(sa.select(job))["prepared"]
         try:
-            return msgspec.json.decode(text, type=Prepared) if text else None
+            found = msgspec.json.decode(text, type=Prepared) if text else None
         except msgspec.ValidationError:
             return None
+        path = self.files.graph()
+        return found if found and path.is_file() and file_digest(path) == found.graph_digest else None
 
     def record_prepared(self, prepared: Prepared) -> None:
         self._write(job.update().values(prepared=_json(prepared)))

@@ -8,22 +8,32 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.errors import ConfigError, DataError
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec
 
 AUGMENTATIONS = ("none", "crop-flip")
 _PADDING = 4
 
 
+def model_inputs(batch: npt.NDArray[np.uint8], spec: ModelSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
+    """Bytes of data as the model takes them: normalised, or as token ids.
+
+    Raises:
+        DataError: the batch does not have the model's input shape.
+    """
+    return batch.astype(np.int64) if spec.input_type is InputType.TOKENS else normalise(batch, spec)
+
+
 def normalise(batch: npt.NDArray[np.uint8], spec: ModelSpec) -> npt.NDArray[np.float32]:
-    """(batch / 255 − mean) / std per channel; both shapes (n, C, H, W).
+    """(batch / 255 − mean) / std per channel; both shapes (n, C, …).
 
     Raises:
         DataError: the batch does not have the model's input shape.
     """
     if batch.shape[1:] != spec.input_shape:
         raise DataError(f"a batch of {batch.shape[1:]} for model {spec.name}, which takes {spec.input_shape}")
-    mean = np.asarray(spec.mean, np.float64).reshape(-1, 1, 1)
-    std = np.asarray(spec.std, np.float64).reshape(-1, 1, 1)
+    channels = (-1, *(1,) * (batch.ndim - 2))
+    mean = np.asarray(spec.mean, np.float64).reshape(channels)
+    std = np.asarray(spec.std, np.float64).reshape(channels)
     result = batch.astype(np.float32)
     # In place: one float32 copy of the batch is all that this costs.
     result *= (1 / (255 * std)).astype(np.float32)
