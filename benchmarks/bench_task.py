@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_client.trial import TrialModel
+from edge_client.measure.trial import TrialModel
 from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images

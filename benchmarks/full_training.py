@@ -11,8 +11,8 @@ from rich.console import Console
 
 from benchmarks.bench_task import prepare, write_digits
 from edge_client.config import TrainerConfig
+from edge_client.measure.trial import trial_request, try_in_fresh_trainer
 from edge_client.trainer.protocol import Failed
-from edge_client.trial import trial_request, try_in_fresh_trainer
 from fedepth.costs import ModelCosts
 from fedepth.estimate.peak import MARGIN_BYTES, MARGIN_SHARE
 from fedepth.job import load_config, training_spec

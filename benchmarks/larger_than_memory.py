@@ -28,10 +28,10 @@ from benchmarks.bench_task import prepare, write_digits
 from benchmarks.federation import Shard, run_federation
 from benchmarks.full_training import full_plan
 from coordinator.model_worker.client import ModelWorker
-from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import trial_request, try_in_fresh_trainer
 from edge_client.trainer.protocol import Failed
-from edge_client.trial import trial_request, try_in_fresh_trainer
 from fedepth.job import load_config, model_spec, training_spec
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size

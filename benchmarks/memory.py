@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.bench_task import prepare, write_digits
-from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer
+from edge_client.task_run import SMALLER_PLANS, smaller_limit
 from edge_client.trainer.protocol import Done, Failed
-from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
-from edge_client.work import SMALLER_PLANS, smaller_limit
 from fedepth.costs import Calibration
 from fedepth.errors import PlanError
 from fedepth.plan import Plan, Policy, Stage

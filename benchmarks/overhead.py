@@ -41,9 +41,9 @@ from rich.table import Table
 from benchmarks.bench_task import prepare
 from edge_client.allocators import available, environment
 from edge_client.config import TrainerConfig
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
 from edge_client.trainer.client import TrainerProcess
 from edge_client.trainer.protocol import Done, Event, Rehearsing, TrainRequest
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
 from fedepth.estimate.peak import needed_bytes, training_step

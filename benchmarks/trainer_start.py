@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_task import prepare
-from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
 from edge_client.trainer.client import TrainerProcess
 from edge_client.trainer.protocol import Done, Event, Rehearsing, StageStarted
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.errors import FedepthError
 from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan

@@ -16,11 +16,10 @@ from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.round_events import (
-    Accepted,
     Action,
     CloseRound,
+    DeviceWaiting,
     Event,
-    Failed,
     GiveTask,
     Left,
     Log,
@@ -28,8 +27,9 @@ from coordinator.round_events import (
     Progressed,
     RoundDone,
     StartRound,
+    TaskFailed,
     Tick,
-    Waiting,
+    UpdateRecorded,
 )
 from coordinator.store.records import Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
@@ -152,7 +152,7 @@ class Job:
             older.answer.set_result(None)
         waiter = _Waiter(report, plan, asyncio.get_running_loop().create_future())
         self._waiters[report.device_id] = waiter
-        self.apply(Waiting(report.device_id, self._clock()))
+        self.apply(DeviceWaiting(report.device_id, self._clock()))
         return waiter.answer
 
     def stop_waiting(self, device_id: str, answer: asyncio.Future[Task | None]) -> None:
@@ -200,7 +200,7 @@ class Job:
                 seconds=result.seconds,
                 stages=result.stages,
             )
-            self.apply(Accepted(result.task_id, self._clock()))
+            self.apply(UpdateRecorded(result.task_id, self._clock()))
         return result.round
 
     def refuse(self, task_id: str, device_id: str, error: UpdateError) -> None:
@@ -217,7 +217,7 @@ class Job:
         )
         if owner and rounds.accepts(self.state, task_id):
             self.store.end_task(task_id, "refused", error.reason, str(error))
-            self.apply(Failed(task_id, self._clock()))
+            self.apply(TaskFailed(task_id, self._clock()))
         else:
             self.store.count_refusal(task_id, error.reason, str(error))
 
@@ -229,7 +229,7 @@ class Job:
         if rounds.accepts(self.state, failure.task_id):
             self.store.end_task(failure.task_id, "failed", failure.outcome.value, failure.message)
             self.events.tell("task_failed", device=self._name(failure.device_id), **vars(failure))
-            self.apply(Failed(failure.task_id, self._clock()))
+            self.apply(TaskFailed(failure.task_id, self._clock()))
         return False
 
     def file_of(self, digest: str) -> tuple[Path, int] | None:

@@ -3,7 +3,7 @@
 An allocator is fit for training inside a budget if its footprint follows the tensors. glibc's does once its thresholds
 are fixed, though every large tensor is then mapped and unmapped anew; with its defaults it does not. tcmalloc trains up
 to three times as fast, and its footprint follows the tensors under a cap (fedepth.memory.allocator). Which of them
-suits a device is measured there (edge_client.calibrate).
+suits a device is measured there (edge_client.measure.calibration).
 """
 
 from __future__ import annotations

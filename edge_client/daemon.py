@@ -6,7 +6,9 @@ It loads no library for command lines: with typer and what typer brings, an idle
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -17,13 +19,18 @@ import structlog
 from msgspec.structs import replace
 
 from edge_client.agent import Agent, Surroundings
-from edge_client.calibrate import calibrated
 from edge_client.config import Config
-from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
+from edge_client.measure.calibration import calibrated
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_KEEP_BYTES = 64 << 10
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -44,6 +51,23 @@ def main() -> None:
     except FedepthError as error:
         print(f"fedepth-client: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def stay_small() -> None:
+    """Makes glibc give back what was freed, and share one arena among gRPC's threads.
+
+    By itself glibc raises its thresholds to the size of the largest buffer that was ever freed, 1 MiB after the first
+    transfer, and then keeps such buffers. Other C libraries have no such setting and need none.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    for setting, value in (
+        (_M_ARENA_MAX, 1),
+        (_M_MMAP_THRESHOLD, _KEEP_BYTES),
+        (_M_TRIM_THRESHOLD, _KEEP_BYTES),
+    ):
+        library.mallopt(setting, value)
 
 
 def configure_logs(*, as_json: bool, loggers: Callable[..., Any], colors: bool = False) -> None:
@@ -78,7 +102,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
     async def work() -> None:
         calibration, settled = Calibration(), config
         try:
-            calibration = (await calibrated(config.trainer, _tell, memory=config.memory)).calibration
+            calibration = (await calibrated(config.trainer, _log_step, memory=config.memory)).calibration
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
         except (PlanError, ChildError, ModelError, StateError) as error:
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
@@ -98,7 +122,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         structlog.get_logger().info("stopped; what was trained is kept and delivered at the next start")
 
 
-def _tell(what: str) -> None:
+def _log_step(what: str) -> None:
     structlog.get_logger().info("measuring once what training takes on this device", step=what)
 
 

@@ -21,7 +21,7 @@ from fedepth_wire.convert import from_message, plan_digest, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
-from edge_client.link import within
+from edge_client.backoff import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest

@@ -12,9 +12,9 @@ import msgspec
 import structlog
 
 from edge_client.allocators import environment
+from edge_client.backoff import within
 from edge_client.config import TrainerConfig
-from edge_client.link import within
-from edge_client.probe import anonymous_bytes
+from edge_client.memory.probe import anonymous_bytes
 from edge_client.trainer.protocol import Done, Event, Failed, Measure, Ready, TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import Child, module_argv

@@ -96,7 +96,7 @@ class StageProgress(_Event, tag="progress", frozen=True):
     loss: float
 
 
-class Waiting(_Event, tag="waiting", frozen=True):
+class Paused(_Event, tag="waiting", frozen=True):
     """A stage pauses: not even its smallest micro-batch fits into what is free now."""
 
     stage: int
@@ -131,4 +131,4 @@ class Failed(_Event, tag="failed", frozen=True):
     capped: bool = False
 
 
-Event = Measure | Rehearsing | StageStarted | StageProgress | Waiting | StageDone | Done | Failed
+Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

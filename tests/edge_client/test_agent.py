@@ -16,10 +16,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from edge_client.agent import AFTER_FAILURE_S, FINISHED_POLL_S, Agent, Surroundings
+from edge_client.backoff import Clock
 from edge_client.config import Config, load
-from edge_client.link import Clock
+from edge_client.memory.probe import Memory
 from edge_client.outbox import Entry, Outbox
-from edge_client.probe import Memory
 from edge_client.transport import (
     Accepted,
     Answer,

@@ -14,9 +14,9 @@ import torch
 
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
+from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from edge_client.trainer.client import TrainerProcess
-from edge_client.trainer.protocol import Done, Failed, Measure, StageStarted, TrainRequest, Waiting
-from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
+from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
@@ -147,7 +147,7 @@ def test_a_stage_that_paused_goes_on_with_its_whole_micro_batch(request_of: Requ
                     budget = 0 if started and waited < 2 else ENOUGH
                     await trainer.answer(fixed_budget(budget))
                 started = started or isinstance(event, StageStarted)
-                waited += isinstance(event, Waiting)
+                waited += isinstance(event, Paused)
                 if isinstance(event, (Done, Failed)):
                     break
             assert waited == 2

@@ -14,7 +14,7 @@ import msgspec
 from fedepth.child import Child, module_argv
 from fedepth.costs import ModelCosts
 from fedepth.errors import ChildError, ModelError
-from fedepth.estimate.tracer.protocol import Answer, Wanted
+from fedepth.estimate.tracer.protocol import TraceAnswer, TraceRequest
 from fedepth.task import ModelSpec, TrainingSpec
 
 
@@ -37,9 +37,11 @@ class Tracer:
             ModelError: the model cannot be built or split, or is not among `allowed`.
             ChildError: the child ended without an answer.
         """
-        wanted = Wanted(spec, training, str(weights) if weights else "", None if allowed is None else tuple(allowed))
+        wanted = TraceRequest(
+            spec, training, str(weights) if weights else "", None if allowed is None else tuple(allowed)
+        )
         await self._child.send(wanted)
-        answer = msgspec.convert(await self._child.receive(), Answer)
+        answer = msgspec.convert(await self._child.receive(), TraceAnswer)
         if answer.error:
             raise ModelError(answer.error)
         if answer.costs is None:

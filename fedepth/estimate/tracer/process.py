@@ -16,7 +16,7 @@ import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError
-from fedepth.estimate.tracer.protocol import Answer, Wanted
+from fedepth.estimate.tracer.protocol import TraceAnswer, TraceRequest
 from fedepth.layout import ModelLayout
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SEED = 1
 
 
-def _trace(wanted: Wanted) -> ModelCosts:
+def _trace(wanted: TraceRequest) -> ModelCosts:
     from fedepth.estimate.tracing import trace_costs
     from fedepth.models.split import split_spec
 
@@ -62,9 +62,9 @@ def main() -> None:
         os.dup2(2, 1)
         for line in sys.stdin:
             try:
-                answer = Answer(costs=_trace(msgspec.json.decode(line, type=Wanted)))
+                answer = TraceAnswer(costs=_trace(msgspec.json.decode(line, type=TraceRequest)))
             except FedepthError as error:
-                answer = Answer(error=str(error))
+                answer = TraceAnswer(error=str(error))
             answers.write(msgspec.json.encode(answer) + b"\n")
             answers.flush()
 

@@ -8,7 +8,7 @@ from fedepth.costs import ModelCosts
 from fedepth.task import ModelSpec, TrainingSpec
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class TraceRequest(msgspec.Struct, frozen=True):
     """What to trace. `weights`: where weights go; nowhere if empty. `allowed`: see `zoo.build`."""
 
     model: ModelSpec
@@ -17,7 +17,7 @@ class Wanted(msgspec.Struct, frozen=True):
     allowed: tuple[str, ...] | None
 
 
-class Answer(msgspec.Struct, frozen=True):
+class TraceAnswer(msgspec.Struct, frozen=True):
     """The cost table, or why there is none."""
 
     costs: ModelCosts | None = None

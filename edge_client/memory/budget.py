@@ -10,7 +10,7 @@ import structlog
 
 from edge_client.config import MemoryConfig
 from edge_client.identity import recall, remember
-from edge_client.probe import Memory, budget_from
+from edge_client.memory.probe import Memory, budget_from
 from fedepth.budget import Budget
 
 # After a death the device plans smaller; five good tasks make up for one death.
@@ -36,7 +36,7 @@ class Share:
     share: float
 
 
-class Allowance:
+class Budgets:
     """Budgets for training. What it learns is kept in the state directory."""
 
     def __init__(self, state: Path, config: MemoryConfig, torch: str, measure: Callable[[], Memory]) -> None:

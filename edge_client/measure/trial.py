@@ -83,7 +83,7 @@ def fixed_budget(budget_bytes: int) -> Budget:
 
 
 async def try_training(
-    trainer: TrainerProcess, request: TrainRequest, tell: Callable[[Event], None] = lambda _: None
+    trainer: TrainerProcess, request: TrainRequest, on_event: Callable[[Event], None] = lambda _: None
 ) -> Done | Failed:
     """Runs a request in a trainer; one that dies counts as failed, with its last words."""
     try:
@@ -93,7 +93,7 @@ async def try_training(
             elif isinstance(event, (Done, Failed)):
                 return event
             else:
-                tell(event)
+                on_event(event)
     except ChildError as error:
         return Failed(outcome=Outcome.TRAINER_DIED, message=str(error))
     raise AssertionError("a trainer's events end with done or failed")

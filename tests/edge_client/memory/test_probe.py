@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.config import MemoryConfig
-from edge_client.probe import Memory, anonymous_bytes, budget_from, measure
+from edge_client.memory.probe import Memory, anonymous_bytes, budget_from, measure
 from fedepth.budget import MemoryLimit
 
 MIB = 1 << 20

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from edge_client.calibrate import room_for_tracing
 from edge_client.config import Config, MemoryConfig
-from edge_client.probe import Memory, budget_from, measure
+from edge_client.measure.calibration import room_for_tracing
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.memory.probe import Memory, budget_from, measure
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess, torch_version
 from edge_client.trainer.protocol import Done, Failed
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.errors import PlanError, StateError
@@ -37,11 +37,11 @@ _STEPS = 3
 _FEWEST_SAMPLES = 256  # fewer take too short to be timed
 _DESKTOP = Calibration()
 
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CapabilityRequest:
     """What to report on.
 
     Attributes:
@@ -126,7 +126,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Capability:
     """What this device can train.
 
     Attributes:
@@ -158,14 +158,14 @@ def default_samples(batch: int) -> int:
     return max(_STEPS * batch, _FEWEST_SAMPLES)
 
 
-async def make_report(
-    wanted: Wanted,
+async def measure_capability(
+    wanted: CapabilityRequest,
     config: Config,
     *,
     calibration: Calibration = _DESKTOP,
     busy: float = 0.0,
-    tell: Tell = lambda _: None,
-) -> Report:
+    on_progress: OnProgress = lambda _: None,
+) -> Capability:
     """Traces the model and trains it row by row. Takes minutes for a large model; cancelling ends the trainer.
 
     Args:
@@ -182,9 +182,9 @@ async def make_report(
     """
     torch_version()
     with _scratch_folder(config.state_dir) as folder:
-        tell("measuring what is free")
+        on_progress("measuring what is free")
         await room_for_tracing(config.trainer, config.memory)
-        tell(f"tracing {wanted.model.name}")
+        on_progress(f"tracing {wanted.model.name}")
         weights = folder / "weights.safetensors"
         async with tracer() as trace:
             costs = await trace.costs(wanted.model, wanted.training, weights, config.models.allow)
@@ -192,7 +192,7 @@ async def make_report(
         keeper = TrainerKeeper(config.trainer)
         bench = Bench(model, write_noise(folder / "data", wanted.model, wanted.sample_count), keeper, config.memory)
         try:
-            return await measured_report(wanted, bench, busy, tell)
+            return await measured_capability(wanted, bench, busy, on_progress)
         finally:
             await keeper.drop()
 
@@ -250,14 +250,16 @@ def busy_share() -> float:
     return min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-async def measured_report(wanted: Wanted, bench: Bench, busy: float, tell: Tell) -> Report:
+async def measured_capability(
+    wanted: CapabilityRequest, bench: Bench, busy: float, on_progress: OnProgress
+) -> Capability:
     """The rows of a model that is traced already. Rows that go wrong say so; they do not end the report."""
-    tell("starting the trainer")
+    on_progress("starting the trainer")
     trainer = await bench.trainer()
     device = bench.free(trainer)
     costs = bench.model.costs
     full = full_training_peak(costs, wanted.training, wanted.sample_count)
-    return Report(
+    return Capability(
         model=wanted.model.name,
         input_shape=wanted.model.input_shape,
         training=wanted.training,
@@ -269,16 +271,18 @@ async def measured_report(wanted: Wanted, bench: Bench, busy: float, tell: Tell)
         torch=torch_version(),
         busy=busy,
         full_training_bytes=needed_bytes(full.total),
-        units=await _unit_rows(wanted, bench, device.budget_bytes, tell),
-        plans=await _plan_rows(wanted, bench, device.budget_bytes, tell),
+        units=await _unit_rows(wanted, bench, device.budget_bytes, on_progress),
+        plans=await _plan_rows(wanted, bench, device.budget_bytes, on_progress),
     )
 
 
-async def _unit_rows(wanted: Wanted, bench: Bench, free_bytes: int, tell: Tell) -> tuple[UnitRow, ...]:
+async def _unit_rows(
+    wanted: CapabilityRequest, bench: Bench, free_bytes: int, on_progress: OnProgress
+) -> tuple[UnitRow, ...]:
     costs = bench.model.costs
     rows = []
     for index, unit in enumerate(costs.units):
-        tell(f"unit {index} of 0-{len(costs.units) - 1}: {unit.name}")
+        on_progress(f"unit {index} of 0-{len(costs.units) - 1}: {unit.name}")
         plan = unit_plan(
             costs, unit=index, training=wanted.training, sample_count=wanted.sample_count, policy=wanted.policy
         )
@@ -287,9 +291,11 @@ async def _unit_rows(wanted: Wanted, bench: Bench, free_bytes: int, tell: Tell) 
     return tuple(rows)
 
 
-async def _plan_rows(wanted: Wanted, bench: Bench, free_bytes: int, tell: Tell) -> tuple[PlanRow, ...]:
+async def _plan_rows(
+    wanted: CapabilityRequest, bench: Bench, free_bytes: int, on_progress: OnProgress
+) -> tuple[PlanRow, ...]:
     """From the smallest budget to the largest, so that a plan that several give is proved under the smallest."""
-    tell("choosing budgets" if not wanted.budgets else "planning")
+    on_progress("choosing budgets" if not wanted.budgets else "planning")
     budgets = sorted(set(wanted.budgets)) or _ladder(wanted, bench, free_bytes)
     rows: list[PlanRow] = []
     for number, budget_bytes in enumerate(budgets, 1):
@@ -305,14 +311,14 @@ async def _plan_rows(wanted: Wanted, bench: Bench, free_bytes: int, tell: Tell) 
             message = f"the smallest plan needs {format_size(error.needed_bytes, round_up=True)}"
             rows.append(PlanRow(budget_bytes, None, 0, error.needed_bytes, End(Verdict.NO_PLAN, message)))
             continue
-        tell(f"budget {number} of {len(budgets)}: {format_size(budget_bytes)}, {plan.blocks}")
+        on_progress(f"budget {number} of {len(budgets)}: {format_size(budget_bytes)}, {plan.blocks}")
         end = _known(rows, plan) or await bench.run(plan, budget_bytes)
         peak = plan.predicted_peak_bytes
         rows.append(PlanRow(budget_bytes, plan, peak, needed_bytes(peak), end))
     return tuple(rows)
 
 
-def _ladder(wanted: Wanted, bench: Bench, free_bytes: int) -> list[int]:
+def _ladder(wanted: CapabilityRequest, bench: Bench, free_bytes: int) -> list[int]:
     try:
         rungs = ladder(
             bench.model.costs,

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 from edge_client.config import Config, MemoryConfig, TrainerConfig
-from edge_client.probe import Memory
-from edge_client.report import (
+from edge_client.measure.capability import (
     Bench,
+    Capability,
+    CapabilityRequest,
     Measured,
-    Report,
     Verdict,
-    Wanted,
     default_samples,
-    make_report,
-    measured_report,
+    measure_capability,
+    measured_capability,
 )
-from edge_client.report_tables import in_words, micro_batches, shown_blocks, tables
+from edge_client.measure.capability_tables import in_words, micro_batches, shown_blocks, tables
+from edge_client.measure.trial import TrialModel
+from edge_client.memory.probe import Memory
 from edge_client.trainer.client import TrainerKeeper
-from edge_client.trial import TrialModel
 from fedepth.budget import MemoryLimit
 from fedepth.errors import ConfigError, ModelError, PlanError, StateError
 from fedepth.estimate.peak import needed_bytes
@@ -36,7 +36,7 @@ from fedepth.sizes import format_size
 from fedepth.task import ModelSpec
 from tests.edge_client.conftest import COSTS, MIB, SAMPLES, TRAINING
 
-FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
+FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
 START_BYTES = 10 * MIB  # of the fake trainer
 TOY = ModelSpec("toy", ("a", "b"), (1, 8, 8), (0.5,), (0.5,))
 GOOD = {"do": "ok", "peak": MIB}
@@ -44,14 +44,14 @@ UNITS = len(COSTS.units)
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Callable[..., tuple[Report, list[dict[str, Any]]]]:
+def play(tmp_path: Path) -> Callable[..., tuple[Capability, list[dict[str, Any]]]]:
     """A report on the toy model by a trainer that follows the scenes, and the requests that it got."""
 
-    def run(*scenes: dict[str, Any], free: int, budgets: tuple[int, ...]) -> tuple[Report, list[dict[str, Any]]]:
+    def run(*scenes: dict[str, Any], free: int, budgets: tuple[int, ...]) -> tuple[Capability, list[dict[str, Any]]]:
         (tmp_path / "scenes").write_text(json.dumps(scenes))
         argv = [sys.executable, str(FAKE_TRAINER), str(tmp_path / "scenes"), str(tmp_path / "journal")]
 
-        async def rows() -> Report:
+        async def rows() -> Capability:
             keeper = TrainerKeeper(TrainerConfig(), argv)
             # A limit by rlimit does not grow by what the trainer holds, so that the figures are exact.
             memory = Memory(free + START_BYTES, (MemoryLimit("RLIMIT_DATA", free + START_BYTES),))
@@ -63,8 +63,8 @@ def play(tmp_path: Path) -> Callable[..., tuple[Report, list[dict[str, Any]]]]:
                 lambda: memory,
             )
             try:
-                return await measured_report(
-                    Wanted(TOY, TRAINING, Policy.PAPER, SAMPLES, budgets), bench, 0.0, lambda _: None
+                return await measured_capability(
+                    CapabilityRequest(TOY, TRAINING, Policy.PAPER, SAMPLES, budgets), bench, 0.0, lambda _: None
                 )
             finally:
                 await keeper.drop()
@@ -203,13 +203,13 @@ def test_tables_name_blocks_and_micro_batches(play: Callable[..., Any]) -> None:
 
 
 def test_the_picture_shows_rows_that_failed_too(play: Callable[..., Any], tmp_path: Path) -> None:
-    from edge_client.report_plot import save_report
+    from edge_client.measure.capability_plot import save_capability
 
     report, _ = play({"do": "die"}, GOOD, free=60 * MIB, budgets=(MIB, 30 * MIB, 400 * MIB))
-    save_report(tmp_path / "report.png", report)
+    save_capability(tmp_path / "report.png", report)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"missing/report\.png: No such file"):
-        save_report(tmp_path / "missing" / "report.png", report)
+        save_capability(tmp_path / "missing" / "report.png", report)
 
 
 def test_samples_are_enough_for_a_few_steps() -> None:
@@ -217,25 +217,25 @@ def test_samples_are_enough_for_a_few_steps() -> None:
 
 
 def test_a_model_that_this_device_does_not_allow_is_refused(tmp_path: Path) -> None:
-    wanted = Wanted(named_spec("os:getcwd", "1x8x8", 10), TRAINING, Policy.AUTO, 8)
+    wanted = CapabilityRequest(named_spec("os:getcwd", "1x8x8", 10), TRAINING, Policy.AUTO, 8)
     with pytest.raises(ModelError, match="os:getcwd"):
-        asyncio.run(make_report(wanted, Config(state=str(tmp_path))))
+        asyncio.run(measure_capability(wanted, Config(state=str(tmp_path))))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_traced_where_a_tracer_has_no_room(tmp_path: Path) -> None:
-    wanted = Wanted(TOY, TRAINING, Policy.AUTO, 8)
+    wanted = CapabilityRequest(TOY, TRAINING, Policy.AUTO, 8)
     config = Config(state=str(tmp_path), memory=MemoryConfig(reserve="1000GiB"))
     with pytest.raises(PlanError, match=r"256\.0 MiB have to be free beside the trainer, 0 B are"):
-        asyncio.run(make_report(wanted, config))
+        asyncio.run(measure_capability(wanted, config))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    wanted = Wanted(TOY, TRAINING, Policy.AUTO, 8)
+    wanted = CapabilityRequest(TOY, TRAINING, Policy.AUTO, 8)
     with pytest.raises(StateError, match="give --state DIR"):
-        asyncio.run(make_report(wanted, Config(state=str(tmp_path / "file"))))
+        asyncio.run(measure_capability(wanted, Config(state=str(tmp_path / "file"))))
 
 
 def test_a_real_trainer_is_inside_every_budget(tmp_path: Path) -> None:
@@ -258,7 +258,8 @@ def test_a_real_trainer_is_inside_every_budget(tmp_path: Path) -> None:
 
 def test_the_command_line_holds_no_torch_and_checks_the_picture_first(tmp_path: Path) -> None:
     program = (
-        "import sys; import edge_client.cli, edge_client.report; from fedepth.models.catalog import named_spec; "
+        "import sys; import edge_client.cli, edge_client.measure.capability; "
+        "from fedepth.models.catalog import named_spec; "
         "named_spec('preresnet20', None, 10); "
         "print([name for name in ('torch', 'numpy', 'matplotlib') if name in sys.modules])"
     )

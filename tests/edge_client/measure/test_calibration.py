@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from edge_client import calibrate
-from edge_client.calibrate import PROBES, ROOM, TRACER_BYTES, AllocatorTrial, Calibrated, calibrated, choose, fitting
 from edge_client.config import TrainerConfig
+from edge_client.measure import calibration
+from edge_client.measure.calibration import (
+    PROBES,
+    ROOM,
+    TRACER_BYTES,
+    AllocatorTrial,
+    Calibrated,
+    calibrated,
+    choose,
+    fitting,
+)
+from edge_client.measure.trial import TrialModel
 from edge_client.trainer.protocol import Done
-from edge_client.trial import TrialModel
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, PlanError, StateError
 from fedepth.estimate.peak import needed_bytes
@@ -36,7 +45,7 @@ class Measured:
         self.inside = 0
 
     async def __call__(
-        self, config: TrainerConfig, memory: object, fingerprint: str, folder: Path, tell: object
+        self, config: TrainerConfig, memory: object, fingerprint: str, folder: Path, on_progress: object
     ) -> Calibrated:
         self.times += 1
         self.inside += 1
@@ -49,7 +58,7 @@ class Measured:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     found = Measured()
-    monkeypatch.setattr(calibrate, "_measure", found)
+    monkeypatch.setattr(calibration, "_measure", found)
     return found
 
 
@@ -67,7 +76,7 @@ def test_it_is_measured_once_and_again_when_asked_or_when_something_changed(
     assert asyncio.run(calibrated(config, quiet, folder=tmp_path)) == first
     assert measured.times == 1
     assert asyncio.run(calibrated(config, quiet, again=True, folder=tmp_path)).calibration.fixed_bytes == 2
-    monkeypatch.setattr(calibrate, "torch_version", lambda: "99.0")
+    monkeypatch.setattr(calibration, "torch_version", lambda: "99.0")
     assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3
     assert asyncio.run(calibrated(TrainerConfig(threads=1), quiet, folder=tmp_path)).calibration.fixed_bytes == 4
     assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3  # each has its record
@@ -92,7 +101,7 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     async def full(*_: object) -> Calibrated:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(calibrate, "_measure", full)
+    monkeypatch.setattr(calibration, "_measure", full)
     with pytest.raises(StateError, match=r"cannot be kept in .* \(No space left on device\).*XDG_CACHE_HOME"):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
     assert not list(tmp_path.glob("calibration-*.json"))
@@ -102,8 +111,8 @@ def test_nothing_is_traced_where_the_tracer_itself_has_no_room(tmp_path: Path, m
     async def free(*_: object) -> int:
         return TRACER_BYTES - MIB
 
-    monkeypatch.setattr(calibrate, "_free_bytes", free)
-    monkeypatch.setattr(calibrate, "tracer", None)
+    monkeypatch.setattr(calibration, "_free_bytes", free)
+    monkeypatch.setattr(calibration, "tracer", None)
     with pytest.raises(PlanError, match=r"256\.0 MiB have to be free beside the trainer, 255\.0 MiB are"):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
 
@@ -112,7 +121,7 @@ def test_another_processor_is_measured_anew(
     tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(calibrate, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(calibration, "_CPUINFO", cpuinfo)
     for text in (
         "processor\t: 0\nmodel name\t: A\nflags\t\t: avx2\ncpu MHz\t: 2000\n",
         "processor\t: 0\nmodel name\t: A\nflags\t\t: avx2\ncpu MHz\t: 3000\n",  # the same, warmer
@@ -128,7 +137,7 @@ def test_what_was_kept_of_another_allowance_is_measured_anew(
     tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for allowed in (1 << 20, 1 << 20, 2 << 20):
-        monkeypatch.setattr(calibrate, "KEPT_BYTES", allowed)
+        monkeypatch.setattr(calibration, "KEPT_BYTES", allowed)
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
     assert measured.times == 2
 
@@ -152,9 +161,9 @@ def test_a_probe_gives_its_stages_its_worst_peaks_and_its_time() -> None:
     )
     told = done((50, 60), (0, 10), (70, 65))
     # The stage whose peak lay below the baseline says nothing about what it needs.
-    assert [each.measured_bytes for each in calibrate._stages(model, PROBES[0], told)] == [50, 70]
-    assert calibrate._peaks(told) == (70, 65)
-    assert calibrate._trial("a", "version", told) == AllocatorTrial("a", "version", 65, 0.5)
+    assert [each.measured_bytes for each in calibration._stages(model, PROBES[0], told)] == [50, 70]
+    assert calibration._peaks(told) == (70, 65)
+    assert calibration._trial("a", "version", told) == AllocatorTrial("a", "version", 65, 0.5)
 
 
 def test_a_calibration_in_which_no_peak_rose_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,11 +181,11 @@ def test_a_calibration_in_which_no_peak_rose_says_so(tmp_path: Path, monkeypatch
     async def trained(*_: object) -> tuple[str, Done]:
         return "version", done((0, 0), (0, 0))
 
-    monkeypatch.setattr(calibrate, "_prepare", traced)
-    monkeypatch.setattr(calibrate, "_free_bytes", free)
-    monkeypatch.setattr(calibrate, "_run", trained)
-    monkeypatch.setattr(calibrate, "_plan", lambda model, probe: Plan((), (), Policy.AUTO, 0))
-    monkeypatch.setattr(calibrate, "fitting", lambda plans, free_bytes: list(plans))
+    monkeypatch.setattr(calibration, "_prepare", traced)
+    monkeypatch.setattr(calibration, "_free_bytes", free)
+    monkeypatch.setattr(calibration, "_run", trained)
+    monkeypatch.setattr(calibration, "_plan", lambda model, probe: Plan((), (), Policy.AUTO, 0))
+    monkeypatch.setattr(calibration, "fitting", lambda plans, free_bytes: list(plans))
     with pytest.raises(ChildError, match=r"no probe's peak rose .* run: fedepth-client calibrate"):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
 

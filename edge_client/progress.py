@@ -1,4 +1,4 @@
-"""Tells on what a trainer reports: to the coordinator as progress, to the log in words."""
+"""Sends on what a trainer reports: to the coordinator as progress, to the log in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from edge_client.trainer.protocol import Event, Rehearsing, StageDone, StageProgress, StageStarted, Waiting
+from edge_client.trainer.protocol import Event, Paused, Rehearsing, StageDone, StageProgress, StageStarted
 from fedepth.sizes import format_size
 from fedepth.task import Progress, Task
 
@@ -16,7 +16,7 @@ LOG_EVERY_S = 30.0
 _log = structlog.get_logger()
 
 
-class Tell:
+class ProgressReporter:
     """Takes the events of one task. A long stage writes a line every half a minute."""
 
     def __init__(self, task: Task, device_id: str, report: Callable[[Progress], None]) -> None:
@@ -28,7 +28,7 @@ class Tell:
     def activity(self, name: str) -> None:
         self._report(Progress(self._task.task_id, self._task.attempt, self._device_id, name))
 
-    def __call__(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         if isinstance(event, Rehearsing):
             self.activity("rehearsing")
             _log.info("rehearsing every stage for one step")
@@ -40,7 +40,7 @@ class Tell:
             self._report(replace(progress, epoch=event.epoch, epochs=event.epochs, loss=event.loss))
             if time.monotonic() - self._logged_at >= LOG_EVERY_S:
                 self._log("training", event, epoch=f"{event.epoch}/{event.epochs}", loss=round(event.loss, 4))
-        elif isinstance(event, Waiting):
+        elif isinstance(event, Paused):
             self.activity("waiting for memory")
             _log.warning(
                 "paused: others on this device hold the memory",

@@ -3,8 +3,8 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
+from edge_client.backoff import Backoff, Clock, within
 from edge_client.config import RetryConfig
-from edge_client.link import Clock, Link, within
 from fedepth.errors import TransportError
 
 
@@ -21,11 +21,11 @@ class FakeClock(Clock):
 
 def pauses(seed: str, attempts: int) -> list[float]:
     clock = FakeClock()
-    link = Link("host:1", RetryConfig(first_s=1, longest_s=300, remind_s=180), clock, seed)
+    backoff = Backoff("host:1", RetryConfig(first_s=1, longest_s=300, remind_s=180), clock, seed)
     found = []
     for _ in range(attempts):
         before = clock.time
-        asyncio.run(link.lost(TransportError("away")))
+        asyncio.run(backoff.pause(TransportError("away")))
         found.append(clock.time - before)
     return found
 
@@ -43,15 +43,15 @@ def test_devices_do_not_return_in_step_but_each_repeats_itself() -> None:
 
 def test_an_outage_is_said_at_once_and_then_at_every_reminder() -> None:
     clock = FakeClock()
-    link = Link("host:1", RetryConfig(first_s=1000, longest_s=1000, remind_s=180), clock, "device")
+    backoff = Backoff("host:1", RetryConfig(first_s=1000, longest_s=1000, remind_s=180), clock, "device")
     with capture_logs() as logs:
-        asyncio.run(link.lost(TransportError("away")))
+        asyncio.run(backoff.pause(TransportError("away")))
     assert [line["away_s"] for line in logs] == [180.0 * n for n in range(len(logs))]
     assert len(logs) == 1 + int(clock.time // 180)
     assert (logs[0]["coordinator"], logs[0]["error"]) == ("host:1", "away")
     with capture_logs() as logs:
-        link.back()
-        link.back()
+        backoff.reset()
+        backoff.reset()
     assert [line["event"] for line in logs] == ["coordinator is back"]
 
 

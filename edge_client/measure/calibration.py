@@ -27,10 +27,10 @@ import msgspec
 from edge_client.allocators import available
 from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
-from edge_client.probe import budget_from, measure
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.memory.probe import budget_from, measure
 from edge_client.trainer.client import TrainerProcess, torch_version
 from edge_client.trainer.protocol import Done
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
 from fedepth import __version__
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ChildError, LockedError, PlanError, StateError
@@ -54,7 +54,7 @@ _CPU_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 _STEPS = 3
 _LOOK_S = 0.5
 
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Calibrated:
 
 async def calibrated(
     config: TrainerConfig,
-    tell: Tell,
+    on_progress: OnProgress,
     *,
     memory: MemoryConfig | None = None,
     again: bool = False,
@@ -149,7 +149,7 @@ async def calibrated(
         try:
             # Beside the record, because the system's folder for temporary files may lie in memory.
             with tempfile.TemporaryDirectory(prefix="probes-", dir=folder) as probes:
-                found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), tell)
+                found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), on_progress)
             remember(file, found)
         except OSError as error:
             if error.errno not in _UNWRITABLE:
@@ -254,27 +254,27 @@ async def _free_bytes(config: TrainerConfig, memory: MemoryConfig) -> int:
 
 
 async def _measure(
-    config: TrainerConfig, memory: MemoryConfig, fingerprint: str, folder: Path, tell: Tell
+    config: TrainerConfig, memory: MemoryConfig, fingerprint: str, folder: Path, on_progress: OnProgress
 ) -> Calibrated:
     """What fails is told and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
     free = await room_for_tracing(msgspec.structs.replace(config, allocator=names[0]), memory)
-    tell("tracing small models")
+    on_progress("tracing small models")
     async with tracer() as trace:
         models = {probe: await _prepare(trace, probe, folder) for probe in PROBES}
     first, *others = fitting({probe: _plan(model, probe) for probe, model in models.items()}, free)
     if len(others) + 1 < len(PROBES):
-        tell(f"{len(others) + 1} of {len(PROBES)} probes fit into what is free; the others are left out")
+        on_progress(f"{len(others) + 1} of {len(PROBES)} probes fit into what is free; the others are left out")
     trials: list[AllocatorTrial] = []
     firsts: dict[str, Done] = {}
     failed = ""
     for name in names:
-        tell(f"trying {name}")
+        on_progress(f"trying {name}")
         try:
             version, firsts[name] = await _run(config, name, models[first], first, folder)
         except ChildError as error:
             failed = f"{name} cannot be measured: {error}"
-            tell(failed)
+            on_progress(failed)
         else:
             trials.append(_trial(name, version, firsts[name]))
     if not trials:
@@ -283,11 +283,11 @@ async def _measure(
     measured = _stages(models[first], first, firsts[chosen])
     peaks = [_peaks(firsts[chosen])]
     for probe in others:
-        tell(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
+        on_progress(f"{chosen}: {probe.model}, micro-batch {probe.micro_batch}")
         try:
             _, done = await _run(config, chosen, models[probe], probe, folder)
         except ChildError as error:
-            tell(f"left out: {error}")
+            on_progress(f"left out: {error}")
         else:
             measured += _stages(models[probe], probe, done)
             peaks.append(_peaks(done))

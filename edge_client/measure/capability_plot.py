@@ -1,4 +1,4 @@
-"""A report as a picture. Needs matplotlib (the extra `plot`)."""
+"""What a device is capable of, as a picture. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from edge_client.report import Measured, PlanRow, Report, Verdict
-from edge_client.report_tables import title
+from edge_client.measure.capability import Capability, Measured, PlanRow, Verdict
+from edge_client.measure.capability_tables import title
 from fedepth.errors import ConfigError
 from fedepth.sizes import format_size
 
@@ -26,7 +26,7 @@ _NAMES = {
 }
 
 
-def save_report(path: Path, report: Report) -> None:
+def save_capability(path: Path, report: Capability) -> None:
     """Writes a PNG: the units on the left, the plans at their budgets on the right.
 
     Raises:
@@ -45,7 +45,7 @@ def save_report(path: Path, report: Report) -> None:
         raise ConfigError(f"The plot cannot be written to {path}: {error.strerror}. Name another file.") from error
 
 
-def _draw_units(axes: Axes, report: Report) -> None:
+def _draw_units(axes: Axes, report: Capability) -> None:
     places = range(len(report.units))
     predicted = [row.predicted_peak_bytes / _MIB for row in report.units]
     measured = [_peak_mib(row.end.measured) for row in report.units]
@@ -67,7 +67,7 @@ def _draw_units(axes: Axes, report: Report) -> None:
     axes.legend(loc="upper right", frameon=False)
 
 
-def _draw_plans(axes: Axes, report: Report) -> None:
+def _draw_plans(axes: Axes, report: Capability) -> None:
     """Budgets as outlines that the measured peaks fill; the time on an axis of its own."""
     places = list(range(len(report.plans)))
     budgets = [row.budget_bytes / _MIB for row in report.plans]

@@ -1,4 +1,4 @@
-"""A report as tables for people. Loads rich."""
+"""What a device is capable of, as tables for people. Loads rich."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from edge_client.report import End, Measured, PlanRow, Report, UnitRow, Verdict
+from edge_client.measure.capability import Capability, End, Measured, PlanRow, UnitRow, Verdict
 from fedepth.plan import Plan, Stage
 from fedepth.sizes import format_size
 
@@ -20,7 +20,7 @@ _NOT_TRAINED = {
 }
 
 
-def title(report: Report) -> str:
+def title(report: Capability) -> str:
     """What was trained and how, in one line."""
     training = report.training
     return (
@@ -29,7 +29,7 @@ def title(report: Report) -> str:
     )
 
 
-def tables(report: Report) -> Iterator[Table]:
+def tables(report: Capability) -> Iterator[Table]:
     """The units, and the plans."""
     units = _table(f"{title(report)}\n\nEvery unit alone, the batch in one piece")
     units.add_column("unit", justify="right")

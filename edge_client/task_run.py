@@ -10,12 +10,12 @@ from pathlib import Path
 
 import structlog
 
-from edge_client.allowance import Allowance
+from edge_client.backoff import Backoff
 from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
-from edge_client.link import Link
+from edge_client.memory.budget import Budgets
 from edge_client.outbox import Outbox
-from edge_client.tell import Tell
+from edge_client.progress import ProgressReporter
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import Transport, UnreachableError
@@ -51,7 +51,7 @@ _OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
 )
 
 
-class Worker:
+class TaskRunner:
     """Carries out tasks, one at a time. Cancelling `run` ends the trainer."""
 
     def __init__(
@@ -60,18 +60,18 @@ class Worker:
         device_id: str,
         transport: Transport,
         keeper: TrainerKeeper,
-        allowance: Allowance,
+        budgets: Budgets,
         outbox: Outbox,
-        link: Link,
+        backoff: Backoff,
         report: Callable[[Progress], None],
     ) -> None:
         self._config = config
         self._device_id = device_id
         self._transport = transport
         self._keeper = keeper
-        self._allowance = allowance
+        self._budgets = budgets
         self._outbox = outbox
-        self._link = link
+        self._backoff = backoff
         self._report = report
         self._keeping_nothing: set[tuple[Stage, ...]] = set()  # plans that have met the cap on their heap before
         self._folder = config.state_dir / "work"
@@ -85,17 +85,17 @@ class Worker:
                 more, so that what has come since waits for the next task.
         """
         folder = self._folder / f"{task.task_id}-{task.attempt}"
-        tell = Tell(task, self._device_id, self._report)
-        tell.activity("downloading")
+        reporter = ProgressReporter(task, self._device_id, self._report)
+        reporter.activity("downloading")
         try:
             self._check_model(task)
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
             weights = await self._weights(task)
-            tell.activity("starting the trainer")
+            reporter.activity("starting the trainer")
             request = TrainRequest(
                 task=task,
                 plan=task.plan,
-                budget=self._allowance.budget(self._keeper.held_bytes, self._keeper.baseline_bytes),
+                budget=self._budgets.budget(self._keeper.held_bytes, self._keeper.baseline_bytes),
                 weights=str(weights.resolve()),
                 data=str(self._config.data_dir.resolve()),
                 output=str((folder / "output").resolve()),
@@ -106,7 +106,7 @@ class Worker:
                 most_samples=planned_samples,
             )
             samples = min(summary.sample_count, planned_samples)
-            done = await self._train(request, samples, tell, keep_plan=samples == planned_samples)
+            done = await self._train(request, samples, reporter, keep_plan=samples == planned_samples)
             self._outbox.put(done.result, folder / "output")
         except asyncio.CancelledError:
             await self._keeper.drop()
@@ -119,7 +119,7 @@ class Worker:
             )
             return _failure(task, self._device_id, StateError(told))
         else:
-            self._allowance.succeeded()
+            self._budgets.succeeded()
             return done.result
         finally:
             self._keeper.rest()
@@ -140,17 +140,17 @@ class Worker:
             try:
                 path = await self._transport.fetch_weights(task)
             except UnreachableError as error:
-                await self._link.lost(error)
+                await self._backoff.pause(error)
             except ProtocolError as error:
                 damaged += 1
                 if damaged == FETCHES:
                     raise
                 _log.warning("weights came damaged; fetching them again", error=str(error))
             else:
-                self._link.back()
+                self._backoff.reset()
                 return path
 
-    async def _train(self, request: TrainRequest, samples: int, tell: Tell, *, keep_plan: bool) -> Done:
+    async def _train(self, request: TrainRequest, samples: int, reporter: ProgressReporter, *, keep_plan: bool) -> Done:
         """Trains with smaller and smaller plans until one stays inside its budget."""
         limit: int | None = None
         deaths = smaller = 0
@@ -160,14 +160,16 @@ class Worker:
                 Path(folder).mkdir(parents=True)
             try:
                 trainer = await self._keeper.take()
-                self._allowance.learn_start(trainer.start_bytes)
-                budget = self._allowance.budget(trainer.held_bytes, trainer.baseline_bytes)
+                self._budgets.learn_start(trainer.start_bytes)
+                budget = self._budgets.budget(trainer.held_bytes, trainer.baseline_bytes)
                 plan = await self._plan(request.task, budget, samples, limit, keep_plan)
                 keeping = plan.stages not in self._keeping_nothing
-                end = await self._train_once(trainer, replace(request, plan=plan, budget=budget, keeping=keeping), tell)
+                end = await self._train_once(
+                    trainer, replace(request, plan=plan, budget=budget, keeping=keeping), reporter
+                )
             except ChildError as error:
                 await self._keeper.drop()
-                self._allowance.died()
+                self._budgets.died()
                 deaths += 1
                 _log.error("the trainer died", error=str(error), deaths=deaths, task=request.task.task_id)
                 if deaths == 2:
@@ -176,7 +178,7 @@ class Worker:
             if isinstance(end, Done):
                 return end
             if end.outcome is not Outcome.OVER_BUDGET:
-                raise _Told(end)
+                raise _TrainerFailed(end)
             if end.capped and keeping:
                 _log.warning("a stage met the cap on its heap; the same plan, keeping nothing", message=end.message)
                 self._keeping_nothing.add(plan.stages)
@@ -235,8 +237,10 @@ class Worker:
         )
         return plan
 
-    async def _train_once(self, trainer: TrainerProcess, request: TrainRequest, tell: Tell) -> Done | Failed:
-        """One request to the trainer, with its events told on. A death in the rehearsal means: over budget."""
+    async def _train_once(
+        self, trainer: TrainerProcess, request: TrainRequest, reporter: ProgressReporter
+    ) -> Done | Failed:
+        """One request to the trainer, with its events sent on. A death in the rehearsal means: over budget."""
         rehearsing = False
         early = EarlyUpload(self._transport, request.task, self._device_id, request.plan, Path(request.output))
         try:
@@ -246,11 +250,11 @@ class Worker:
                     if isinstance(event, Measure):
                         # The trainer counts from its baseline on; the budget needs all that it holds.
                         held = event.baseline_anonymous_bytes + event.held_bytes
-                        await trainer.answer(self._allowance.budget(held, event.baseline_bytes))
+                        await trainer.answer(self._budgets.budget(held, event.baseline_bytes))
                     elif isinstance(event, (Done, Failed)):
                         return event
                     else:
-                        tell(event)
+                        reporter.send(event)
                     if isinstance(event, StageDone):
                         early.add(event.part)
         except ChildError as error:
@@ -274,7 +278,7 @@ def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0, tries: int 
     return max(limit, least_bytes) if least_bytes < needed else limit
 
 
-class _Told(FedepthError):
+class _TrainerFailed(FedepthError):
     """The trainer gave up and said why."""
 
     def __init__(self, end: Failed) -> None:
@@ -292,7 +296,7 @@ class _NothingSmaller(OverBudgetError):
 
 
 def _failure(task: Task, device_id: str, error: FedepthError) -> Failure:
-    if isinstance(error, _Told):
+    if isinstance(error, _TrainerFailed):
         end = error.end
         outcome, needed, budget = end.outcome, end.needed_bytes, end.budget_bytes
     else:

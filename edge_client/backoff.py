@@ -47,7 +47,7 @@ class Clock:
         await asyncio.sleep(seconds)
 
 
-class Link:
+class Backoff:
     """Counts failed attempts in a row. Says that the coordinator is away, at once and every `remind_s`."""
 
     def __init__(self, address: str, config: RetryConfig, clock: Clock, seed: str) -> None:
@@ -60,7 +60,7 @@ class Link:
         self._since = 0.0
         self._said = 0.0
 
-    async def lost(self, error: FedepthError) -> None:
+    async def pause(self, error: FedepthError) -> None:
         """Pauses after a failed attempt: first_s · 2^tries up to longest_s, times 0.5 to 1.5."""
         now = self._clock.now()
         self._tries += 1
@@ -77,7 +77,7 @@ class Link:
                 due = now + self._config.remind_s
             await self._clock.sleep(min(end, due) - now)
 
-    def back(self) -> None:
+    def reset(self) -> None:
         """Notes an attempt that worked."""
         if self._tries:
             away = self._clock.now() - self._since
