@@ -91,6 +91,7 @@ class Agent:
             self._outbox,
             self._backoff,
             self._note,
+            self._calibration,
         )
         self._progress = Progress("", 0, device_id, "")
         self._nudge = asyncio.Event()

@@ -50,7 +50,6 @@ app = typer.Typer(
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
 _State = Annotated[Path | None, typer.Option(help="Where identity and kept updates live.")]
-_Allow = Annotated[list[str] | None, typer.Option(help="Allow a job to name module:function.")]
 _Cap = Annotated[str | None, typer.Option(help="The most that training may add, as 300MiB.")]
 
 
@@ -64,7 +63,6 @@ def run(
     budget_cap: _Cap = None,
     linger: Annotated[float | None, typer.Option(help="Seconds that an idle trainer stays.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
-    allow_model: _Allow = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when the job is finished.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
 ) -> None:
@@ -77,7 +75,6 @@ def run(
         "memory.cap": budget_cap,
         "trainer.linger_s": linger,
         "trainer.threads": threads,
-        "models.allow": allow_model or None,
     }
     chosen = settings.load(config, _given(overrides))
     settings.check_runnable(chosen)
@@ -142,7 +139,6 @@ def report(
     samples: Annotated[int | None, typer.Option(min=2, help="Samples to train on; enough for a few steps.")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="A budget to try, as 300MiB; may be repeated.")] = None,
     budget_cap: _Cap = None,
-    allow_model: _Allow = None,
     config: _ConfigFile = None,
     state: _State = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
@@ -155,7 +151,6 @@ def report(
     overrides = {
         "state": str(state) if state else None,
         "memory.cap": budget_cap,
-        "models.allow": allow_model or None,
     }
     chosen = settings.load(config, _given(overrides))
     save_capability = _plotting(plot) if plot else None

@@ -13,8 +13,6 @@ linger_s = 60         # how long an idle trainer stays in memory
 threads = 0           # 0 leaves the choice to torch
 enforce = true        # stop a stage that goes over its budget
 allocator = "auto"    # tcmalloc where it is installed, else glibc; or one of them by name
-[models]
-allow = ["mypackage.models:make"]
 [retry]
 first_s = 1
 longest_s = 300
@@ -43,7 +41,6 @@ else:
 
 _LONGEST_LINGER_S = 365 * 86400
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 _AT = re.compile(r"(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`")
 
@@ -88,17 +85,6 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"threads is {self.threads}, allowed is 0 (torch decides) and more")
 
 
-class ModelsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which models outside the zoo a job may name on this device."""
-
-    allow: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in self.allow:
-            if not _FACTORY.fullmatch(name):
-                raise ValueError(f'allow holds "{name}", expected "module:function"')
-
-
 class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Pauses between attempts to reach the coordinator, and how often the log says that it is away."""
 
@@ -122,7 +108,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
     memory: MemoryConfig = MemoryConfig()
     trainer: TrainerConfig = TrainerConfig()
-    models: ModelsConfig = ModelsConfig()
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:

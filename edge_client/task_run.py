@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import Transport, UnreachableError
 from fedepth.budget import Budget
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.data.scan import scan
 from fedepth.errors import (
     ChildError,
@@ -33,18 +34,19 @@ from fedepth.errors import (
 )
 from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan, Stage
+from fedepth.models.traced import read_costs
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 SMALLER_PLANS = 4
-FETCHES = 3  # of weights that come damaged
+FETCHES = 3  # of a file that comes damaged
 _SMALLEST_STEP = 0.05
 _log = structlog.get_logger()
 
 _OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
     (DataError, Outcome.DATA),
-    (ModelError, Outcome.MODEL_NOT_ALLOWED),
+    (ModelError, Outcome.MODEL),
     (PlanError, Outcome.DECLINED),
     (OverBudgetError, Outcome.OVER_BUDGET),
     (ChildError, Outcome.TRAINER_DIED),
@@ -64,8 +66,10 @@ class TaskRunner:
         outbox: Outbox,
         backoff: Backoff,
         report: Callable[[Progress], None],
+        calibration: Calibration,
     ) -> None:
         self._config = config
+        self._calibration = calibration
         self._device_id = device_id
         self._transport = transport
         self._keeper = keeper
@@ -88,25 +92,28 @@ class TaskRunner:
         reporter = ProgressReporter(task, self._device_id, self._report)
         reporter.activity("downloading")
         try:
-            self._check_model(task)
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
-            weights = await self._weights(task)
+            graph = await self._fetched(self._transport.fetch_graph, task)
+            costs = await asyncio.to_thread(read_costs, graph)
+            weights = await self._fetched(self._transport.fetch_weights, task)
             reporter.activity("starting the trainer")
             request = TrainRequest(
                 task=task,
                 plan=task.plan,
                 budget=self._budgets.budget(self._keeper.held_bytes, self._keeper.baseline_bytes),
+                graph=str(graph.resolve()),
+                calibration=self._calibration,
                 weights=str(weights.resolve()),
                 data=str(self._config.data_dir.resolve()),
                 output=str((folder / "output").resolve()),
                 cache=str((folder / "cache").resolve()),
                 device_id=self._device_id,
-                allowed_models=self._config.models.allow,
                 enforce=self._config.trainer.enforce,
                 most_samples=planned_samples,
             )
             samples = min(summary.sample_count, planned_samples)
-            done = await self._train(request, samples, reporter, keep_plan=samples == planned_samples)
+            costs = replace(costs, calibration=self._calibration)
+            done = await self._train(request, costs, samples, reporter, keep_plan=samples == planned_samples)
             self._outbox.put(done.result, folder / "output")
         except asyncio.CancelledError:
             await self._keeper.drop()
@@ -125,32 +132,26 @@ class TaskRunner:
             self._keeper.rest()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _check_model(self, task: Task) -> None:
-        name = task.model.name
-        if ":" in name and name not in self._config.models.allow:
-            raise ModelError(
-                f'this device does not allow the model "{name}": '
-                "its operator may add it to models.allow, or give --allow-model"
-            )
-
-    async def _weights(self, task: Task) -> Path:
-        """Tries on while the coordinator is away; what has come so far is kept."""
+    async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
+        """Retries while the coordinator is away; what has come so far is kept."""
         damaged = 0
         while True:
             try:
-                path = await self._transport.fetch_weights(task)
+                path = await fetch(task)
             except UnreachableError as error:
                 await self._backoff.pause(error)
             except ProtocolError as error:
                 damaged += 1
                 if damaged == FETCHES:
                     raise
-                _log.warning("weights came damaged; fetching them again", error=str(error))
+                _log.warning("a file came damaged; fetching it again", error=str(error))
             else:
                 self._backoff.reset()
                 return path
 
-    async def _train(self, request: TrainRequest, samples: int, reporter: ProgressReporter, *, keep_plan: bool) -> Done:
+    async def _train(
+        self, request: TrainRequest, costs: ModelCosts, samples: int, reporter: ProgressReporter, *, keep_plan: bool
+    ) -> Done:
         """Trains with smaller and smaller plans until one stays inside its budget."""
         limit: int | None = None
         deaths = smaller = 0
@@ -162,7 +163,7 @@ class TaskRunner:
                 trainer = await self._keeper.take()
                 self._budgets.learn_start(trainer.start_bytes)
                 budget = self._budgets.budget(trainer.held_bytes, trainer.baseline_bytes)
-                plan = await self._plan(request.task, budget, samples, limit, keep_plan)
+                plan = await self._plan(request.task, costs, budget, samples, limit, keep_plan)
                 keeping = plan.stages not in self._keeping_nothing
                 end = await self._train_once(
                     trainer, replace(request, plan=plan, budget=budget, keeping=keeping), reporter
@@ -185,7 +186,7 @@ class TaskRunner:
                 continue
             smaller += 1
             task = request.task
-            least = smallest_peak(task.costs, task.training, samples, task.policy)
+            least = smallest_peak(costs, task.training, samples, task.policy)
             limit = smaller_limit(plan, end.miss_bytes, least, smaller)
             _log.warning(
                 "a stage went over its budget",
@@ -202,7 +203,9 @@ class TaskRunner:
                     miss_bytes=end.miss_bytes,
                 )
 
-    async def _plan(self, task: Task, budget: Budget, samples: int, limit: int | None, keep: bool) -> Plan:
+    async def _plan(
+        self, task: Task, costs: ModelCosts, budget: Budget, samples: int, limit: int | None, keep: bool
+    ) -> Plan:
         """The coordinator's plan if it still holds, or one for what is free now.
 
         Raises:
@@ -218,7 +221,7 @@ class TaskRunner:
             # In a thread: a deep model takes a second on a small board, and the lease must be renewed.
             plan = await asyncio.to_thread(
                 make_plan,
-                task.costs,
+                costs,
                 budget_bytes=allowed,
                 training=task.training,
                 sample_count=samples,

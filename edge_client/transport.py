@@ -26,11 +26,12 @@ from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
 from fedepth.plan import Plan
+from fedepth.models.graph import MOST_BYTES
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
-_KEPT_WEIGHTS = 2
+_KEPT_FILES = 2
 # Statuses that a later try of the same call may cure by itself.
 _AWAY = {
     grpc.StatusCode.UNAVAILABLE,
@@ -45,7 +46,7 @@ _TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 T = TypeVar("T")
 
 if TYPE_CHECKING:  # generic in the stubs only
-    _Download = grpc.aio.UnaryStreamCall[pb.FetchWeightsRequest, pb.Chunk]
+    _Download = grpc.aio.UnaryStreamCall[pb.FetchFileRequest, pb.Chunk]
 
 
 class UnreachableError(TransportError):
@@ -115,6 +116,8 @@ class Transport(Protocol):
 
     async def fetch_weights(self, task: Task) -> Path: ...
 
+    async def fetch_graph(self, task: Task) -> Path: ...
+
     async def send_part(self, part: Part) -> Refused | None: ...
 
     async def deliver(self, entry: Entry) -> Accepted | Refused: ...
@@ -137,6 +140,7 @@ class GrpcTransport:
         self.address = address
         self.moved_bytes = 0
         self._weights = state / "weights"
+        self._graphs = state / "graphs"
         self._stall_s = stall_s
         self._channel = wire_channel.open_channel(address)
         self._stub = FederationStub(self._channel)
@@ -160,34 +164,42 @@ class GrpcTransport:
         raise ProtocolError(f"{self.address} answered NextTask with no outcome; is it a newer version?")
 
     async def fetch_weights(self, task: Task) -> Path:
-        """The task's global weights as a file, from disk if they are there, resumed if a part of them is.
+        """The task's global weights as a file; see `_fetch`."""
+        return await self._fetch(self._weights, f"{task.weights_digest}.safetensors", task.weights_digest, task.weights_bytes)
+
+    async def fetch_graph(self, task: Task) -> Path:
+        """The traced model of the task's job as a file; see `_fetch`."""
+        return await self._fetch(self._graphs, f"{task.graph_digest}.json", task.graph_digest, task.graph_bytes)
+
+    async def _fetch(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
+        """A file of the coordinator, from disk if it is there, resumed if a part of it is.
 
         Raises:
             ProtocolError: the file came whole but is another one, or its stream ended early.
         """
-        self._weights.mkdir(parents=True, exist_ok=True)
-        final = self._weights / f"{task.weights_digest}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        final = folder / name
         if final.exists():
-            if await asyncio.to_thread(file_digest, final) == task.weights_digest:
+            if await asyncio.to_thread(file_digest, final) == digest:
                 final.touch()
-                self._forget_old(final)
+                _forget_old(final)
                 return final
             final.unlink()
-        partial = final.with_name(f"{final.name}.partial")
-        for other in self._weights.glob("*.partial"):
+        partial = folder / f"{name}.partial"
+        for other in folder.glob("*.partial"):
             if other != partial:
                 other.unlink()
         offset = partial.stat().st_size if partial.exists() else 0
-        if offset > task.weights_bytes:
+        if offset > size_bytes:
             partial.unlink()
             offset = 0
-        call = self._stub.FetchWeights(pb.FetchWeightsRequest(digest=task.weights_digest, offset=offset))
+        call = self._stub.FetchFile(pb.FetchFileRequest(digest=digest, offset=offset))
         try:
-            await receive_file(partial, self._chunks(call), offset, task.weights_bytes, task.weights_digest)
+            await receive_file(partial, self._chunks(call), offset, size_bytes, digest)
         finally:
             call.cancel()
         partial.rename(final)
-        self._forget_old(final)
+        _forget_old(final)
         return final
 
     async def deliver(self, entry: Entry) -> Accepted | Refused:
@@ -293,31 +305,33 @@ class GrpcTransport:
         kind = UnreachableError if error.code() in _AWAY else TransportError
         return kind(f"{self.address}: {error.code().name}: {error.details()}")
 
-    def _forget_old(self, current: Path) -> None:
-        files = sorted(self._weights.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        others = [path for path in files if path != current]
-        for path in others[: max(0, len(others) + 1 - _KEPT_WEIGHTS)]:
-            path.unlink()
+
+def _forget_old(current: Path) -> None:
+    """Keeps the newest of its kind."""
+    files = sorted(current.parent.glob(f"*{current.suffix}"), key=lambda path: path.stat().st_mtime_ns)
+    others = [path for path in files if path != current]
+    for path in others[: max(0, len(others) + 1 - _KEPT_FILES)]:
+        path.unlink()
 
 
 def _checked(task: Task) -> Task:
-    """Both names become file names here, so a coordinator must not choose them freely."""
+    """All of these become file names here, so a coordinator must not choose them freely."""
     if not _TASK_ID.fullmatch(task.task_id):
         raise ProtocolError(f"task id {task.task_id[:80]!r} is not made of letters, digits, '.', '_' and '-'")
-    if not _DIGEST.fullmatch(task.weights_digest):
-        raise ProtocolError(f"weights digest {task.weights_digest[:80]!r} is not a sha256 in hex")
+    for kind, digest in (("weights", task.weights_digest), ("graph", task.graph_digest)):
+        if not _DIGEST.fullmatch(digest):
+            raise ProtocolError(f"{kind} digest {digest[:80]!r} is not a sha256 in hex")
     if task.attempt < 0 or task.weights_bytes < 0 or not task.plan.stages:
         raise ProtocolError(
             f"task {task.task_id}: attempt {task.attempt}, {task.weights_bytes} bytes of weights, "
             f"{len(task.plan.stages)} stages cannot be"
         )
-    units, exits = len(task.costs.units), len(task.costs.exits)
-    beyond = [
-        s.block for s in task.plan.stages if not 0 <= s.first <= s.last < units or min(s.micro_batch, s.build_batch) < 1
-    ]
-    if units != exits or beyond or task.training.batch < 1 or task.training.local_epochs < 1:
+    if not 0 < task.graph_bytes <= MOST_BYTES:
+        raise ProtocolError(f"task {task.task_id}: a graph of {task.graph_bytes} bytes; at most {MOST_BYTES} are read")
+    odd = [s.block for s in task.plan.stages if not 0 <= s.first <= s.last or min(s.micro_batch, s.build_batch) < 1]
+    if odd or task.training.batch < 1 or task.training.local_epochs < 1:
         raise ProtocolError(
-            f"task {task.task_id}: costs of {units} units and {exits} exits, batches of {task.training.batch}, "
-            f"{task.training.local_epochs} epochs, and stages {', '.join(beyond) or 'inside them'} cannot be"
+            f"task {task.task_id}: batches of {task.training.batch}, {task.training.local_epochs} epochs, "
+            f"and stages {', '.join(odd) or 'without fault'} cannot be"
         )
     return task

@@ -176,7 +176,7 @@ async def measure_capability(
     Raises:
         ConfigError: there is no torch here.
         PlanError: too little memory is free to trace a model.
-        ModelError: the model cannot be built or split, or is not allowed on this device.
+        ModelError: the model cannot be built, exported or cut.
         ChildError: no trainer starts here, or the model could not be traced.
         StateError: the state directory, where files lie meanwhile, cannot be written.
     """
@@ -185,10 +185,10 @@ async def measure_capability(
         on_progress("measuring what is free")
         await room_for_tracing(config.trainer, config.memory)
         on_progress(f"tracing {wanted.model.name}")
-        weights = folder / "weights.safetensors"
+        graph, weights = folder / "graph.json", folder / "weights.safetensors"
         async with tracer() as trace:
-            costs = await trace.costs(wanted.model, wanted.training, weights, config.models.allow)
-        model = TrialModel(wanted.model, wanted.training, replace(costs, calibration=calibration), weights)
+            costs = await trace.trace(wanted.model, wanted.training, graph, weights)
+        model = TrialModel(wanted.model, wanted.training, replace(costs, calibration=calibration), graph, weights)
         keeper = TrainerKeeper(config.trainer)
         bench = Bench(model, write_noise(folder / "data", wanted.model, wanted.sample_count), keeper, config.memory)
         try:

@@ -5,6 +5,7 @@ What memory and time a stage takes does not depend on what the images show.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,29 +19,36 @@ from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx, write_idx_items
 from fedepth.errors import ChildError
 from fedepth.plan import Plan
-from fedepth.task import ModelSpec, Outcome, Task, TrainingSpec
+from fedepth.task import InputType, ModelSpec, Outcome, Task, TrainingSpec
 
 _SEED = 1
+_SMALLEST_VOCABULARY = 8
 
 
 @dataclass(frozen=True)
 class TrialModel:
-    """A model that is ready for trials: what it costs, and a file with weights."""
+    """A model that is ready for trials: what it costs on this device, and files with its graph and weights."""
 
     spec: ModelSpec
     training: TrainingSpec
     costs: ModelCosts
+    graph: Path
     weights: Path
 
 
 def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
-    """`count` random images of the model's size as IDX files, written one at a time."""
+    """`count` random inputs of the model as IDX files, written one at a time: images of one channel, or what else it
+    takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    _, height, width = spec.input_shape
+    shape = spec.input_shape[1:] if len(spec.input_shape) == 3 else spec.input_shape
     noise = random.Random(_SEED)
-    pixels = (noise.randbytes(height * width) for _ in range(count))
+    size = math.prod(shape)
+    # Token ids stay small, so that any vocabulary has them.
+    small = bytes(each % _SMALLEST_VOCABULARY for each in range(256))
+    tokens = spec.input_type is InputType.TOKENS
+    items = (noise.randbytes(size).translate(small) if tokens else noise.randbytes(size) for _ in range(count))
     labels = memoryview(bytes(index % min(len(spec.classes), 256) for index in range(count)))  # IDX has bytes
-    write_idx_items(folder / "train-images-idx3-ubyte", (count, height, width), pixels)
+    write_idx_items(folder / f"train-images-idx{1 + len(shape)}-ubyte", (count, *shape), items)
     write_idx(folder / "train-labels-idx1-ubyte", labels)
     return folder
 
@@ -57,8 +65,9 @@ def trial_request(
         model=model.spec,
         training=model.training,
         policy=plan.policy,
-        costs=model.costs,
         plan=plan,
+        graph_digest=str(model.graph),
+        graph_bytes=0,
         weights_digest="",
         weights_bytes=0,
         deadline_ms=0,
@@ -67,12 +76,13 @@ def trial_request(
         task=task,
         plan=plan,
         budget=fixed_budget(budget_bytes),
+        graph=str(model.graph),
+        calibration=model.costs.calibration,
         weights=str(model.weights),
         data=str(data),
         output=str(folder / "output"),
         cache=str(folder / "cache"),
         device_id="trial",
-        allowed_models=(model.spec.name,),
         enforce=enforce,
     )
 

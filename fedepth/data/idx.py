@@ -75,10 +75,11 @@ class IdxFile:
         item_bytes: bytes per item.
     """
 
-    def __init__(self, path: Path, dimensions: int, scratch: Path | None = None) -> None:
+    def __init__(self, path: Path, dimensions: int | None, scratch: Path | None = None) -> None:
         """Reads the header.
 
         Args:
+            dimensions: that it has to have; None for any number, which its name then tells.
             scratch: an existing folder for the decompressed file, on a disk; without one, the system's folder for
                 temporary files, which may lie in memory.
 
@@ -88,6 +89,7 @@ class IdxFile:
         """
         self.path = path
         self._zipped = path.suffix == ".gz"
+        dimensions = _named_dimensions(path) if dimensions is None else dimensions
         self._start = 4 + 4 * dimensions
         self._scratch = scratch
         self._plain: BinaryIO | None = None
@@ -179,3 +181,8 @@ class IdxFile:
         if min(shape[1:], default=1) < 1 or max(shape) >= _EXTENT_LIMIT:
             raise DataError(f"{self.path} is damaged: its header says {shape}")
         return shape
+
+
+def _named_dimensions(path: Path) -> int:
+    """3 for `train-images-idx3-ubyte`."""
+    return next((number for number in range(1, _DIMENSIONS_LIMIT + 1) if f"-idx{number}-" in path.name), 3)

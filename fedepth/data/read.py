@@ -17,7 +17,7 @@ from fedepth.data.digits import load_digits
 from fedepth.data.idx import IdxFile
 from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
 from fedepth.errors import DataError
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec
 
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -52,15 +52,21 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scrat
 
     Args:
         source: the directory, or "digits"; a folder of that name needs its absolute path.
-        spec: the model; its input shape must be (1 or 3, height, width).
+        spec: the model. Images are of shape (1 or 3, height, width); vectors, series and token ids are IDX files whose
+            items have the model's input shape.
         split: "train" or "test".
         scratch: a folder on a disk, where gzipped files are decompressed to nameless ones.
 
     Raises:
-        DataError: the data cannot be used, or the model takes no images.
+        DataError: the data cannot be used, or is not what the model takes.
     """
     shape = spec.input_shape
-    if len(shape) != 3 or shape[0] not in _MODES or min(shape) < 1:
+    if len(shape) != 3 or spec.input_type is not InputType.FLOAT:
+        idx = None if str(source) == DIGITS else find_idx(Path(source), split)
+        if idx is None:
+            raise DataError(f"model {spec.name} takes inputs of shape {shape}; such data is read from IDX files only")
+        return _open_items(*idx, spec, scratch)
+    if shape[0] not in _MODES or min(shape) < 1:
         raise DataError(f"model {spec.name} takes {shape}; images are read as (1 or 3, height, width)")
     if str(source) == DIGITS:
         images, labels = load_digits(split)
@@ -148,6 +154,31 @@ def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec, scratch: Pa
         return np.frombuffer(data, np.uint8).reshape(-1, *images.shape[1:])
 
     return _GrayImages(fetch, labels, spec.input_shape, Image.Resampling.BILINEAR)
+
+
+class _Items:
+    """Items of an IDX file as they are: vectors, series, token ids."""
+
+    def __init__(self, items: IdxFile, labels: Labels) -> None:
+        self.labels = labels
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: npt.NDArray[Any]) -> Bytes:
+        data = self._items.read_items(indices.tolist())
+        return np.frombuffer(data, np.uint8).reshape(-1, *self._items.shape[1:]).copy()
+
+
+def _open_items(items_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
+    items, labels_file = IdxFile(items_path, None, scratch), IdxFile(labels_path, 1)
+    check_pair(items, labels_file)
+    if items.shape[1:] != tuple(spec.input_shape):
+        raise DataError(f"{items_path} holds items of shape {items.shape[1:]}, the model takes {spec.input_shape}")
+    labels = np.frombuffer(b"".join(labels_file.pieces()), np.uint8).astype(np.int64)
+    check_labels(labels_path, np.unique(labels).tolist(), spec.classes)
+    return _Items(items, labels)
 
 
 def _resized(image: Image.Image, shape: Sequence[int], resampling: Image.Resampling) -> Image.Image:

@@ -71,7 +71,8 @@ def find_idx(directory: Path, split: str) -> tuple[Path, Path] | None:
     """
     _check_directory(directory, split)
     for prefix in _IDX_PREFIXES[split]:
-        images = _first_file(directory, f"{prefix}-images-idx3-ubyte")
+        found = (_first_file(directory, f"{prefix}-images-idx{dimensions}-ubyte") for dimensions in (3, 2, 4))
+        images = next(filter(None, found), None)
         labels = _first_file(directory, f"{prefix}-labels-idx1-ubyte")
         if images and labels:
             return images, labels
@@ -145,7 +146,7 @@ def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str]) -> N
 
 def _scan_idx(images_path: Path, labels_path: Path, classes: Sequence[str] | None) -> DataSummary:
     labels = IdxFile(labels_path, 1)
-    check_pair(IdxFile(images_path, 3), labels)
+    check_pair(IdxFile(images_path, None), labels)
     counts: Counter[int] = Counter()
     for piece in labels.pieces():
         counts.update(piece)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedepth.errors import ConfigError
 from fedepth.task import ModelSpec
 
-_SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
+_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def named_spec(model: str, shape: str | None, classes: int) -> ModelSpec:
 def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
     if text is not None:
         if not _SHAPE.fullmatch(text):
-            raise ConfigError(f'--input: "{text}" is no shape; write channels, height and width, as 3x32x32')
+            raise ConfigError(f'--input: "{text}" is not a shape; write channels, height and width, as 3x32x32')
         return tuple(map(int, text.split("x")))
     if model not in ZOO:
         raise ConfigError(
-            f"{model} is none of {', '.join(sorted(ZOO))}. For your own module:function, say what it is trained on, "
-            "as --input 3x32x32."
+            f"{model} is none of {', '.join(sorted(ZOO))}; for torchvision:NAME, timm:NAME or a custom model as "
+            "module:function, say what it is trained on, as --input 3x32x32"
         )
     return ZOO[model].input_shape

@@ -5,7 +5,7 @@ Tracing imports sympy and torch._dynamo, hundreds of MiB that whoever wants the 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,23 +24,14 @@ class Tracer:
     def __init__(self, child: Child) -> None:
         self._child = child
 
-    async def costs(
-        self,
-        spec: ModelSpec,
-        training: TrainingSpec,
-        weights: Path | None,
-        allowed: Sequence[str] | None,
-    ) -> ModelCosts:
-        """The cost table; random weights that can be trained go to `weights`. Takes seconds.
+    async def trace(self, spec: ModelSpec, training: TrainingSpec, graph: Path, weights: Path) -> ModelCosts:
+        """The cost table; the traced model goes to `graph`, its fresh weights to `weights`. Takes seconds.
 
         Raises:
-            ModelError: the model cannot be built or split, or is not among `allowed`.
+            ModelError: the model cannot be built, exported or cut.
             ChildError: the child ended without an answer.
         """
-        wanted = TraceRequest(
-            spec, training, str(weights) if weights else "", None if allowed is None else tuple(allowed)
-        )
-        await self._child.send(wanted)
+        await self._child.send(Wanted(spec, training, str(graph), str(weights)))
         answer = msgspec.convert(await self._child.receive(), TraceAnswer)
         if answer.error:
             raise ModelError(answer.error)

@@ -5,55 +5,28 @@ It reads one request a line from its standard input and writes one answer a line
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError
-from fedepth.estimate.tracer.protocol import TraceAnswer, TraceRequest
-from fedepth.layout import ModelLayout
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from fedepth.estimate.tracer.protocol import Answer, Wanted
 
 _SEED = 1
 
 
-def _trace(wanted: TraceRequest) -> ModelCosts:
-    from fedepth.estimate.tracing import trace_costs
-    from fedepth.models.split import split_spec
+def _trace(wanted: Wanted) -> ModelCosts:
+    from fedepth.models.traced import write_traced
+    from fedepth.prepare import prepare_model
+    from fedepth.weights import save
 
-    costs = trace_costs(wanted.model, wanted.training, wanted.allowed)
-    if wanted.weights:
-        _write_random(Path(wanted.weights), split_spec(wanted.model, wanted.allowed, costs=costs).layout())
-    return costs
-
-
-def _write_random(path: Path, layout: ModelLayout) -> None:
-    """Weights about as large as a fresh model's, one tensor at a time: the whole of them need not fit into memory."""
-    import numpy as np
-
-    from fedepth.weights import write_tensors
-
-    tensors = layout.by_name
-    rng = np.random.default_rng(_SEED)
-
-    def values(name: str) -> Iterator[npt.NDArray[np.float32]]:
-        shape = tensors[name].shape
-        if len(shape) > 1:
-            yield rng.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
-        else:
-            # What has one dimension and is no bias or mean scales something, or is its variance; counters start at 0.
-            yield np.full(shape, bool(shape) and not name.endswith(("bias", "mean")), dtype=np.float32)
-
-    write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, values)
+    prepared = prepare_model(wanted.model, wanted.training, seed=_SEED)
+    write_traced(Path(wanted.graph), prepared.traced)
+    save(Path(wanted.weights), {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
+    return prepared.traced.costs
 
 
 def main() -> None:
@@ -62,9 +35,9 @@ def main() -> None:
         os.dup2(2, 1)
         for line in sys.stdin:
             try:
-                answer = TraceAnswer(costs=_trace(msgspec.json.decode(line, type=TraceRequest)))
+                answer = Answer(costs=_trace(msgspec.json.decode(line, type=Wanted)))
             except FedepthError as error:
-                answer = TraceAnswer(error=str(error))
+                answer = Answer(error=str(error))
             answers.write(msgspec.json.encode(answer) + b"\n")
             answers.flush()
 

@@ -8,17 +8,17 @@ from fedepth.costs import ModelCosts
 from fedepth.task import ModelSpec, TrainingSpec
 
 
-class TraceRequest(msgspec.Struct, frozen=True):
-    """What to trace. `weights`: where weights go; nowhere if empty. `allowed`: see `zoo.build`."""
+class Wanted(msgspec.Struct, frozen=True):
+    """What to trace. `graph` and `weights`: where the traced model and random weights for it go."""
 
     model: ModelSpec
     training: TrainingSpec
+    graph: str
     weights: str
-    allowed: tuple[str, ...] | None
 
 
-class TraceAnswer(msgspec.Struct, frozen=True):
-    """The cost table, or why there is none."""
+class Answer(msgspec.Struct, frozen=True):
+    """Either the costs, or why there are none."""
 
     costs: ModelCosts | None = None
     error: str = ""
