@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from fedepth.models.memory_format import prefers_channels_last
+from fedepth.models.split import Unit, split_spec
 from torch.nn import functional
 
 from edge_client.trainer.protocol import TrainRequest
@@ -24,8 +26,6 @@ from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.models.load import load_model
-from fedepth.models.memory_format import prefers_channels_last
-from fedepth.models.split import Unit, split_spec
 from fedepth.training.block import BlockTraining, epoch_batches
 from fedepth.training.context import TrainingContext, load, to_device
 from fedepth.training.pressure import MicroBatch

@@ -34,9 +34,9 @@ from coordinator.round_events import (
 from coordinator.store.records import Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
 from fedepth.costs import ModelCosts
-from fedepth.models.traced import read_costs
 from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec
+from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
 from fedepth.planning.planner import make_plan
 from fedepth.task import DeviceReport, Failure, Progress, Result, Task

@@ -33,8 +33,8 @@ from fedepth.errors import (
     StateError,
 )
 from fedepth.estimate.peak import needed_bytes
-from fedepth.plan import Plan, Stage
 from fedepth.models.traced import read_costs
+from fedepth.plan import Plan, Stage
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
 from fedepth.task import Failure, Outcome, Progress, Result, Task

@@ -25,8 +25,8 @@ from edge_client.backoff import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
-from fedepth.plan import Plan
 from fedepth.models.graph import MOST_BYTES
+from fedepth.plan import Plan
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
@@ -165,7 +165,9 @@ class GrpcTransport:
 
     async def fetch_weights(self, task: Task) -> Path:
         """The task's global weights as a file; see `_fetch`."""
-        return await self._fetch(self._weights, f"{task.weights_digest}.safetensors", task.weights_digest, task.weights_bytes)
+        return await self._fetch(
+            self._weights, f"{task.weights_digest}.safetensors", task.weights_digest, task.weights_bytes
+        )
 
     async def fetch_graph(self, task: Task) -> Path:
         """The traced model of the task's job as a file; see `_fetch`."""

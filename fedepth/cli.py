@@ -133,11 +133,11 @@ def _calibration(path: Path) -> Calibration:
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
     try:
-        from fedepth.prepare import prepare_model
+        from fedepth.prepare import trace_model
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 
-    return prepare_model(named_spec(model, input_shape, classes), training, seed=0).traced.costs
+    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.costs
 
 
 def _fields(

@@ -110,7 +110,10 @@ class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A job file that has passed every check. `test.data` is absolute or "digits"; `model.weights` absolute or empty."""
+    """A job file that has passed every check.
+
+    `test.data` is absolute or "digits", `model.weights` absolute or empty.
+    """
 
     job: JobSection
     model: ModelSection

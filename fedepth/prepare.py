@@ -13,7 +13,7 @@ import torch
 
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
-from fedepth.models.export import example_inputs, export_model
+from fedepth.models.export import Exported, example_inputs, export_model
 from fedepth.models.initial_weights import load_initial_weights
 from fedepth.models.traced import TracedModel
 from fedepth.models.verify import verify
@@ -23,7 +23,7 @@ from fedepth.training.trial_step import try_one_step
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that is proved to be the one its author wrote.
+    """A model as devices run it.
 
     Attributes:
         traced: graph and costs.
@@ -36,6 +36,21 @@ class PreparedModel:
     notes: tuple[str, ...]
 
 
+def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int) -> PreparedModel:
+    """Builds, exports and traces a model, for trials and figures. Takes seconds.
+
+    Args:
+        seed: of its fresh weights.
+
+    Raises:
+        ModelError: it cannot be built, exported or cut.
+    """
+    torch.manual_seed(seed)
+    module = zoo.build(spec)
+    exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
+    return _with_costs(exported, spec, training)
+
+
 def prepare_model(
     spec: ModelSpec,
     training: TrainingSpec,
@@ -44,7 +59,7 @@ def prepare_model(
     weights: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> PreparedModel:
-    """Builds, exports, proves, tries and traces a model. Takes seconds to a minute.
+    """The same for a job: the graph is proved to be the model that its author wrote. Takes seconds to minutes.
 
     Args:
         seed: of its fresh weights.
@@ -61,12 +76,18 @@ def prepare_model(
     notes = load_initial_weights(module, weights, classes) if weights else ()
     progress("exporting it as a graph")
     exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
-    progress(f"comparing {len(exported.graph.units)} units with the model")
+    graph = exported.graph
+    progress(f"comparing {len(graph.units)} units with the model")
     verify(module, exported, spec.name)
     progress("trying one training step")
-    graph = exported.graph
     inputs = example_inputs(graph.input_shape, graph.input_type, max(2, graph.smallest_micro_batch))
     try_one_step(graph, exported.tensors, inputs)
     progress("measuring what its units cost")
-    costs = trace_costs(graph, spec.name, training.batch)
-    return PreparedModel(TracedModel(graph, costs), exported.tensors, (*graph.notes, *notes))
+    return _with_costs(exported, spec, training, notes)
+
+
+def _with_costs(
+    exported: Exported, spec: ModelSpec, training: TrainingSpec, notes: tuple[str, ...] = ()
+) -> PreparedModel:
+    costs = trace_costs(exported.graph, spec.name, training.batch)
+    return PreparedModel(TracedModel(exported.graph, costs), exported.tensors, (*exported.graph.notes, *notes))

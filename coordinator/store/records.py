@@ -155,8 +155,8 @@ class Store:
         return str(self._require(sa.select(job))["name"])
 
     def prepared(self) -> Prepared | None:
-        """What was recorded; None if nothing was, or by a version that knew no graphs, or if the graph's file is not the
-        recorded one: it can be found out again."""
+        """What was recorded; None if nothing was, or by a version that knew no graphs, or if the graph's file is not
+        the recorded one: it can be found out again."""
         text = self._require(sa.select(job))["prepared"]
         try:
             found = msgspec.json.decode(text, type=Prepared) if text else None

@@ -32,12 +32,13 @@ from edge_client.memory.probe import budget_from, measure
 from edge_client.trainer.client import TrainerProcess, torch_version
 from edge_client.trainer.protocol import Done
 from fedepth import __version__
-from fedepth.costs import Calibration, ModelCosts
+from fedepth.costs import Calibration
 from fedepth.errors import ChildError, LockedError, PlanError, StateError
 from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.estimate.tracer.client import Tracer, tracer
 from fedepth.files import lock_file
+from fedepth.models.traced import read_costs
 from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
 from fedepth.task import ModelSpec, TrainingSpec
@@ -74,9 +75,9 @@ class Probe:
 PROBES = (
     Probe("preresnet20", (3, 32, 32), "sgd", 64, 64, ((0, 1), (2, 4), (5, 9))),
     Probe("preresnet20", (3, 32, 32), "sgd", 64, 8, ((0, 9),)),
-    Probe("mobilenet-v3-small", (3, 64, 64), "sgd", 32, 32, ((0, 5), (6, 12))),
+    Probe("mobilenet-v3-small", (3, 64, 64), "sgd", 32, 32, ((0, 12), (13, 25))),
     Probe("resnet18", (3, 64, 64), "sgd", 16, 16, ((1, 3), (4, 5), (6, 7))),
-    Probe("vit-tiny", (3, 32, 32), "adamw", 16, 16, ((0, 3), (4, 12))),
+    Probe("vit-tiny", (3, 32, 32), "adamw", 16, 16, ((0, 6), (7, 24))),
     Probe("digits-cnn", (1, 40, 40), "sgd", 32, 32, ((0, 1), (2, 2), (3, 5))),
     Probe("digits-cnn", (1, 40, 40), "sgd", 32, 4, ((0, 5),)),
 )
@@ -307,12 +308,11 @@ async def _prepare(trace: Tracer, probe: Probe, folder: Path) -> TrialModel:
     channels = probe.input_shape[0]
     spec = ModelSpec(probe.model, tuple("0123456789"), probe.input_shape, (0.5,) * channels, (0.25,) * channels)
     training = TrainingSpec(probe.batch, 1, probe.optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
-    weights = folder / f"{probe.model}.safetensors"
-    costs_file = folder / f"{probe.model}.costs.json"
-    if not costs_file.exists():
-        costs_file.write_bytes(msgspec.json.encode(await trace.costs(spec, training, weights, ())))
+    graph, weights = folder / f"{probe.model}.json", folder / f"{probe.model}.safetensors"
+    if not graph.exists():
+        await trace.trace(spec, training, graph, weights)
         write_noise(folder / probe.model, spec, _STEPS * probe.batch)
-    return TrialModel(spec, training, msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts), weights)
+    return TrialModel(spec, training, read_costs(graph), graph, weights)
 
 
 async def _run(

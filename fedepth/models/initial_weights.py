@@ -33,7 +33,7 @@ def load_initial_weights(module: nn.Module, path: Path, classes: int) -> tuple[s
         ModelError: the file cannot be read, or belongs to another model; names the tensors.
     """
     given = _without_prefix(_read(path), module)
-    own = {name: tensor for name, tensor in module.state_dict().items()}
+    own = dict(module.state_dict())
     missing = [name for name in own if name not in given and not name.endswith("num_batches_tracked")]
     unknown = sorted(name for name in given if name not in own)
     fresh: list[str] = []

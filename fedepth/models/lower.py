@@ -236,7 +236,7 @@ def _without_device(
     """A conversion of type alone: where a tensor lies is the device's own affair."""
     if overload == "device":
         arguments = (arguments[0], *arguments[2:])
-    if len(arguments) > 1 and isinstance(arguments[1], DType) or isinstance(keywords.get("dtype"), DType):
+    if (len(arguments) > 1 and isinstance(arguments[1], DType)) or isinstance(keywords.get("dtype"), DType):
         return ("to.dtype" if overload != "other" else "to.other"), arguments
     if overload == "other":
         return "to.other", arguments

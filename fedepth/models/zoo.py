@@ -1,4 +1,4 @@
-"""Building the models that a job may name, with fresh weights or with those of a local file. At the coordinator only."""
+"""Building the models that a job may name, with fresh weights. At the coordinator only: devices have their graphs."""
 
 from __future__ import annotations
 

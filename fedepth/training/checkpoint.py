@@ -53,8 +53,8 @@ def forward_backward(
 class _Capture(torch.autograd.Function):
     """Hands its input on; its backward pass puts the gradient into a list, as it comes.
 
-    A leaf's `.grad` takes the leaf's strides instead, and torch's CPU backward of BatchNorm is wrong for a single sample
-    whose gradient has such strides (2.14.1).
+    A leaf's `.grad` takes the leaf's strides instead, and torch's CPU backward of BatchNorm is wrong for a single
+    sample whose gradient has such strides (2.14.1).
     """
 
     @staticmethod

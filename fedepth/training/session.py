@@ -70,8 +70,12 @@ class SessionHooks(Hooks, Protocol):
 
 @dataclass
 class Known:
-    """What this process has been through: units it has warmed up for, by the file of their model, and what it has rehearsed, with the
-    peaks."""
+    """What this process has been through.
+
+    Attributes:
+        warm: units it has warmed up for, by the file of their model.
+        rehearsed: what it has rehearsed, with the peaks.
+    """
 
     warm: dict[Path, set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)

@@ -72,8 +72,8 @@ def _named(unit: RunnableUnit, call: Callable[[], T]) -> T:
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         raise ModelError(
-            f"unit {unit.unit.name} of the model fails in one training step as devices run it: {text}; change that part "
-            "of the model"
+            f"unit {unit.unit.name} of the model fails in one training step as devices run it: {text}; change that "
+            "part of the model"
         ) from error
 
 
@@ -102,7 +102,7 @@ def _compare(plain: Model, checkpointed: Model) -> None:
             difference = float((mine.detach().double() - theirs.detach().double()).abs().max()) if mine.numel() else 0.0
             if not difference <= TOLERANCE * size:
                 raise ModelError(
-                    f"unit {one.unit.name} of the model gives other results when it is run again for its backward pass: "
-                    f"{name} differs by {difference / size:.2g} of its size; devices train in that way where memory is "
+                    f"unit {one.unit.name} of the model gives other results when it is run again for its backward "
+                    f"pass: {name} differs by {difference / size:.2g} of its size; devices train so where memory is "
                     "short"
                 )

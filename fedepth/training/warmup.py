@@ -16,6 +16,7 @@ from dataclasses import replace
 from fedepth.memory.meter import Meter
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.training.context import TrainingContext
+from fedepth.training.objective import any_output
 from fedepth.training.rehearsal import FirstImages, Unheard
 from fedepth.training.stages import train
 
@@ -37,7 +38,9 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     few = FirstImages(context.images, min(samples, len(context.images)))
     plan = replace(context.plan, stages=stages, untrained=())
     train(
-        replace(context, objective=any_output, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False),
+        replace(
+            context, objective=any_output, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False
+        ),
         Meter(),
         Unheard(),
     )

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedepth.models.split import split_spec
 from torch import nn
 
 from fedepth.costs import Convolution, Convolutions, ModelCosts, Size
 from fedepth.errors import ModelError
 from fedepth.estimate.tracing import line, trace_block, trace_costs
-from fedepth.models.split import split_spec
 from fedepth.task import ModelSpec, TrainingSpec
 
 TRAINING = TrainingSpec(64, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fedepth.models.split import split_spec
 from torch import nn
 
 import fedepth
@@ -14,7 +15,6 @@ from fedepth.errors import ExportError, ModelError, StateError
 from fedepth.export import onnx as module
 from fedepth.export.onnx import ExportReport, export
 from fedepth.models.load import load_model
-from fedepth.models.split import split_spec
 from fedepth.task import ModelSpec
 from fedepth.weights import save
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from tests.own_model import UNWRITTEN_BYTES
 
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
@@ -22,7 +23,6 @@ from fedepth.models import zoo
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import ModelSpec, Outcome, TrainingSpec
 from fedepth.weights import save
-from tests.own_model import UNWRITTEN_BYTES
 
 MIB = 1 << 20
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 64, 64), (0.5,), (0.5,))

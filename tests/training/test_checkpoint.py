@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fedepth.models.split import Unit
 from torch import nn
 from torch.nn import functional
 
-from fedepth.models.split import Unit
 from fedepth.training.checkpoint import forward_backward
 
 

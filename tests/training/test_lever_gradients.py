@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fedepth.models.split import split
 from torch.nn import functional
 
 from fedepth.models import zoo
 from fedepth.models.skip import skip
-from fedepth.models.split import split
 from fedepth.plan import CachePlace, Stage
 from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.training import block as stage_module

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fedepth.models.split import Unit
 
 from fedepth.errors import StateError
-from fedepth.models.split import Unit
 from fedepth.training import prefix, stages
 from fedepth.training.context import TrainingContext
 from fedepth.training.prefix import build_inputs

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fedepth.models.split import split, split_spec
 from torch.nn import functional
 
 from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
@@ -19,7 +20,6 @@ from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
 from fedepth.models import zoo
 from fedepth.models.skip import skip
-from fedepth.models.split import split, split_spec
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import ModelSpec, PartInfo, StageResult, Task, TrainingSpec
 from fedepth.training import limits, pressure, stages

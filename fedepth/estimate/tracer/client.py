@@ -31,7 +31,7 @@ class Tracer:
             ModelError: the model cannot be built, exported or cut.
             ChildError: the child ended without an answer.
         """
-        await self._child.send(Wanted(spec, training, str(graph), str(weights)))
+        await self._child.send(TraceRequest(spec, training, str(graph), str(weights)))
         answer = msgspec.convert(await self._child.receive(), TraceAnswer)
         if answer.error:
             raise ModelError(answer.error)

@@ -13,19 +13,19 @@ import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError
-from fedepth.estimate.tracer.protocol import Answer, Wanted
+from fedepth.estimate.tracer.protocol import TraceAnswer, TraceRequest
 
 _SEED = 1
 
 
-def _trace(wanted: Wanted) -> ModelCosts:
+def _trace(request: TraceRequest) -> ModelCosts:
     from fedepth.models.traced import write_traced
-    from fedepth.prepare import prepare_model
+    from fedepth.prepare import trace_model
     from fedepth.weights import save
 
-    prepared = prepare_model(wanted.model, wanted.training, seed=_SEED)
-    write_traced(Path(wanted.graph), prepared.traced)
-    save(Path(wanted.weights), {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
+    prepared = trace_model(request.model, request.training, seed=_SEED)
+    write_traced(Path(request.graph), prepared.traced)
+    save(Path(request.weights), {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     return prepared.traced.costs
 
 
@@ -35,9 +35,9 @@ def main() -> None:
         os.dup2(2, 1)
         for line in sys.stdin:
             try:
-                answer = Answer(costs=_trace(msgspec.json.decode(line, type=Wanted)))
+                answer = TraceAnswer(costs=_trace(msgspec.json.decode(line, type=TraceRequest)))
             except FedepthError as error:
-                answer = Answer(error=str(error))
+                answer = TraceAnswer(error=str(error))
             answers.write(msgspec.json.encode(answer) + b"\n")
             answers.flush()
 

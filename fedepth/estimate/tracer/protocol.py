@@ -8,7 +8,7 @@ from fedepth.costs import ModelCosts
 from fedepth.task import ModelSpec, TrainingSpec
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class TraceRequest(msgspec.Struct, frozen=True):
     """What to trace. `graph` and `weights`: where the traced model and random weights for it go."""
 
     model: ModelSpec
@@ -17,7 +17,7 @@ class Wanted(msgspec.Struct, frozen=True):
     weights: str
 
 
-class Answer(msgspec.Struct, frozen=True):
+class TraceAnswer(msgspec.Struct, frozen=True):
     """Either the costs, or why there are none."""
 
     costs: ModelCosts | None = None
