@@ -70,8 +70,10 @@ class Stage:
         build_batch: samples per forward pass while the inputs are computed from the stage before.
         predicted: the predicted peak by component.
         checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
-        build_streamed: while the inputs are computed, the units in front are read from the weights file one at a time,
+        build_streamed: while the inputs are computed, the preceding units are read from the weights file one at a time,
             each run over all samples, with its outputs on disk in between.
+        frozen_suffix: the loss is computed through the units behind the block, at their global values and in
+            evaluation mode, and the head, instead of through the skip connection.
     """
 
     first: int
@@ -82,6 +84,7 @@ class Stage:
     predicted: PeakComponents
     checkpoint: bool = False
     build_streamed: bool = False
+    frozen_suffix: bool = False
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -90,7 +93,7 @@ class Stage:
     @property
     def block(self) -> str:
         """For people: "1-3", or "4"."""
-        return f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
+        return _range_text(self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Plan:
     """The block plan of one client for one round.
 
     Attributes:
-        stages: in the order of training.
+        stages: in the order of training; together a contiguous range of units.
         untrained: indices of units that keep their global value.
         policy: what chose it.
         budget_bytes: what it was made for.
@@ -120,6 +123,23 @@ class Plan:
 
     @property
     def blocks(self) -> str:
-        """For people: "1-3 | 4-6 (untrained: 0)"."""
+        """For people: "1-3 | 4-6 (untrained: 0)", or "0-3 | 4-6 through 7-9 (untrained: 7-9)" with a frozen suffix."""
         text = " | ".join(stage.block for stage in self.stages)
-        return text + (f" (untrained: {', '.join(map(str, self.untrained))})" if self.untrained else "")
+        if self.stages and self.stages[-1].frozen_suffix:
+            text += f" through {_range_text(self.stages[-1].last + 1, self.untrained[-1])}"
+        return text + (f" (untrained: {self.untrained_ranges})" if self.untrained else "")
+
+    @property
+    def untrained_ranges(self) -> str:
+        """For people: "0-2, 7"."""
+        ranges: list[list[int]] = []
+        for unit in self.untrained:
+            if ranges and unit == ranges[-1][1] + 1:
+                ranges[-1][1] = unit
+            else:
+                ranges.append([unit, unit])
+        return ", ".join(_range_text(first, last) for first, last in ranges)
+
+
+def _range_text(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)
