@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from edge_client.measure.trial import TrialModel
 from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
+from fedepth.errors import ModelError
 from fedepth.estimate.tracer.client import tracer
+from fedepth.models.traced import read_costs
 from fedepth.task import ModelSpec, TrainingSpec
 
 
 async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> TrialModel:
-    """Costs at this batch, traced once per folder, and initial weights."""
-    name = f"{spec.name}-{spec.input_shape[-1]}".replace(":", "-")
-    weights, costs_file = folder / f"{name}.safetensors", folder / f"{name}-{training.batch}.costs.json"
-    costs = _recorded(costs_file) if weights.exists() else None
+    """The model traced at this batch, once per folder, and initial weights."""
+    name = f"{spec.name}-{'x'.join(map(str, spec.input_shape))}-{training.batch}".replace(":", "-")
+    graph, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
+    costs = _recorded(graph) if weights.exists() else None
     if costs is None:
         folder.mkdir(parents=True, exist_ok=True)
         async with tracer() as trace:
-            costs = await trace.costs(spec, training, weights, None)
-        costs_file.write_bytes(msgspec.json.encode(costs))
-    return TrialModel(spec, training, costs, weights)
+            costs = await trace.trace(spec, training, graph, weights)
+    return TrialModel(spec, training, costs, graph, weights)
 
 
-def _recorded(costs_file: Path) -> ModelCosts | None:
+def _recorded(graph: Path) -> ModelCosts | None:
     """None if there are none, or only those of a version that knew other costs."""
     try:
-        return msgspec.json.decode(costs_file.read_bytes(), type=ModelCosts)
-    except (FileNotFoundError, msgspec.ValidationError):
+        return read_costs(graph)
+    except ModelError:
         return None
 
 

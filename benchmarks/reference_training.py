@@ -1,6 +1,6 @@
 """Ways of training that fedepth is compared with, each in a process of its own.
 
-    full       a plain loop: the whole model, torch.optim.SGD, pixels in memory
+    full       a plain loop: the whole model as torch modules, torch.optim.SGD, pixels in memory
     recompute  depth-wise, with the frozen prefix computed anew for every batch of every epoch
 
 Run by benchmarks.overhead as `python -m benchmarks.reference_training WAY`, with a TrainRequest as JSON on standard
@@ -17,15 +17,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from fedepth.models.memory_format import prefers_channels_last
-from fedepth.models.split import Unit, split_spec
 from torch.nn import functional
 
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
-from fedepth.models.load import load_model
+from fedepth.models import zoo
+from fedepth.models.run import Model, RunnableUnit
+from fedepth.models.traced import read_traced
 from fedepth.training.block import BlockTraining, epoch_batches
 from fedepth.training.context import TrainingContext, load, to_device
 from fedepth.training.pressure import MicroBatch
@@ -38,7 +38,7 @@ WARM_SAMPLES = 2
 class Recomputed:
     """The inputs of a stage without a cache: reads images and runs the frozen units on them every time."""
 
-    def __init__(self, context: TrainingContext, units: list[Unit]) -> None:
+    def __init__(self, context: TrainingContext, units: list[RunnableUnit]) -> None:
         self._context, self._units = context, units
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Recomputed:
         if not self._units:
             return x
         with torch.no_grad():
-            x = to_device(self._context, x, from_pixels=True)
+            x = to_device(self._context, x, from_data=True)
             for unit in self._units:
                 x = unit(x)
         return x
@@ -55,33 +55,42 @@ class Recomputed:
 def train_recomputing(request: TrainRequest) -> dict[str, object]:
     """The plan's stages in order, without caches."""
     task = request.task
-    split = split_spec(task.model, request.allowed_models, costs=task.costs)
+    traced = read_traced(Path(request.graph))
+    model = Model(traced.graph)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):
         folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu")
     with open_weights(Path(request.weights)) as weights:
         images = open_images(Path(request.data), task.model, "train")
-        channels_last = prefers_channels_last(split, device)
         context = TrainingContext(
-            task, request.plan, split, weights, images, output, cache, "reference", device, channels_last
+            task=task,
+            plan=request.plan,
+            model=model,
+            costs=traced.costs,
+            weights=weights,
+            images=images,
+            output=output,
+            cache=cache,
+            device_id="reference",
+            device=device,
+            channels_last=traced.graph.channels_last,
         )
         warm_up(context, request.plan.trained_units)
         meter = Meter()
         meter.reset()
         started = time.monotonic()
         steps = 0
-        load(context, split.head, trainable=True)
+        load(context, model.head, trainable=True)
         labels = torch.from_numpy(images.labels.astype(np.int64))
         for index, stage in enumerate(request.plan.stages):
-            prefix = list(split.units[: stage.first])
+            prefix = list(model.units[: stage.first])
             for unit in prefix:
                 load(context, unit, trainable=False)
-                unit.train(False)
+                unit.training = False
             source = Recomputed(context, prefix)
-            micro_batch = MicroBatch(task.costs, task.training, stage, len(images))
-            final = index == len(request.plan.stages) - 1
-            block = BlockTraining(context, stage, source, labels, index, micro_batch, final=final)
+            micro_batch = MicroBatch(traced.costs, task.training, stage, len(images))
+            block = BlockTraining(context, stage, source, labels, index, micro_batch)
             for _ in range(task.training.local_epochs):
                 for indices in block.epoch_batches(task.training.batch):
                     block.step(indices)
@@ -93,14 +102,13 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
 def train_full(request: TrainRequest) -> dict[str, object]:
     """All parameters at once, the job's batch in one piece."""
     task, spec = request.task, request.task.training
-    split = load_model(task.model, Path(request.weights), request.allowed_models)
     images = open_images(Path(request.data), task.model, "train")
-    model = split.model
-    if prefers_channels_last(split, torch.device("cpu")):
+    model = zoo.build(task.model)
+    with open_weights(Path(request.weights)) as weights:
+        model.load_state_dict({name: torch.from_numpy(weights.read(name)) for name in weights.names}, strict=False)
+    if read_traced(Path(request.graph)).graph.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     optimizer = torch.optim.SGD(
         model.parameters(), spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
     )

@@ -37,7 +37,7 @@ from fedepth.task import ModelSpec, TrainingSpec
 
 MODELS = {"digits-cnn": (1, 32, 32), "preresnet20": (3, 32, 32), "vit-tiny": (3, 32, 32)}
 BATCH = 64
-# In the order in which the trainer meets them; torchvision only for models that are made of it.
+# In the order in which the trainer meets them.
 IMPORTS = (
     "msgspec",
     "numpy",
@@ -47,10 +47,9 @@ IMPORTS = (
     "fedepth.planning.planner",
     "fedepth.data.read",
     "fedepth.weights",
-    "fedepth.models.split",
+    "fedepth.models.run",
     "fedepth.training.rehearsal",
     "edge_client.trainer.process",
-    "torchvision.models",
 )
 _PROGRAM = """
 import importlib, json, sys, time

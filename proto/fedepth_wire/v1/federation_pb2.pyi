@@ -407,6 +407,7 @@ class Stage(_message.Message):
     PREDICTED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     BUILD_STREAMED_FIELD_NUMBER: _builtins.int
+    FROZEN_SUFFIX_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
@@ -414,6 +415,7 @@ class Stage(_message.Message):
     build_batch: _builtins.int
     checkpoint: _builtins.bool
     build_streamed: _builtins.bool
+    frozen_suffix: _builtins.bool
     @_builtins.property
     def predicted(self) -> Global___PeakComponents: ...
     def __init__(
@@ -427,10 +429,11 @@ class Stage(_message.Message):
         predicted: Global___PeakComponents | None = ...,
         checkpoint: _builtins.bool = ...,
         build_streamed: _builtins.bool = ...,
+        frozen_suffix: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "build_streamed", b"build_streamed", "cache", b"cache", "checkpoint", b"checkpoint", "first", b"first", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "build_streamed", b"build_streamed", "cache", b"cache", "checkpoint", b"checkpoint", "first", b"first", "frozen_suffix", b"frozen_suffix", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
