@@ -70,7 +70,7 @@ class Stage:
         build_batch: samples per forward pass while the inputs are computed from the stage before.
         predicted: the predicted peak by component.
         checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
-        build_streamed: while the inputs are computed, the units in front are read from the weights file one at a time,
+        build_streamed: while the inputs are computed, the preceding units are read from the weights file one at a time,
             each run over all samples, with its outputs on disk in between.
     """
 

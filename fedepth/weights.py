@@ -244,9 +244,9 @@ def _read_header(path: Path, file: BinaryIO, size: int, limit: int) -> dict[str,
     try:
         fields = json.loads(file.read(length), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
-        raise StateError(f"{path} is damaged: its header is no JSON ({error})") from None
+        raise StateError(f"{path} is damaged: its header is not JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise StateError(f"{path} is damaged: its header is no JSON object")
+        raise StateError(f"{path} is damaged: its header is not a JSON object")
     fields.pop(_METADATA, None)
     tensors = {name: _entry(path, name, entry) for name, entry in fields.items()}
     expected = 0

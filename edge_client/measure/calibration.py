@@ -156,7 +156,7 @@ async def calibrated(
                 raise
             raise StateError(
                 f"the small models that are measured cannot be kept in {folder} for a moment ({error.strerror}); "
-                "they take about 100 MiB. Make room, or set XDG_CACHE_HOME to a folder that has it"
+                "they take about 100 MiB. Free some space, or set XDG_CACHE_HOME to a folder that has it"
             ) from None
         return found
 

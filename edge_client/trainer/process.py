@@ -152,7 +152,7 @@ def assignment(request: TrainRequest) -> Assignment:
         allowed_models=request.allowed_models,
         enforce=request.enforce,
         most_samples=request.most_samples,
-        keeping=request.keeping,
+        release_freed=request.release_freed,
     )
 
 

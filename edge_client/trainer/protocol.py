@@ -24,7 +24,8 @@ class TrainRequest:
         allowed_models: every `module:function` that this device may import.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
-        keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
     """
 
     task: Task
@@ -38,7 +39,7 @@ class TrainRequest:
     allowed_models: tuple[str, ...]
     enforce: bool
     most_samples: int = 0
-    keeping: bool = True
+    release_freed: bool = False
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):
@@ -116,7 +117,7 @@ class Done(_Event, tag="done", frozen=True):
 class Failed(_Event, tag="failed", frozen=True):
     """The task ended without an update; the trainer lives on.
 
-    `capped`: a stage met the cap on its heap, perhaps inside its budget; keeping nothing, it may be trained.
+    `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
     """
 
     outcome: Outcome

@@ -196,7 +196,7 @@ def _reserve(size_bytes: int) -> None:
 
 
 @contextmanager
-def keeping_nothing() -> Iterator[None]:
+def release_freed() -> Iterator[None]:
     """Within the block, what is freed is given back at once: slow, and the high-water mark is that of the tensors."""
     before = _property(_DECOMMIT)
     _set_property(_DECOMMIT, 1)

@@ -71,7 +71,7 @@ class Meter:
         return max(0, self._anonymous)
 
     @property
-    def beside_heap_bytes(self) -> int:
+    def outside_heap_bytes(self) -> int:
         """What has come outside the heap since the baseline: compiled kernels, stacks, pages of libraries.
 
         Gives free pages back. 0 for allocators that do not tell.

@@ -19,7 +19,7 @@ from fedepth.sizes import format_size
 from fedepth.training.context import TrainingContext
 
 UNBOUNDED = 1 << 50
-BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
+OUTSIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
 UNWRITTEN_BYTES = 16 << 20  # that kernels ask for and never write to; they count on the heap, and take no memory
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
@@ -37,18 +37,18 @@ def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: St
     they like up to its need.
     """
     cap = whole_heap(context, budget)
-    if context.keeping and stage in rehearsed and allocator.can_be_capped():
+    if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
-    # What lies beside the heap is off every cap, also off one that is lowered later.
-    return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
+    # What lies outside the heap is off every cap, also off one that is lowered later.
+    return allocator.HeapCap(meter.baseline.heap_bytes - meter.outside_heap_bytes, cap)
 
 
 def expected_bytes(context: TrainingContext, stage: Stage, rehearsed_bytes: int, budget: int) -> int:
     """What a stage is going to take: with the pages that it keeps, and no more than the budget that it is held to."""
     if not rehearsed_bytes:
         return needed_bytes(stage.predicted_peak_bytes)
-    kept = may_keep_bytes(rehearsed_bytes) if context.keeping else 0
+    kept = 0 if context.release_freed else may_keep_bytes(rehearsed_bytes)
     return min(budget, rehearsed_bytes + kept)
 
 
@@ -57,7 +57,7 @@ def whole_heap(context: TrainingContext, budget: int) -> int:
     more than was ever written to; the first step is held against the budget then."""
     if not context.enforce:
         return UNBOUNDED
-    return budget - BESIDE_HEAP_BYTES if context.keeping else budget + UNWRITTEN_BYTES
+    return budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         output=folder,
         cache=folder,
     )
-    with allocator.keeping_nothing():
+    with allocator.release_freed():
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
     peaks = (result.measured_peak_bytes for result in rehearsed.stages)

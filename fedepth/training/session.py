@@ -37,7 +37,8 @@ class Assignment:
         allowed_models: every `module:function` that may be imported.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
-        keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
     """
 
     task: Task
@@ -50,7 +51,7 @@ class Assignment:
     allowed_models: tuple[str, ...]
     enforce: bool
     most_samples: int = 0
-    keeping: bool = True
+    release_freed: bool = False
 
 
 class SessionHooks(Hooks, Protocol):
@@ -103,7 +104,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             device=device,
             channels_last=prefers_channels_last(split, device),
             enforce=assignment.enforce,
-            keeping=assignment.keeping,
+            release_freed=assignment.release_freed,
         )
         warm = known.warm.setdefault(task.model, set())
         if not warm.issuperset(plan.trained_units):

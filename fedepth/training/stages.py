@@ -125,8 +125,8 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 limits.enter_context(
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
-            if not context.keeping:
-                limits.enter_context(allocator.keeping_nothing())
+            if context.release_freed:
+                limits.enter_context(allocator.release_freed())
             cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
             previous = done[-1] if done else None
             yield_memory = partial(_yield_memory, context, stage, meter, cap, hooks, len(done))
@@ -144,7 +144,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
-                    capped = context.keeping and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
+                    capped = not context.release_freed and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
                     raise over_budget(error, len(done), stage, budget, meter, capped=capped) from error
                 raise
             units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]

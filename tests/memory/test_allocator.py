@@ -73,8 +73,8 @@ for size in range(10 * MIB - 96 * KIB, 11 * MIB, 256 * KIB):
             address = library.malloc(ctypes.c_size_t(size + more))
             told["to_the_page"][-1].append(address is not None)
             library.free(ctypes.c_void_p(address))
-with allocator.keeping_nothing():
-    with allocator.keeping_nothing():
+with allocator.release_freed():
+    with allocator.release_freed():
         pass  # the end of this one does not end the other
     told["nothing_kept"] = holes_then_large()
 before = meter.beside_heap_bytes

@@ -50,7 +50,8 @@ def _write_random(path: Path, layout: ModelLayout) -> None:
         if len(shape) > 1:
             yield rng.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
         else:
-            # What has one dimension and is no bias or mean scales something, or is its variance; counters start at 0.
+            # What has one dimension and is neither a bias nor a mean scales something, or is its variance; counters
+            # start at 0.
             yield np.full(shape, bool(shape) and not name.endswith(("bias", "mean")), dtype=np.float32)
 
     write_tensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, values)
