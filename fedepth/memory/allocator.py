@@ -116,6 +116,7 @@ def heap_bytes() -> int:
     if not can_be_capped():
         return 0
     release()
+    # Searched by whole MiB first, since the limit is set in those, and then by pages under the limit that was found.
     committed = _property(_COMMITTED) // _MIB
     limit = _first(range(committed, committed + _MOST_RECORDS_MIB), lambda mebibytes: _can_have(_MIB, mebibytes))
     pages = range(1, _MIB // _PAGE)
@@ -192,6 +193,7 @@ def _reserve(size_bytes: int) -> None:
         if address is not None:
             library.free(ctypes.c_void_p(address))
             return
+        # Refused: the largest span that can be had will do.
         size_bytes -= max(_MIB, size_bytes // 32)
 
 

@@ -37,6 +37,8 @@ def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: St
     they like up to its need.
     """
     cap = whole_heap(context, budget)
+    # The rehearsal released freed pages at once, so its peak is the need itself. The cap is the need and a margin and
+    # not the whole budget: what an allocator keeps is then bounded, and the peak can be told in advance.
     if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
@@ -53,10 +55,12 @@ def expected_bytes(context: TrainingContext, stage: Stage, rehearsed_bytes: int,
 
 
 def whole_heap(context: TrainingContext, budget: int) -> int:
-    """What the heap may come to in a budget. Where nothing is kept it follows what is in use, and may have asked for
-    more than was ever written to; the first step is held against the budget then."""
+    """What the heap may come to in a budget."""
     if not context.enforce:
         return UNBOUNDED
+    # The cap counts what is asked for, the budget what is written to. oneDNN asks for 20 MB for the gradient of a patch
+    # embedding and leaves most of it untouched. Where freed pages are released at once, the heap follows what is in
+    # use, so it may ask for that much more; the first step is held against the budget instead.
     return budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
 
 
@@ -66,6 +70,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_first_step(meter: Meter, context: TrainingContext, budget: int, index: int, stage: Stage) -> None:
+    """Holds what a stage has taken by the end of its first step against the budget.
+
+    Raises:
+        OverBudgetError: it was more.
+    """
+    # Neither cap nor RLIMIT_DATA sees pages of files. After one step all tensors of the stage have been there once:
+    # optimizer state is made before it, so that later steps need no more.
     peak = peak_bytes(meter, context.device)
     if peak > budget:
         raise OverBudgetError(

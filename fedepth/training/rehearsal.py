@@ -52,6 +52,8 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         output=folder,
         cache=folder,
     )
+    # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
+    # an allocator happened to keep.
     with allocator.release_freed():
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)

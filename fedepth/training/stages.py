@@ -118,7 +118,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
-        reset(meter, context.device)
+        reset(meter, context.device)  # after the plan is settled, so that the peak is this stage's alone
         started = time.monotonic()
         with ExitStack() as limits:
             if context.enforce:

@@ -409,7 +409,7 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     assert len(transport.delivered) == 1
 
 
-def test_a_plan_that_met_the_cap_on_its_heap_is_trained_keeping_nothing_from_then_on(
+def test_a_plan_that_met_the_cap_on_its_heap_releases_freed_pages_from_then_on(
     bench: Bench, transport: FakeTransport, make_task: MakeTask
 ) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]

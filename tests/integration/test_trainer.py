@@ -116,7 +116,7 @@ def test_no_more_than_was_reported_is_trained_on(request_of: Request) -> None:
 
 @pytest.mark.skipif("tcmalloc" not in ALLOCATORS, reason="no other allocator has a cap")
 @pytest.mark.parametrize("budget", [ENOUGH, 25 * MIB])  # the cap is what was rehearsed, or what the budget leaves
-def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_keeping_nothing(
+def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_releasing_freed_pages(
     request_of: Request, budget: int
 ) -> None:
     async def scene() -> None:
