@@ -121,7 +121,7 @@ def load_config(path: Path) -> JobConfig:
 
 
 def model_spec(config: JobConfig) -> ModelSpec:
-    """The model as devices and the model worker are told of it."""
+    """The model as it is sent to devices and to the model worker."""
     section = config.model
     classes = section.classes
     names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else classes
@@ -162,7 +162,7 @@ def learning_rate(round_number: int, rounds: int, start: float, end: float, sche
 
 
 def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
-    """What a device is told for this round. Rounds beyond the last are told what the last is."""
+    """What is sent to a device for this round. Rounds beyond the last are given what the last is."""
     section = config.training
     number = min(max(round_number, 1), config.job.rounds)
     return TrainingSpec(

@@ -119,7 +119,7 @@ async def calibrated(
     """The calibration of this machine: the one on disk, or a new one.
 
     Args:
-        tell: hears what is being measured.
+        on_progress: called with what is being measured.
         memory: the operator's reserve and fraction; what does not fit into the rest is not tried.
         again: measure even if the record still holds.
         folder: where the record lies; the user's cache folder by default.
@@ -256,7 +256,7 @@ async def _free_bytes(config: TrainerConfig, memory: MemoryConfig) -> int:
 async def _measure(
     config: TrainerConfig, memory: MemoryConfig, fingerprint: str, folder: Path, on_progress: OnProgress
 ) -> Calibrated:
-    """What fails is told and left out, as long as one allocator has trained the first probe."""
+    """What fails is reported and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
     free = await room_for_tracing(msgspec.structs.replace(config, allocator=names[0]), memory)
     on_progress("tracing small models")

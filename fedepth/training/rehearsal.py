@@ -88,7 +88,7 @@ class FirstImages:
 
 @dataclass(frozen=True)
 class Unheard:
-    """Hooks that tell nobody. Without `measured` they grant any budget, else what it measures."""
+    """Hooks that report to nobody. Without `measured` they grant any budget, else what it measures."""
 
     measured: Hooks | None = None
 

@@ -214,11 +214,11 @@ def _epochs(
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
 
-    def tell_and_look() -> None:
+    def report_and_look() -> None:
         report(epoch, total / batches)
         yield_memory()
 
-    look = _every(LOOK_S, tell_and_look)
+    look = _every(LOOK_S, report_and_look)
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches(batch):
