@@ -159,7 +159,7 @@ async def try_in_full(folder: Path, job: Path, budget: int, images: Path) -> tup
         prepared, full_plan(costs, 1, budget), budget, images, folder / "full" / "run", enforce=True
     )
     trainer = msgspec.structs.replace(TrainerConfig(), allocator=calibration.allocator)
-    end = await try_in_fresh_trainer(replace(request, keeping=False), trainer)  # the least that it can do with
+    end = await try_in_fresh_trainer(replace(request, release_freed=True), trainer)  # the least that it can do with
     failure = end.message if isinstance(end, Failed) else ""
     console.print(f"  {failure or 'it trains'}")
     return needed, failure

@@ -188,7 +188,7 @@ async def _train(
         end = await try_in_fresh_trainer(task, config)
         tries += 1
         if isinstance(end, Failed) and end.capped:
-            end = await try_in_fresh_trainer(replace(task, keeping=False), config)
+            end = await try_in_fresh_trainer(replace(task, release_freed=True), config)
             tries += 1
         if isinstance(end, Done):
             return end.result.plan, tries, end

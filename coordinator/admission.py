@@ -97,7 +97,7 @@ def _units_of(plan: Plan) -> list[int]:
     found: list[int] = []
     for stage in plan.stages:
         if not 0 <= stage.first <= stage.last < 1 << 16:
-            raise UpdateError("plan", f"stage {stage.first}-{stage.last} is no range of units")
+            raise UpdateError("plan", f"stage {stage.first}-{stage.last} is not a range of units")
         found.extend(range(stage.first, stage.last + 1))
     return sorted(found)
 
@@ -155,6 +155,6 @@ def _check_values(reader: Reader, name: str) -> None:
     try:
         for piece in reader.slices(name):
             if not np.isfinite(piece).all():
-                raise UpdateError("not_finite", f"tensor {name} holds values that are no finite numbers")
+                raise UpdateError("not_finite", f"tensor {name} holds values that are not finite numbers")
     except StateError as error:
         raise UpdateError("size", str(error)) from error

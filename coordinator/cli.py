@@ -53,11 +53,12 @@ def serve_command(
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
     from coordinator.model_worker.client import ModelWorker
-    from coordinator.observe.logs import configure_logging
+    from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
     from fedepth.job import load_config
+    from fedepth.logs import configure_logs
 
-    configure_logging(json_logs)
+    configure_logs(renderer(json_logs))
     options = ServeOptions(state, host, port, port_file, exit_when_done)
 
     async def run() -> None:

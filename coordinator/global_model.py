@@ -87,10 +87,10 @@ class GlobalModel:
         record = await asyncio.to_thread(store.seal_weights, partial, round_number, len(updates), samples)
         store.record_round(record)
         self.record = record
-        self._events.tell("round_closed", round=round_number, updates=len(updates), samples=samples)
+        self._events.send("round_closed", round=round_number, updates=len(updates), samples=samples)
 
     async def evaluate(self) -> None:
-        """Accuracy on the job's test data. A failure is told; the round stands without it."""
+        """Accuracy on the job's test data. A failure is logged; the round stands without it."""
         weights = self.record
         try:
             answer = await self._models.request(
@@ -101,23 +101,23 @@ class GlobalModel:
                 test_data=self._config.test.data,
             )
         except FedepthError as error:
-            self._events.tell("log", message=f"round {weights.round} could not be evaluated: {error}")
+            self._events.send("log", message=f"round {weights.round} could not be evaluated: {error}")
             return
         self._store.set_evaluation(weights.round, answer["accuracy"], answer["loss"])
         self.record = self._latest()
-        self._events.tell("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
+        self._events.send("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
 
     async def export(self) -> None:
-        """ONNX with its parity report. A failure is told; `fedepth-coordinator export` tries again."""
+        """ONNX with its parity report. A failure is logged; `fedepth-coordinator export` tries again."""
         weights = self.record
         try:
             answer = await self._models.request("export", **export_fields(self._config, self._store, weights))
         except FedepthError as error:
-            self._events.tell("log", message=f"round {weights.round} could not be exported: {error}")
+            self._events.send("log", message=f"round {weights.round} could not be exported: {error}")
             return
         self._store.set_export(weights.round, answer["path"], answer["parity_max_abs"])
         self.record = self._latest()
-        self._events.tell(
+        self._events.send(
             "exported",
             round=weights.round,
             path=answer["path"],

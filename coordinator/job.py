@@ -79,7 +79,7 @@ class Job:
         self.events = Events()
         self.model = model_spec(config)
         self.finished = asyncio.Event()
-        self.told_finished: set[str] = set()
+        self.informed: set[str] = set()
         self._prepared = prepared
         self._costs = read_costs(store.files.graph())
         self._clock = clock
@@ -132,7 +132,7 @@ class Job:
     def see(self, report: DeviceReport) -> None:
         """Takes note of a device that called, whether or not it can take part."""
         if self._reports.get(report.device_id) is None:
-            self.events.tell(
+            self.events.send(
                 "device_seen",
                 device=report.name,
                 device_id=report.device_id,
@@ -169,7 +169,7 @@ class Job:
             return False
         self.touch(progress.task_id)
         fields = {key: value for key, value in vars(progress).items() if key != "loss" or value == value}
-        self.events.tell("progress", device=self._name(progress.device_id), **fields)
+        self.events.send("progress", device=self._name(progress.device_id), **fields)
         return rounds.accepts(self.state, progress.task_id)
 
     def touch(self, task_id: str) -> None:
@@ -189,7 +189,7 @@ class Job:
             self.refuse(result.task_id, result.device_id, error)
             raise
         if new:
-            self.events.tell(
+            self.events.send(
                 "update_accepted",
                 device=self._name(result.device_id),
                 device_id=result.device_id,
@@ -204,10 +204,10 @@ class Job:
         return result.round
 
     def refuse(self, task_id: str, device_id: str, error: UpdateError) -> None:
-        """Tells and counts a refusal, and ends the task if it was its device's own."""
+        """Reports and counts a refusal, and ends the task if it was its device's own."""
         task = rounds.find(self.state, task_id)
         owner = task is not None and task.device_id == device_id
-        self.events.tell(
+        self.events.send(
             "update_refused",
             device=self._name(device_id),
             device_id=device_id,
@@ -228,7 +228,7 @@ class Job:
             return False
         if rounds.accepts(self.state, failure.task_id):
             self.store.end_task(failure.task_id, "failed", failure.outcome.value, failure.message)
-            self.events.tell("task_failed", device=self._name(failure.device_id), **vars(failure))
+            self.events.send("task_failed", device=self._name(failure.device_id), **vars(failure))
             self.apply(TaskFailed(failure.task_id, self._clock()))
         return False
 
@@ -252,10 +252,10 @@ class Job:
             self._give(action)
         elif isinstance(action, StartRound):
             names = [self._name(device) for device in action.devices]
-            self.events.tell("round_started", round=action.round, devices=names)
+            self.events.send("round_started", round=action.round, devices=names)
         elif isinstance(action, LoseTask):
             self.store.end_task(action.task_id, "lost", "lost", action.reason)
-            self.events.tell(
+            self.events.send(
                 "task_failed",
                 device=self._name(action.device_id),
                 device_id=action.device_id,
@@ -267,7 +267,7 @@ class Job:
             self._closing = action
             self._wake.set()
         elif isinstance(action, Log):
-            self.events.tell("log", message=action.message)
+            self.events.send("log", message=action.message)
         else:
             self._wake.set()
 
@@ -298,7 +298,7 @@ class Job:
             weights_bytes=self.weights.record.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
         )
-        self.events.tell(
+        self.events.send(
             "task_given",
             device=waiter.report.name,
             device_id=action.device_id,
@@ -362,7 +362,7 @@ class Job:
             del self._waiters[device_id]
             if not waiter.answer.done():
                 waiter.answer.set_result(None)
-        self.events.tell("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
+        self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
         self.finished.set()
 
     # --- for people
@@ -385,8 +385,8 @@ class Job:
         return encode_event("state", self.status())
 
     def unaware_devices(self) -> frozenset[str]:
-        """Live devices that have not been told that the job is finished."""
-        return rounds.live_devices(self.state, self._clock()) - self.told_finished
+        """Live devices that do not know yet that the job is finished."""
+        return rounds.live_devices(self.state, self._clock()) - self.informed
 
     def _name(self, device_id: str) -> str:
         return self._names.get(device_id, device_id)

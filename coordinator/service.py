@@ -66,7 +66,7 @@ class FederationService(FederationServicer):
         try:
             plan = job.plan_for(report)
         except PlanError as error:
-            job.events.tell("log", message=f"{report.name} cannot take part: {error}", device=report.name)
+            job.events.send("log", message=f"{report.name} cannot take part: {error}", device=report.name)
             return _rejected(str(error))
         answer = job.start_waiting(report, plan)
         try:
@@ -81,7 +81,7 @@ class FederationService(FederationServicer):
         return pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=random.randrange(SPREAD_MS)))
 
     def _finished(self, device_id: str) -> pb.NextTaskReply:
-        self._job.told_finished.add(device_id)
+        self._job.informed.add(device_id)
         section = self._job.config.job
         return pb.NextTaskReply(finished=pb.JobFinished(job=section.name, rounds=section.rounds))
 

@@ -239,4 +239,4 @@ def _partial_path(folder: Path, part: int, digest: str) -> Path:
 
 
 def _late(task_id: str) -> UpdateError:
-    return UpdateError("late", f"nobody waits for task {task_id[:80]} any more: its round is closed or never was")
+    return UpdateError("late", f"task {task_id[:80]} is no longer wanted: its round is closed or never existed")

@@ -153,7 +153,7 @@ class Agent:
 
     async def _rejected(self, answer: Rejected) -> None:
         pause = max(1.0, answer.after_s)
-        _log.error("the coordinator does not take this device", message=answer.message, next_try_s=pause)
+        _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause)
         await self._around.clock.sleep(pause)
 
     async def _work(self, task: Task) -> None:
@@ -173,7 +173,7 @@ class Agent:
             await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 beat.result()
-                _log.warning("the coordinator does not wait for this task any more", task=task.task_id)
+                _log.warning("the coordinator no longer waits for this task", task=task.task_id)
                 return
             end = work.result()
         finally:

@@ -67,7 +67,7 @@ def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dic
             )
     else:
         settings["LD_PRELOAD"] = str(tcmalloc)
-        settings["TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD"] = str(1 << 62)  # refused requests are told as errors
+        settings["TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD"] = str(1 << 62)  # refused requests are reported as errors
         settings["TCMALLOC_RELEASE_RATE"] = "0"  # pages are given back when the trainer says so
         settings["TCMALLOC_MAX_TOTAL_THREAD_CACHE_BYTES"] = str(1 << 20)  # 32 MiB by itself, out of anyone's reach
     return settings

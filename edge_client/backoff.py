@@ -88,7 +88,7 @@ class Backoff:
         now = self._clock.now()
         self._said = now
         _log.warning(
-            "coordinator cannot be reached; trying on until it answers",
+            "coordinator cannot be reached; retrying until it answers",
             coordinator=self._address,
             error=str(error),
             away_s=round(now - self._since, 1),

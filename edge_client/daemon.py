@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import logging
 import platform
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import structlog
@@ -25,6 +22,7 @@ from edge_client.measure.calibration import calibrated
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
+from fedepth.logs import configure_logs
 
 # <malloc.h>
 _M_TRIM_THRESHOLD = -1
@@ -70,28 +68,15 @@ def stay_small() -> None:
         library.mallopt(setting, value)
 
 
-def configure_logs(*, as_json: bool, loggers: Callable[..., Any], colors: bool = False) -> None:
-    """Log lines as JSON objects or for people, written by what `loggers` makes."""
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=colors)
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=loggers,
-    )
-
-
 def _surroundings(json_logs: bool) -> Surroundings:
     if json_logs or not sys.stderr.isatty():
-        configure_logs(as_json=json_logs, loggers=structlog.PrintLoggerFactory(sys.stderr))
+        plain = structlog.dev.ConsoleRenderer(colors=False)
+        configure_logs(structlog.processors.JSONRenderer() if json_logs else plain)
         return Surroundings()
     from edge_client.display import Bar, BarLogger  # loads rich, which only a terminal needs
 
     bar = Bar()
-    configure_logs(as_json=False, loggers=BarLogger(bar.console), colors=True)
+    configure_logs(structlog.dev.ConsoleRenderer(colors=True), BarLogger(bar.console))
     return Surroundings(on_progress=bar.show)
 
 

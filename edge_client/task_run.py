@@ -77,7 +77,9 @@ class TaskRunner:
         self._outbox = outbox
         self._backoff = backoff
         self._report = report
-        self._keeping_nothing: set[tuple[Stage, ...]] = set()  # plans that have met the cap on their heap before
+        self._released: set[tuple[Stage, ...]] = (
+            set()
+        )  # plans that met the cap on their heap, unless they release at once
         self._folder = config.state_dir / "work"
         shutil.rmtree(self._folder, ignore_errors=True)  # of an agent that was killed
 
@@ -121,10 +123,9 @@ class TaskRunner:
         except FedepthError as error:
             return _failure(task, self._device_id, error)
         except OSError as error:  # a full disk, a folder that cannot be read
-            told = (
-                f"{error.filename or folder}: {error.strerror or error}; make room there, or let the agent write there"
-            )
-            return _failure(task, self._device_id, StateError(told))
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            remedy = "free some space there, or let the agent write there"
+            return _failure(task, self._device_id, StateError(f"{what}; {remedy}"))
         else:
             self._budgets.succeeded()
             return done.result
@@ -133,7 +134,7 @@ class TaskRunner:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
-        """Retries while the coordinator is away; what has come so far is kept."""
+        """Retries while the coordinator is away; what has arrived so far is kept."""
         damaged = 0
         while True:
             try:
@@ -164,9 +165,9 @@ class TaskRunner:
                 self._budgets.learn_start(trainer.start_bytes)
                 budget = self._budgets.budget(trainer.held_bytes, trainer.baseline_bytes)
                 plan = await self._plan(request.task, costs, budget, samples, limit, keep_plan)
-                keeping = plan.stages not in self._keeping_nothing
+                release_freed = plan.stages in self._released
                 end = await self._train_once(
-                    trainer, replace(request, plan=plan, budget=budget, keeping=keeping), reporter
+                    trainer, replace(request, plan=plan, budget=budget, release_freed=release_freed), reporter
                 )
             except ChildError as error:
                 await self._keeper.drop()
@@ -180,9 +181,12 @@ class TaskRunner:
                 return end
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _TrainerFailed(end)
-            if end.capped and keeping:
-                _log.warning("a stage met the cap on its heap; the same plan, keeping nothing", message=end.message)
-                self._keeping_nothing.add(plan.stages)
+            if end.capped and not release_freed:
+                _log.warning(
+                    "a stage met the cap on its heap; trying the same plan, releasing freed pages at once",
+                    message=end.message,
+                )
+                self._released.add(plan.stages)
                 continue
             smaller += 1
             task = request.task

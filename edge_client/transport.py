@@ -275,7 +275,7 @@ class GrpcTransport:
             # (grpc/aio/_call.py, _write), so this says no more than that the upload was cut.
             if error.code() is grpc.StatusCode.INTERNAL:
                 raise UnreachableError(f"{self.address}: the upload was cut: {error.details()}") from None
-            raise self._told(error) from None
+            raise self._as_error(error) from None
         finally:
             call.cancel()
 
@@ -301,9 +301,9 @@ class GrpcTransport:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise self._told(error) from None
+            raise self._as_error(error) from None
 
-    def _told(self, error: grpc.aio.AioRpcError) -> TransportError:
+    def _as_error(self, error: grpc.aio.AioRpcError) -> TransportError:
         kind = UnreachableError if error.code() in _AWAY else TransportError
         return kind(f"{self.address}: {error.code().name}: {error.details()}")
 

@@ -5,10 +5,8 @@ Every message names the field, as `job.toml: [training] learning_rate: must be a
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,18 +15,12 @@ from msgspec import Meta
 
 from fedepth.errors import ConfigError
 from fedepth.plan import CacheType, Policy
+from fedepth.settings import read_toml, suggestion, violation
 from fedepth.task import InputType, ModelSpec, TrainingSpec
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 DIGITS = "digits"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# "Expected `int`, got `str` - at `$.job.rounds[0]`": how msgspec words a violation.
-_VIOLATION = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
@@ -128,12 +120,7 @@ def load_config(path: Path) -> JobConfig:
     Raises:
         ConfigError: the file cannot be read, or a field is missing, misspelt or out of range.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path.name}: is not valid TOML: {error}") from None
+    tables = read_toml(path)
     _refuse_unknown(tables, path.name)
     try:
         config = msgspec.convert(tables, JobConfig)
@@ -144,7 +131,7 @@ def load_config(path: Path) -> JobConfig:
 
 
 def model_spec(config: JobConfig) -> ModelSpec:
-    """The model as devices and the model worker are told of it."""
+    """The model as it is sent to devices and to the model worker."""
     section = config.model
     classes = section.classes
     names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else classes
@@ -186,7 +173,7 @@ def learning_rate(round_number: int, rounds: int, start: float, end: float, sche
 
 
 def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
-    """What a device is told for this round. Rounds beyond the last are told what the last is."""
+    """What is sent to a device for this round. Rounds beyond the last are given what the last is."""
     section = config.training
     number = min(max(round_number, 1), config.job.rounds)
     return TrainingSpec(
@@ -209,24 +196,17 @@ def _refuse_unknown(tables: dict[str, Any], file: str) -> None:
     sections = {field.name: field.type for field in msgspec.structs.fields(JobConfig)}
     for section, content in tables.items():
         if section not in sections:
-            raise ConfigError(f"{file}: [{section}]: no such section{_closest(section, sections)}")
+            raise ConfigError(f"{file}: [{section}]: no such section{suggestion(section, sections)}")
         if not isinstance(content, dict):
             raise ConfigError(f"{file}: [{section}]: must be a section, is {content!r}")
         known = {field.name for field in msgspec.structs.fields(sections[section])}
         for key in content:
             if key not in known:
-                raise ConfigError(f"{file}: [{section}] {key}: no such setting{_closest(key, known)}")
+                raise ConfigError(f"{file}: [{section}] {key}: no such setting{suggestion(key, known)}")
 
 
-def _closest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
-
-
-def _explain(file: str, violation: str) -> str:
-    match = _VIOLATION.match(violation)
-    assert match is not None
-    what, path = match["what"], (match["path"] or "").lstrip(".")
+def _explain(file: str, message: str) -> str:
+    path, what = violation(message)
     missing = _MISSING.search(what)
     if missing:
         where = f"[{path}] {missing[1]}" if path else f"[{missing[1]}]"

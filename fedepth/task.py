@@ -189,7 +189,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that ended without an update, told to the coordinator."""
+    """A task that ended without an update, as the coordinator is told."""
 
     task_id: str
     attempt: int

@@ -130,7 +130,7 @@ class ModelWorker:
             await child.stop()
 
 
-def _as_error(told: dict[str, Any]) -> FedepthError:
-    name, message = str(told.get("type")), str(told.get("message"))
+def _as_error(fields: dict[str, Any]) -> FedepthError:
+    name, message = str(fields.get("type")), str(fields.get("message"))
     kind = _KINDS.get(name)
     return ChildError(f"model worker: {name}: {message}") if kind is None else kind(message)

@@ -19,13 +19,13 @@ _log = structlog.get_logger()
 
 
 class Events:
-    """Tells everything to the log and to every watcher. A watcher that lags too far behind is cut off."""
+    """Sends everything to the log and to every watcher. A watcher that lags too far behind is cut off."""
 
     def __init__(self) -> None:
         self._watchers: set[asyncio.Queue[str | None]] = set()
         self._lagging: deque[asyncio.Queue[str | None]] = deque()
 
-    def tell(self, event: str, **fields: Any) -> None:
+    def send(self, event: str, **fields: Any) -> None:
         """Adds `time` (seconds since 1970). `fields` are anything that msgspec can encode."""
         level = _log.debug if event == "progress" else _log.info
         shown = {key: value for key, value in fields.items() if key != "stages"}

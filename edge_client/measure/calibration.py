@@ -120,7 +120,7 @@ async def calibrated(
     """The calibration of this machine: the one on disk, or a new one.
 
     Args:
-        tell: hears what is being measured.
+        on_progress: called with what is being measured.
         memory: the operator's reserve and fraction; what does not fit into the rest is not tried.
         again: measure even if the record still holds.
         folder: where the record lies; the user's cache folder by default.
@@ -157,7 +157,7 @@ async def calibrated(
                 raise
             raise StateError(
                 f"the small models that are measured cannot be kept in {folder} for a moment ({error.strerror}); "
-                "they take about 100 MiB. Make room, or set XDG_CACHE_HOME to a folder that has it"
+                "they take about 100 MiB. Free some space, or set XDG_CACHE_HOME to a folder that has it"
             ) from None
         return found
 
@@ -257,7 +257,7 @@ async def _free_bytes(config: TrainerConfig, memory: MemoryConfig) -> int:
 async def _measure(
     config: TrainerConfig, memory: MemoryConfig, fingerprint: str, folder: Path, on_progress: OnProgress
 ) -> Calibrated:
-    """What fails is told and left out, as long as one allocator has trained the first probe."""
+    """What fails is reported and left out, as long as one allocator has trained the first probe."""
     names = tuple(available()) if config.allocator == "auto" else (config.allocator,)
     free = await room_for_tracing(msgspec.structs.replace(config, allocator=names[0]), memory)
     on_progress("tracing small models")

@@ -171,7 +171,7 @@ async def measure_capability(
     Args:
         calibration: of this device; without one the prediction counts as for a desktop.
         busy: what `busy_share` said before anything was measured.
-        tell: hears what is being done.
+        on_progress: called with what is being done.
 
     Raises:
         ConfigError: there is no torch here.
@@ -235,7 +235,7 @@ class Bench:
         try:
             end = await try_training(trainer, request)
             if isinstance(end, Failed) and end.capped:
-                end = await try_training(trainer, replace(request, keeping=False))
+                end = await try_training(trainer, replace(request, release_freed=True))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(end, Done):

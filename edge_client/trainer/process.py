@@ -50,30 +50,30 @@ class Lines:
         self.epochs, self.baseline = epochs, baseline
 
     def rehearsing(self) -> None:
-        self.tell(event="rehearsing")
+        self.send(event="rehearsing")
 
-    def tell(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         self._sink.write(msgspec.json.encode(message).decode() + "\n")
         self._sink.flush()
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         line = self._source.readline()
         if not line:
             sys.exit(0)  # the agent is gone
         return msgspec.json.decode(line)
 
     def measure(self, stage: int, held_bytes: int) -> int:
-        self.tell(
+        self.send(
             event="measure",
             stage=stage,
             held_bytes=held_bytes,
             baseline_bytes=self.baseline.resident_bytes,
             baseline_anonymous_bytes=self.baseline.anonymous_bytes,
         )
-        return bounded(msgspec.convert(self.hear()["budget"], Budget).budget_bytes, self._device)
+        return bounded(msgspec.convert(self.receive()["budget"], Budget).budget_bytes, self._device)
 
     def stage_started(self, index: int, count: int, stage: Stage) -> None:
-        self.tell(
+        self.send(
             event="stage_started",
             stage=index,
             stage_count=count,
@@ -83,7 +83,7 @@ class Lines:
         )
 
     def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None:
-        self.tell(
+        self.send(
             event="progress",
             stage=index,
             stage_count=count,
@@ -95,10 +95,10 @@ class Lines:
         )
 
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
-        self.tell(event="waiting", stage=index, budget_bytes=budget_bytes)
+        self.send(event="waiting", stage=index, budget_bytes=budget_bytes)
 
     def stage_done(self, result: StageResult, part: PartInfo) -> None:
-        self.tell(event="stage_done", result=result, part=part)
+        self.send(event="stage_done", result=result, part=part)
 
 
 def main() -> None:
@@ -108,15 +108,15 @@ def main() -> None:
     os.dup2(2, 1)
     start(device)
     gc.freeze()  # what was imported stays, and need not be looked through again and again
-    lines.tell(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
+    lines.send(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
     known = Known()
     while True:
-        message = lines.hear()
+        message = lines.receive()
         request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
         try:
             result = run(assignment(request), lines, device, known)
         except FedepthError as error:
-            lines.tell(
+            lines.send(
                 event="failed",
                 outcome=_OUTCOMES.get(type(error), Outcome.ERROR),
                 message=str(error),
@@ -127,20 +127,20 @@ def main() -> None:
                 capped=getattr(error, "capped", False),
             )
         except Exception as error:
-            # A mistake, or a file that cannot be written: what it was is told, and the agent starts another trainer.
-            # Memory that ran out is none of these: that is a death, and the agent plans smaller.
+            # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
+            # out of memory is neither: that is a death, and the agent plans smaller.
             if not is_out_of_memory(error):
                 what = f"{type(error).__name__}: {error}"
                 text = f"the trainer ended on an error that nobody expected: {what}; the agent's log has its traceback"
-                lines.tell(event="failed", outcome=Outcome.ERROR, message=text)
+                lines.send(event="failed", outcome=Outcome.ERROR, message=text)
             raise
         else:
-            lines.tell(event="done", result=result)
+            lines.send(event="done", result=result)
         gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
 
 
 def assignment(request: TrainRequest) -> Assignment:
-    """What a session is told of a request."""
+    """A request as a session takes it."""
     return Assignment(
         task=request.task,
         plan=request.plan,
@@ -153,7 +153,7 @@ def assignment(request: TrainRequest) -> Assignment:
         device_id=request.device_id,
         enforce=request.enforce,
         most_samples=request.most_samples,
-        keeping=request.keeping,
+        release_freed=request.release_freed,
     )
 
 

@@ -26,7 +26,8 @@ class TrainRequest:
         calibration: of this device.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
-        keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
     """
 
     task: Task
@@ -41,7 +42,7 @@ class TrainRequest:
     device_id: str
     enforce: bool
     most_samples: int = 0
-    keeping: bool = True
+    release_freed: bool = False
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):
@@ -119,7 +120,7 @@ class Done(_Event, tag="done", frozen=True):
 class Failed(_Event, tag="failed", frozen=True):
     """The task ended without an update; the trainer lives on.
 
-    `capped`: a stage met the cap on its heap, perhaps inside its budget; keeping nothing, it may be trained.
+    `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
     """
 
     outcome: Outcome

@@ -35,7 +35,7 @@ _SWEEPS = 200
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """A stage, and its peak in bytes above the baseline with nothing kept that was freed. Its inputs lay on disk."""
+    """A stage, and its peak in bytes above the baseline with freed pages released at once. Its inputs lay on disk."""
 
     costs: ModelCosts
     training: TrainingSpec

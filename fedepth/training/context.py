@@ -27,7 +27,8 @@ class TrainingContext:
         output: where finished blocks go.
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
-        keeping: a rehearsed stage keeps a little of what it frees, for speed; else nothing, as in its rehearsal.
+        release_freed: a stage gives back what it frees at once, as in its rehearsal; else it keeps a little of it, for
+            speed.
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
         first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
         trained: by their names, where tensors are that training has changed since `weights`.
@@ -46,7 +47,7 @@ class TrainingContext:
     device: torch.device
     channels_last: bool
     enforce: bool = True
-    keeping: bool = True
+    release_freed: bool = False
     cache_room: int = 0
     first_samples: int = 0
     trained: Mapping[str, Reader] = field(default_factory=dict)

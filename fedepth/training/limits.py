@@ -19,7 +19,7 @@ from fedepth.sizes import format_size
 from fedepth.training.context import TrainingContext
 
 UNBOUNDED = 1 << 50
-BESIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
+OUTSIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
 UNWRITTEN_BYTES = 16 << 20  # that kernels ask for and never write to; they count on the heap, and take no memory
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
@@ -37,27 +37,31 @@ def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: St
     they like up to its need.
     """
     cap = whole_heap(context, budget)
-    if context.keeping and stage in rehearsed and allocator.can_be_capped():
+    # The rehearsal released freed pages at once, so its peak is the need itself. The cap is the need and a margin and
+    # not the whole budget: what an allocator keeps is then bounded, and the peak can be told in advance.
+    if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need))
-    # What lies beside the heap is off every cap, also off one that is lowered later.
-    return allocator.HeapCap(meter.baseline.heap_bytes - meter.beside_heap_bytes, cap)
+    # What lies outside the heap is off every cap, also off one that is lowered later.
+    return allocator.HeapCap(meter.baseline.heap_bytes - meter.outside_heap_bytes, cap)
 
 
 def expected_bytes(context: TrainingContext, stage: Stage, rehearsed_bytes: int, budget: int) -> int:
     """What a stage is going to take: with the pages that it keeps, and no more than the budget that it is held to."""
     if not rehearsed_bytes:
         return needed_bytes(stage.predicted_peak_bytes)
-    kept = may_keep_bytes(rehearsed_bytes) if context.keeping else 0
+    kept = 0 if context.release_freed else may_keep_bytes(rehearsed_bytes)
     return min(budget, rehearsed_bytes + kept)
 
 
 def whole_heap(context: TrainingContext, budget: int) -> int:
-    """What the heap may come to in a budget. Where nothing is kept it follows what is in use, and may have asked for
-    more than was ever written to; the first step is held against the budget then."""
+    """What the heap may come to in a budget."""
     if not context.enforce:
         return UNBOUNDED
-    return budget - BESIDE_HEAP_BYTES if context.keeping else budget + UNWRITTEN_BYTES
+    # The cap counts what is asked for, the budget what is written to. oneDNN asks for 20 MB for the gradient of a patch
+    # embedding and leaves most of it untouched. Where freed pages are released at once, the heap follows what is in
+    # use, so it may ask for that much more; the first step is held against the budget instead.
+    return budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,6 +70,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_first_step(meter: Meter, context: TrainingContext, budget: int, index: int, stage: Stage) -> None:
+    """Holds what a stage has taken by the end of its first step against the budget.
+
+    Raises:
+        OverBudgetError: it was more.
+    """
+    # Neither cap nor RLIMIT_DATA sees pages of files. After one step all tensors of the stage have been there once:
+    # optimizer state is made before it, so that later steps need no more.
     peak = peak_bytes(meter, context.device)
     if peak > budget:
         raise OverBudgetError(

@@ -36,6 +36,7 @@ def fitting_micro_batch(
     """The largest micro-batch, at most the stage's own, whose predicted peak stays inside; None if even one sample is
     too much."""
     batch = effective_batch(costs, training, sample_count)
+    # Gradients accumulate to the job's batch: BatchNorm aside, the size changes memory and time and not the result.
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
         if batch // -(-batch // micro_batch) < costs.smallest_micro_batch:
             continue  # an odd batch leaves pieces of one sample, of which BatchNorm has no variance

@@ -52,7 +52,9 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         output=folder,
         cache=folder,
     )
-    with allocator.keeping_nothing():
+    # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
+    # an allocator happened to keep.
+    with allocator.release_freed():
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
     peaks = (result.measured_peak_bytes for result in rehearsed.stages)
@@ -86,7 +88,7 @@ class FirstImages:
 
 @dataclass(frozen=True)
 class Unheard:
-    """Hooks that tell nobody. Without `measured` they grant any budget, else what it measures."""
+    """Hooks that report to nobody. Without `measured` they grant any budget, else what it measures."""
 
     measured: Hooks | None = None
 

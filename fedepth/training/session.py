@@ -41,7 +41,8 @@ class Assignment:
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
-        keeping: stages keep a little of what they free, for speed; else nothing, as in their rehearsals.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
     """
 
     task: Task
@@ -55,7 +56,7 @@ class Assignment:
     device_id: str
     enforce: bool
     most_samples: int = 0
-    keeping: bool = True
+    release_freed: bool = False
 
 
 class SessionHooks(Hooks, Protocol):
@@ -115,7 +116,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             device=device,
             channels_last=traced.graph.channels_last and device.type == "cpu",
             enforce=assignment.enforce,
-            keeping=assignment.keeping,
+            release_freed=assignment.release_freed,
         )
         warm = known.warm.setdefault(assignment.graph, set())
         if not warm.issuperset(plan.trained_units):

@@ -118,15 +118,15 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
-        reset(meter, context.device)
+        reset(meter, context.device)  # after the plan is settled, so that the peak is this stage's alone
         started = time.monotonic()
         with ExitStack() as limits:
             if context.enforce:
                 limits.enter_context(
                     DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
                 )
-            if not context.keeping:
-                limits.enter_context(allocator.keeping_nothing())
+            if context.release_freed:
+                limits.enter_context(allocator.release_freed())
             cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
             previous = done[-1] if done else None
             yield_memory = partial(_yield_memory, context, stage, meter, cap, hooks, len(done))
@@ -144,7 +144,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
-                    capped = context.keeping and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
+                    capped = not context.release_freed and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
                     raise over_budget(error, len(done), stage, budget, meter, capped=capped) from error
                 raise
             units = list(model.units[stage.first : stage.last + 1])
@@ -214,11 +214,11 @@ def _epochs(
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
 
-    def tell_and_look() -> None:
+    def report_and_look() -> None:
         report(epoch, total / batches)
         yield_memory()
 
-    look = _every(LOOK_S, tell_and_look)
+    look = _every(LOOK_S, report_and_look)
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches(batch):

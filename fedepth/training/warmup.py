@@ -28,6 +28,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     """Trains these units of the plan on the first two samples, in a folder of its own."""
     folder = context.cache / "warm-up"
     folder.mkdir(parents=True, exist_ok=True)
+    # Every second unit with a cache on disk and checkpointing: the code of both ways is loaded before the baseline.
     places = list(CachePlace)
     samples = min(SAMPLES, *(stage.micro_batch for stage in context.plan.stages))
     stages = tuple(

@@ -375,7 +375,7 @@ def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
     (failure,) = full.failures
     assert (failure.outcome, failure.message) == (
         Outcome.ERROR,
-        "/there: No space left on device; make room there, or let the agent write there",
+        "/there: No space left on device; free some space there, or let the agent write there",
     )
     assert full.calls == ["next_task", "next_task"]
 
@@ -409,15 +409,15 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     assert len(transport.delivered) == 1
 
 
-def test_a_plan_that_met_the_cap_on_its_heap_is_trained_keeping_nothing_from_then_on(
+def test_a_plan_that_met_the_cap_on_its_heap_releases_freed_pages_from_then_on(
     bench: Bench, transport: FakeTransport, make_task: MakeTask
 ) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]
     bench.run(transport, {"do": "over", "miss": 0, "capped": True}, OK, OK)
     first, *others = bench.plans()
     assert others == [first, first]
-    assert [request["keeping"] for request in bench.requests] == [True, False, False]
-    assert len(bench.said("a stage met the cap on its heap; the same plan, keeping nothing")) == 1
+    assert [request["release_freed"] for request in bench.requests] == [False, True, True]
+    assert len(bench.said("a stage met the cap on its heap; trying the same plan, releasing freed pages at once")) == 1
     assert len(transport.delivered) == 2
 
 
@@ -515,7 +515,7 @@ def test_a_task_that_nobody_wants_is_stopped(bench: Bench, transport: FakeTransp
     assert not any(alive(request["pid"]) for request in bench.requests)
     assert [result.task_id for result in transport.delivered] == ["t2"]
     assert transport.failures == []
-    assert len(bench.said("the coordinator does not wait for this task any more")) == 1
+    assert len(bench.said("the coordinator no longer waits for this task")) == 1
 
 
 def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(

@@ -1,4 +1,4 @@
-"""The inputs of a stage are the same, whether the units in front are loaded together or one after the other."""
+"""The inputs of a stage are the same, whether the preceding units are loaded together or one after the other."""
 
 import weakref
 from dataclasses import replace

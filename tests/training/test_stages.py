@@ -386,14 +386,14 @@ def test_what_an_allocator_says_is_told_from_other_errors(text: str, wanted: int
     assert limits.over_budget(other, 3, stage(4, 5), 900, meter, capped=True) is other  # type: ignore[arg-type]
 
 
-def test_what_lies_beside_the_heap_is_off_the_cap_and_off_a_lowered_one(
+def test_what_lies_outside_the_heap_is_off_the_cap_and_off_a_lowered_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caps: list[int] = []
     monkeypatch.setattr(stages.allocator.HeapCap, "_limit", lambda cap, cap_bytes: caps.append(cap._held + cap_bytes))
-    meter = SimpleNamespace(baseline=SimpleNamespace(heap_bytes=100 << 20), beside_heap_bytes=5 << 20)
+    meter = SimpleNamespace(baseline=SimpleNamespace(heap_bytes=100 << 20), outside_heap_bytes=5 << 20)
     job = replace(context(tmp_path, [stage(0, 5)]), enforce=True)
     with limits.heap_cap(job, meter, {}, stage(0, 5), 50 << 20) as cap:  # type: ignore[arg-type]
         cap.resize(30 << 20)
-    # Of 50 MiB, 2 are left to what may still come beside the heap.
+    # Of 50 MiB, 2 are left to what may still come outside the heap.
     assert caps == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]

@@ -93,9 +93,9 @@ def test_every_unit_runs_in_all_that_is_free_and_every_plan_in_its_budget(play: 
     assert report.full_training_bytes == needed_bytes(full_training_peak(COSTS, TRAINING, SAMPLES).total)
 
 
-def test_what_met_the_cap_on_its_heap_is_run_keeping_nothing(play: Callable[..., Any]) -> None:
+def test_what_met_the_cap_on_its_heap_is_run_releasing_freed_pages(play: Callable[..., Any]) -> None:
     report, requests = play({"do": "over", "miss": 0, "capped": True}, GOOD, free=200 * MIB, budgets=(200 * MIB,))
-    assert [request["keeping"] for request in requests[:3]] == [True, False, True]
+    assert [request["release_freed"] for request in requests[:3]] == [False, True, False]
     assert requests[0]["plan"] == requests[1]["plan"]
     assert report.units[0].end.verdict is Verdict.TRAINED
 
