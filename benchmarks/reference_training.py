@@ -81,7 +81,7 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
             final = index == len(request.plan.stages) - 1
             block = BlockTraining(work, stage, source, labels, index, micro_batch, final=final)
             for _ in range(task.training.local_epochs):
-                for indices in block.epoch_batches(task.training.batch):
+                for indices in block.epoch_batches():
                     block.step(indices)
             steps += block.steps
             block.close()
@@ -120,7 +120,7 @@ def train_full(request: TrainRequest) -> dict[str, object]:
     started = time.monotonic()
     steps = 0
     for _ in range(spec.local_epochs):
-        for indices in epoch_batches(len(images), spec.batch, order):
+        for indices in epoch_batches(len(images), -(-len(images) // spec.batch), order):
             step(indices)
             steps += 1
     return _figures(started, meter, steps)

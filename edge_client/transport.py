@@ -310,13 +310,15 @@ def _checked(task: Task) -> Task:
             f"task {task.task_id}: attempt {task.attempt}, {task.weights_bytes} bytes of weights, "
             f"{len(task.plan.stages)} stages cannot be"
         )
-    units, exits = len(task.costs.units), len(task.costs.exits)
+    units = len(task.costs.units)
+    headless = not units or task.costs.units[-1].exit is None
     beyond = [
         s.block for s in task.plan.stages if not 0 <= s.first <= s.last < units or min(s.micro_batch, s.build_batch) < 1
     ]
-    if units != exits or beyond or task.training.batch < 1 or task.training.local_epochs < 1:
+    if headless or beyond or task.training.batch < 1 or task.training.local_epochs < 1:
         raise ProtocolError(
-            f"task {task.task_id}: costs of {units} units and {exits} exits, batches of {task.training.batch}, "
-            f"{task.training.local_epochs} epochs, and stages {', '.join(beyond) or 'inside them'} cannot be"
+            f"task {task.task_id}: costs of {units} units{' without a head' * headless}, "
+            f"batches of {task.training.batch}, {task.training.local_epochs} epochs, "
+            f"and stages {', '.join(beyond) or 'inside them'} cannot be"
         )
     return task

@@ -193,47 +193,63 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Convolutions:
-    """A unit's convolutions in each of its passes, without those that another one outweighs in every respect.
+class PassCost:
+    """The most that lives at once in one pass of a unit, beyond what every pass of that kind is known to hold.
 
     Attributes:
-        forward: in a training forward pass.
-        backward: in the backward pass.
-        backward_first: the same for the first unit of a block, whose input needs no gradient.
-        inference: in a forward pass without autograd.
+        peak: where no convolution runs, beyond input, output and what is saved; in a backward pass with the gradients
+            of input and output counted, parameter gradients not.
+        convolutions: its convolutions, without those that another one outweighs in every respect.
     """
 
-    forward: tuple[Convolution, ...] = ()
-    backward: tuple[Convolution, ...] = ()
-    backward_first: tuple[Convolution, ...] = ()
-    inference: tuple[Convolution, ...] = ()
+    peak: Size
+    convolutions: tuple[Convolution, ...] = ()
 
 
 @dataclass(frozen=True)
-class UnitCost:
-    """What one unit (or an exit: the skip connection and the head behind a unit) costs, traced under fake tensors.
+class StepCost:
+    """A forward and a backward pass of a unit, traced under fake tensors.
 
     Attributes:
-        name: the unit's name.
-        parameter_bytes: its trainable parameters.
-        buffer_bytes: its buffers, such as running statistics.
-        largest_parameter_bytes: the largest single parameter.
-        input_bytes: its input, per sample.
-        output_bytes: its output, per sample.
         saved: what autograd keeps for the backward pass, by unique storage, without parameters and without the
             unit's input; includes the output if the unit itself keeps it.
         saves_input: the backward pass needs the unit's input.
         saves_output: `saved` includes the output.
-        forward: the most that lives at once in a training forward pass beyond input, output and `saved`.
-        backward: the most that lives at once in the backward pass beyond input, output and `saved`, with the
-            gradients of input and output counted, parameter gradients not.
-        backward_first: the same for the first unit of a block, whose input needs no gradient.
-        inference: the most that lives at once in a forward pass without autograd beyond input and output.
-        convolutions: what their kernels copy, and when.
+        forward: the forward pass with autograd.
+        backward: the backward pass, with a gradient for the unit's input.
+    """
+
+    saved: Size
+    saves_input: bool
+    saves_output: bool
+    forward: PassCost
+    backward: PassCost
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit (or an exit: the skip connection and the head behind a unit) costs.
+
+    Attributes:
+        name: the unit's name.
+        parameter_bytes: its trainable parameters.
+        fixed_bytes: parameters that the model's author has frozen: they are loaded, but have no gradient, no optimizer
+            state and no place in an update.
+        buffer_bytes: its buffers, such as running statistics.
+        largest_parameter_bytes: the largest single trainable parameter.
+        input_bytes: its input, per sample.
+        output_bytes: its output, per sample.
+        training: one training step inside a block.
+        backward_first: the backward pass of the first unit of a block, whose input needs no gradient.
+        inference: a forward pass without autograd, in evaluation mode.
         flops: floating point operations of one forward pass, per sample.
         steps: what it is made of (fedepth.models.patterns); of an exit, what the head is made of. So a device splits a
             model as it was traced, without having it whole in memory to find out.
         input_shape: of one input; so a device need not run a unit to learn it.
+        frozen: one step of the unit frozen and in evaluation mode, when only the gradient of its input is wanted; None
+            where no block can be trained through it.
+        exit: the skip connection from the unit's output and the head behind it; None where no block can end behind the
+            unit. Its parameters are the head's, the same behind every unit. An exit has neither `frozen` nor `exit`.
     """
 
     name: str
@@ -242,17 +258,20 @@ class UnitCost:
     largest_parameter_bytes: int
     input_bytes: int
     output_bytes: int
-    saved: Size
-    saves_input: bool
-    saves_output: bool
-    forward: Size
-    backward: Size
-    backward_first: Size
-    inference: Size
-    convolutions: Convolutions
+    training: StepCost
+    backward_first: PassCost
+    inference: PassCost
     flops: int
     steps: tuple[str, ...]
     input_shape: tuple[int, ...]
+    fixed_bytes: int = 0
+    frozen: StepCost | None = None
+    exit: UnitCost | None = None
+
+    @property
+    def loaded_bytes(self) -> int:
+        """All its tensors."""
+        return self.parameter_bytes + self.fixed_bytes + self.buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -261,9 +280,7 @@ class ModelCosts:
 
     Attributes:
         model: the model's name.
-        units: one entry per unit, in order.
-        exits: `exits[i]` is the skip connection from unit i's output and the head behind it. Its parameters are
-            the head's, the same in every entry.
+        units: one entry per unit, in order. The last one has an exit: the head itself.
         input_bytes: one input sample as float32.
         raw_input_bytes: one input sample as stored (uint8).
         smallest_micro_batch: 2 where BatchNorm needs more than one value per channel, else 1.
@@ -272,11 +289,22 @@ class ModelCosts:
 
     model: str
     units: tuple[UnitCost, ...]
-    exits: tuple[UnitCost, ...]
     input_bytes: int
     raw_input_bytes: int
     smallest_micro_batch: int
     calibration: Calibration = Calibration()
+
+    @property
+    def head(self) -> UnitCost:
+        """What the whole model ends with.
+
+        Raises:
+            ValueError: the last unit has no exit.
+        """
+        found = self.units[-1].exit
+        if found is None:
+            raise ValueError(f"the last unit of {self.model} has no exit; every model ends with its head")
+        return found
 
 
 @dataclass(frozen=True)
@@ -314,8 +342,10 @@ class Stage:
         build_batch: samples per forward pass while the inputs are computed from the stage before.
         predicted: the predicted peak by component.
         checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
-        build_streamed: while the inputs are computed, the units in front are read from the weights file one at a time,
+        build_streamed: while the inputs are computed, the preceding units are read from the weights file one at a time,
             each run over all samples, with its outputs on disk in between.
+        frozen_suffix: the loss is computed through the units behind the block, at their global values and in
+            evaluation mode, and the head, instead of through the skip connection.
     """
 
     first: int
@@ -326,6 +356,7 @@ class Stage:
     predicted: PeakComponents
     checkpoint: bool = False
     build_streamed: bool = False
+    frozen_suffix: bool = False
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -334,7 +365,7 @@ class Stage:
     @property
     def block(self) -> str:
         """For people: "1-3", or "4"."""
-        return f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
+        return _range_text(self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -342,7 +373,7 @@ class Plan:
     """The block plan of one client for one round.
 
     Attributes:
-        stages: in the order of training.
+        stages: in the order of training; together a contiguous range of units.
         untrained: indices of units that keep their global value.
         policy: what chose it.
         budget_bytes: what it was made for.
@@ -364,9 +395,26 @@ class Plan:
 
     @property
     def blocks(self) -> str:
-        """For people: "1-3 | 4-6 (untrained: 0)"."""
+        """For people: "1-3 | 4-6 (untrained: 0)", or "0-3 | 4-6 through 7-9 (untrained: 7-9)" with a frozen suffix."""
         text = " | ".join(stage.block for stage in self.stages)
-        return text + (f" (untrained: {', '.join(map(str, self.untrained))})" if self.untrained else "")
+        if self.stages and self.stages[-1].frozen_suffix:
+            text += f" through {_range_text(self.stages[-1].last + 1, self.untrained[-1])}"
+        return text + (f" (untrained: {self.untrained_ranges})" if self.untrained else "")
+
+    @property
+    def untrained_ranges(self) -> str:
+        """For people: "0-2, 7"."""
+        ranges: list[list[int]] = []
+        for unit in self.untrained:
+            if ranges and unit == ranges[-1][1] + 1:
+                ranges[-1][1] = unit
+            else:
+                ranges.append([unit, unit])
+        return ", ".join(_range_text(first, last) for first, last in ranges)
+
+
+def _range_text(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ A stage lives through these moments; each holds something else, and the peak is 
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
+With a frozen suffix the units behind the block run before it, named by their numbers as well; they have no gradients
+and no optimizer state, and the exit is the whole model's head.
 Convolutions copy what they work on. Each of a unit's is a moment more in every pass, "forward k, convolution 1", so
 that its copies are not added to what lives only when another one runs, or none.
 
@@ -26,7 +28,9 @@ from fedepth.task import (
     Calibration,
     Convolution,
     ModelCosts,
+    PassCost,
     PeakComponents,
+    StepCost,
     TrainingSpec,
     UnitCost,
 )
@@ -43,9 +47,30 @@ KEPT_BYTES = 1 << 20
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
+def batches_per_epoch(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> int:
+    """Optimizer steps of one epoch. Their batches have almost one size, and every sample is in exactly one.
+
+    A batch is larger than the job's only where smaller ones would be too small for BatchNorm.
+    """
+    wanted = -(-sample_count // training.batch)
+    return max(1, min(wanted, sample_count // costs.smallest_micro_batch))
+
+
 def effective_batch(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> int:
-    """Samples per optimizer step: the job's batch, or the whole shard where that is smaller."""
-    return max(min(training.batch, sample_count), costs.smallest_micro_batch)
+    """Samples of the larger optimizer steps; the smaller ones have one less, if there are any."""
+    return -(-sample_count // batches_per_epoch(costs, training, sample_count))
+
+
+def pieces_of(costs: ModelCosts, samples: int, micro_batch: int) -> int:
+    """Into how many micro-batches, of almost one size, a step cuts its samples: none is too small for BatchNorm."""
+    return max(1, min(-(-samples // micro_batch), samples // costs.smallest_micro_batch))
+
+
+def keeps_to(costs: ModelCosts, training: TrainingSpec, sample_count: int, micro_batch: int) -> bool:
+    """Whether all steps of an epoch can be cut into pieces of at most so many samples, none too small for BatchNorm."""
+    batches = batches_per_epoch(costs, training, sample_count)
+    sizes = {sample_count // batches, -(-sample_count // batches)}
+    return all(-(-size // pieces_of(costs, size, micro_batch)) <= micro_batch for size in sizes)
 
 
 def cached_sample_bytes(costs: ModelCosts, training: TrainingSpec, first: int) -> int:
@@ -114,6 +139,7 @@ def training_step(
     accumulates: bool,
     cache_bytes: int,
     checkpoint: bool = False,
+    frozen_suffix: bool = False,
 ) -> TrainingStep:
     """Training units `first..last` with `micro_batch` samples per forward pass.
 
@@ -124,24 +150,34 @@ def training_step(
         accumulates: gradients of several micro-batches are summed, so that they live through the forward pass.
         cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
+        frozen_suffix: the units behind the block run as well, frozen.
+
+    Raises:
+        ValueError: no block can end behind unit `last`, or be trained through the units behind it.
     """
-    units = list(costs.units[first : last + 1])
-    units[0] = _as_first(units[0])
-    exit_ = costs.exits[last]
-    trainable = [unit.parameter_bytes for unit in units] + [exit_.parameter_bytes]
-    buffers = sum(unit.buffer_bytes for unit in units) + exit_.buffer_bytes
-    reference = sum(trainable) if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
+    suffix = costs.units[last + 1 :] if frozen_suffix else ()
+    exit_ = costs.units[-1 if frozen_suffix else last].exit
+    if exit_ is None:
+        raise ValueError(f"no block of {costs.model} can end behind unit {last}")
+    if any(unit.frozen is None for unit in suffix):
+        raise ValueError(f"no block of {costs.model} can be trained through all units behind unit {last}")
+    block = costs.units[first : last + 1]
+    trained = sum(unit.parameter_bytes for unit in (*block, exit_))
+    loaded = sum(unit.loaded_bytes for unit in (*block, *suffix, exit_))
+    reference = trained if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
     resident = replace(
         _NOTHING,
-        parameters=sum(trainable) + buffers + reference,
-        gradients=sum(trainable) if accumulates else 0,
-        optimizer_state=optimizer_copies(training) * sum(trainable),
+        parameters=loaded + reference,
+        gradients=trained if accumulates else 0,
+        optimizer_state=optimizer_copies(training) * trained,
         cache=cache_bytes,
     )
-    names = (*(str(unit) for unit in range(first, last + 1)), "exit")
+    parts = [_part(str(first + offset), unit, first=offset == 0) for offset, unit in enumerate(block)]
+    parts += [_frozen_part(str(last + offset), unit) for offset, unit in enumerate(suffix, 1)]
+    parts.append(_part("exit", exit_))
     moments = _checkpointed if checkpoint else _plain
     runs = _Runs(micro_batch, costs.calibration)
-    return TrainingStep(resident, tuple(moments(names, (*units, exit_), runs)), costs.calibration)
+    return TrainingStep(resident, tuple(moments(parts, runs)), costs.calibration)
 
 
 def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
@@ -156,10 +192,30 @@ def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakC
     return replace(needed, scratch=needed.scratch + int(device.kept * may_keep_bytes(needed.total)))
 
 
-def _as_first(unit: UnitCost) -> UnitCost:
-    """At a block's start nobody wants the gradient of the input."""
-    convolutions = replace(unit.convolutions, backward=unit.convolutions.backward_first)
-    return replace(unit, backward=unit.backward_first, convolutions=convolutions)
+@dataclass(frozen=True)
+class _Part:
+    """A unit, or the exit, in the place that it has in a step.
+
+    Attributes:
+        step: its passes there.
+        largest_gradient: the largest gradient that its backward pass makes for a parameter.
+    """
+
+    name: str
+    unit: UnitCost
+    step: StepCost
+    largest_gradient: int
+
+
+def _part(name: str, unit: UnitCost, *, first: bool = False) -> _Part:
+    """A unit that is trained. At a block's start nobody wants the gradient of the input."""
+    step = replace(unit.training, backward=unit.backward_first) if first else unit.training
+    return _Part(name, unit, step, unit.largest_parameter_bytes)
+
+
+def _frozen_part(name: str, unit: UnitCost) -> _Part:
+    assert unit.frozen is not None, "training_step has looked"
+    return _Part(name, unit, unit.frozen, 0)
 
 
 @dataclass(frozen=True)
@@ -172,12 +228,11 @@ class _Runs:
     def moments(
         self,
         name: str,
-        unit: UnitCost,
+        cost: PassCost,
         *,
         held: int,
         loose: int,
-        beside: int,
-        convolving: Sequence[Convolution],
+        output: int = 0,
         saved: int = 0,
         fresh_gradient: int = 0,
     ) -> Iterator[_Moment]:
@@ -186,85 +241,74 @@ class _Runs:
         Args:
             held: activations that live before, in bytes.
             loose: temporaries that live before.
-            beside: what the pass adds at most, beside what it saves.
-            convolving: the convolutions that run in it.
+            output: what the pass returns, if that counts neither as saved nor in its cost.
             saved: of what it adds, what counts as activations.
         """
         fixed = self.device.fixed_bytes
-        for number, convolution in enumerate(convolving, 1):
+        for number, convolution in enumerate(cost.convolutions, 1):
             own = convolution.living.at(self.samples)
             early = min(own, saved)
-            scratch = fixed + _copied(self.device, convolution, self.samples)
+            scratch = fixed + copied_bytes(self.device, convolution, self.samples)
             yield _Moment(f"{name}, convolution {number}", held + early, loose + own - early, scratch, fresh_gradient)
-        yield _Moment(name, held + saved, loose + beside, fixed, fresh_gradient)
+        yield _Moment(name, held + saved, loose + output + cost.peak.at(self.samples), fixed, fresh_gradient)
 
-    def forward(self, name: str, unit: UnitCost, *, held: int, loose: int) -> Iterator[_Moment]:
+    def forward(self, name: str, part: _Part, *, held: int, loose: int) -> Iterator[_Moment]:
         """The forward pass with autograd."""
         return self.moments(
             name,
-            unit,
+            part.step.forward,
             held=held,
             loose=loose,
-            beside=(0 if unit.saves_output else unit.output_bytes * self.samples) + unit.forward.at(self.samples),
-            convolving=unit.convolutions.forward,
-            saved=unit.saved.at(self.samples),
+            output=0 if part.step.saves_output else part.unit.output_bytes * self.samples,
+            saved=part.step.saved.at(self.samples),
         )
 
-    def backward(self, name: str, unit: UnitCost, *, held: int) -> Iterator[_Moment]:
+    def backward(self, name: str, part: _Part, *, held: int) -> Iterator[_Moment]:
         """The backward pass, when the unit's output is gone."""
         return self.moments(
             name,
-            unit,
+            part.step.backward,
             held=held,
             loose=0,
-            beside=unit.backward.at(self.samples),
-            convolving=unit.convolutions.backward,
-            saved=unit.saved.at(self.samples),
-            fresh_gradient=unit.largest_parameter_bytes,
+            saved=part.step.saved.at(self.samples),
+            fresh_gradient=part.largest_gradient,
         )
 
     def inference(self, name: str, unit: UnitCost, *, held: int, loose: int) -> Iterator[_Moment]:
         """A forward pass without autograd."""
-        return self.moments(
-            name,
-            unit,
-            held=held,
-            loose=loose,
-            beside=unit.output_bytes * self.samples + unit.inference.at(self.samples),
-            convolving=unit.convolutions.inference,
-        )
+        return self.moments(name, unit.inference, held=held, loose=loose, output=unit.output_bytes * self.samples)
 
 
-def _plain(names: Sequence[str], steps: Sequence[UnitCost], runs: _Runs) -> Iterator[_Moment]:
-    """Forward and backward pass with everything kept that autograd wants. The last of the `steps` is the exit."""
-    held = steps[0].input_bytes * runs.samples  # activations that live before unit k runs
+def _plain(parts: Sequence[_Part], runs: _Runs) -> Iterator[_Moment]:
+    """Forward and backward pass with everything kept that autograd wants. The last of the `parts` is the exit."""
+    held = parts[0].unit.input_bytes * runs.samples  # activations that live before unit k runs
     held_before: list[int] = []
     loose = 0  # the running unit's input, where nobody keeps it for the backward pass
-    for name, step, follower in zip(names, steps, (*steps[1:], None), strict=True):
-        yield from runs.forward(f"forward {name}", step, held=held, loose=loose)
+    for part, follower in zip(parts, (*parts[1:], None), strict=True):
+        yield from runs.forward(f"forward {part.name}", part, held=held, loose=loose)
         held_before.append(held)
-        output = step.output_bytes * runs.samples
+        output = part.unit.output_bytes * runs.samples
         # Between two units: counted once, if either keeps it and the first has not counted it.
-        kept = output if follower and follower.saves_input and not step.saves_output else 0
-        held += step.saved.at(runs.samples) + kept
-        loose = 0 if kept or step.saves_output else output
-    for name, step, held in zip(names[::-1], steps[::-1], held_before[::-1], strict=True):
-        yield from runs.backward(f"backward {name}", step, held=held)
+        kept = output if follower and follower.step.saves_input and not part.step.saves_output else 0
+        held += part.step.saved.at(runs.samples) + kept
+        loose = 0 if kept or part.step.saves_output else output
+    for part, held in zip(parts[::-1], held_before[::-1], strict=True):
+        yield from runs.backward(f"backward {part.name}", part, held=held)
 
 
-def _checkpointed(names: Sequence[str], steps: Sequence[UnitCost], runs: _Runs) -> Iterator[_Moment]:
+def _checkpointed(parts: Sequence[_Part], runs: _Runs) -> Iterator[_Moment]:
     """Forward pass without autograd, then each unit's forward and backward pass, from the last to the first."""
     inputs = 0
     inputs_up_to: list[int] = []  # the inputs that are kept when unit k runs, its own included
-    for name, step in zip(names, steps, strict=True):
-        inputs += step.input_bytes * runs.samples
+    for part in parts:
+        inputs += part.unit.input_bytes * runs.samples
         inputs_up_to.append(inputs)
-        if step is not steps[-1]:
-            yield from runs.inference(f"forward {name}", step, held=inputs, loose=0)
-    for name, step, inputs in zip(names[::-1], steps[::-1], inputs_up_to[::-1], strict=True):
-        gradient = step.output_bytes * runs.samples  # of the output; it waits while the unit runs forwards
-        yield from runs.forward(f"again {name}", step, held=inputs, loose=gradient)
-        yield from runs.backward(f"backward {name}", step, held=inputs)
+        if part is not parts[-1]:
+            yield from runs.inference(f"forward {part.name}", part.unit, held=inputs, loose=0)
+    for part, inputs in zip(parts[::-1], inputs_up_to[::-1], strict=True):
+        gradient = part.unit.output_bytes * runs.samples  # of the output; it waits while the unit runs forwards
+        yield from runs.forward(f"again {part.name}", part, held=inputs, loose=gradient)
+        yield from runs.backward(f"backward {part.name}", part, held=inputs)
 
 
 def build_peak(
@@ -307,13 +351,13 @@ def build_moments(
         samples = costs.input_bytes * build_batch
         moment = _Moment("build", samples, 0, device.fixed_bytes)
         return ((moment.name, _at(replace(_NOTHING, cache=cache_bytes), moment, device)),)
-    loaded = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
+    loaded = sum(unit.loaded_bytes for unit in units)
     moments: list[tuple[str, PeakComponents]] = []
     runs = _Runs(build_batch, device)
     for index, unit in enumerate(units, source):
         resident = replace(
             _NOTHING,
-            parameters=unit.parameter_bytes + unit.buffer_bytes if streamed else loaded,
+            parameters=unit.loaded_bytes if streamed else loaded,
             cache=source_bytes + cache_bytes,
         )
         passes = runs.inference(f"build {index}", unit, held=0, loose=unit.input_bytes * build_batch)
@@ -326,7 +370,7 @@ def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec,
     return cached_sample_bytes(costs, training, first) * sample_count if place is CachePlace.RAM else 0
 
 
-def _copied(device: Calibration, convolution: Convolution, samples: int) -> int:
+def copied_bytes(device: Calibration, convolution: Convolution, samples: int) -> int:
     """What the kernel of a convolution takes while it runs."""
     return int(
         device.kernel_share * convolution.weight_bytes

@@ -30,7 +30,7 @@ from fedepth.memory.predict import FLOAT_BYTES
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.skip import skip
 from fedepth.models.split import SplitModel, Unit, assign, split_spec
-from fedepth.task import Convolution, Convolutions, ModelCosts, ModelSpec, Size, TrainingSpec, UnitCost
+from fedepth.task import Convolution, ModelCosts, ModelSpec, PassCost, Size, StepCost, TrainingSpec, UnitCost
 
 SMALL_BATCH = 2
 SMALLEST_LARGE_BATCH = 16
@@ -84,8 +84,8 @@ class StepTrace:
 def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] | None = None) -> ModelCosts:
     """The cost table of a model.
 
-    Every unit, and every exit behind a unit, is traced at two batch sizes, 2 and the job's batch (at least
-    16). A peak is the largest of several sums that grow with the batch, a convex function, so the line
+    Every unit, also frozen, and every exit behind a unit, is traced at two batch sizes, 2 and the job's batch (at
+    least 16). A peak is the largest of several sums that grow with the batch, a convex function, so the line
     through these two points is never below it between them.
 
     Args:
@@ -100,19 +100,18 @@ def trace_costs(spec: ModelSpec, training: TrainingSpec, allowed: Sequence[str] 
     batches = (SMALL_BATCH, max(training.batch, SMALLEST_LARGE_BATCH))
     channels_last = prefers_channels_last(split_model, torch.device("cpu"))
     units: list[UnitCost] = []
-    exits: list[UnitCost] = []
     exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
     with FakeTensorMode():
         _fill(split_model)
         for index, unit in enumerate(split_model.units):
             shape, output_shape = split_model.input_shapes[index], split_model.output_shapes[index]
-            units.append(_unit_cost(unit, shape, output_shape, batches, channels_last))
             if output_shape not in exit_by_shape:
                 exit_by_shape[output_shape] = _exit_cost(split_model, output_shape, batches, channels_last)
-            exits.append(exit_by_shape[output_shape])
+            cost = _unit_cost(unit, shape, output_shape, batches, channels_last)
+            units.append(replace(cost, exit=exit_by_shape[output_shape]))
         smallest = _smallest_micro_batch(split_model)
     values = torch.Size(spec.input_shape).numel()
-    return ModelCosts(spec.name, tuple(units), tuple(exits), values * FLOAT_BYTES, values, smallest)
+    return ModelCosts(spec.name, tuple(units), values * FLOAT_BYTES, values, smallest)
 
 
 def trace_block(
@@ -144,18 +143,16 @@ def _unit_cost(
     batches: tuple[int, int],
     channels_last: bool,
 ) -> UnitCost:
-    inside, first = (
-        [_trace(unit, (unit,), shape, samples, input_grad=input_grad) for samples in batches]
-        for input_grad in (True, False)
+    inside, first, frozen = (
+        [_trace(unit, (unit,), shape, samples, input_grad=input_grad, frozen=frozen) for samples in batches]
+        for input_grad, frozen in ((True, False), (False, False), (True, True))
     )
     output_bytes = torch.Size(output_shape).numel() * FLOAT_BYTES
     cost = _cost(unit, unit, shape, output_bytes, batches, inside, channels_last)
-    small, large = first
-    convolving = _convolutions(batches, (small.convolving[1], large.convolving[1]), channels_last)
     return replace(
         cost,
-        backward_first=line(batches, (small.backward, large.backward)),
-        convolutions=replace(cost.convolutions, backward_first=convolving),
+        backward_first=_step_cost(batches, first, channels_last).backward,
+        frozen=_step_cost(batches, frozen, channels_last),
     )
 
 
@@ -185,11 +182,8 @@ def _cost(
     channels_last: bool,
 ) -> UnitCost:
     """Two traces as sizes that are linear in the batch."""
-    small, large = traces
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
-    forward, backward, inference = (
-        _convolutions(batches, each, channels_last) for each in zip(small.convolving, large.convolving, strict=True)
-    )
+    training = _step_cost(batches, traces, channels_last)
     return UnitCost(
         name=unit.name,
         parameter_bytes=sum(parameters),
@@ -197,17 +191,33 @@ def _cost(
         largest_parameter_bytes=max(parameters, default=0),
         input_bytes=torch.Size(shape).numel() * FLOAT_BYTES,
         output_bytes=output_bytes,
-        saved=line(batches, (small.saved, large.saved)),
-        saves_input=small.saves_input,
-        saves_output=small.saves_output,
-        forward=line(batches, (small.forward, large.forward)),
-        backward=line(batches, (small.backward, large.backward)),
-        backward_first=line(batches, (small.backward, large.backward)),
-        inference=line(batches, (small.inference, large.inference)),
-        convolutions=Convolutions(forward, backward, backward, inference),
+        training=training,
+        backward_first=training.backward,
+        inference=_pass_cost(batches, [(each.inference, each.convolving[2]) for each in traces], channels_last),
         flops=_flops(step, unit, shape, batches[1]),
         steps=unit.paths,
         input_shape=shape,
+    )
+
+
+def _step_cost(batches: tuple[int, int], traces: list[StepTrace], channels_last: bool) -> StepCost:
+    small, large = traces
+    return StepCost(
+        saved=line(batches, (small.saved, large.saved)),
+        saves_input=small.saves_input,
+        saves_output=small.saves_output,
+        forward=_pass_cost(batches, [(each.forward, each.convolving[0]) for each in traces], channels_last),
+        backward=_pass_cost(batches, [(each.backward, each.convolving[1]) for each in traces], channels_last),
+    )
+
+
+def _pass_cost(
+    batches: tuple[int, int], traces: Sequence[tuple[int, tuple[Convolving, ...]]], channels_last: bool
+) -> PassCost:
+    """One pass, as its peak and its convolutions, seen at two batch sizes."""
+    (small, small_convolving), (large, large_convolving) = traces
+    return PassCost(
+        line(batches, (small, large)), _convolutions(batches, (small_convolving, large_convolving), channels_last)
     )
 
 
@@ -333,14 +343,18 @@ def _running(func: Any, args: tuple[Any, ...], result: Any) -> Convolving:
     return Convolving(0, weight.nbytes, x.nbytes + output.nbytes, depthwise and max(weight.shape[2:]) > 3)
 
 
-def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool) -> StepTrace:
-    """Runs one step under the fake mode that is active."""
+def _trace(
+    step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: int, *, input_grad: bool, frozen: bool = False
+) -> StepTrace:
+    """Runs one step under the fake mode that is active; `frozen`: in evaluation mode, parameters without gradients."""
     parameters = [parameter for owner in owners for _, parameter in owner.parameters()]
     buffers = [buffer for owner in owners for _, buffer in owner.buffers()]
     # A copy of the leaf, so that a step may change its input in place; copying saves nothing for backward.
     x = torch.empty((samples, *shape)).requires_grad_(input_grad).clone()
     for owner in owners:
-        owner.train(True)
+        owner.train(not frozen)
+    for parameter in parameters:
+        parameter.requires_grad_(not frozen)
     ledger = _Ledger(x, *parameters, *buffers)
     kept: set[int] = set()
 
@@ -363,6 +377,7 @@ def _trace(step: Step, owners: Sequence[Unit], shape: tuple[int, ...], samples: 
     backward_peak = ledger.peak(start, without=gradients)
     for parameter in parameters:
         parameter.grad = None
+        parameter.requires_grad_(True)
     inference, inference_convolving = _inference(step, owners, x.detach())
     return StepTrace(
         saved=saved,

@@ -51,7 +51,8 @@ def pattern_for(model: nn.Module) -> Pattern | None:
 
 def pattern_of(costs: ModelCosts) -> Pattern:
     """How the model was split that these costs were traced from."""
-    return Pattern(tuple(unit.steps for unit in costs.units), costs.exits[0].steps if costs.exits else ())
+    head = costs.units[-1].exit if costs.units else None
+    return Pattern(tuple(unit.steps for unit in costs.units), head.steps if head else ())
 
 
 def _expand(model: nn.Module, pattern: Pattern) -> Pattern:

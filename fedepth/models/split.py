@@ -322,7 +322,7 @@ def _told_pattern(model: nn.Module, name: str, costs: ModelCosts) -> Pattern:
 
 def _told_shapes(name: str, input_shape: tuple[int, ...], costs: ModelCosts) -> tuple[tuple[int, ...], ...]:
     """Shapes that came from elsewhere have to be those that the costs were counted for."""
-    told = (*costs.units, costs.exits[-1])
+    told = (*costs.units, costs.head)
     if told[0].input_shape != input_shape:
         raise ModelError(
             f"The model {name} takes images of {input_shape}, and its costs were traced for {told[0].input_shape}. "

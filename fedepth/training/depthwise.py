@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.memory.predict import effective_batch, may_keep_bytes, needed_bytes
+from fedepth.memory.predict import may_keep_bytes, needed_bytes
 from fedepth.models.split import Unit, release
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -83,7 +83,7 @@ def fitted(work: Work, meter: Meter, hooks: Hooks) -> Work:
         PlanError: nothing fits.
     """
     stages = _fit(work, list(work.plan.stages), [], hooks.measure(0, held_bytes(meter, work.device)))
-    return replace(work, plan=replace(work.plan, stages=tuple(stages)))
+    return replace(work, plan=_of_stages(work, stages))
 
 
 def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
@@ -93,7 +93,7 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
         rehearsed: peaks of stages in their rehearsal. One that runs otherwise than it was rehearsed has none.
 
     Raises:
-        PlanError: nothing fits before the first stage.
+        PlanError: nothing fits; the blocks that are trained by then are worth nothing without those behind them.
         OverBudgetError: a stage met its limit.
     """
     split = work.split
@@ -106,9 +106,12 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
     load(work, split.head, trainable=True)
     while waiting:
         budget = hooks.measure(len(done), held_bytes(meter, work.device))
-        waiting = _fit(work, waiting, done, budget)
-        if not waiting:
-            break
+        try:
+            waiting = _fit(work, waiting, done, budget)
+        except PlanError:
+            if cache is not None:
+                cache.close()
+            raise
         stage = waiting.pop(0)
         rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
@@ -170,9 +173,14 @@ def train(work: Work, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None
         cache.close()
     parts.append(_write(work, len(parts), [split.head]))
     release(split.head)
-    plan = replace(work.plan, stages=tuple(done))
-    untrained = sorted({*range(len(split.units))} - {*plan.trained_units})
-    return Trained(replace(plan, untrained=tuple(untrained)), tuple(results), tuple(parts))
+    return Trained(_of_stages(work, done), tuple(results), tuple(parts))
+
+
+def _of_stages(work: Work, stages: Sequence[Stage]) -> Plan:
+    """The task's plan with other stages."""
+    plan = replace(work.plan, stages=tuple(stages))
+    untrained = sorted({*range(len(work.split.units))} - {*plan.trained_units})
+    return replace(plan, untrained=tuple(untrained))
 
 
 def _heap_cap(work: Work, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
@@ -211,22 +219,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fit(work: Work, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
-    """The stages still to train, planned anew if memory has shrunk below what they need."""
+    """The stages still to train, planned anew if memory has shrunk below what they need.
+
+    Raises:
+        PlanError: no plan for all that is left fits. A block that was trained while the units behind it were not is
+            harmful, so nothing of the task is delivered then.
+    """
     if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
         return waiting
-    try:
-        plan = make_plan(
-            work.task.costs,
-            budget_bytes=budget,
-            training=work.task.training,
-            sample_count=work.cached_samples,
-            policy=work.task.policy,
-            done=done[-1] if done else None,
-        )
-    except PlanError:
-        if not done:
-            raise
-        return []  # what is trained so far is a valid partial update; the rest keeps its global value
+    plan = make_plan(
+        work.task.costs,
+        budget_bytes=budget,
+        training=work.task.training,
+        sample_count=work.cached_samples,
+        policy=work.task.policy,
+        done=done[-1] if done else None,
+    )
     return list(plan.stages)
 
 
@@ -240,7 +248,6 @@ def _epochs(
 ) -> list[float]:
     """Trains a block for all epochs; returns the mean loss of each."""
     spec = work.task.training
-    batch = effective_batch(work.task.costs, spec, work.first_samples or len(work.images))
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
 
@@ -251,7 +258,7 @@ def _epochs(
     look = _every(LOOK_S, tell_and_look)
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
-        for indices in block.epoch_batches(batch):
+        for indices in block.epoch_batches():
             total += block.step(indices)
             batches += 1
             meter.sample()

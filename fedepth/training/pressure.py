@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.memory.predict import (
+    build_peak,
+    cache_bytes_in,
+    effective_batch,
+    keeps_to,
+    needed_bytes,
+    training_step,
+)
 from fedepth.task import ModelCosts, Stage, TrainingSpec
 
 
@@ -35,7 +42,7 @@ def fitting_micro_batch(
     too much."""
     batch = effective_batch(costs, training, sample_count)
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
-        if batch // -(-batch // micro_batch) < costs.smallest_micro_batch:
+        if not keeps_to(costs, training, sample_count, micro_batch):
             continue  # an odd batch leaves pieces of one sample, of which BatchNorm has no variance
         peak = training_step(
             costs,
@@ -46,6 +53,7 @@ def fitting_micro_batch(
             accumulates=micro_batch < batch,
             cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
             checkpoint=stage.checkpoint,
+            frozen_suffix=stage.frozen_suffix,
         ).peak
         if needed_bytes(peak.total) <= budget_bytes:
             return micro_batch

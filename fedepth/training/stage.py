@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from fedepth.memory.predict import batches_per_epoch, pieces_of
 from fedepth.models.skip import skip
 from fedepth.models.split import Unit
 from fedepth.task import Stage
@@ -40,6 +41,8 @@ class BlockTraining:
         final: bool,
     ) -> None:
         """`index`: the place of the stage in its task; `final`: no stage follows."""
+        if stage.frozen_suffix:
+            raise NotImplementedError("training through a frozen suffix")
         self.smallest_micro_batch = micro_batch.now
         self._micro_batch = micro_batch
         self.steps = 0
@@ -70,16 +73,18 @@ class BlockTraining:
         # As large as the part of an epoch's order that a rehearsal, which draws few samples, does not have.
         self._order_beyond = torch.zeros(work.cached_samples - len(labels), dtype=torch.int64)
 
-    def epoch_batches(self, batch: int) -> Iterator[torch.Tensor]:
+    def epoch_batches(self) -> tuple[torch.Tensor, ...]:
         """Index batches of the next epoch."""
-        return epoch_batches(len(self._labels), batch, self._shuffle)
+        task = self._work.task
+        count = len(self._labels)
+        return epoch_batches(count, batches_per_epoch(task.costs, task.training, count), self._shuffle)
 
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
         self.steps += 1
         micro_batch = self._micro_batch.now
         self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
-        pieces = torch.tensor_split(indices, -(-len(indices) // micro_batch))
+        pieces = torch.tensor_split(indices, pieces_of(self._work.task.costs, len(indices), micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):
             self._last_piece = number == len(pieces)
@@ -136,17 +141,12 @@ class BlockTraining:
         return update
 
 
-def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Index batches of one epoch, all of one size: the last is filled from the start of the same permutation.
+def epoch_batches(count: int, batches: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Index batches of one epoch: every sample once, in batches whose sizes differ by at most one.
 
-    One size keeps the kernels' cached scratch small, and no sample of a small shard is ever dropped.
+    Almost equal sizes keep the kernels' cached scratch small, and no step weighs its samples more than another.
     """
-    order = torch.randperm(count, generator=generator)
-    whole = count // batch * batch
-    for start in range(0, whole, batch):
-        yield order[start : start + batch]
-    if whole < count:
-        yield order[torch.arange(whole, whole + batch) % count]
+    return torch.tensor_split(torch.randperm(count, generator=generator), batches)
 
 
 def _track_statistics(unit: Unit, *, track: bool) -> None:

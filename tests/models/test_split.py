@@ -246,7 +246,7 @@ def test_with_its_costs_a_model_of_ones_own_is_split_without_being_built() -> No
     spec = spec_of(f"{__name__}:small_model")
     costs = trace_costs(spec, TRAINING)
     assert [unit.steps for unit in costs.units] == [("0",), ("1",)]
-    assert [exit_.steps for exit_ in costs.exits] == [("2", "3", "4")] * 2
+    assert [unit.exit and unit.exit.steps for unit in costs.units] == [("2", "3", "4")] * 2
     split_model = split_spec(replace(spec, name=f"{__name__}:only_on_meta"), costs=costs)
     assert split_model.layout() == split_spec(spec).layout()
     assert all(parameter.is_meta for parameter in split_model.model.parameters())
@@ -268,14 +268,12 @@ def test_costs_of_another_model_are_told(
 ) -> None:
     spec = spec_of(f"{__name__}:small_model")
     costs = trace_costs(spec, TRAINING)
-    unit, exit_ = costs.units[0], costs.exits[0]
-    other = replace(
-        costs, units=tuple(replace(unit, steps=steps) for steps in units), exits=(replace(exit_, steps=head),)
-    )
+    unit, exit_ = costs.units[0], replace(costs.head, steps=head)
+    other = replace(costs, units=tuple(replace(unit, steps=steps, exit=exit_) for steps in units))
     with pytest.raises(ModelError, match=message):
         split_spec(spec, costs=other)
     with pytest.raises(ModelError, match="not every unit has a step"):
-        split_spec(spec, costs=replace(costs, exits=()))
+        split_spec(spec, costs=replace(costs, units=(replace(unit, exit=None),)))
 
 
 def test_shapes_come_from_the_costs_and_no_unit_is_run_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,36 +390,62 @@ class Convolution(_message.Message):
 Global___Convolution: _TypeAlias = Convolution  # noqa: Y015
 
 @_typing.final
-class Convolutions(_message.Message):
+class PassCost(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    FORWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
-    INFERENCE_FIELD_NUMBER: _builtins.int
+    PEAK_FIELD_NUMBER: _builtins.int
+    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def forward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    def peak(self) -> Global___Size: ...
     @_builtins.property
-    def backward(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    @_builtins.property
-    def backward_first(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
-    @_builtins.property
-    def inference(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
+    def convolutions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Convolution]: ...
     def __init__(
         self,
         *,
-        forward: _abc.Iterable[Global___Convolution] | None = ...,
-        backward: _abc.Iterable[Global___Convolution] | None = ...,
-        backward_first: _abc.Iterable[Global___Convolution] | None = ...,
-        inference: _abc.Iterable[Global___Convolution] | None = ...,
+        peak: Global___Size | None = ...,
+        convolutions: _abc.Iterable[Global___Convolution] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peak", b"peak"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "forward", b"forward", "inference", b"inference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["convolutions", b"convolutions", "peak", b"peak"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Convolutions: _TypeAlias = Convolutions  # noqa: Y015
+Global___PassCost: _TypeAlias = PassCost  # noqa: Y015
+
+@_typing.final
+class StepCost(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAVED_FIELD_NUMBER: _builtins.int
+    SAVES_INPUT_FIELD_NUMBER: _builtins.int
+    SAVES_OUTPUT_FIELD_NUMBER: _builtins.int
+    FORWARD_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
+    saves_input: _builtins.bool
+    saves_output: _builtins.bool
+    @_builtins.property
+    def saved(self) -> Global___Size: ...
+    @_builtins.property
+    def forward(self) -> Global___PassCost: ...
+    @_builtins.property
+    def backward(self) -> Global___PassCost: ...
+    def __init__(
+        self,
+        *,
+        saved: Global___Size | None = ...,
+        saves_input: _builtins.bool = ...,
+        saves_output: _builtins.bool = ...,
+        forward: Global___PassCost | None = ...,
+        backward: Global___PassCost | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "forward", b"forward", "saved", b"saved"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "forward", b"forward", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCost: _TypeAlias = StepCost  # noqa: Y015
 
 @_typing.final
 class UnitCost(_message.Message):
@@ -431,42 +457,41 @@ class UnitCost(_message.Message):
     LARGEST_PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
     INPUT_BYTES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
-    SAVED_FIELD_NUMBER: _builtins.int
-    SAVES_INPUT_FIELD_NUMBER: _builtins.int
-    SAVES_OUTPUT_FIELD_NUMBER: _builtins.int
-    FORWARD_FIELD_NUMBER: _builtins.int
-    BACKWARD_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     BACKWARD_FIRST_FIELD_NUMBER: _builtins.int
     INFERENCE_FIELD_NUMBER: _builtins.int
-    CONVOLUTIONS_FIELD_NUMBER: _builtins.int
     FLOPS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     INPUT_SHAPE_FIELD_NUMBER: _builtins.int
+    FIXED_BYTES_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parameter_bytes: _builtins.int
     buffer_bytes: _builtins.int
     largest_parameter_bytes: _builtins.int
     input_bytes: _builtins.int
     output_bytes: _builtins.int
-    saves_input: _builtins.bool
-    saves_output: _builtins.bool
     flops: _builtins.int
+    fixed_bytes: _builtins.int
     @_builtins.property
-    def saved(self) -> Global___Size: ...
+    def training(self) -> Global___StepCost: ...
     @_builtins.property
-    def forward(self) -> Global___Size: ...
+    def backward_first(self) -> Global___PassCost: ...
     @_builtins.property
-    def backward(self) -> Global___Size: ...
-    @_builtins.property
-    def backward_first(self) -> Global___Size: ...
-    @_builtins.property
-    def inference(self) -> Global___Size: ...
-    @_builtins.property
-    def convolutions(self) -> Global___Convolutions: ...
+    def inference(self) -> Global___PassCost: ...
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def input_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def frozen(self) -> Global___StepCost:
+        """unset: no block can be trained through the unit"""
+
+    @_builtins.property
+    def exit(self) -> Global___UnitCost:
+        """unset: no block can end behind the unit"""
+
     def __init__(
         self,
         *,
@@ -476,21 +501,19 @@ class UnitCost(_message.Message):
         largest_parameter_bytes: _builtins.int = ...,
         input_bytes: _builtins.int = ...,
         output_bytes: _builtins.int = ...,
-        saved: Global___Size | None = ...,
-        saves_input: _builtins.bool = ...,
-        saves_output: _builtins.bool = ...,
-        forward: Global___Size | None = ...,
-        backward: Global___Size | None = ...,
-        backward_first: Global___Size | None = ...,
-        inference: Global___Size | None = ...,
-        convolutions: Global___Convolutions | None = ...,
+        training: Global___StepCost | None = ...,
+        backward_first: Global___PassCost | None = ...,
+        inference: Global___PassCost | None = ...,
         flops: _builtins.int = ...,
         steps: _abc.Iterable[_builtins.str] | None = ...,
         input_shape: _abc.Iterable[_builtins.int] | None = ...,
+        fixed_bytes: _builtins.int = ...,
+        frozen: Global___StepCost | None = ...,
+        exit: Global___UnitCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "convolutions", b"convolutions", "forward", b"forward", "inference", b"inference", "saved", b"saved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward_first", b"backward_first", "exit", b"exit", "frozen", b"frozen", "inference", b"inference", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "convolutions", b"convolutions", "flops", b"flops", "forward", b"forward", "inference", b"inference", "input_bytes", b"input_bytes", "input_shape", b"input_shape", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "saved", b"saved", "saves_input", b"saves_input", "saves_output", b"saves_output", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward_first", b"backward_first", "buffer_bytes", b"buffer_bytes", "exit", b"exit", "fixed_bytes", b"fixed_bytes", "flops", b"flops", "frozen", b"frozen", "inference", b"inference", "input_bytes", b"input_bytes", "input_shape", b"input_shape", "largest_parameter_bytes", b"largest_parameter_bytes", "name", b"name", "output_bytes", b"output_bytes", "parameter_bytes", b"parameter_bytes", "steps", b"steps", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,7 +525,6 @@ class ModelCosts(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     UNITS_FIELD_NUMBER: _builtins.int
-    EXITS_FIELD_NUMBER: _builtins.int
     INPUT_BYTES_FIELD_NUMBER: _builtins.int
     RAW_INPUT_BYTES_FIELD_NUMBER: _builtins.int
     SMALLEST_MICRO_BATCH_FIELD_NUMBER: _builtins.int
@@ -514,8 +536,6 @@ class ModelCosts(_message.Message):
     @_builtins.property
     def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
     @_builtins.property
-    def exits(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitCost]: ...
-    @_builtins.property
     def calibration(self) -> Global___Calibration:
         """of the device that the task is for"""
 
@@ -524,7 +544,6 @@ class ModelCosts(_message.Message):
         *,
         model: _builtins.str = ...,
         units: _abc.Iterable[Global___UnitCost] | None = ...,
-        exits: _abc.Iterable[Global___UnitCost] | None = ...,
         input_bytes: _builtins.int = ...,
         raw_input_bytes: _builtins.int = ...,
         smallest_micro_batch: _builtins.int = ...,
@@ -532,7 +551,7 @@ class ModelCosts(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "exits", b"exits", "input_bytes", b"input_bytes", "model", b"model", "raw_input_bytes", b"raw_input_bytes", "smallest_micro_batch", b"smallest_micro_batch", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "input_bytes", b"input_bytes", "model", b"model", "raw_input_bytes", b"raw_input_bytes", "smallest_micro_batch", b"smallest_micro_batch", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,6 +606,7 @@ class Stage(_message.Message):
     PREDICTED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     BUILD_STREAMED_FIELD_NUMBER: _builtins.int
+    FROZEN_SUFFIX_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
@@ -594,6 +614,7 @@ class Stage(_message.Message):
     build_batch: _builtins.int
     checkpoint: _builtins.bool
     build_streamed: _builtins.bool
+    frozen_suffix: _builtins.bool
     @_builtins.property
     def predicted(self) -> Global___PeakComponents: ...
     def __init__(
@@ -607,10 +628,11 @@ class Stage(_message.Message):
         predicted: Global___PeakComponents | None = ...,
         checkpoint: _builtins.bool = ...,
         build_streamed: _builtins.bool = ...,
+        frozen_suffix: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "build_streamed", b"build_streamed", "cache", b"cache", "checkpoint", b"checkpoint", "first", b"first", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_batch", b"build_batch", "build_streamed", b"build_streamed", "cache", b"cache", "checkpoint", b"checkpoint", "first", b"first", "frozen_suffix", b"frozen_suffix", "last", b"last", "micro_batch", b"micro_batch", "predicted", b"predicted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

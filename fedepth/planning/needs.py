@@ -1,0 +1,314 @@
+"""What every block of a model needs, in bytes: the sums of fedepth.memory.predict without their components.
+
+The planner asks for thousands of blocks. Moments are therefore not listed anew for each: what lives before a unit runs
+is a difference of two prefix sums, so that the largest moment of a block is a running maximum plus what depends on its
+first unit alone. Figures are exact: a block fits here if and only if `training_step` says so. Pure; no torch.
+
+"Raw" bytes lack what the allocator keeps and the margin; both only grow with them (`raw_limit`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import accumulate
+
+from fedepth.memory.predict import copied_bytes, may_keep_bytes, needed_bytes, optimizer_copies
+from fedepth.task import Calibration, ModelCosts, PassCost, Size, StepCost, TrainingSpec, UnitCost
+
+IMPOSSIBLE = 1 << 80  # what a block needs that there cannot be; more than any sum of sizes
+
+
+def with_kept(raw_bytes: int, device: Calibration) -> int:
+    """The predicted peak: raw bytes, and what the allocator keeps beside them."""
+    return raw_bytes + int(device.kept * may_keep_bytes(raw_bytes))
+
+
+def raw_limit(budget_bytes: int, device: Calibration) -> int:
+    """The most raw bytes that fit into a budget; -1 if none do."""
+    low, high = -1, max(0, budget_bytes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needed_bytes(with_kept(middle, device)) <= budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class Table:
+    """What every block needs with one micro-batch, checkpointed or not, and ended in one way.
+
+    need(first, last) = begin[first] + loaded[last] + max(own[first], inner[first + 1 .. last], end[last])
+
+    Args:
+        begin: what depends on the first unit alone.
+        own: the largest moment of each unit where it is the first.
+        inner: the same where it is not.
+        loaded: what lives through the whole step, of all units up to the last and of what follows the block.
+        end: the largest moment of what follows the block.
+    """
+
+    def __init__(self, begin: list[int], own: list[int], inner: list[int], loaded: list[int], end: list[int]) -> None:
+        self._begin = begin
+        self._own = own
+        self._inner = inner
+        self._loaded = loaded
+        self._end = end
+        self._rows: dict[int, list[int]] = {}
+
+    def need(self, first: int, last: int) -> int:
+        """Raw bytes of one block, its inputs on disk."""
+        return self._begin[first] + self._loaded[last] + max(self._row(first)[last - first], self._end[last])
+
+    def needs(self, first: int) -> list[int]:
+        """The same for every last unit from `first` on."""
+        begin = self._begin[first]
+        return [
+            begin + loaded + (most if most > end else end)
+            for loaded, most, end in zip(self._loaded[first:], self._row(first), self._end[first:], strict=True)
+        ]
+
+    def _row(self, first: int) -> list[int]:
+        """The largest moment of the units from `first` to each later one."""
+        row = self._rows.get(first)
+        if row is None:
+            row = self._rows[first] = list(accumulate((self._own[first], *self._inner[first + 1 :]), max))
+        return row
+
+
+class Needs:
+    """Tables for one model and one way to train it, made when they are first asked for."""
+
+    def __init__(self, costs: ModelCosts, training: TrainingSpec, batch: int) -> None:
+        self._units = costs.units
+        self._device = costs.calibration
+        self._head = costs.head
+        self._raw_input_bytes = costs.input_bytes
+        self._batch = batch
+        # Per trained byte: optimizer state, and the global weights that FedProx keeps.
+        self._copies = optimizer_copies(training) + (1 if training.proximal_mu > 0 else 0)
+        self._bounds = _Bounds(costs)
+        self._tables: dict[tuple[int, bool, bool], Table] = {}
+        self._runs: dict[int, list[int]] = {}
+
+    def table(self, micro_batch: int, *, checkpoint: bool, frozen_suffix: bool) -> Table:
+        """Blocks that end at an exit, or with a frozen suffix."""
+        key = (micro_batch, checkpoint, frozen_suffix)
+        found = self._tables.get(key)
+        if found is None:
+            make = self._checkpointed if checkpoint else self._plain
+            found = self._tables[key] = make(micro_batch, frozen_suffix)
+        return found
+
+    def building(self, source: int, first: int, samples: int, *, streamed: bool) -> int:
+        """Raw bytes of computing the inputs of unit `first` from those of unit `source`, caches not counted."""
+        if source == first:
+            return self._device.fixed_bytes + self._raw_input_bytes * samples
+        runs = self.runs(samples)[source:first]
+        loaded = [unit.loaded_bytes for unit in self._units[source:first]]
+        if streamed:
+            return max(map(int.__add__, loaded, runs))
+        return sum(loaded) + max(runs)
+
+    def runs(self, samples: int) -> list[int]:
+        """What a forward pass of each unit takes without autograd, beside its weights."""
+        if samples not in self._runs:
+            fixed = self._device.fixed_bytes
+            self._runs[samples] = [
+                fixed + unit.input_bytes * samples + bound.at(samples)
+                for unit, bound in zip(self._units, self._bounds.inference, strict=True)
+            ]
+        return self._runs[samples]
+
+    def _loaded(self, samples: int, frozen_suffix: bool) -> tuple[list[int], list[int]]:
+        """Bytes that live through a step: of all units before each one, and up to a block's end with what follows."""
+        copies = self._copies + (1 if samples < self._batch else 0)  # gradients that are summed up
+
+        def trained(unit: UnitCost) -> int:
+            return unit.loaded_bytes + copies * unit.parameter_bytes
+
+        before = list(accumulate(map(trained, self._units), initial=0))
+        if not frozen_suffix:
+            return before, [
+                IMPOSSIBLE if unit.exit is None else up_to + trained(unit.exit)
+                for unit, up_to in zip(self._units, before[1:], strict=True)
+            ]
+        ends, behind = [], trained(self._head)
+        for unit, up_to in zip(self._units[::-1], before[:0:-1], strict=True):
+            ends.append(up_to + behind)
+            behind += IMPOSSIBLE if unit.frozen is None else unit.loaded_bytes
+        return before, ends[::-1]
+
+    def _plain(self, samples: int, frozen_suffix: bool) -> Table:
+        """Everything is kept that autograd wants (fedepth.memory.predict._plain)."""
+        units, bounds, fixed = self._units, self._bounds, self._device.fixed_bytes
+        behind = self._plain_suffix(samples) if frozen_suffix else []
+        before, loaded = self._loaded(samples, frozen_suffix)
+        begin, own, inner, ends = [], [], [], []
+        held = loose = 0  # of all units before; of the input, where nobody keeps it
+        for index, unit in enumerate(units):
+            step = unit.training
+            forward = bounds.forward[index].at(samples)
+            begin.append(unit.input_bytes * samples - held - before[index])
+            own.append(held + fixed + max(forward, bounds.backward_first[index].at(samples)))
+            inner.append(held + fixed + max(loose + forward, bounds.backward[index].at(samples)))
+            held += step.saved.at(samples)
+            output = unit.output_bytes * samples
+            follower = units[index + 1] if index + 1 < len(units) else None
+            if not frozen_suffix:
+                kept, loose = _between(step, (unit.exit or self._head).training, output)
+                forward, backward = bounds.exits[index][0].at(samples), bounds.exits[index][1].at(samples)
+                ends.append(held + kept + fixed + max(loose + forward, backward))
+            elif follower is None or follower.frozen is None:
+                ends.append(0)
+            else:
+                kept, loose = _between(step, follower.frozen, output)
+                forward = bounds.frozen[index + 1][0].at(samples)
+                ends.append(held + kept + max(fixed + loose + forward, behind[index + 1]))
+            if follower is not None:
+                kept, loose = _between(step, follower.training, output)
+                held += kept
+        return Table(begin, own, inner, loaded, ends)
+
+    def _plain_suffix(self, samples: int) -> list[int]:
+        """The largest moment of each frozen unit and all behind it, above what lives before; without the first forward
+        pass, which depends on what is in front."""
+        fixed, bounds = self._device.fixed_bytes, self._bounds
+        found: list[int] = []
+        forward, backward = bounds.exits[-1]
+        following, most, rest = self._head.training, forward.at(samples), fixed + backward.at(samples)
+        for index in reversed(range(len(self._units))):
+            unit = self._units[index]
+            if unit.frozen is None:
+                break
+            forward, backward = bounds.frozen[index]
+            kept, loose = _between(unit.frozen, following, unit.output_bytes * samples)
+            grown = unit.frozen.saved.at(samples) + kept
+            rest = max(fixed + backward.at(samples), grown + max(fixed + loose + most, rest))
+            found.append(rest)
+            following, most = unit.frozen, forward.at(samples)
+        return [0] * (len(self._units) - len(found)) + found[::-1]
+
+    def _checkpointed(self, samples: int, frozen_suffix: bool) -> Table:
+        """Only inputs are kept (fedepth.memory.predict._checkpointed)."""
+        bounds, fixed = self._bounds, self._device.fixed_bytes
+        behind = self._checkpointed_suffix(samples) if frozen_suffix else []
+        before, loaded = self._loaded(samples, frozen_suffix)
+        begin, own, inner, ends = [], [], [], []
+        held = 0
+        for index, unit in enumerate(self._units):
+            begin.append(-held - before[index])
+            held += unit.input_bytes * samples
+            again = bounds.forward[index].at(samples) + unit.output_bytes * samples
+            most = max(bounds.inference[index].at(samples), again)
+            own.append(held + fixed + max(most, bounds.backward_first[index].at(samples)))
+            inner.append(held + fixed + max(most, bounds.backward[index].at(samples)))
+            if frozen_suffix:
+                ends.append(held + behind[index])
+            else:
+                ends.append(held + self._checkpointed_end(unit.exit or self._head, bounds.exits[index], samples))
+        return Table(begin, own, inner, loaded, ends)
+
+    def _checkpointed_suffix(self, samples: int) -> list[int]:
+        """The largest moment of all that comes behind each unit, above what lives before."""
+        bounds, fixed = self._bounds, self._device.fixed_bytes
+        found = [self._checkpointed_end(self._head, bounds.exits[-1], samples)]
+        for index in reversed(range(1, len(self._units))):
+            unit = self._units[index]
+            forward, backward = bounds.frozen[index]
+            again = forward.at(samples) + unit.output_bytes * samples
+            most = max(bounds.inference[index].at(samples), again, backward.at(samples))
+            found.append(unit.input_bytes * samples + max(fixed + most, found[-1]))
+        return found[::-1]
+
+    def _checkpointed_end(self, exit_: UnitCost, passes: tuple[_Bound, _Bound], samples: int) -> int:
+        forward, backward = passes
+        most = max(forward.at(samples) + exit_.output_bytes * samples, backward.at(samples))
+        return exit_.input_bytes * samples + self._device.fixed_bytes + most
+
+
+class _Bound:
+    """The largest moment of one pass by the number of samples, beside the scratch that is the same for all.
+
+    Almost all of its moments grow linearly; of these, one that another outweighs for any number is left out.
+    """
+
+    def __init__(self, cost: PassCost, beside: Size, fixed: int, device: Calibration) -> None:
+        """`beside`: what lives beside the pass's peak; `fixed`: what lives at all of its moments."""
+        lines = [(fixed + beside.fixed + cost.peak.fixed, beside.per_sample + cost.peak.per_sample)]
+        curves = []
+        for convolution in cost.convolutions:
+            if convolution.reordered.per_sample:
+                curves.append(convolution)
+            else:
+                living = convolution.living
+                lines.append((fixed + living.fixed + copied_bytes(device, convolution, 0), living.per_sample))
+        lines = list(dict.fromkeys(lines))
+        self._lines = [
+            line for line in lines if not any(o != line and o[0] >= line[0] and o[1] >= line[1] for o in lines)
+        ]
+        self._curves = curves
+        self._fixed = fixed
+        self._device = device
+
+    def at(self, samples: int) -> int:
+        most = 0
+        for fixed, per_sample in self._lines:
+            size = fixed + per_sample * samples
+            if size > most:
+                most = size
+        for convolution in self._curves:
+            copied = copied_bytes(self._device, convolution, samples)
+            most = max(most, self._fixed + convolution.living.at(samples) + copied)
+        return most
+
+
+class _Bounds:
+    """Those of each unit's passes.
+
+    Attributes:
+        forward: with what is saved, and the output if nobody has counted it.
+        backward: with what is saved, and the largest gradient.
+        exits: forward and backward pass of each unit's exit, or the head's; the last is the head's.
+    """
+
+    def __init__(self, costs: ModelCosts) -> None:
+        self._units = costs.units
+        self._device = costs.calibration
+        head = costs.head
+        trained = [self._passes(unit, unit.training, unit.largest_parameter_bytes) for unit in costs.units]
+        self.forward = [forward for forward, _ in trained]
+        self.backward = [backward for _, backward in trained]
+        self.backward_first = [
+            _Bound(unit.backward_first, unit.training.saved, unit.largest_parameter_bytes, costs.calibration)
+            for unit in costs.units
+        ]
+        self.inference = [
+            _Bound(unit.inference, Size(0, unit.output_bytes), 0, costs.calibration) for unit in costs.units
+        ]
+        known: dict[int, tuple[_Bound, _Bound]] = {}  # many exits are one and the same
+        for unit in costs.units:
+            exit_ = unit.exit or head
+            if id(exit_) not in known:
+                known[id(exit_)] = self._passes(exit_, exit_.training, exit_.largest_parameter_bytes)
+        self.exits = [known[id(unit.exit or head)] for unit in costs.units]
+
+    @cached_property
+    def frozen(self) -> list[tuple[_Bound, _Bound]]:
+        """Forward and backward pass of each unit, frozen; where it cannot be, no block gets this far."""
+        return [self._passes(unit, unit.frozen or unit.training, 0) for unit in self._units]
+
+    def _passes(self, unit: UnitCost, step: StepCost, gradient: int) -> tuple[_Bound, _Bound]:
+        output = 0 if step.saves_output else unit.output_bytes
+        with_output = Size(step.saved.fixed, step.saved.per_sample + output)
+        return (
+            _Bound(step.forward, with_output, 0, self._device),
+            _Bound(step.backward, step.saved, gradient, self._device),
+        )
+
+
+def _between(step: StepCost, follower: StepCost, output: int) -> tuple[int, int]:
+    """A unit's output between it and its follower: bytes that are kept for the backward pass, and that are not."""
+    if step.saves_output:
+        return 0, 0
+    return (output, 0) if follower.saves_input else (0, output)
