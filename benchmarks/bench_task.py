@@ -7,11 +7,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_client.trial import TrialModel
+from edge_client.measure.trial import TrialModel
+from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
-from fedepth.memory.traced import tracer
-from fedepth.task import ModelCosts, ModelSpec, TrainingSpec
+from fedepth.estimate.tracer.client import tracer
+from fedepth.task import ModelSpec, TrainingSpec
 
 
 async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> TrialModel:

@@ -30,8 +30,9 @@ from fedepth.data.idx import write_idx
 from fedepth.data.partition import dirichlet
 from fedepth.data.read import open_images
 from fedepth.errors import FedepthError
+from fedepth.plan import Policy
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Policy
+from fedepth.task import ModelSpec
 
 MIB = 1 << 20
 TIERS = {"small": 50 * MIB, "medium": 70 * MIB, "large": 100 * MIB}

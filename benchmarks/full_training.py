@@ -10,15 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.bench_task import prepare, write_digits
-from coordinator.config import load_config
-from coordinator.schedule import training_spec
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Failed
-from edge_client.trial import trial_request, try_in_fresh_trainer
-from fedepth.memory.predict import MARGIN_BYTES, MARGIN_SHARE
+from edge_client.measure.trial import trial_request, try_in_fresh_trainer
+from edge_client.trainer.protocol import Failed
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import MARGIN_BYTES, MARGIN_SHARE
+from fedepth.job import load_config, training_spec
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, ModelCosts, ModelSpec, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec
 
 
 def fails_in_full(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[str, int], console: Console) -> list[str]:
@@ -40,7 +41,7 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
         plan = full_plan(prepared.costs, training.batch, limit)
         request = trial_request(prepared, plan, limit, data, folder / tier, enforce=True)
         # Nothing is kept of what is freed: the least that training can do with.
-        end = await try_in_fresh_trainer(replace(request, keeping=False), TrainerConfig(threads=2))
+        end = await try_in_fresh_trainer(replace(request, release_freed=True), TrainerConfig(threads=2))
         verdict = end.message if isinstance(end, Failed) else ""
         console.print(f"  {tier:<7} {format_size(limit):>10}: {verdict or 'trains'}")
         if verdict:

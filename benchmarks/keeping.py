@@ -10,18 +10,18 @@ import io
 import resource
 import sys
 import time
-from typing import Any
 
 import msgspec
 import torch
 
-from edge_client import trainer
-from edge_client.train_request import TrainRequest
-from fedepth.memory import predict
+from edge_client.trainer import process
+from edge_client.trainer.protocol import TrainRequest
+from fedepth.estimate import peak
+from fedepth.training.session import Known, run
 
 
-class Counting(trainer.Lines):
-    """Tells nobody, grants the request's budget, and notes when the rehearsal begins."""
+class Counting(process.Lines):
+    """Grants the request's budget, and notes when the rehearsal begins."""
 
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(sys.stdin, io.StringIO(), torch.device("cpu"))
@@ -31,9 +31,8 @@ class Counting(trainer.Lines):
     def measure(self, stage: int, held_bytes: int) -> int:
         return self.budget_bytes
 
-    def tell(self, **message: Any) -> None:
-        if message["event"] == "rehearsing":
-            self.began, self.faults = time.monotonic(), page_faults()
+    def rehearsing(self) -> None:
+        self.began, self.faults = time.monotonic(), page_faults()
 
 
 def page_faults() -> int:
@@ -42,12 +41,12 @@ def page_faults() -> int:
 
 def main() -> None:
     share, allowed_bytes = float(sys.argv[1]), int(sys.argv[2])
-    predict.KEPT_SHARE, predict.KEPT_BYTES = share, allowed_bytes
+    peak.KEPT_SHARE, peak.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     device = torch.device("cpu")
-    trainer.start(device)
+    process.start(device)
     lines = Counting(request.budget.budget_bytes)
-    result = trainer.run(request, lines, device, trainer.Known())
+    result = run(process.assignment(request), lines, device, Known())
     told = {
         "seconds": time.monotonic() - lines.began,
         "page_faults": page_faults() - lines.faults,

@@ -27,13 +27,12 @@ from rich.console import Console
 from benchmarks.bench_task import prepare, write_digits
 from benchmarks.federation import Shard, run_federation
 from benchmarks.full_training import full_plan
-from coordinator.config import load_config, model_spec
-from coordinator.schedule import training_spec
-from coordinator.worker import ModelWorker
-from edge_client.calibrate import calibrated
+from coordinator.model_worker.client import ModelWorker
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Failed
-from edge_client.trial import trial_request, try_in_fresh_trainer
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import trial_request, try_in_fresh_trainer
+from edge_client.trainer.protocol import Failed
+from fedepth.job import load_config, model_spec, training_spec
 from fedepth.planning.planner import full_training_peak
 from fedepth.sizes import format_size
 
@@ -160,7 +159,7 @@ async def try_in_full(folder: Path, job: Path, budget: int, images: Path) -> tup
         prepared, full_plan(costs, 1, budget), budget, images, folder / "full" / "run", enforce=True
     )
     trainer = msgspec.structs.replace(TrainerConfig(), allocator=calibration.allocator)
-    end = await try_in_fresh_trainer(replace(request, keeping=False), trainer)  # the least that it can do with
+    end = await try_in_fresh_trainer(replace(request, release_freed=True), trainer)  # the least that it can do with
     failure = end.message if isinstance(end, Failed) else ""
     console.print(f"  {failure or 'it trains'}")
     return needed, failure

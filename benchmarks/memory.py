@@ -31,15 +31,17 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.bench_task import prepare, write_digits
-from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Done, Failed
-from edge_client.trial import TrialModel, trial_request, try_in_fresh_trainer
-from edge_client.work import SMALLER_PLANS, smaller_limit
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer
+from edge_client.task_run import SMALLER_PLANS, smaller_limit
+from edge_client.trainer.protocol import Done, Failed
+from fedepth.costs import Calibration
 from fedepth.errors import PlanError
+from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import Calibration, ModelSpec, Outcome, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelSpec, Outcome, TrainingSpec
 
 TRIALS, QUICK_TRIALS = 200, 24
 UNENFORCED_EVERY = 5
@@ -186,7 +188,7 @@ async def _train(
         end = await try_in_fresh_trainer(task, config)
         tries += 1
         if isinstance(end, Failed) and end.capped:
-            end = await try_in_fresh_trainer(replace(task, keeping=False), config)
+            end = await try_in_fresh_trainer(replace(task, release_freed=True), config)
             tries += 1
         if isinstance(end, Done):
             return end.result.plan, tries, end

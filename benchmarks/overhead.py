@@ -41,15 +41,16 @@ from rich.table import Table
 from benchmarks.bench_task import prepare
 from edge_client.allocators import available, environment
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Event, Rehearsing, TrainerProcess
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Rehearsing, TrainRequest
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
-from fedepth.memory.predict import needed_bytes, training_step
+from fedepth.estimate.peak import needed_bytes, training_step
+from fedepth.plan import CachePlace, CacheType, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, CacheType, ModelSpec, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 EPOCHS = 5
 BATCH = 128

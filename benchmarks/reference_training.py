@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from edge_client.train_request import TrainRequest
+from edge_client.trainer.protocol import TrainRequest
 from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.models.load import load_model
 from fedepth.models.memory_format import prefers_channels_last
 from fedepth.models.split import Unit, split_spec
+from fedepth.training.block import BlockTraining, epoch_batches
+from fedepth.training.context import TrainingContext, load, to_device
 from fedepth.training.pressure import MicroBatch
-from fedepth.training.stage import BlockTraining, epoch_batches
 from fedepth.training.warmup import warm_up
-from fedepth.training.work import Work, load, to_device
 from fedepth.weights import open_weights
 
 WARM_SAMPLES = 2
@@ -38,15 +38,15 @@ WARM_SAMPLES = 2
 class Recomputed:
     """The inputs of a stage without a cache: reads images and runs the frozen units on them every time."""
 
-    def __init__(self, work: Work, units: list[Unit]) -> None:
-        self._work, self._units = work, units
+    def __init__(self, context: TrainingContext, units: list[Unit]) -> None:
+        self._context, self._units = context, units
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        x = torch.from_numpy(self._work.images.read(indices.numpy()))
+        x = torch.from_numpy(self._context.images.read(indices.numpy()))
         if not self._units:
             return x
         with torch.no_grad():
-            x = to_device(self._work, x, from_pixels=True)
+            x = to_device(self._context, x, from_pixels=True)
             for unit in self._units:
                 x = unit(x)
         return x
@@ -63,23 +63,25 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
     with open_weights(Path(request.weights)) as weights:
         images = open_images(Path(request.data), task.model, "train")
         channels_last = prefers_channels_last(split, device)
-        work = Work(task, request.plan, split, weights, images, output, cache, "reference", device, channels_last)
-        warm_up(work, request.plan.trained_units)
+        context = TrainingContext(
+            task, request.plan, split, weights, images, output, cache, "reference", device, channels_last
+        )
+        warm_up(context, request.plan.trained_units)
         meter = Meter()
         meter.reset()
         started = time.monotonic()
         steps = 0
-        load(work, split.head, trainable=True)
+        load(context, split.head, trainable=True)
         labels = torch.from_numpy(images.labels.astype(np.int64))
         for index, stage in enumerate(request.plan.stages):
             prefix = list(split.units[: stage.first])
             for unit in prefix:
-                load(work, unit, trainable=False)
+                load(context, unit, trainable=False)
                 unit.train(False)
-            source = Recomputed(work, prefix)
+            source = Recomputed(context, prefix)
             micro_batch = MicroBatch(task.costs, task.training, stage, len(images))
             final = index == len(request.plan.stages) - 1
-            block = BlockTraining(work, stage, source, labels, index, micro_batch, final=final)
+            block = BlockTraining(context, stage, source, labels, index, micro_batch, final=final)
             for _ in range(task.training.local_epochs):
                 for indices in block.epoch_batches():
                     block.step(indices)

@@ -39,10 +39,10 @@ from benchmarks.bench_task import prepare
 from benchmarks.overhead import SPEC, TRAINING, Lab
 from edge_client.allocators import environment
 from fedepth.child import module_argv
-from fedepth.memory.predict import KEPT_BYTES, KEPT_SHARE
+from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE
+from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
-from fedepth.task import Policy
 
 SPINS = ("default", "0", "500", "1000", "2000", "4000", "10000")
 BATCHES = (128, 32)

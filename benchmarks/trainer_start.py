@@ -24,14 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_task import prepare
-from edge_client.calibrate import calibrated
 from edge_client.config import TrainerConfig
-from edge_client.trainer_process import Done, Event, Rehearsing, StageStarted, TrainerProcess
-from edge_client.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.measure.calibration import calibrated
+from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Rehearsing, StageStarted
 from fedepth.errors import FedepthError
+from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Policy, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 
 MODELS = {"digits-cnn": (1, 32, 32), "preresnet20": (3, 32, 32), "vit-tiny": (3, 32, 32)}
 BATCH = 64
@@ -47,7 +49,7 @@ IMPORTS = (
     "fedepth.weights",
     "fedepth.models.split",
     "fedepth.training.rehearsal",
-    "edge_client.trainer",
+    "edge_client.trainer.process",
     "torchvision.models",
 )
 _PROGRAM = """

@@ -52,12 +52,13 @@ def serve_command(
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
 ) -> None:
     """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
-    from coordinator.config import load_config
-    from coordinator.logs import configure_logging
+    from coordinator.model_worker.client import ModelWorker
+    from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
-    from coordinator.worker import ModelWorker
+    from fedepth.job import load_config
+    from fedepth.logs import configure_logs
 
-    configure_logging(json_logs)
+    configure_logs(renderer(json_logs))
     options = ServeOptions(state, host, port, port_file, exit_when_done)
 
     async def run() -> None:
@@ -91,7 +92,7 @@ def export_command(
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; the latest if left out.")] = None,
 ) -> None:
     """Export a round's weights to ONNX and compare both models' answers. No coordinator need run."""
-    from coordinator.config import load_config
+    from fedepth.job import load_config
 
     answer = asyncio.run(_export(load_config(config), state, round_number, output))
     print(
@@ -132,7 +133,7 @@ def read_record(state: Path) -> dict[str, Any]:
     Raises:
         StateError: the directory holds no job.
     """
-    from coordinator.store import Store
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     try:
@@ -198,8 +199,8 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 
 async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
     from coordinator.global_model import export_fields
-    from coordinator.store import Store
-    from coordinator.worker import ModelWorker
+    from coordinator.model_worker.client import ModelWorker
+    from coordinator.store.records import Store
 
     store = Store.read(state)
     models = ModelWorker()

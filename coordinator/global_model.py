@@ -9,14 +9,13 @@ from typing import Any
 
 import msgspec
 
-from coordinator.config import JobConfig, model_spec
-from coordinator.events import Events
-from coordinator.schedule import training_spec
-from coordinator.store import Prepared, RoundRecord, Store
-from coordinator.worker import Models
+from coordinator.model_worker.client import Models
+from coordinator.observe.events import Events
+from coordinator.store.records import Prepared, RoundRecord, Store
+from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, StateError
+from fedepth.job import JobConfig, model_spec, training_spec
 from fedepth.layout import ModelLayout
-from fedepth.task import ModelCosts
 
 Update = tuple[tuple[Path, ...], float]  # the parts of an update, and its weight in the average
 
@@ -76,41 +75,41 @@ class GlobalModel:
             FedepthError: they cannot be averaged or recorded; the weights before stand.
         """
         store = self._store
-        partial = store.directory / "weights" / f"round-{round_number:04d}.partial"
-        await asyncio.to_thread(average_updates, store.weights_path(self.record.round), updates, partial)
+        partial = store.files.partial_weights(round_number)
+        await asyncio.to_thread(average_updates, store.files.weights(self.record.round), updates, partial)
         record = await asyncio.to_thread(store.seal_weights, partial, round_number, len(updates), samples)
         store.record_round(record)
         self.record = record
-        self._events.tell("round_closed", round=round_number, updates=len(updates), samples=samples)
+        self._events.send("round_closed", round=round_number, updates=len(updates), samples=samples)
 
     async def evaluate(self) -> None:
-        """Accuracy on the job's test data. A failure is told; the round stands without it."""
+        """Accuracy on the job's test data. A failure is logged; the round stands without it."""
         weights = self.record
         try:
             answer = await self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
-                weights=str(self._store.weights_path(weights.round)),
+                weights=str(self._store.files.weights(weights.round)),
                 test_data=self._config.test.data,
             )
         except FedepthError as error:
-            self._events.tell("log", message=f"round {weights.round} could not be evaluated: {error}")
+            self._events.send("log", message=f"round {weights.round} could not be evaluated: {error}")
             return
         self._store.set_evaluation(weights.round, answer["accuracy"], answer["loss"])
         self.record = self._latest()
-        self._events.tell("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
+        self._events.send("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
 
     async def export(self) -> None:
-        """ONNX with its parity report. A failure is told; `fedepth-coordinator export` tries again."""
+        """ONNX with its parity report. A failure is logged; `fedepth-coordinator export` tries again."""
         weights = self.record
         try:
             answer = await self._models.request("export", **export_fields(self._config, self._store, weights))
         except FedepthError as error:
-            self._events.tell("log", message=f"round {weights.round} could not be exported: {error}")
+            self._events.send("log", message=f"round {weights.round} could not be exported: {error}")
             return
         self._store.set_export(weights.round, answer["path"], answer["parity_max_abs"])
         self.record = self._latest()
-        self._events.tell(
+        self._events.send(
             "exported",
             round=weights.round,
             path=answer["path"],
@@ -133,10 +132,10 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
     """The request that exports a round's weights, to `output` or to their place in the state directory."""
     return {
         "model": model_spec(config),
-        "weights": str(store.weights_path(weights.round)),
+        "weights": str(store.files.weights(weights.round)),
         "weights_digest": weights.digest,
         "job": config.job.name,
         "round": weights.round,
         "test_data": config.test.data,
-        "output": output or str(store.export_path(weights.round)),
+        "output": output or str(store.files.export(store.job_name, weights.round)),
     }

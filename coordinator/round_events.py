@@ -1,4 +1,4 @@
-"""What goes into the state machine of `rounds`, with its time, and what comes out, for the driver to do."""
+"""What goes into the state machine of `rounds`, with its time, and what comes out, for the job to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Waiting:
+class DeviceWaiting:
     """A device asks for a task and waits."""
 
     device_id: str
@@ -30,7 +30,7 @@ class Progressed:
 
 
 @dataclass(frozen=True)
-class Accepted:
+class UpdateRecorded:
     """An update is recorded. Only for tasks that `accepts` allows."""
 
     task_id: str
@@ -38,7 +38,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Failed:
+class TaskFailed:
     """A task ended without an update: refused, declined, or broken."""
 
     task_id: str
@@ -99,5 +99,5 @@ class Log:
     message: str
 
 
-Event = Waiting | Left | Progressed | Accepted | Failed | Tick | RoundDone
+Event = DeviceWaiting | Left | Progressed | UpdateRecorded | TaskFailed | Tick | RoundDone
 Action = StartRound | GiveTask | LoseTask | CloseRound | Finish | Log

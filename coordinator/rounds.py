@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from coordinator.round_events import (
-    Accepted,
     Action,
     CloseRound,
+    DeviceWaiting,
     Event,
-    Failed,
     Finish,
     GiveTask,
     Left,
@@ -32,7 +31,8 @@ from coordinator.round_events import (
     Progressed,
     RoundDone,
     StartRound,
-    Waiting,
+    TaskFailed,
+    UpdateRecorded,
 )
 
 
@@ -162,17 +162,17 @@ def live_devices(state: State, now: float) -> frozenset[str]:
 def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
     """Takes one event, and then whatever follows from it and from its time."""
     actions: tuple[Action, ...] = ()
-    if isinstance(event, Waiting):
+    if isinstance(event, DeviceWaiting):
         state, actions = _wait(state, event)
     elif isinstance(event, Left):
         state = replace(_see(state, event.device_id, event.now), waiting=state.waiting - {event.device_id})
     elif isinstance(event, Progressed):
         state = _renew(state, event)
-    elif isinstance(event, Accepted):
+    elif isinstance(event, UpdateRecorded):
         if not accepts(state, event.task_id):
             raise ValueError(f"task {event.task_id} cannot be accepted in round {state.round}, {state.phase.value}")
         state = _set(state, event.task_id, Standing.ACCEPTED, event.now)
-    elif isinstance(event, Failed):
+    elif isinstance(event, TaskFailed):
         if accepts(state, event.task_id):
             state = _set(state, event.task_id, Standing.FAILED, event.now)
     elif isinstance(event, RoundDone):
@@ -194,7 +194,7 @@ def _set(state: State, task_id: str, standing: Standing, now: float) -> State:
     return _see(replace(state, tasks=tasks), task.device_id, now)
 
 
-def _wait(state: State, event: Waiting) -> tuple[State, tuple[Action, ...]]:
+def _wait(state: State, event: DeviceWaiting) -> tuple[State, tuple[Action, ...]]:
     state = _see(state, event.device_id, event.now)
     if state.phase is Phase.FINISHED:
         return state, ()

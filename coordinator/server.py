@@ -1,4 +1,4 @@
-"""The server process: opens the state, binds the port, drives the job, and ends in order.
+"""The server process: opens the state, binds the port, runs the job, and ends in order.
 
 It imports neither torch nor onnx: what needs a model is done by the model worker.
 """
@@ -20,13 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from coordinator.config import JobConfig, model_spec
-from coordinator.driver import Driver
 from coordinator.global_model import prepare
+from coordinator.job import Job
+from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
-from coordinator.store import Store
-from coordinator.worker import Models
+from coordinator.store.records import Store
 from fedepth.errors import TransportError
+from fedepth.job import JobConfig, model_spec
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
@@ -59,27 +59,25 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
     try:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         port = _bind(server, options.host, options.port)
-        driver = await _prepared_driver(config, store, models, stop)
-        if driver is not None:
-            await _serve_driver(driver, server, port, options, stop)
+        job = await _prepared_job(config, store, models, stop)
+        if job is not None:
+            await _serve_job(job, server, port, options, stop)
     finally:
         await models.stop()
         store.close()
 
 
-async def _prepared_driver(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Driver | None:
+async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Job | None:
     """None if a signal came while the model was being prepared."""
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):
         return None
-    return Driver(config, store, models, preparing.result())
+    return Job(config, store, models, preparing.result())
 
 
-async def _serve_driver(
-    driver: Driver, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event
-) -> None:
+async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event) -> None:
     health = HealthServicer()
-    add_FederationServicer_to_server(FederationService(driver), server)
+    add_FederationServicer_to_server(FederationService(job), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
         (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
@@ -93,29 +91,29 @@ async def _serve_driver(
         partial = options.port_file.with_name(options.port_file.name + ".partial")
         partial.write_text(f"{port}\n", encoding="ascii")
         partial.replace(options.port_file)
-    _log.info("serving", address=address, job=driver.config.job.name, state=str(options.state))
-    running = asyncio.ensure_future(_run(driver, options.exit_when_done))
+    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state))
+    running = asyncio.ensure_future(_run(job, options.exit_when_done))
     try:
         await _first(running, stop)
     finally:
         await health.enter_graceful_shutdown()
-        driver.events.close()
+        job.events.close()
         await server.stop(GRACE_S)
-        _log.info("stopped", address=address, round=driver.state.round, phase=driver.state.phase.value)
+        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
 
 
-async def _run(driver: Driver, exit_when_done: bool) -> None:
+async def _run(job: Job, exit_when_done: bool) -> None:
     """Ends when the job is done and every live device knows; without `exit_when_done` only by an error."""
     if not exit_when_done:
-        await driver.run()
-    elif not await _first(asyncio.ensure_future(driver.run()), driver.finished):
-        await _farewell(driver)
+        await job.run()
+    elif not await _first(asyncio.ensure_future(job.run()), job.finished):
+        await _farewell(job)
 
 
-async def _farewell(driver: Driver) -> None:
+async def _farewell(job: Job) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + FAREWELL_S
-    while driver.unaware_devices() and loop.time() < end:
+    while job.unaware_devices() and loop.time() < end:
         await asyncio.sleep(0.05)
 
 

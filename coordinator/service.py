@@ -1,4 +1,4 @@
-"""The servicer: messages in, calls of the driver, messages out; it decides only how long a call may wait."""
+"""The servicer: messages in, calls of the job, messages out; it decides only how long a call may wait."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
-from coordinator.driver import Driver
-from coordinator.intake import PartHeader
+from coordinator.job import Job
+from coordinator.uploads import PartHeader
 from fedepth.errors import PlanError, ProtocolError, TransportError, UpdateError
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
@@ -48,57 +48,57 @@ def objection(report: DeviceReport, classes: tuple[str, ...]) -> str:
 class FederationService(FederationServicer):
     """Serves one job."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, job: Job) -> None:
+        self._job = job
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         try:
             report = from_message(request.device, DeviceReport)
         except ProtocolError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        driver = self._driver
-        problem = objection(report, driver.model.classes)
+        job = self._job
+        problem = objection(report, job.model.classes)
         if problem:
             return _rejected(problem)
-        driver.see(report)
-        if driver.finished.is_set():
+        job.see(report)
+        if job.finished.is_set():
             return self._finished(report.device_id)
         try:
-            plan = driver.plan_for(report)
+            plan = job.plan_for(report)
         except PlanError as error:
-            driver.events.tell("log", message=f"{report.name} cannot take part: {error}", device=report.name)
+            job.events.send("log", message=f"{report.name} cannot take part: {error}", device=report.name)
             return _rejected(str(error))
-        answer = driver.start_waiting(report, plan)
+        answer = job.start_waiting(report, plan)
         try:
             await asyncio.wait({answer}, timeout=min(max(request.wait_ms, 0), LONGEST_WAIT_MS) / 1000)
         finally:  # also when the device hangs up
-            driver.stop_waiting(report.device_id, answer)
+            job.stop_waiting(report.device_id, answer)
         task = answer.result() if answer.done() else None
         if task is not None:
             return pb.NextTaskReply(task=to_message(task, pb.Task))
-        if driver.finished.is_set():
+        if job.finished.is_set():
             return self._finished(report.device_id)
         return pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=random.randrange(SPREAD_MS)))
 
     def _finished(self, device_id: str) -> pb.NextTaskReply:
-        self._driver.told_finished.add(device_id)
-        job = self._driver.config.job
-        return pb.NextTaskReply(finished=pb.JobFinished(job=job.name, rounds=job.rounds))
+        self._job.informed.add(device_id)
+        section = self._job.config.job
+        return pb.NextTaskReply(finished=pb.JobFinished(job=section.name, rounds=section.rounds))
 
     async def FetchWeights(self, request: pb.FetchWeightsRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        record = self._driver.store.find_weights(request.digest)
+        record = self._job.store.find_weights(request.digest)
         if record is None:
             missing = ProtocolError(f"no weights with sha256 {request.digest[:12]}… here; ask for a new task")
             await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
         if not 0 <= request.offset <= record.size_bytes:
             beyond = ProtocolError(f"offset {request.offset} in weights of {record.size_bytes} bytes")
             await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
-        for chunk in file_chunks(self._driver.store.weights_path(record.round), request.offset):
+        for chunk in file_chunks(self._job.store.files.weights(record.round), request.offset):
             yield chunk
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
-        intake = self._driver.intake
-        held = await intake.offset(request.task_id, request.attempt, request.part, request.digest)
+        uploads = self._job.uploads
+        held = await uploads.offset(request.task_id, request.attempt, request.part, request.digest)
         return pb.UploadOffsetReply(offset=held)
 
     async def UploadPart(
@@ -119,9 +119,9 @@ class FederationService(FederationServicer):
                 sent.digest,
             )
             chunks = self._chunks(request_iterator, header.task_id)
-            held = await self._driver.intake.receive(header, chunks)
+            held = await self._job.uploads.receive(header, chunks)
         except UpdateError as error:
-            self._driver.refuse(sent.task_id, sent.device_id, error)
+            self._job.refuse(sent.task_id, sent.device_id, error)
             return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
         except ProtocolError as error:  # to be tried again from the offset that is held
             await _abort(context, grpc.StatusCode.ABORTED, error)
@@ -131,7 +131,7 @@ class FederationService(FederationServicer):
         async for request in requests:
             if request.WhichOneof("content") != "chunk":
                 raise ProtocolError("only the first message of an upload is a header")
-            self._driver.touch(task_id)
+            self._job.touch(task_id)
             yield request.chunk
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
@@ -140,7 +140,7 @@ class FederationService(FederationServicer):
         except ProtocolError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
         try:
-            round_number = await self._driver.commit(result)
+            round_number = await self._job.commit(result)
         except UpdateError as error:
             return pb.CommitUpdateReply(refused=pb.Refused(reason=error.reason, message=str(error)))
         except ProtocolError as error:  # the device keeps the update and sends what is missing
@@ -152,21 +152,21 @@ class FederationService(FederationServicer):
             failure = from_message(request, Failure)
         except ProtocolError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        return pb.Ack(wanted=self._driver.failed(failure))
+        return pb.Ack(wanted=self._job.failed(failure))
 
     async def ReportProgress(self, request: pb.Progress, context: Context) -> pb.Ack:
         try:
             progress = from_message(request, Progress)
         except ProtocolError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        return pb.Ack(wanted=self._driver.progressed(progress))
+        return pb.Ack(wanted=self._job.progressed(progress))
 
     async def JobStatus(self, request: pb.JobStatusRequest, context: Context) -> pb.JobStatusReply:
-        return pb.JobStatusReply(**self._driver.status())
+        return pb.JobStatusReply(**self._job.status())
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
         try:
-            async for line in self._driver.events.watch(self._driver.state_event()):
+            async for line in self._job.events.watch(self._job.state_event()):
                 yield pb.Event(json=line)
         except TransportError as error:
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)

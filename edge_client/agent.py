@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from edge_client.allowance import Allowance
+from edge_client.backoff import Backoff, Clock, within
 from edge_client.config import Config
-from edge_client.link import Clock, Link, within
+from edge_client.memory.budget import Budgets
+from edge_client.memory.probe import Memory, measure
 from edge_client.outbox import Entry, Outbox
-from edge_client.probe import Memory, measure
-from edge_client.trainer_process import TRAINER_ARGV, TrainerKeeper, torch_version
+from edge_client.task_run import TaskRunner
+from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
     Accepted,
     Answer,
@@ -30,12 +31,13 @@ from edge_client.transport import (
     Transport,
     UnreachableError,
 )
-from edge_client.work import Worker
 from fedepth import __version__
+from fedepth.budget import Budget
+from fedepth.costs import Calibration
 from fedepth.data.scan import scan
 from fedepth.errors import DataError, ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import Budget, Calibration, DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 POLL_S = 30.0
 BEAT_S = 5.0
@@ -78,16 +80,16 @@ class Agent:
         self._around = around
         self._outbox = Outbox(state)
         self._keeper = TrainerKeeper(config.trainer, around.trainer_argv)
-        self._allowance = Allowance(state, config.memory, torch_version(), around.measure)
-        self._link = Link(transport.address, config.retry, around.clock, device_id)
-        self._worker = Worker(
+        self._budgets = Budgets(state, config.memory, torch_version(), around.measure)
+        self._backoff = Backoff(transport.address, config.retry, around.clock, device_id)
+        self._runner = TaskRunner(
             config,
             device_id,
             transport,
             self._keeper,
-            self._allowance,
+            self._budgets,
             self._outbox,
-            self._link,
+            self._backoff,
             self._note,
         )
         self._progress = Progress("", 0, device_id, "")
@@ -126,9 +128,9 @@ class Agent:
             await self._deliver_all()
             answer = await self._transport.next_task(self._report(), POLL_S)
         except (TransportError, ProtocolError) as error:
-            await self._link.lost(error)
+            await self._backoff.pause(error)
             return True
-        self._link.back()
+        self._backoff.reset()
         return await self._act(answer)
 
     async def _act(self, answer: Answer) -> bool:
@@ -150,7 +152,7 @@ class Agent:
 
     async def _rejected(self, answer: Rejected) -> None:
         pause = max(1.0, answer.after_s)
-        _log.error("the coordinator does not take this device", message=answer.message, next_try_s=pause)
+        _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause)
         await self._around.clock.sleep(pause)
 
     async def _work(self, task: Task) -> None:
@@ -164,13 +166,13 @@ class Agent:
             predicted_peak=format_size(task.plan.predicted_peak_bytes),
         )
         self._note(Progress(task.task_id, task.attempt, self._device_id, "downloading"))
-        work = asyncio.create_task(self._worker.run(task, self._samples))
+        work = asyncio.create_task(self._runner.run(task, self._samples))
         beat = asyncio.create_task(self._beat())
         try:
             await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 beat.result()
-                _log.warning("the coordinator does not wait for this task any more", task=task.task_id)
+                _log.warning("the coordinator no longer waits for this task", task=task.task_id)
                 return
             end = work.result()
         finally:
@@ -217,7 +219,7 @@ class Agent:
                     error=str(error),
                 )
                 continue
-            self._link.back()
+            self._backoff.reset()
             if isinstance(answer, Accepted):
                 _log.info("update accepted", task=entry.result.task_id, round=answer.round)
             else:
@@ -271,14 +273,14 @@ class Agent:
 
     async def _learn_start(self) -> None:
         """Starts a first trainer: a budget without its start in it would promise too much."""
-        if self._allowance.start_bytes is None:
+        if self._budgets.start_bytes is None:
             _log.info("starting the trainer once, to measure what its start costs")
             trainer = await self._keeper.take()
-            self._allowance.learn_start(trainer.start_bytes)
+            self._budgets.learn_start(trainer.start_bytes)
             self._keeper.rest()
 
     def _budget(self) -> Budget:
-        return self._allowance.budget(self._keeper.held_bytes, self._keeper.baseline_bytes)
+        return self._budgets.budget(self._keeper.held_bytes, self._keeper.baseline_bytes)
 
     def _report(self) -> DeviceReport:
         memory = self._memory

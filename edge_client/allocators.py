@@ -3,7 +3,7 @@
 An allocator is fit for training inside a budget if its footprint follows the tensors. glibc's does once its thresholds
 are fixed, though every large tensor is then mapped and unmapped anew; with its defaults it does not. tcmalloc trains up
 to three times as fast, and its footprint follows the tensors under a cap (fedepth.memory.allocator). Which of them
-suits a device is measured there (edge_client.calibrate).
+suits a device is measured there (edge_client.measure.calibration).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def environment(allocator: str, threads: int = 0, root: Path = Path("/")) -> dic
             )
     else:
         settings["LD_PRELOAD"] = str(tcmalloc)
-        settings["TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD"] = str(1 << 62)  # refused requests are told as errors
+        settings["TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD"] = str(1 << 62)  # refused requests are reported as errors
         settings["TCMALLOC_RELEASE_RATE"] = "0"  # pages are given back when the trainer says so
         settings["TCMALLOC_MAX_TOTAL_THREAD_CACHE_BYTES"] = str(1 << 20)  # 32 MiB by itself, out of anyone's reach
     return settings

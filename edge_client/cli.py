@@ -18,18 +18,26 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_client import config as settings
-from edge_client.allowance import Allowance
-from edge_client.calibrate import Calibrated, calibrated
 from edge_client.daemon import Start
-from edge_client.probe import Memory, measure
-from edge_client.report import Report, Wanted, busy_share, default_samples, make_report
-from edge_client.report_tables import tables
-from edge_client.trainer_process import torch_version
+from edge_client.measure.calibration import Calibrated, calibrated
+from edge_client.measure.capability import (
+    Capability,
+    CapabilityRequest,
+    busy_share,
+    default_samples,
+    measure_capability,
+)
+from edge_client.measure.capability_tables import tables
+from edge_client.memory.budget import Budgets
+from edge_client.memory.probe import Memory, measure
+from edge_client.trainer.client import torch_version
+from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.models.catalog import named_spec
+from fedepth.plan import Policy
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Budget, Optimizer, Policy, TrainingSpec
+from fedepth.task import Optimizer, TrainingSpec
 
 _PLAIN_WIDTH = 130  # of tables that are piped or written to a file
 
@@ -150,8 +158,8 @@ def report(
         "models.allow": allow_model or None,
     }
     chosen = settings.load(config, _given(overrides))
-    save_report = _plotting(plot) if plot else None
-    wanted = Wanted(
+    save_capability = _plotting(plot) if plot else None
+    wanted = CapabilityRequest(
         model=named_spec(model, input_shape, classes),
         training=TrainingSpec(batch, 1, optimizer.value, 1e-3, 0.9, 5e-4, 0.0, "none", 1),
         policy=policy,
@@ -167,8 +175,8 @@ def report(
         console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
         for table in tables(found):
             console.print(table)
-    if plot and save_report:
-        save_report(plot, found)
+    if plot and save_capability:
+        save_capability(plot, found)
         if not as_json:
             print(f"Picture: {plot}")
 
@@ -189,18 +197,18 @@ def _given(overrides: dict[str, Any]) -> dict[str, Any]:
 def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     """The budget, if an agent has already measured what a trainer's start costs."""
     try:
-        allowance = Allowance(config.state_dir, config.memory, torch_version(), lambda: memory)
+        budgets = Budgets(config.state_dir, config.memory, torch_version(), lambda: memory)
     except ConfigError:
         return None  # no torch: this device can be probed, but not train
-    return allowance.budget() if allowance.start_bytes is not None else None
+    return budgets.budget() if budgets.start_bytes is not None else None
 
 
-async def _report(wanted: Wanted, config: settings.Config, tell: Callable[[str], None]) -> Report:
+async def _report(wanted: CapabilityRequest, config: settings.Config, on_progress: Callable[[str], None]) -> Capability:
     """With the device's own calibration and the allocator that suits it."""
     busy = busy_share()  # before we keep the device busy ourselves
-    calibration = (await calibrated(config.trainer, tell, memory=config.memory)).calibration
+    calibration = (await calibrated(config.trainer, on_progress, memory=config.memory)).calibration
     settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
-    return await make_report(wanted, settled, calibration=calibration, busy=busy, tell=tell)
+    return await measure_capability(wanted, settled, calibration=calibration, busy=busy, on_progress=on_progress)
 
 
 def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
@@ -220,17 +228,17 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     return allocators, beside
 
 
-def _plotting(path: Path) -> Callable[[Path, Report], None]:
+def _plotting(path: Path) -> Callable[[Path, Capability], None]:
     """Says what is missing before minutes of training, not after them."""
     try:
-        from edge_client.report_plot import save_report
+        from edge_client.measure.capability_plot import save_capability
     except ImportError as error:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
         ) from error
     if not path.parent.is_dir():
         raise ConfigError(f"--plot: the folder {path.parent} does not exist; make it, or name another file")
-    return save_report
+    return save_capability
 
 
 def _log_warnings_only() -> None:

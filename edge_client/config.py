@@ -23,10 +23,8 @@ remind_s = 180
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,18 +32,13 @@ from typing import Any, Literal
 import msgspec
 
 from fedepth.errors import ConfigError
+from fedepth.settings import read_toml, suggestion, violation
 from fedepth.sizes import parse_size
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _LONGEST_LINGER_S = 365 * 86400
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
-_AT = re.compile(r"(?P<what>.*?) - at `\$\.?(?P<path>[^`]*)`")
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,12 +176,7 @@ def default_state_dir() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    settings = read_toml(path)
     for field in ("data", "state"):
         if isinstance(settings.get(field), str):
             settings[field] = str((path.parent / Path(settings[field]).expanduser()).resolve())
@@ -200,20 +188,12 @@ def _explain(message: str) -> str:
     if unknown:
         section = unknown["path"] or ""
         field = f"{section}.{unknown['field']}" if section else unknown["field"]
-        return f'unknown setting "{field}"' + _suggest(field)
-    at = _AT.fullmatch(message)
-    if at is None or not at["path"]:
-        return at["what"] if at else message
+        return f'unknown setting "{field}"' + suggestion(field, _fields(Config))
+    path, what = violation(message)
+    if not path:
+        return what
     # Our own messages begin with the field's name, those of msgspec with a capital letter.
-    return f"{at['path']}{': ' if at['what'][:1].isupper() else '.'}{at['what']}"
-
-
-def _suggest(field: str) -> str:
-    """The closest known field, by its last word (it may merely stand in the wrong section)."""
-    known = list(_fields(Config))
-    last_words = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(field.rpartition(".")[2], last_words, n=1)
-    return f'; did you mean "{last_words[close[0]]}"?' if close else f"; known are {', '.join(known)}"
+    return f"{path}{': ' if what[:1].isupper() else '.'}{what}"
 
 
 def _fields(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:

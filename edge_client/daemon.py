@@ -6,24 +6,29 @@ It loads no library for command lines: with typer and what typer brings, an idle
 from __future__ import annotations
 
 import asyncio
-import logging
+import ctypes
+import platform
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import structlog
 from msgspec.structs import replace
 
 from edge_client.agent import Agent, Surroundings
-from edge_client.calibrate import calibrated
 from edge_client.config import Config
-from edge_client.footprint import stay_small
 from edge_client.identity import StateLock, device_id
+from edge_client.measure.calibration import calibrated
 from edge_client.transport import GrpcTransport
+from fedepth.costs import Calibration
 from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
-from fedepth.task import Calibration
+from fedepth.logs import configure_logs
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_KEEP_BYTES = 64 << 10
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -46,28 +51,32 @@ def main() -> None:
         sys.exit(1)
 
 
-def configure_logs(*, as_json: bool, loggers: Callable[..., Any], colors: bool = False) -> None:
-    """Log lines as JSON objects or for people, written by what `loggers` makes."""
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=colors)
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=loggers,
-    )
+def stay_small() -> None:
+    """Makes glibc give back what was freed, and share one arena among gRPC's threads.
+
+    By itself glibc raises its thresholds to the size of the largest buffer that was ever freed, 1 MiB after the first
+    transfer, and then keeps such buffers. Other C libraries have no such setting and need none.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    for setting, value in (
+        (_M_ARENA_MAX, 1),
+        (_M_MMAP_THRESHOLD, _KEEP_BYTES),
+        (_M_TRIM_THRESHOLD, _KEEP_BYTES),
+    ):
+        library.mallopt(setting, value)
 
 
 def _surroundings(json_logs: bool) -> Surroundings:
     if json_logs or not sys.stderr.isatty():
-        configure_logs(as_json=json_logs, loggers=structlog.PrintLoggerFactory(sys.stderr))
+        plain = structlog.dev.ConsoleRenderer(colors=False)
+        configure_logs(structlog.processors.JSONRenderer() if json_logs else plain)
         return Surroundings()
     from edge_client.display import Bar, BarLogger  # loads rich, which only a terminal needs
 
     bar = Bar()
-    configure_logs(as_json=False, loggers=BarLogger(bar.console), colors=True)
+    configure_logs(structlog.dev.ConsoleRenderer(colors=True), BarLogger(bar.console))
     return Surroundings(on_progress=bar.show)
 
 
@@ -78,7 +87,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
     async def work() -> None:
         calibration, settled = Calibration(), config
         try:
-            calibration = (await calibrated(config.trainer, _tell, memory=config.memory)).calibration
+            calibration = (await calibrated(config.trainer, _log_step, memory=config.memory)).calibration
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
         except (PlanError, ChildError, ModelError, StateError) as error:
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
@@ -98,7 +107,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         structlog.get_logger().info("stopped; what was trained is kept and delivered at the next start")
 
 
-def _tell(what: str) -> None:
+def _log_step(what: str) -> None:
     structlog.get_logger().info("measuring once what training takes on this device", step=what)
 
 

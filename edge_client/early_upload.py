@@ -14,7 +14,8 @@ import structlog
 from edge_client.outbox import part_name
 from edge_client.transport import Part, Transport
 from fedepth.errors import ProtocolError, TransportError
-from fedepth.task import PartInfo, Plan, Task
+from fedepth.plan import Plan
+from fedepth.task import PartInfo, Task
 
 _log = structlog.get_logger()
 
@@ -36,7 +37,7 @@ class EarlyUpload:
 
     async def __aenter__(self) -> EarlyUpload:
         self._sending = asyncio.create_task(self._send_all())
-        self._sending.add_done_callback(_tell_mistake)
+        self._sending.add_done_callback(_log_mistake)
         return self
 
     async def __aexit__(
@@ -61,7 +62,7 @@ class EarlyUpload:
             _log.info("a finished block is with the coordinator", part=info.part)
 
 
-def _tell_mistake(sending: asyncio.Task[None]) -> None:
+def _log_mistake(sending: asyncio.Task[None]) -> None:
     """An error that nobody expected must not cost the training: the whole update meets it again, when it is safe."""
     if not sending.cancelled() and (error := sending.exception()):
         _log.error("finished blocks are not sent early any more", exc_info=error)

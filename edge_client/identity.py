@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +9,8 @@ from typing import TypeVar
 
 import msgspec
 
-from fedepth.errors import StateError
-from fedepth.files import write_atomically
+from fedepth.errors import LockedError, StateError
+from fedepth.files import lock_file, write_atomically
 
 T = TypeVar("T")
 
@@ -29,26 +27,17 @@ class StateLock:
         Raises:
             StateError: another agent holds it, or the directory cannot be written.
         """
-        path = state / "lock"
         try:
             state.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - held open as long as the lock
+            self._file = lock_file(state / "lock")
+        except LockedError as error:
+            raise StateError(
+                f"{state} is in use by another agent (process {error.holder}); stop it or give another --state"
+            ) from None
         except OSError as error:
             raise StateError(f"{state} cannot be used as state directory: {error.strerror}; give --state DIR") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "?"
-            self._file.close()
-            raise StateError(
-                f"{state} is in use by another agent (process {holder}); stop it or give another --state"
-            ) from None
         for leftover in state.glob(".*.tmp"):  # of a write that a crash cut short (fedepth.files.replacing)
             leftover.unlink()
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
 
     def __enter__(self) -> StateLock:
         return self
@@ -72,7 +61,8 @@ def device_id(state: Path) -> str:
     try:
         return str(uuid.UUID(text))
     except ValueError:
-        raise StateError(f"{path} holds {text[:40]!r}, which is no UUID; delete it to join as a new device") from None
+        message = f"{path} holds {text[:40]!r}, which is not a UUID; delete it to join as a new device"
+        raise StateError(message) from None
 
 
 def remember(path: Path, value: object) -> None:

@@ -77,7 +77,7 @@ class Outbox:
         except OSError as error:
             raise StateError(
                 f"the update of task {result.task_id} cannot be kept in {self._folder}: {error.strerror}; "
-                "make room there"
+                "free some space there"
             ) from error
         return Entry(final, result)
 

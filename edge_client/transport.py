@@ -21,11 +21,12 @@ from fedepth_wire.convert import from_message, plan_digest, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
-from edge_client.link import within
+from edge_client.backoff import within
 from edge_client.outbox import Entry
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
-from fedepth.task import DeviceReport, Failure, PartInfo, Plan, Progress, Task
+from fedepth.plan import Plan
+from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
@@ -260,7 +261,7 @@ class GrpcTransport:
             # (grpc/aio/_call.py, _write), so this says no more than that the upload was cut.
             if error.code() is grpc.StatusCode.INTERNAL:
                 raise UnreachableError(f"{self.address}: the upload was cut: {error.details()}") from None
-            raise self._told(error) from None
+            raise self._as_error(error) from None
         finally:
             call.cancel()
 
@@ -286,9 +287,9 @@ class GrpcTransport:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise self._told(error) from None
+            raise self._as_error(error) from None
 
-    def _told(self, error: grpc.aio.AioRpcError) -> TransportError:
+    def _as_error(self, error: grpc.aio.AioRpcError) -> TransportError:
         kind = UnreachableError if error.code() in _AWAY else TransportError
         return kind(f"{self.address}: {error.code().name}: {error.details()}")
 

@@ -15,13 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, FedepthError, PlanError
-from fedepth.memory.predict import effective_batch, needed_bytes
-from fedepth.memory.timeline import Moment, timeline
+from fedepth.estimate.peak import effective_batch, needed_bytes
+from fedepth.estimate.timeline import Moment, timeline
 from fedepth.models.catalog import named_spec
+from fedepth.plan import Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Calibration, ModelCosts, Optimizer, Plan, Policy, TrainingSpec
+from fedepth.task import Optimizer, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 
@@ -112,7 +114,7 @@ def main() -> None:
 
 def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
     try:
-        from fedepth.memory.plot import save_timeline
+        from fedepth.estimate.plot import save_timeline
     except ImportError as error:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
@@ -131,7 +133,7 @@ def _calibration(path: Path) -> Calibration:
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
     try:
-        from fedepth.memory.trace import trace_costs
+        from fedepth.estimate.tracing import trace_costs
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 

@@ -102,5 +102,17 @@ class StateError(FedepthError):
     """The state directory holds another job, or something in it is damaged."""
 
 
+class LockedError(StateError):
+    """Another process holds a lock.
+
+    Attributes:
+        holder: its process id, or "unknown".
+    """
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class ExportError(FedepthError):
     """The exported model was refused, with the figures that led to it."""

@@ -1,14 +1,20 @@
-"""Files that survive a crash, whole or not at all, and their digests. No numpy: idle agents load this."""
+"""Files that survive a crash, whole or not at all; their digests; locks between processes.
+
+No numpy: idle agents load this.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+from fedepth.errors import LockedError
 
 PIECE_BYTES = 1 << 20
 
@@ -69,3 +75,26 @@ def file_digest(path: Path) -> str:
         while data := file.read(PIECE_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+def lock_file(path: Path) -> IO[str]:
+    """Takes the lock of a file, which is created if need be and then names this process.
+
+    It is held until the file is closed or the process ends, however it ends: the kernel drops it then.
+
+    Raises:
+        LockedError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - held open as long as the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise LockedError(f"{path} is locked by process {holder}", holder) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

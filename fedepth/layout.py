@@ -9,17 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "I32": 4,
-    "I64": 8,
-    "F16": 2,
-    "F32": 4,
-    "F64": 8,
+# How safetensors names a type → kind and size in bytes of its elements, as numpy's array protocol writes them. The one
+# table of types: whoever needs numpy's or torch's own derives them from it.
+DTYPES = {
+    "BOOL": "|b1",
+    "U8": "|u1",
+    "I8": "|i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
 }
+ITEM_BYTES = {name: int(code[2:]) for name, code in DTYPES.items()}
 
 
 @dataclass(frozen=True)

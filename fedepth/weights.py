@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from fedepth.errors import StateError
 from fedepth.files import replacing
+from fedepth.layout import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -35,20 +36,7 @@ HEADER_LIMIT_BYTES = 16 << 20
 SLICE_BYTES = 4 << 20
 _DIMENSIONS_LIMIT = 32  # of numpy 1
 _METADATA = "__metadata__"
-_DTYPES = {
-    "BOOL": np.dtype("?"),
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "F16": np.dtype("<f2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-}
+_DTYPES = {name: np.dtype(code) for name, code in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -256,9 +244,9 @@ def _read_header(path: Path, file: BinaryIO, size: int, limit: int) -> dict[str,
     try:
         fields = json.loads(file.read(length), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
-        raise StateError(f"{path} is damaged: its header is no JSON ({error})") from None
+        raise StateError(f"{path} is damaged: its header is not JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise StateError(f"{path} is damaged: its header is no JSON object")
+        raise StateError(f"{path} is damaged: its header is not a JSON object")
     fields.pop(_METADATA, None)
     tensors = {name: _entry(path, name, entry) for name, entry in fields.items()}
     expected = 0

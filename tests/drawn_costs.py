@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from fedepth.task import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 
 sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
 convolutions = st.lists(

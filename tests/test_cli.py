@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedepth.cli import app
+from fedepth.costs import Calibration
 from fedepth.errors import ConfigError, ModelError, PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.sizes import format_size
-from fedepth.task import Calibration
 
 MODEL = "digits-cnn"
 MIB = 1 << 20
@@ -93,7 +93,7 @@ def test_a_plot_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delitem(sys.modules, "fedepth.memory.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "fedepth.estimate.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedepth\[plot\]'"):
         plan(MODEL, "--budget", "16MiB", "--plot", str(tmp_path / "plan.png"))

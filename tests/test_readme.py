@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.config import load_config
+from fedepth.job import load_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

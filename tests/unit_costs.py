@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedepth.task import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 
 ZERO = Size(0, 0)
 NOTHING = PassCost(ZERO)

@@ -83,7 +83,7 @@ class IdxFile:
                 temporary files, which may lie in memory.
 
         Raises:
-            DataError: the file is no IDX file of unsigned bytes in `dimensions` dimensions, or too short or
+            DataError: the file is not an IDX file of unsigned bytes in `dimensions` dimensions, or too short or
                 too long for what its header says (a gzipped file: only if no compression could explain it).
         """
         self.path = path

@@ -85,7 +85,7 @@ def find_folders(directory: Path, classes: Sequence[str] | None, split: str) -> 
     """The image files of a split by class, in label order, sorted by name; a class without images has none.
 
     Raises:
-        DataError: there are no images, or folders with images that are no class of the job.
+        DataError: there are no images, or folders with images that are not classes of the job.
     """
     return _by_class(directory, classes, split, sorted)
 
@@ -111,7 +111,7 @@ def _by_class(
         found[folder.name] = files
     if unknown:
         raise DataError(
-            f"{root} has folders {_listed(unknown)} that are no class of the job ({_listed(classes or ())}); "
+            f"{root} has folders {_listed(unknown)} that are not classes of the job ({_listed(classes or ())}); "
             "rename them or move them away"
         )
     if not any(found.values()):
@@ -134,7 +134,7 @@ def check_pair(images: IdxFile, labels: IdxFile) -> None:
 
 
 def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str]) -> None:
-    """Raises DataError if a label value is no index into `classes`."""
+    """Raises DataError if a label value is not an index into `classes`."""
     outside = [str(label) for label in labels if label >= len(classes)]
     if outside:
         raise DataError(
@@ -163,7 +163,7 @@ def _check_directory(directory: Path, split: str) -> None:
     if split not in _FOLDERS:
         raise DataError(f"there is no split {split!r}; splits are {', '.join(_FOLDERS)}")
     if not directory.is_dir():
-        what = "is no directory" if directory.exists() else "does not exist"
+        what = "is not a directory" if directory.exists() else "does not exist"
         raise DataError(f"data directory {directory} {what}; correct the setting `data`")
 
 

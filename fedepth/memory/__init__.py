@@ -1,1 +1,1 @@
-"""Predicting what a stage needs, and metering what a process really used."""
+"""What a process really used, and its limits: meter, allocator, device."""

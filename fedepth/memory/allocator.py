@@ -116,6 +116,7 @@ def heap_bytes() -> int:
     if not can_be_capped():
         return 0
     release()
+    # Searched by whole MiB first, since the limit is set in those, and then by pages under the limit that was found.
     committed = _property(_COMMITTED) // _MIB
     limit = _first(range(committed, committed + _MOST_RECORDS_MIB), lambda mebibytes: _can_have(_MIB, mebibytes))
     pages = range(1, _MIB // _PAGE)
@@ -192,11 +193,12 @@ def _reserve(size_bytes: int) -> None:
         if address is not None:
             library.free(ctypes.c_void_p(address))
             return
+        # Refused: the largest span that can be had will do.
         size_bytes -= max(_MIB, size_bytes // 32)
 
 
 @contextmanager
-def keeping_nothing() -> Iterator[None]:
+def release_freed() -> Iterator[None]:
     """Within the block, what is freed is given back at once: slow, and the high-water mark is that of the tensors."""
     before = _property(_DECOMMIT)
     _set_property(_DECOMMIT, 1)

@@ -30,6 +30,7 @@ def peak_bytes(meter: Meter, device: torch.device) -> int:
     """The stage's peak above the baseline: host memory, or the GPU's where that is larger."""
     if device.type != "cuda":
         return meter.peak_bytes
+    # What is reserved, not what is allocated: blocks that the caching allocator keeps are gone for everybody else.
     reserved = torch.cuda.max_memory_reserved(device)
     return meter.peak_bytes + reserved if _is_unified(device) else max(meter.peak_bytes, reserved)
 
@@ -47,6 +48,7 @@ def bounded(budget_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return budget_bytes
     free, total = torch.cuda.mem_get_info(device)
+    # On a unified board `free` leaves out the page cache, which the system would give up; the budget counts with it.
     if not _is_unified(device):
         budget_bytes = min(budget_bytes, int(free * _CUDA_FRACTION) + torch.cuda.memory_reserved(device))
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)

@@ -45,6 +45,7 @@ class Meter:
     """Peaks above one baseline. Reset it at the start of every stage; sample it between batches."""
 
     def __init__(self) -> None:
+        # Free pages in the baseline would be room that a stage fills unseen: its peak would come out too low.
         allocator.release()
         heap = allocator.heap_bytes()
         self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), status_bytes("VmData"), heap)
@@ -53,6 +54,7 @@ class Meter:
     def reset(self) -> None:
         """Gives free pages back and sets the kernel's high-water mark to what is resident then."""
         allocator.release()
+        # 5 sets VmHWM to VmRSS (proc(5)). Without it, every stage would show the largest peak of those before it.
         Path("/proc/self/clear_refs").write_text("5")
         self._anonymous = 0
         self.sample()
@@ -71,11 +73,12 @@ class Meter:
         return max(0, self._anonymous)
 
     @property
-    def beside_heap_bytes(self) -> int:
+    def outside_heap_bytes(self) -> int:
         """What has come outside the heap since the baseline: compiled kernels, stacks, pages of libraries.
 
         Gives free pages back. 0 for allocators that do not tell.
         """
+        # No statistic tells it apart: it is what is resident beyond the baseline and not on the heap.
         heap = allocator.heap_bytes()
         return max(0, self.held_bytes - (heap - self.baseline.heap_bytes)) if heap else 0
 
@@ -94,6 +97,7 @@ class DataLimit:
     """
 
     def __init__(self, data_bytes: int, budget_bytes: int, overhead_bytes: int) -> None:
+        # Only the soft limit moves: a hard one that was lowered cannot be raised again, and the trainer lives on.
         self._before, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = data_bytes + budget_bytes + overhead_bytes
         self.limit_bytes = limit if hard == resource.RLIM_INFINITY else min(limit, hard)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedepth.task import ModelCosts
+from fedepth.costs import ModelCosts
 
 
 @dataclass(frozen=True)

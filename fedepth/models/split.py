@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
+from fedepth.estimate.peak import FLOAT_BYTES
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.memory.predict import FLOAT_BYTES
 from fedepth.models import zoo
 from fedepth.models.discover import discover_pattern
 from fedepth.models.patterns import GLUE, Pattern, pattern_for, pattern_of
-from fedepth.task import ModelCosts, ModelSpec
+from fedepth.task import ModelSpec
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import Planner, estimated_work, full_training_peak
-from fedepth.task import ModelCosts, Plan, Policy, TrainingSpec
+from fedepth.task import TrainingSpec
 
 CLEARLY_LESS = 0.9  # of the estimated work; finer differences are within what the estimate can tell
 _UNLIMITED = 1 << 62

@@ -1,4 +1,4 @@
-"""What every block of a model needs, in bytes: the sums of fedepth.memory.predict without their components.
+"""What every block of a model needs, in bytes: the sums of fedepth.estimate.peak without their components.
 
 The planner asks for thousands of blocks. Moments are therefore not listed anew for each: what lives before a unit runs
 is a difference of two prefix sums, so that the largest moment of a block is a running maximum plus what depends on its
@@ -12,8 +12,9 @@ from __future__ import annotations
 from functools import cached_property
 from itertools import accumulate
 
-from fedepth.memory.predict import copied_bytes, may_keep_bytes, needed_bytes, optimizer_copies
-from fedepth.task import Calibration, ModelCosts, PassCost, Size, StepCost, TrainingSpec, UnitCost
+from fedepth.costs import Calibration, ModelCosts, PassCost, Size, StepCost, UnitCost
+from fedepth.estimate.peak import copied_bytes, may_keep_bytes, needed_bytes, optimizer_copies
+from fedepth.task import TrainingSpec
 
 IMPOSSIBLE = 1 << 80  # what a block needs that there cannot be; more than any sum of sizes
 
@@ -140,7 +141,7 @@ class Needs:
         return before, ends[::-1]
 
     def _plain(self, samples: int, frozen_suffix: bool) -> Table:
-        """Everything is kept that autograd wants (fedepth.memory.predict._plain)."""
+        """Everything is kept that autograd wants (fedepth.estimate.peak._plain)."""
         units, bounds, fixed = self._units, self._bounds, self._device.fixed_bytes
         behind = self._plain_suffix(samples) if frozen_suffix else []
         before, loaded = self._loaded(samples, frozen_suffix)
@@ -190,7 +191,7 @@ class Needs:
         return [0] * (len(self._units) - len(found)) + found[::-1]
 
     def _checkpointed(self, samples: int, frozen_suffix: bool) -> Table:
-        """Only inputs are kept (fedepth.memory.predict._checkpointed)."""
+        """Only inputs are kept (fedepth.estimate.peak._checkpointed)."""
         bounds, fixed = self._bounds, self._device.fixed_bytes
         behind = self._checkpointed_suffix(samples) if frozen_suffix else []
         before, loaded = self._loaded(samples, frozen_suffix)

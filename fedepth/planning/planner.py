@@ -20,12 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import build_peak, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import build_peak, effective_batch, needed_bytes, training_step
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.needs import IMPOSSIBLE, raw_limit, with_kept
 from fedepth.planning.ways import Way, Ways, Work
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, ModelCosts, PeakComponents, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import TrainingSpec
 
 
 def make_plan(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fedepth.memory.predict import (
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import (
     cache_bytes_in,
     cached_sample_bytes,
     effective_batch,
     keeps_to,
 )
+from fedepth.plan import CachePlace, Policy, Stage
 from fedepth.planning.needs import Needs, Table
-from fedepth.task import CachePlace, ModelCosts, Policy, Stage, TrainingSpec
+from fedepth.task import TrainingSpec
 
 # Only the order that these give matters, never the absolute time.
 _DISK_FLOPS_PER_BYTE = 40.0  # reading a cached byte costs about as much as this much arithmetic

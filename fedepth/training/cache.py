@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 
 from fedepth.errors import StateError
+from fedepth.plan import CachePlace, CacheType
 from fedepth.sizes import format_size
-from fedepth.task import CachePlace, CacheType
 
 _RANGE_BYTES = 8  # a row of uint8 begins with its smallest value and its step, both float32
 _STEPS = 255
@@ -161,8 +161,8 @@ class DiskCache:
             self.close()
             raise StateError(
                 f"the cached inputs of {count} samples take another {format_size(wanted)} in {folder}, where "
-                f"{format_size(disk.f_bavail * disk.f_frsize)} are free; make room there, or let the job keep them in "
-                "fewer bytes (cache_type: float16 or uint8)"
+                f"{format_size(disk.f_bavail * disk.f_frsize)} are free; free some space there, or let the job keep "
+                "them in fewer bytes (cache_type: float16 or uint8)"
             )
 
     def share(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from fedepth.errors import ConfigError
-from fedepth.memory.predict import optimizer_copies
+from fedepth.estimate.peak import optimizer_copies
 from fedepth.task import TrainingSpec
 
 Step = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor], int, TrainingSpec], None]

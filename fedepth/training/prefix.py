@@ -9,13 +9,13 @@ import torch
 
 from fedepth.data.transforms import augment, views_rng
 from fedepth.models.split import Unit, release
-from fedepth.task import CachePlace, CacheType, Stage
+from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
-from fedepth.training.work import Work, load, to_device
+from fedepth.training.context import TrainingContext, load, to_device
 
 
 def build_inputs(
-    work: Work, stage: Stage, previous: Stage | None, source: Cache | None, between: Callable[[], None]
+    context: TrainingContext, stage: Stage, previous: Stage | None, source: Cache | None, between: Callable[[], None]
 ) -> Cache:
     """Fills the cache of `stage` from the one of the stage before, and closes that.
 
@@ -28,8 +28,8 @@ def build_inputs(
     given = source
     for end in ends:
         try:
-            target = _open(work, stage, end, given)
-            _pass(work, target, range(start, end), given, stage.build_batch, between)
+            target = _open(context, stage, end, given)
+            _pass(context, target, range(start, end), given, stage.build_batch, between)
         finally:
             if given is not None:
                 given.close()
@@ -37,28 +37,33 @@ def build_inputs(
     return target
 
 
-def _open(work: Work, stage: Stage, unit: int, source: Cache | None) -> Cache:
+def _open(context: TrainingContext, stage: Stage, unit: int, source: Cache | None) -> Cache:
     """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
-    count, shape = work.cached_samples, work.split.input_shapes[unit]
+    count, shape = context.cached_samples, context.split.input_shapes[unit]
     if unit == stage.first:
-        kind = None if unit == 0 else work.task.training.cache_type
-        rows = RowFormat(shape, kind, work.channels_last and unit > 0)
-        return open_cache(stage.cache, work.cache, count, rows, source)
+        kind = None if unit == 0 else context.task.training.cache_type
+        rows = RowFormat(shape, kind, context.channels_last and unit > 0)
+        return open_cache(stage.cache, context.cache, count, rows, source)
     # In full precision: the job's cache type rounds once a stage, however it is built.
-    rows = RowFormat(shape, CacheType.FLOAT32, work.channels_last)
-    return open_cache(CachePlace.DISK, work.cache, count, rows, source)
+    rows = RowFormat(shape, CacheType.FLOAT32, context.channels_last)
+    return open_cache(CachePlace.DISK, context.cache, count, rows, source)
 
 
 def _pass(
-    work: Work, target: Cache, indices: range, source: Cache | None, batch: int, between: Callable[[], None]
+    context: TrainingContext,
+    target: Cache,
+    indices: range,
+    source: Cache | None,
+    batch: int,
+    between: Callable[[], None],
 ) -> None:
     """Loads the units at `indices` and runs them over all samples; `source` holds the inputs of the first of them."""
-    units = [work.split.units[index] for index in indices]
+    units = [context.split.units[index] for index in indices]
     try:
         for unit in units:
-            load(work, unit, trainable=False)
+            load(context, unit, trainable=False)
             unit.train(False)  # BatchNorm of frozen units uses its running statistics
-        _fill(work, target, units, source, batch, between, from_pixels=indices.start == 0)
+        _fill(context, target, units, source, batch, between, from_pixels=indices.start == 0)
     except BaseException:
         target.close()
         raise
@@ -68,7 +73,7 @@ def _pass(
 
 
 def _fill(
-    work: Work,
+    context: TrainingContext,
     target: Cache,
     units: Sequence[Unit],
     source: Cache | None,
@@ -77,18 +82,18 @@ def _fill(
     *,
     from_pixels: bool,
 ) -> None:
-    rng = views_rng(work.task.training.seed, work.task.round, work.device_id)
-    count = len(work.images)
+    rng = views_rng(context.task.training.seed, context.task.round, context.device_id)
+    count = len(context.images)
     with torch.inference_mode():
         for positions in filling_order(count, batch, target.rows, source):
             indices = np.arange(positions.start, positions.stop)
             if source is None:
-                views = augment(work.images.read(indices), work.task.training.augmentation, rng)
+                views = augment(context.images.read(indices), context.task.training.augmentation, rng)
                 x = torch.from_numpy(views)
             else:
                 x = source.read(torch.from_numpy(indices))
             if units:
-                x = to_device(work, x, from_pixels=from_pixels)
+                x = to_device(context, x, from_pixels=from_pixels)
                 for unit in units:
                     x = unit(x)
                 x = x.cpu()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fedepth.memory.predict import (
+from fedepth.costs import ModelCosts
+from fedepth.estimate.peak import (
     build_peak,
     cache_bytes_in,
     effective_batch,
@@ -13,7 +14,8 @@ from fedepth.memory.predict import (
     needed_bytes,
     training_step,
 )
-from fedepth.task import ModelCosts, Stage, TrainingSpec
+from fedepth.plan import Stage
+from fedepth.task import TrainingSpec
 
 
 class MicroBatch:
@@ -41,6 +43,7 @@ def fitting_micro_batch(
     """The largest micro-batch, at most the stage's own, whose predicted peak stays inside; None if even one sample is
     too much."""
     batch = effective_batch(costs, training, sample_count)
+    # Gradients accumulate to the job's batch: BatchNorm aside, the size changes memory and time and not the result.
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
         if not keeps_to(costs, training, sample_count, micro_batch):
             continue  # an odd batch leaves pieces of one sample, of which BatchNorm has no variance

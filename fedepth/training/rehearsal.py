@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedepth.data.read import Images
+from fedepth.estimate.peak import effective_batch
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
-from fedepth.memory.predict import effective_batch
-from fedepth.task import Stage, StageResult
-from fedepth.training.depthwise import Hooks, Peaks, train
-from fedepth.training.work import Work
+from fedepth.plan import Stage
+from fedepth.task import PartInfo, StageResult
+from fedepth.training.context import TrainingContext
+from fedepth.training.limits import Peaks
+from fedepth.training.stages import Hooks, train
 
 
-def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
+def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
     """The measured peak of every stage of the plan. Caches in RAM have their full size.
 
     Where less memory is free meanwhile than the plan needs, other stages are tried, with samples that are too few for
@@ -35,28 +36,30 @@ def rehearse(work: Work, meter: Meter, hooks: Hooks) -> Peaks:
         PlanError: nothing fits what is free now.
         OverBudgetError: a stage met its limit.
     """
-    folder = work.cache / "rehearsal"
+    folder = context.cache / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
-    count = len(work.images)
-    batch = effective_batch(work.task.costs, work.task.training, count)
-    few = min(count, max(_samples(stage, batch) for stage in work.plan.stages))
-    built = min(count, max((stage.build_batch for stage in work.plan.stages if stage.first > 0), default=0))
-    training = replace(work.task.training, local_epochs=1)
+    count = len(context.images)
+    batch = effective_batch(context.task.costs, context.task.training, count)
+    few = min(count, max(_samples(stage, batch) for stage in context.plan.stages))
+    built = min(count, max((stage.build_batch for stage in context.plan.stages if stage.first > 0), default=0))
+    training = replace(context.task.training, local_epochs=1)
     shortened = replace(
-        work,
-        task=replace(work.task, training=training),
-        images=FirstImages(work.images, max(few, built)),
+        context,
+        task=replace(context.task, training=training),
+        images=FirstImages(context.images, max(few, built)),
         cache_room=count - max(few, built),
         first_samples=few,
         output=folder,
         cache=folder,
     )
-    with allocator.keeping_nothing():
+    # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
+    # an allocator happened to keep.
+    with allocator.release_freed():
         rehearsed = train(shortened, meter, Unheard(hooks))
     shutil.rmtree(folder)
     peaks = (result.measured_peak_bytes for result in rehearsed.stages)
     tried = zip(rehearsed.plan.stages, peaks, strict=True)
-    return {stage: peak for stage, peak in tried if stage in work.plan.stages}
+    return {stage: peak for stage, peak in tried if stage in context.plan.stages}
 
 
 def _samples(stage: Stage, batch: int) -> int:
@@ -85,7 +88,7 @@ class FirstImages:
 
 @dataclass(frozen=True)
 class Unheard:
-    """Hooks that tell nobody. Without `measured` they grant any budget, else what it measures."""
+    """Hooks that report to nobody. Without `measured` they grant any budget, else what it measures."""
 
     measured: Hooks | None = None
 
@@ -98,4 +101,4 @@ class Unheard:
 
     def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
 
-    def stage_done(self, result: StageResult, part: Path) -> None: ...
+    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...

@@ -14,29 +14,32 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from fedepth.memory.meter import Meter
-from fedepth.task import CachePlace, PeakComponents, Stage
-from fedepth.training.depthwise import train
+from fedepth.plan import CachePlace, PeakComponents, Stage
+from fedepth.training.context import TrainingContext
 from fedepth.training.rehearsal import FirstImages, Unheard
-from fedepth.training.work import Work
+from fedepth.training.stages import train
 
 SAMPLES = 2
 _UNKNOWN = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
 
-def warm_up(work: Work, units: Collection[int]) -> None:
+def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     """Trains these units of the plan on the first two samples, in a folder of its own."""
-    folder = work.cache / "warm-up"
+    folder = context.cache / "warm-up"
     folder.mkdir(parents=True, exist_ok=True)
+    # Every second unit with a cache on disk and checkpointing: the code of both ways is loaded before the baseline.
     places = list(CachePlace)
-    samples = min(SAMPLES, *(stage.micro_batch for stage in work.plan.stages))
+    samples = min(SAMPLES, *(stage.micro_batch for stage in context.plan.stages))
     stages = tuple(
         Stage(unit, unit, samples, places[unit % 2], samples, _UNKNOWN, checkpoint=unit % 2 == 1, build_streamed=True)
         for unit in sorted(units)
     )
-    task = replace(work.task, training=replace(work.task.training, batch=samples, local_epochs=1))
-    few = FirstImages(work.images, min(samples, len(work.images)))
-    plan = replace(work.plan, stages=stages, untrained=())
+    task = replace(context.task, training=replace(context.task.training, batch=samples, local_epochs=1))
+    few = FirstImages(context.images, min(samples, len(context.images)))
+    plan = replace(context.plan, stages=stages, untrained=())
     train(
-        replace(work, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False), Meter(), Unheard()
+        replace(context, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False),
+        Meter(),
+        Unheard(),
     )
     shutil.rmtree(folder)

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
-from fedepth.task import Plan
+from fedepth.plan import Plan
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")

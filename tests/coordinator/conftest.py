@@ -11,26 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import JobConfig
-from coordinator.store import TaskRecord
+from coordinator.store.records import TaskRecord
+from fedepth.budget import Budget
+from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
+from fedepth.job import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.task import (
-    Budget,
-    CachePlace,
-    DeviceReport,
-    ModelCosts,
-    PartInfo,
-    PassCost,
-    PeakComponents,
-    Plan,
-    Policy,
-    Result,
-    Size,
-    Stage,
-    StageResult,
-    StepCost,
-    UnitCost,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import DeviceReport, PartInfo, Result, StageResult
 
 UNITS = 3
 MIB = 1 << 20

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from coordinator.cli import describe
-from coordinator.config import model_spec
-from coordinator.store import Store
+from coordinator.store.records import Store
+from fedepth.job import model_spec
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from coordinator.round_events import (
-    Accepted,
     CloseRound,
+    DeviceWaiting,
     Event,
-    Failed,
     GiveTask,
     Left,
     Progressed,
     RoundDone,
+    TaskFailed,
     Tick,
-    Waiting,
+    UpdateRecorded,
 )
 from coordinator.rounds import (
     Phase,
@@ -59,7 +59,7 @@ class Rounds(RuleBasedStateMachine):
     @rule(device=DEVICES, seconds=st.floats(0, 3))
     def wait(self, device: str, seconds: float) -> None:
         self.now += seconds
-        self.feed(Waiting(device, self.now))
+        self.feed(DeviceWaiting(device, self.now))
 
     @rule(device=DEVICES)
     def leave(self, device: str) -> None:
@@ -77,12 +77,12 @@ class Rounds(RuleBasedStateMachine):
         if accepts(self.state, task.task_id):
             assert task.device_id not in self.accepted, "two updates of one device"
             self.accepted[task.device_id] = task.task_id
-            self.feed(Accepted(task.task_id, self.now))
+            self.feed(UpdateRecorded(task.task_id, self.now))
 
     @precondition(lambda self: self.state.tasks)
     @rule(pick=PICK)
     def fail(self, pick: int) -> None:
-        self.feed(Failed(self.state.tasks[pick % len(self.state.tasks)].task_id, self.now))
+        self.feed(TaskFailed(self.state.tasks[pick % len(self.state.tasks)].task_id, self.now))
 
     @precondition(lambda self: self.state.tasks)
     @rule(pick=PICK)

@@ -75,8 +75,8 @@ def test_exit_when_done_makes_up_for_a_crash_and_ends(tmp_path: Path, kit: Any) 
 
 
 def store_finished_job(state: Path, kit: Any) -> None:
-    from coordinator.config import model_spec
-    from coordinator.store import Store
+    from coordinator.store.records import Store
+    from fedepth.job import model_spec
 
     store = Store.open(state, "demo", model_spec(kit.config()))
     for number in (0, 1):
@@ -115,7 +115,7 @@ def test_a_port_in_use_is_told_with_what_to_do(tmp_path: Path, kit: Any) -> None
 
 def test_the_server_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, coordinator.server, coordinator.cli, coordinator.worker\n"
+        "import sys, coordinator.server, coordinator.cli, coordinator.model_worker.client\n"
         "heavy = {'torch', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'numpy'}\n"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
     )

@@ -16,13 +16,12 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 
-from coordinator import global_model
-from coordinator import intake as intake_module
-from coordinator.config import model_spec
-from coordinator.driver import Driver
+from coordinator import admission, global_model
 from coordinator.global_model import prepare
+from coordinator.job import Job
 from coordinator.service import FederationService
-from coordinator.store import Store
+from coordinator.store.records import Store
+from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"
@@ -32,8 +31,8 @@ PART = b"trained tensors"
 class Rig:
     """A served job, and a device's view of it."""
 
-    def __init__(self, driver: Driver, stub: Any, kit: Any) -> None:
-        self.driver = driver
+    def __init__(self, job: Job, stub: Any, kit: Any) -> None:
+        self.job = job
         self.stub = stub
         self.kit = kit
 
@@ -65,7 +64,7 @@ class Rig:
         return reply
 
     def result(self, task: Task, device: str, **changes: Any) -> Result:
-        record = self.driver.store.task(task.task_id)
+        record = self.job.store.task(task.task_id)
         made: Result = self.kit.result(record, {0: PART}, device_id=device, attempt=task.attempt, **changes)
         return made
 
@@ -86,35 +85,35 @@ Play = Callable[..., None]
 @pytest.fixture
 def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
-    monkeypatch.setattr(intake_module, "check_tensors", lambda paths, layout, result: None)
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(global_model, "average_updates", fake_average)
 
     @asynccontextmanager
-    async def served(**job: Any) -> AsyncIterator[Rig]:
-        config = kit.config(**job)
+    async def served(**section: Any) -> AsyncIterator[Rig]:
+        config = kit.config(**section)
         store = Store.open(tmp_path, config.job.name, model_spec(config))
         models = kit.models()
-        driver = Driver(config, store, models, await prepare(config, store, models))
+        job = Job(config, store, models, await prepare(config, store, models))
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        add_FederationServicer_to_server(FederationService(driver), server)
+        add_FederationServicer_to_server(FederationService(job), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        running = asyncio.ensure_future(driver.run())
+        running = asyncio.ensure_future(job.run())
         try:
             async with open_channel(f"127.0.0.1:{port}") as channel:
-                yield Rig(driver, FederationStub(channel), kit)
+                yield Rig(job, FederationStub(channel), kit)
         finally:
             running.cancel()
             await asyncio.wait({running})
-            driver.events.close()
+            job.events.close()
             await server.stop(0)
             store.close()
         if not running.cancelled():
             running.result()
 
-    def run(scene: Scene, **job: Any) -> None:
+    def run(scene: Scene, **section: Any) -> None:
         async def main() -> None:
-            async with served(**job) as rig:
+            async with served(**section) as rig:
                 await asyncio.wait_for(scene(rig), 30)
 
         asyncio.run(main())
@@ -133,18 +132,18 @@ def test_a_whole_job(play: Play) -> None:
         first, second = await asyncio.gather(rig.task("a"), rig.task("b"))
         assert first.task_id != second.task_id
         assert (first.round, first.attempt, first.weights_digest) == (1, 1, rig.kit.sha256(WEIGHTS))
-        assert first.plan == rig.driver.plan_for(rig.kit.report("a"))
+        assert first.plan == rig.job.plan_for(rig.kit.report("a"))
         assert 0 < first.deadline_ms <= 3_600_000
         await rig.deliver(first, "a")
         await rig.deliver(second, "b")
         reply = await rig.ask("a")
         assert (reply.finished.job, reply.finished.rounds) == ("demo", 1)
-        assert rig.driver.unaware_devices() == {"b"}
+        assert rig.job.unaware_devices() == {"b"}
         status = await rig.stub.JobStatus(pb.JobStatusRequest())
         assert (status.phase, status.round, status.accuracy) == ("finished", 1, 0.75)
         assert status.onnx_path.endswith("demo-round-0001.onnx")
-        assert rig.driver.store.weights_path(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
-        assert list((rig.driver.store.directory / "spool").iterdir()) == []
+        assert rig.job.store.files.weights(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
+        assert list((rig.job.store.directory / "spool").iterdir()) == []
 
     play(scene)
 
@@ -164,8 +163,8 @@ def test_a_restart_keeps_tasks_and_accepted_updates(play: Play) -> None:
         assert again.WhichOneof("outcome") == "accepted"
         accepted = await rig.commit(rig.result(tasks["b"], "b"))
         assert accepted.accepted.round == 1
-        await rig.driver.finished.wait()
-        assert len(rig.driver.store.updates_of(1)) == 2
+        await rig.job.finished.wait()
+        assert len(rig.job.store.updates_of(1)) == 2
 
     play(before)
     play(after)
@@ -176,7 +175,7 @@ def test_a_long_poll_ends_after_its_wait(play: Play) -> None:
         reply = await rig.ask("a", wait_ms=30)
         assert reply.WhichOneof("outcome") == "retry"
         assert 0 <= reply.retry.retry_after_ms < 1000
-        assert rig.driver.state.waiting == frozenset()
+        assert rig.job.state.waiting == frozenset()
 
     play(scene)
 
@@ -185,10 +184,10 @@ def test_a_device_that_hangs_up_no_longer_waits(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         report = to_message(rig.kit.report("a"), pb.DeviceReport)
         call = rig.stub.NextTask(pb.NextTaskRequest(device=report, wait_ms=60_000))
-        await until(rig, lambda: "a" in rig.driver.state.waiting)
+        await until(rig, lambda: "a" in rig.job.state.waiting)
         call.cancel()
-        await until(rig, lambda: "a" not in rig.driver.state.waiting)
-        assert rig.driver.state.waiting == frozenset() and call.cancelled()
+        await until(rig, lambda: "a" not in rig.job.state.waiting)
+        assert rig.job.state.waiting == frozenset() and call.cancelled()
 
     play(scene)
 
@@ -218,7 +217,7 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
         assert "3 classes, the job has 2: 0, 1" in other.rejected.message
         odd = await rig.ask("../a")
         assert "device id" in odd.rejected.message
-        assert rig.driver.state.waiting == frozenset()
+        assert rig.job.state.waiting == frozenset()
 
     play(scene)
 
@@ -263,8 +262,8 @@ def test_a_refusal_ends_the_task_and_is_counted(play: Play) -> None:
         late = await rig.upload(task, "a")
         assert late.refused.reason == "late"
         await rig.deliver(other, "b")
-        assert rig.driver.store.failure_counts() == {"refused/samples": 1, "refused/late": 1}
-        await rig.driver.finished.wait()
+        assert rig.job.store.failure_counts() == {"refused/samples": 1, "refused/late": 1}
+        await rig.job.finished.wait()
 
     play(scene, quorum=1)
 
@@ -279,7 +278,7 @@ def test_a_failure_ends_the_task_and_progress_is_no_longer_wanted(play: Play) ->
         failure = Failure(task.task_id, 1, "a", Outcome.DECLINED, "no plan fits")
         assert (await rig.stub.ReportFailure(to_message(failure, pb.Failure))).wanted is False
         assert (await rig.stub.ReportProgress(progress)).wanted is False
-        assert rig.driver.store.failure_counts() == {"failed/declined": 1}
+        assert rig.job.store.failure_counts() == {"failed/declined": 1}
 
     play(scene)
 

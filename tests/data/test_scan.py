@@ -90,7 +90,7 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent does not exist"):
         scan(tmp_path / "absent", None)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="file is no directory"):
+    with pytest.raises(DataError, match="file is not a directory"):
         scan(tmp_path / "file", None)
 
 
@@ -118,7 +118,7 @@ def test_a_missing_test_split_is_told(tmp_path: Path) -> None:
 
 def test_folders_outside_the_classes_are_named_with_the_classes(tmp_path: Path) -> None:
     put_folders(tmp_path, ant=1, wasp=1, bee=1)
-    with pytest.raises(DataError, match=r"folders bee, wasp that are no class of the job \(ant, cat\)"):
+    with pytest.raises(DataError, match=r"folders bee, wasp that are not classes of the job \(ant, cat\)"):
         scan(tmp_path, ("ant", "cat"))
 
 

@@ -6,20 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedepth.costs import ModelCosts, Size, UnitCost
+from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import make_plan
-from fedepth.task import (
-    ModelCosts,
-    ModelSpec,
-    PartInfo,
-    Plan,
-    Policy,
-    Result,
-    Size,
-    StageResult,
-    Task,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.task import ModelSpec, PartInfo, Result, StageResult, Task, TrainingSpec
 from tests.unit_costs import unit_cost
 
 MIB = 1 << 20

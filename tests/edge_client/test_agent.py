@@ -16,10 +16,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from edge_client.agent import AFTER_FAILURE_S, FINISHED_POLL_S, Agent, Surroundings
+from edge_client.backoff import Clock
 from edge_client.config import Config, load
-from edge_client.link import Clock
+from edge_client.memory.probe import Memory
 from edge_client.outbox import Entry, Outbox
-from edge_client.probe import Memory
 from edge_client.transport import (
     Accepted,
     Answer,
@@ -30,20 +30,12 @@ from edge_client.transport import (
     RetryLater,
     UnreachableError,
 )
+from fedepth.budget import Budget, MemoryLimit
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan
 from fedepth.sizes import format_size
-from fedepth.task import (
-    Budget,
-    DeviceReport,
-    Failure,
-    MemoryLimit,
-    Outcome,
-    Plan,
-    Progress,
-    Result,
-    Task,
-)
+from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 MIB = 1 << 20
 START = 10 * MIB  # what the fake trainer says of itself
@@ -383,7 +375,7 @@ def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
     (failure,) = full.failures
     assert (failure.outcome, failure.message) == (
         Outcome.ERROR,
-        "/there: No space left on device; make room there, or let the agent write there",
+        "/there: No space left on device; free some space there, or let the agent write there",
     )
     assert full.calls == ["next_task", "next_task"]
 
@@ -417,15 +409,15 @@ def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(
     assert len(transport.delivered) == 1
 
 
-def test_a_plan_that_met_the_cap_on_its_heap_is_trained_keeping_nothing_from_then_on(
+def test_a_plan_that_met_the_cap_on_its_heap_releases_freed_pages_from_then_on(
     bench: Bench, transport: FakeTransport, make_task: MakeTask
 ) -> None:
     transport.answers = [make_task("t1"), make_task("t2")]
     bench.run(transport, {"do": "over", "miss": 0, "capped": True}, OK, OK)
     first, *others = bench.plans()
     assert others == [first, first]
-    assert [request["keeping"] for request in bench.requests] == [True, False, False]
-    assert len(bench.said("a stage met the cap on its heap; the same plan, keeping nothing")) == 1
+    assert [request["release_freed"] for request in bench.requests] == [False, True, True]
+    assert len(bench.said("a stage met the cap on its heap; trying the same plan, releasing freed pages at once")) == 1
     assert len(transport.delivered) == 2
 
 
@@ -523,7 +515,7 @@ def test_a_task_that_nobody_wants_is_stopped(bench: Bench, transport: FakeTransp
     assert not any(alive(request["pid"]) for request in bench.requests)
     assert [result.task_id for result in transport.delivered] == ["t2"]
     assert transport.failures == []
-    assert len(bench.said("the coordinator does not wait for this task any more")) == 1
+    assert len(bench.said("the coordinator no longer waits for this task")) == 1
 
 
 def test_a_measurement_in_mid_task_counts_what_the_trainer_holds_as_free(

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_client.allowance import StartCost
 from edge_client.config import load
 from edge_client.daemon import Start
 from edge_client.identity import StateLock, remember
-from edge_client.trainer_process import torch_version
+from edge_client.memory.budget import StartCost
+from edge_client.trainer.client import torch_version
 
 MIB = 1 << 20
 CLIENT = [sys.executable, "-m", "edge_client.cli"]

@@ -43,9 +43,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cap = 3", 'unknown setting "cap"; did you mean "memory.cap"?'),
-        ("[memory]\ncapp = 3", 'unknown setting "memory.capp"; did you mean "memory.cap"?'),
-        ('coordinater = "a:1"', 'did you mean "coordinator"?'),
+        ("cap = 3", 'unknown setting "cap"; did you mean memory.cap?'),
+        ("[memory]\ncapp = 3", 'unknown setting "memory.capp"; did you mean memory.cap?'),
+        ('coordinater = "a:1"', "did you mean coordinator?"),
         ("[memory]\nfraction = 1.5", "memory.fraction is 1.5"),
         ('[memory]\nreserve = "3M"', 'memory.reserve: "3M" is not a size'),
         ('[trainer]\nthreads = "many"', "trainer.threads: Expected `int`"),
@@ -54,7 +54,7 @@ def test_defaults() -> None:
         ('coordinator = "nowhere"', 'coordinator is "nowhere", expected HOST:PORT'),
         ('coordinator = "host:70000"', "expected HOST:PORT"),
         ("[retry]\nfirst_s = 500", "retry.first_s is 500"),
-        ("memory = [", "is not TOML"),
+        ("memory = [", "is not valid TOML"),
     ],
 )
 def test_errors_name_the_field(tmp_path: Path, text: str, message: str) -> None:
@@ -65,7 +65,7 @@ def test_errors_name_the_field(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.toml cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read: No such file"):
         load(tmp_path / "absent.toml")
 
 

@@ -15,7 +15,7 @@ def test_the_id_is_made_once_and_kept(tmp_path: Path) -> None:
 
 def test_a_damaged_id_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "device-id").write_bytes(b"\xff\0nonsense")
-    with pytest.raises(StateError, match="no UUID"):
+    with pytest.raises(StateError, match="not a UUID"):
         device_id(tmp_path)
     assert (tmp_path / "device-id").read_bytes() == b"\xff\0nonsense"
 

@@ -138,5 +138,5 @@ def test_a_full_disk_is_told(tmp_path: Path, make_result: Maker, monkeypatch: py
     result, parts = make_result("t1", b"one")
     box = Outbox(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StateError, match="No space left on device; make room there"):
+    with pytest.raises(StateError, match="No space left on device; free some space there"):
         box.put(result, parts)

@@ -26,8 +26,9 @@ from edge_client.transport import (
     RetryLater,
     UnreachableError,
 )
+from fedepth.budget import Budget
 from fedepth.errors import ProtocolError, TransportError
-from fedepth.task import Budget, DeviceReport, Failure, Outcome, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 REPORT = DeviceReport("device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2))
 BIG = bytes(range(256)) * 4 * 2500  # 2.56 MB: three chunks

@@ -13,9 +13,10 @@ import pytest
 
 from edge_client.outbox import Entry, part_name
 from edge_client.transport import Accepted, GrpcTransport, Refused
+from fedepth.budget import Budget
 from fedepth.errors import FedepthError
 from fedepth.files import file_digest
-from fedepth.task import Budget, DeviceReport, PartInfo, Result, StageResult, Task
+from fedepth.task import DeviceReport, PartInfo, Result, StageResult, Task
 from fedepth.weights import load_numpy, save
 
 Tensors = dict[str, Any]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-from edge_client.probe import measure
+from edge_client.memory.probe import measure
 
 MIB = 1 << 20
 TRAINING_BYTES = 800 * MIB  # left for training by the operator's reserve

@@ -14,21 +14,13 @@ import torch
 
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
-from edge_client.train_request import TrainRequest
-from edge_client.trainer_process import Done, Failed, Measure, StageStarted, TrainerProcess, Waiting
-from edge_client.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
-from fedepth.memory.trace import trace_costs
+from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
+from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
-from fedepth.task import (
-    CachePlace,
-    ModelSpec,
-    Outcome,
-    PeakComponents,
-    Plan,
-    Policy,
-    Stage,
-    TrainingSpec,
-)
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.task import ModelSpec, Outcome, TrainingSpec
 from fedepth.weights import save
 from tests.own_model import UNWRITTEN_BYTES
 
@@ -86,7 +78,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
             assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET
             assert "stage 0 (units 0-5" in end.message and "12.0 MiB" in end.message
             assert end.capped == (allocator == "tcmalloc")
-            again = await try_training(trainer, replace(request_of(0, 5, 12 * MIB), keeping=False))
+            again = await try_training(trainer, replace(request_of(0, 5, 12 * MIB), release_freed=True))
             assert isinstance(again, Failed) and again.outcome is Outcome.OVER_BUDGET and not again.capped
             # Other units, and enough memory, in the same process.
             done = await try_training(trainer, request_of(4, 5, ENOUGH))
@@ -124,7 +116,7 @@ def test_no_more_than_was_reported_is_trained_on(request_of: Request) -> None:
 
 @pytest.mark.skipif("tcmalloc" not in ALLOCATORS, reason="no other allocator has a cap")
 @pytest.mark.parametrize("budget", [ENOUGH, 25 * MIB])  # the cap is what was rehearsed, or what the budget leaves
-def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_keeping_nothing(
+def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_releasing_freed_pages(
     request_of: Request, budget: int
 ) -> None:
     async def scene() -> None:
@@ -134,7 +126,7 @@ def test_what_asks_for_more_than_it_writes_to_meets_its_cap_and_is_trained_keepi
             assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET and end.capped
             assert "stage 0 (units 5-5, micro-batch 64) met the cap on its heap" in end.message
             assert str(UNWRITTEN_BYTES) in end.message
-            done = await try_training(trainer, replace(request, keeping=False))
+            done = await try_training(trainer, replace(request, release_freed=True))
             assert isinstance(done, Done), done
             (stage,) = done.result.stages
             assert 0 < stage.rehearsed_peak_bytes < UNWRITTEN_BYTES
@@ -155,7 +147,7 @@ def test_a_stage_that_paused_goes_on_with_its_whole_micro_batch(request_of: Requ
                     budget = 0 if started and waited < 2 else ENOUGH
                     await trainer.answer(fixed_budget(budget))
                 started = started or isinstance(event, StageStarted)
-                waited += isinstance(event, Waiting)
+                waited += isinstance(event, Paused)
                 if isinstance(event, (Done, Failed)):
                     break
             assert waited == 2

@@ -73,15 +73,15 @@ for size in range(10 * MIB - 96 * KIB, 11 * MIB, 256 * KIB):
             address = library.malloc(ctypes.c_size_t(size + more))
             told["to_the_page"][-1].append(address is not None)
             library.free(ctypes.c_void_p(address))
-with allocator.keeping_nothing():
-    with allocator.keeping_nothing():
+with allocator.release_freed():
+    with allocator.release_freed():
         pass  # the end of this one does not end the other
     told["nothing_kept"] = holes_then_large()
-before = meter.beside_heap_bytes
+before = meter.outside_heap_bytes
 mapped = mmap.mmap(-1, 8 * MIB)  # what the heap knows nothing of
 mapped.write(bytes(8 * MIB))
 on_heap = take(16)
-told["beside"] = meter.beside_heap_bytes - before
+told["outside"] = meter.outside_heap_bytes - before
 there = allocator.look_at_tensors(lambda: mmap.mmap(-1, 8 * MIB), 8 * MIB)
 told["elsewhere"] = [there, allocator.can_be_capped(), allocator.heap_bytes(), allocator.data_overhead_bytes(64 * MIB)]
 with allocator.HeapCap(held, 14 * MIB):
@@ -145,7 +145,7 @@ def test_with_nothing_kept_the_high_water_mark_is_that_of_what_is_in_use(told: d
 
 
 def test_what_lies_beside_the_heap_is_told_apart(told: dict[str, Any]) -> None:
-    assert abs(told["beside"] - 8 * MIB) <= MIB // 4
+    assert abs(told["outside"] - 8 * MIB) <= MIB // 4
 
 
 def test_what_the_limit_counts_is_found_though_no_statistic_tells_it(told: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fedepth.errors import ModelError
+from fedepth.estimate.tracing import trace_costs
 from fedepth.layout import ModelLayout
-from fedepth.memory.trace import trace_costs
 from fedepth.models import zoo
 from fedepth.models.split import SplitModel, Unit, assign, release, split, split_spec
 from fedepth.task import ModelSpec, TrainingSpec

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import PlanError
-from fedepth.memory.predict import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.planning.needs import Needs, raw_limit, with_kept
 from fedepth.planning.planner import estimated_work, make_plan
-from fedepth.task import CachePlace, Calibration, ModelCosts, Plan, Policy, Stage, TrainingSpec
+from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 
 TRAINING = TrainingSpec(8, 2, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)

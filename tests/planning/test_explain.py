@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedepth.costs import Calibration, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.memory.predict import needed_bytes
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Policy
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
-from fedepth.task import Calibration, ModelCosts, Policy, Size, TrainingSpec, UnitCost
+from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 from tests.unit_costs import unit_cost
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.memory.predict import (
+from fedepth.estimate.peak import (
     build_peak,
     cache_bytes_in,
     effective_batch,
@@ -15,19 +16,9 @@ from fedepth.memory.predict import (
     needed_bytes,
     training_step,
 )
+from fedepth.plan import CachePlace, PeakComponents, Policy
 from fedepth.planning.planner import make_plan
-from fedepth.task import (
-    CachePlace,
-    Calibration,
-    Convolution,
-    ModelCosts,
-    PassCost,
-    PeakComponents,
-    Policy,
-    Size,
-    TrainingSpec,
-    UnitCost,
-)
+from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 from tests.unit_costs import unit_cost
 

@@ -2,11 +2,11 @@ from contextlib import nullcontext
 
 import pytest
 
-from fedepth.training import depthwise
+from fedepth.training import stages
 
 
 @pytest.fixture
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves this process without RLIMIT_DATA, which all tests would share: what a stage takes is still held against
     its budget. The real limit is for real trainers (tests/integration/test_trainer.py)."""
-    monkeypatch.setattr(depthwise, "DataLimit", lambda *_: nullcontext())
+    monkeypatch.setattr(stages, "DataLimit", lambda *_: nullcontext())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.errors import StateError
-from fedepth.task import CachePlace, CacheType
+from fedepth.plan import CachePlace, CacheType
 from fedepth.training.cache import RowFormat, filling_order, open_cache
 from tests.training.open_files import open_files
 
@@ -80,7 +80,9 @@ def test_a_taken_over_file_is_as_large_as_its_largest_cache(tmp_path: Path) -> N
 def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path)
     samples = free.f_blocks * free.f_frsize // 4_000_000 + 1
-    with pytest.raises(StateError, match=f"cached inputs of {samples} samples take another .* are free; make room"):
+    with pytest.raises(
+        StateError, match=f"cached inputs of {samples} samples take another .* are free; free some space"
+    ):
         open_cache(CachePlace.DISK, tmp_path, samples, RowFormat((1_000_000,), CacheType.FLOAT32))
     assert open_files(tmp_path) == []
 

@@ -17,13 +17,14 @@ from torch.nn import functional
 from fedepth.models import zoo
 from fedepth.models.skip import skip
 from fedepth.models.split import split
-from fedepth.task import CachePlace, ModelSpec, Stage, TrainingSpec
-from fedepth.training import stage as stage_module
+from fedepth.plan import CachePlace, Stage
+from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.training import block as stage_module
+from fedepth.training.block import BlockTraining
+from fedepth.training.context import TrainingContext, load
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch
-from fedepth.training.stage import BlockTraining
-from fedepth.training.work import Work, load
-from tests.training.test_depthwise import NOTHING, work
+from tests.training.test_stages import NOTHING, context
 
 COUNT = 6
 TOLERANCE = 1e-5
@@ -36,13 +37,13 @@ WHOLE = {GROUP_NORM: 5, TRANSFORMER: 12, BATCH_NORM: 9}
 EXACT = [(spec, size) for spec in (GROUP_NORM, TRANSFORMER) for size in (COUNT, 4, 1)] + [(BATCH_NORM, COUNT)]
 
 
-def job(folder: Path, spec: ModelSpec, training: TrainingSpec) -> Work:
+def job(folder: Path, spec: ModelSpec, training: TrainingSpec) -> TrainingContext:
     # The images on disk are gray; models that take colours get them in three equal channels.
-    return work(folder, [Stage(0, WHOLE[spec], COUNT, CachePlace.RAM, COUNT, NOTHING)], spec, training, COUNT)
+    return context(folder, [Stage(0, WHOLE[spec], COUNT, CachePlace.RAM, COUNT, NOTHING)], spec, training, COUNT)
 
 
 def by_lever(
-    job: Work, stage: Stage, monkeypatch: pytest.MonkeyPatch, steps: int = 1
+    job: TrainingContext, stage: Stage, monkeypatch: pytest.MonkeyPatch, steps: int = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The gradients that reach the optimizer in the last step, and the weights after it, by name."""
     gradients: dict[int, torch.Tensor] = {}
@@ -74,9 +75,9 @@ def by_lever(
 
 
 def plainly(
-    job: Work, optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], steps: int = 1
+    job: TrainingContext, optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], steps: int = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    torch.manual_seed(7)  # as `work` does before it writes the weights
+    torch.manual_seed(7)  # as `context` does before it writes the weights
     spec = job.task.model
     model = split(zoo.build(spec, None), spec.name, spec.input_shape)
     pixels = torch.from_numpy(job.images.read(np.arange(COUNT))).float()

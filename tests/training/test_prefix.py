@@ -1,4 +1,4 @@
-"""The inputs of a stage are the same, whether the units in front are loaded together or one after the other."""
+"""The inputs of a stage are the same, whether the preceding units are loaded together or one after the other."""
 
 import weakref
 from dataclasses import replace
@@ -10,11 +10,11 @@ import torch
 
 from fedepth.errors import StateError
 from fedepth.models.split import Unit
-from fedepth.training import depthwise, prefix
+from fedepth.training import prefix, stages
+from fedepth.training.context import TrainingContext
 from fedepth.training.prefix import build_inputs
-from fedepth.training.work import Work
 from tests.training.open_files import open_files
-from tests.training.test_depthwise import PRERESNET, assert_equal, stage, trained_tensors, work
+from tests.training.test_stages import PRERESNET, assert_equal, context, stage, trained_tensors
 
 
 def nothing() -> None: ...
@@ -22,7 +22,7 @@ def nothing() -> None: ...
 
 def inputs(folder: Path, *, streamed: bool) -> torch.Tensor:
     folder.mkdir()
-    job = work(folder, [stage(4, 9)], PRERESNET, count=10)
+    job = context(folder, [stage(4, 9)], PRERESNET, count=10)
     cache = build_inputs(job, replace(stage(4, 9), build_streamed=streamed), None, None, nothing)
     assert all(tensor.is_meta for unit in job.split.units for _, tensor in unit.parameters())  # nothing stays loaded
     assert open_files(folder / "cache") == []  # the inputs lie in RAM; what lay between the units is gone
@@ -38,37 +38,37 @@ def test_one_unit_at_a_time_gives_what_all_units_at_once_give(tmp_path: Path) ->
 
 
 def test_units_that_were_trained_are_read_back_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = work(tmp_path, [stage(0, 2), replace(stage(4, 5), build_streamed=True)])
+    job = context(tmp_path, [stage(0, 2), replace(stage(4, 5), build_streamed=True)])
     loaded: list[list[int]] = []
     given_up: list[weakref.ref[torch.Tensor]] = []
-    fill, release = prefix._fill, depthwise.release
+    fill, release = prefix._fill, stages.release
 
     def released(unit: Unit) -> None:
         given_up.extend(weakref.ref(tensor) for _, tensor in unit.parameters())
         release(unit)
 
-    def look(work: Work, *arguments: Any, **more: Any) -> None:
+    def look(context: TrainingContext, *arguments: Any, **more: Any) -> None:
         there = [
             index
-            for index, unit in enumerate(work.split.units)
+            for index, unit in enumerate(context.split.units)
             if not all(tensor.is_meta for _, tensor in unit.parameters())
         ]
         loaded.append(there)
         assert all(tensor() is None for tensor in given_up)  # nothing else holds what was trained
-        fill(work, *arguments, **more)
+        fill(context, *arguments, **more)
 
     monkeypatch.setattr(prefix, "_fill", look)
-    monkeypatch.setattr(depthwise, "release", released)
+    monkeypatch.setattr(stages, "release", released)
     streamed = trained_tensors(job)
     assert given_up
     assert loaded == [[], [0], [1], [2], [3]]
     monkeypatch.setattr(prefix, "_fill", fill)
     (tmp_path / "b").mkdir()
-    assert_equal(trained_tensors(work(tmp_path / "b", [stage(0, 2), stage(4, 5)])), streamed, 0)
+    assert_equal(trained_tensors(context(tmp_path / "b", [stage(0, 2), stage(4, 5)])), streamed, 0)
 
 
 def test_a_failure_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = work(tmp_path, [stage(4, 9)], PRERESNET, count=10)
+    job = context(tmp_path, [stage(4, 9)], PRERESNET, count=10)
     read = type(job.weights).read
 
     def fails_at_the_third_unit(reader: object, name: str):  # type: ignore[no-untyped-def]

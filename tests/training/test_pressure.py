@@ -4,15 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.memory.predict import needed_bytes, training_step
-from fedepth.task import (
-    CachePlace,
-    ModelCosts,
-    PeakComponents,
-    Size,
-    Stage,
-    TrainingSpec,
-)
+from fedepth.costs import ModelCosts, Size
+from fedepth.estimate.peak import needed_bytes, training_step
+from fedepth.plan import CachePlace, PeakComponents, Stage
+from fedepth.task import TrainingSpec
 from fedepth.training.pressure import fitting_micro_batch
 from tests.unit_costs import unit_cost
 

@@ -12,12 +12,13 @@ import torch
 from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
-from fedepth.task import CachePlace, Plan, Policy, StageResult
-from fedepth.training import depthwise
-from fedepth.training.depthwise import train
+from fedepth.plan import CachePlace, Plan, Policy
+from fedepth.task import PartInfo, StageResult
+from fedepth.training import stages
+from fedepth.training.block import BlockTraining
 from fedepth.training.rehearsal import FirstImages, rehearse
-from fedepth.training.stage import BlockTraining
-from tests.training.test_depthwise import NOTHING, SPEC, TRAINING, Quiet, stage, trained_tensors, work
+from fedepth.training.stages import train
+from tests.training.test_stages import NOTHING, SPEC, TRAINING, Quiet, context, stage, trained_tensors
 
 MIB = 1 << 20
 
@@ -27,12 +28,12 @@ class Counting(Quiet):
         super().__init__(budget)
         self.results: list[StageResult] = []
 
-    def stage_done(self, result: StageResult, part: Path) -> None:
+    def stage_done(self, result: StageResult, part: PartInfo) -> None:
         self.results.append(result)
 
 
 def test_every_stage_has_a_peak_that_goes_into_its_result(tmp_path: Path) -> None:
-    job = work(tmp_path, [stage(0, 2), stage(3, 5)], count=40)
+    job = context(tmp_path, [stage(0, 2), stage(3, 5)], count=40)
     hooks = Counting()
     peaks = rehearse(job, Meter(), hooks)
     assert peaks.keys() == {stage(0, 2), stage(3, 5)}
@@ -55,20 +56,20 @@ def test_peaks_of_stages_that_the_plan_does_not_have_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned, smaller = replace(stage(3, 5), predicted=replace(NOTHING, cache=100 * MIB)), stage(3, 5, micro_batch=4)
-    monkeypatch.setattr(depthwise, "make_plan", lambda *_, **__: Plan((smaller,), (), Policy.PAPER, 20 * MIB))
-    job = work(tmp_path, [stage(0, 2), planned], count=40)
+    monkeypatch.setattr(stages, "make_plan", lambda *_, **__: Plan((smaller,), (), Policy.PAPER, 20 * MIB))
+    job = context(tmp_path, [stage(0, 2), planned], count=40)
     assert rehearse(job, Meter(), Quiet()).keys() == {stage(0, 2), planned}
     job = replace(job, enforce=True)
     assert rehearse(job, Meter(), Falling()).keys() == {stage(0, 2)}
-    fits = depthwise.fitted(job, Meter(), Quiet(20 * MIB))
+    fits = stages.fitted(job, Meter(), Quiet(20 * MIB))
     assert fits.plan.stages == (smaller,)
-    assert depthwise.fitted(job, Meter(), Quiet()).plan.stages == job.plan.stages
+    assert stages.fitted(job, Meter(), Quiet()).plan.stages == job.plan.stages
 
 
 def test_it_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     def job(folder: Path):  # type: ignore[no-untyped-def]
         folder.mkdir()
-        return work(folder, [stage(0, 2), stage(3, 5)], count=40)
+        return context(folder, [stage(0, 2), stage(3, 5)], count=40)
 
     fresh, rehearsed = job(tmp_path / "a"), job(tmp_path / "b")
     before = sorted(path.name for path in (tmp_path / "b").rglob("*"))
@@ -107,7 +108,7 @@ class Recorded:
     ],
 )
 def test_two_micro_batches_are_enough(tmp_path: Path, micro_batch: int, expected: int) -> None:
-    job = work(tmp_path, [stage(0, 5, micro_batch=micro_batch)], count=40)
+    job = context(tmp_path, [stage(0, 5, micro_batch=micro_batch)], count=40)
     images = Recorded(job.images)
     rehearse(replace(job, images=images), Meter(), Quiet())
     assert images.asked == set(range(expected))
@@ -115,7 +116,7 @@ def test_two_micro_batches_are_enough(tmp_path: Path, micro_batch: int, expected
 
 def test_inputs_are_computed_for_a_whole_batch_and_trained_on_for_a_step(tmp_path: Path) -> None:
     stages = [stage(0, 2, micro_batch=1), replace(stage(3, 5, micro_batch=1), build_batch=16)]
-    job = work(tmp_path, stages, count=40)
+    job = context(tmp_path, stages, count=40)
     images = Recorded(job.images)
     hooks = Counting()
     rehearse(replace(job, images=images), Meter(), hooks)
@@ -127,7 +128,7 @@ def test_inputs_are_computed_for_a_whole_batch_and_trained_on_for_a_step(tmp_pat
 def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 128, 128))
     stages = [stage(0, 0, micro_batch=1), stage(1, 1, micro_batch=1, cache=CachePlace.RAM)]
-    job = work(tmp_path, stages, large, replace(TRAINING, batch=1), count=60)
+    job = context(tmp_path, stages, large, replace(TRAINING, batch=1), count=60)
     values = job.split.input_shapes[1]
     cached = 4 * values[0] * values[1] * values[2] * 60  # tens of MiB, though two samples are all that is trained
     assert cached == 30 * MIB
@@ -144,13 +145,13 @@ def test_the_order_of_an_epoch_has_its_full_size(tmp_path: Path, monkeypatch: py
         return epoch_batches(block)
 
     monkeypatch.setattr(BlockTraining, "epoch_batches", counted)
-    job = work(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1), count=40)
+    job = context(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1), count=40)
     train(job, Meter(), Quiet(), rehearse(job, Meter(), Quiet()))
     assert sizes == [(8, 32), (40, 0)]  # of the rehearsal, and of training
 
 
 def test_a_plan_that_needs_too_much_is_found_out(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
-    job = work(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)
+    job = context(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)
     with pytest.raises(OverBudgetError):
         rehearse(replace(job, enforce=True), Meter(), Quiet(budget=4 << 20))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedepth.training import depthwise, prefix, work
-from fedepth.training.stage import BlockTraining
+from fedepth.training import context, prefix, stages
+from fedepth.training.block import BlockTraining
 from fedepth.training.warmup import warm_up
-from tests.training import test_depthwise
-from tests.training.test_depthwise import stage
+from tests.training import test_stages
+from tests.training.test_stages import stage
 
 
 @pytest.mark.parametrize(("micro_batch", "samples"), [(8, 2), (1, 1)])
@@ -20,7 +20,7 @@ def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
 ) -> None:
     read: set[str] = set()
     sizes: set[int] = set()
-    load, step = work.load, BlockTraining.step
+    load, step = context.load, BlockTraining.step
 
     def loaded(job: Any, unit: Any, *, trainable: bool) -> None:
         if trainable:
@@ -31,11 +31,11 @@ def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
         sizes.add(len(indices))
         return step(block, indices)
 
-    for module in (depthwise, prefix, test_depthwise.depthwise):
+    for module in (stages, prefix, test_stages.stages):
         monkeypatch.setattr(module, "load", loaded)
-    monkeypatch.setattr("fedepth.training.stage.load", loaded)
+    monkeypatch.setattr("fedepth.training.block.load", loaded)
     monkeypatch.setattr(BlockTraining, "step", stepped)
-    job = test_depthwise.work(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
+    job = test_stages.context(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     warm_up(job, job.plan.trained_units)
     assert read == {job.split.units[unit].name for unit in (1, 2, 4)} | {job.split.head.name}

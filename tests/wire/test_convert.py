@@ -17,12 +17,13 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth import task
+from fedepth import budget, costs, plan, task
 from fedepth.errors import ProtocolError
 
 KINDS: dict[type, type[Message]] = {
     kind: getattr(pb, kind.__name__)
-    for kind in vars(task).values()
+    for module in (plan, costs, budget, task)
+    for kind in vars(module).values()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type)
 }
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
@@ -62,7 +63,7 @@ def smallest(kind: Any) -> Any:
     return kind(**{field.name: smallest(hints[field.name]) for field in dataclasses.fields(kind)})
 
 
-PLAN = task.Plan((), (), task.Policy.PAPER, 5)
+PLAN = plan.Plan((), (), plan.Policy.PAPER, 5)
 
 
 def test_there_is_a_message_for_every_core_type() -> None:
@@ -109,14 +110,14 @@ def test_a_loss_that_is_no_finite_number_survives_the_wire(value: float) -> None
 
 
 def test_enums_have_their_prefixed_names_on_the_wire() -> None:
-    stage = task.Stage(0, 1, 2, task.CachePlace.DISK, 4, task.PeakComponents(1, 2, 3, 4, 5, 6, 7))
+    stage = plan.Stage(0, 1, 2, plan.CachePlace.DISK, 4, plan.PeakComponents(1, 2, 3, 4, 5, 6, 7))
     message = to_message(dataclasses.replace(PLAN, stages=(stage,)), pb.Plan)
     assert message.policy == pb.POLICY_PAPER
     assert message.stages[0].cache == pb.CACHE_PLACE_DISK
     assert message.stages[0].predicted.scratch == 6
 
 
-@pytest.mark.parametrize("kind", [task.Policy, task.CachePlace, task.Outcome])
+@pytest.mark.parametrize("kind", [plan.Policy, plan.CachePlace, task.Outcome])
 def test_every_enum_has_an_unspecified_zero_and_the_values_of_the_core_type(kind: type[enum.Enum]) -> None:
     names = [value.name for value in pb.DESCRIPTOR.enum_types_by_name[kind.__name__].values]
     prefix = names[0].removesuffix("UNSPECIFIED")
@@ -128,13 +129,13 @@ def test_an_unspecified_enum_is_refused() -> None:
     message = to_message(PLAN, pb.Plan)
     message.policy = pb.POLICY_UNSPECIFIED
     with pytest.raises(ProtocolError, match=r"Plan cannot be read as Plan: .*policy"):
-        from_message(message, task.Plan)
+        from_message(message, plan.Plan)
 
 
 def test_an_enum_value_from_a_newer_side_is_refused() -> None:
     message = pb.Plan.FromString(to_message(PLAN, pb.Plan).SerializeToString() + b"\x18\x63")  # field 3, value 99
     with pytest.raises(ProtocolError, match="Plan cannot be read"):
-        from_message(message, task.Plan)
+        from_message(message, plan.Plan)
 
 
 def test_a_message_that_was_left_empty_is_refused() -> None:
@@ -144,12 +145,12 @@ def test_a_message_that_was_left_empty_is_refused() -> None:
 
 def test_a_field_from_a_newer_side_is_ignored() -> None:
     data = to_message(PLAN, pb.Plan).SerializeToString() + b"\xf8\x07\x01"  # field 127, value 1
-    assert from_message(pb.Plan.FromString(data), task.Plan) == PLAN
+    assert from_message(pb.Plan.FromString(data), plan.Plan) == PLAN
 
 
 def test_the_digest_of_a_plan_survives_the_wire_and_tells_plans_apart() -> None:
     there = pb.Plan.FromString(to_message(PLAN, pb.Plan).SerializeToString())
-    assert plan_digest(from_message(there, task.Plan)) == plan_digest(PLAN)
+    assert plan_digest(from_message(there, plan.Plan)) == plan_digest(PLAN)
     others = [dataclasses.replace(PLAN, budget_bytes=6), dataclasses.replace(PLAN, untrained=(0,))]
     assert len({plan_digest(plan) for plan in [PLAN, *others]}) == 3
     assert len(plan_digest(PLAN)) == 64

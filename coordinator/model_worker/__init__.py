@@ -1,0 +1,1 @@
+"""The model worker: a child of the coordinator that holds torch."""

@@ -1,0 +1,139 @@
+"""What runs in the model worker: `python -m coordinator.model_worker.process`.
+
+It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or {"error": {"type", "message"}}, and
+ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from coordinator.model_worker.protocol import Evaluate, Export, Prepare
+from fedepth.data.read import Images, open_images
+from fedepth.data.transforms import normalise
+from fedepth.errors import DataError, FedepthError, ProtocolError
+from fedepth.estimate.tracing import trace_costs
+from fedepth.export.onnx import export
+from fedepth.models.load import load_model
+from fedepth.models.split import split_spec
+from fedepth.task import ModelSpec
+from fedepth.weights import save
+
+# One batch of input images; at 224 px 27 of them, at 32 px the 256 that are enough for any speed.
+BATCH_BYTES = 16 << 20
+LARGEST_BATCH = 256
+EXPORT_SAMPLES = 256
+
+
+def prepare(request: Prepare) -> dict[str, Any]:
+    """Raises ModelError: see `split_spec` and `trace_costs`."""
+    torch.manual_seed(request.seed)
+    split_model = split_spec(request.model, device="cpu")
+    costs = trace_costs(request.model, request.training)
+    output = Path(request.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    digest = save(output, {name: tensor.numpy() for name, tensor in split_model.model.state_dict().items()})
+    return {
+        "costs": costs,
+        "layout": split_model.layout(),
+        "digest": digest,
+        "size_bytes": output.stat().st_size,
+    }
+
+
+def evaluate(request: Evaluate) -> dict[str, Any]:
+    """Raises ModelError, StateError: see `load_model`. DataError: there are no test images."""
+    model = load_model(request.model, Path(request.weights)).model
+    images = _test_images(request.test_data, request.model)
+    correct, loss = 0, 0.0
+    batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * int(np.prod(request.model.input_shape)))))
+    for start in range(0, len(images), batch):
+        indices = np.arange(start, min(start + batch, len(images)))
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(normalise(images.read(indices), request.model)))
+            labels = torch.from_numpy(images.labels[indices])
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(dim=1) == labels).sum())
+    return {"accuracy": correct / len(images), "loss": loss / len(images), "samples": len(images)}
+
+
+def export_onnx(request: Export) -> dict[str, Any]:
+    """Raises ExportError, ModelError, StateError: see `export`. DataError: there are no test images."""
+    images = _test_images(request.test_data, request.model)
+    chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
+    output = Path(request.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = export(
+        request.model,
+        Path(request.weights),
+        output,
+        job=request.job,
+        round=request.round,
+        weights_digest=request.weights_digest,
+        images=normalise(images.read(chosen), request.model),
+    )
+    return asdict(report)
+
+
+def _test_images(test_data: str, spec: ModelSpec) -> Images:
+    images = open_images(test_data if test_data == "digits" else Path(test_data), spec, "test")
+    if len(images) == 0:
+        raise DataError(f"{test_data} holds no test images. Give the job test data, or leave it out.")
+    return images
+
+
+_ACTIONS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+    "prepare": (Prepare, prepare),
+    "evaluate": (Evaluate, evaluate),
+    "export": (Export, export_onnx),
+}
+
+
+def answer(line: bytes) -> dict[str, Any]:
+    """The answer to one request line. Errors that are not FedepthError end the worker, with a traceback."""
+    try:
+        try:
+            message = msgspec.json.decode(line, type=dict[str, Any])
+            do = message.pop("do", None)
+            if do not in _ACTIONS:
+                raise ProtocolError(f"The model worker was asked to {do!r}; it knows {', '.join(_ACTIONS)}.")
+            kind, action = _ACTIONS[do]
+            request = msgspec.convert(message, kind)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"The model worker got a request it cannot read: {error}.") from error
+        return {"ok": action(request)}
+    except FedepthError as error:
+        return {"error": {"type": type(error).__name__, "message": str(error)}}
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers requests until there are no more."""
+    _write(answers, {"event": "ready"})
+    for line in requests:
+        _write(answers, answer(line))
+
+
+def _write(answers: BinaryIO, message: dict[str, Any]) -> None:
+    answers.write(msgspec.json.encode(message) + b"\n")
+    answers.flush()
+
+
+def main() -> None:
+    # The protocol keeps the real standard output; whatever a library prints goes to standard error.
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+        serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

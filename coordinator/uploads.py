@@ -1,0 +1,242 @@
+"""Takes updates in: parts into the spool, resumable and bounded; then a commit that checks and records.
+
+A part grows as `part-0000.DIGEST.partial`, and gets its name when it is whole, right and durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedepth_wire.chunks import append_chunk
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+from coordinator.store.records import Store, TaskRecord
+from fedepth.errors import ProtocolError, UpdateError
+from fedepth.files import file_digest, make_durable
+from fedepth.layout import ModelLayout
+from fedepth.task import PartInfo, Result
+
+SPARE_PARTS = 3  # beyond one per unit and the head
+SPARE_BYTES = 1 << 20
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """Which part of which update a stream of chunks carries, and from which offset on."""
+
+    task_id: str
+    attempt: int
+    device_id: str
+    part: int
+    offset: int
+    size_bytes: int
+    digest: str
+
+
+class Uploads:
+    """The upload side of the coordinator. `accepts` says whether an update for a task would count now."""
+
+    def __init__(self, store: Store, layout: ModelLayout, accepts: Callable[[str], bool]) -> None:
+        self._store = store
+        self._layout = layout
+        self._accepts = accepts
+        self._declared: dict[Path, dict[int, int]] = {}
+        self._streams: dict[Path, object] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    @property
+    def limit_bytes(self) -> int:
+        return 2 * self._layout.size_bytes + SPARE_BYTES
+
+    @property
+    def limit_parts(self) -> int:
+        return len(self._layout.units) + 1 + SPARE_PARTS
+
+    async def offset(self, task_id: str, attempt: int, part: int, digest: str) -> int:
+        """How many bytes of this part are here; 0 for a part or a task that is not known."""
+        task = self._store.task(task_id)
+        if task is None or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
+            return 0
+        folder = self._store.files.spool(task_id, attempt)
+        whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
+        async with self._lock(task_id):  # not while a part gets its name
+            recorded = self._recorded_part(task_id, part, digest)
+            if recorded is not None:
+                return recorded.size_bytes
+            if whole.exists() and await asyncio.to_thread(file_digest, whole) == digest:
+                return whole.stat().st_size
+            return partial.stat().st_size if partial.exists() else 0
+
+    async def receive(self, header: PartHeader, chunks: AsyncIterable[Chunk]) -> int:
+        """Takes one part, from `header.offset` on, and returns how many bytes of it are here now.
+
+        Raises:
+            UpdateError: the part is not wanted: "late", "device" or "size".
+            ProtocolError: the stream cannot be used; ask for the offset and send again from there.
+        """
+        if self._recorded_part(header.task_id, header.part, header.digest) is not None:
+            return header.size_bytes
+        self._check_header(header)
+        folder = self._store.files.spool(header.task_id, header.attempt)
+        whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
+        if header.offset == header.size_bytes and whole.exists():
+            return header.size_bytes  # sent again after a lost answer; the commit checks its digest
+        if not folder.exists():
+            folder.mkdir()
+            make_durable(folder)
+        stream = object()
+        self._streams[partial] = stream
+        try:
+            held = header.offset
+            if (partial.stat().st_size if partial.exists() else 0) != held:
+                raise ProtocolError(f"part {header.part} is not at offset {held} here; ask for the offset")
+            async for chunk in chunks:
+                if self._streams.get(partial) is not stream:
+                    raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
+                if not self._accepts(header.task_id):
+                    raise _late(header.task_id)
+                held = append_chunk(partial, chunk, held, header.size_bytes)
+            if held != header.size_bytes:
+                raise ProtocolError(f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes")
+            # Not cancelled with its stream: a commit that follows must find the part sealed, or seal it itself.
+            await asyncio.shield(self._seal(header, partial, whole))
+        finally:
+            if self._streams.get(partial) is stream:
+                del self._streams[partial]
+        return held
+
+    async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
+        async with self._lock(header.task_id):
+            if self._store.update(header.task_id) is None:  # what is recorded never changes
+                await asyncio.to_thread(_seal, partial, whole, header.digest)
+
+    async def commit(self, result: Result) -> bool:
+        """Checks and records an update. True if it is new, False if it was recorded before.
+
+        Raises:
+            UpdateError: it is refused; unless "late", its spool is gone and the task has ended.
+            ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
+        """
+        async with self._lock(result.task_id):
+            if self._store.update(result.task_id) is not None:
+                return False
+            task = self._store.task(result.task_id)
+            if task is None or not self._accepts(result.task_id):
+                raise _late(result.task_id)
+            if result.device_id != task.device_id:  # another's mistake must not cost the owner its spool
+                raise UpdateError("device", f"task {task.task_id} was not given to {result.device_id[:80]}")
+            try:
+                await asyncio.to_thread(self._admit, result, task)
+            except UpdateError:
+                self._store.files.drop_spool(task.task_id, result.attempt)
+                self._forget(task.task_id, result.attempt)
+                raise
+            # Nothing waits from here to the return, so the round cannot close before the update is recorded.
+            if not self._accepts(result.task_id):
+                raise _late(result.task_id)
+            self._store.record_update(result)
+            self._forget(task.task_id, result.attempt)
+            return True
+
+    def paths(self, result: Result) -> tuple[Path, ...]:
+        """Where the parts of a recorded update lie, in the order of its result."""
+        folder = self._store.files.spool(result.task_id, result.attempt)
+        return tuple(_part_path(folder, part.part) for part in result.parts)
+
+    def forget_round(self) -> None:
+        """Drops what is remembered of uploads; for when a round has closed."""
+        self._declared.clear()
+        self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
+
+    def _admit(self, result: Result, task: TaskRecord) -> None:
+        # numpy: only when there is an update
+        from coordinator.admission import check_result, check_update
+
+        check_result(result, task, len(self._layout.units), self.limit_parts)
+        check_update(self._whole_parts(result), self._layout, result)
+
+    def _whole_parts(self, result: Result) -> Sequence[Path]:
+        paths = self.paths(result)
+        if sum(part.size_bytes for part in result.parts) > self.limit_bytes:
+            raise UpdateError("size", f"the parts have more than {self.limit_bytes} bytes together")
+        for path, part in zip(paths, result.parts, strict=True):
+            partial = _partial_path(path.parent, part.part, part.digest)
+            if partial.exists() and partial.stat().st_size == part.size_bytes:
+                # All bytes came, but the stream or the coordinator ended before the part got its name.
+                _seal(partial, path, part.digest)
+            if not path.exists():
+                raise UpdateError("digest", f"part {part.part} was not uploaded")
+            if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
+                raise UpdateError("digest", f"part {part.part} here is not the one that the update names")
+        return paths
+
+    def _check_header(self, header: PartHeader) -> None:
+        task = self._store.task(header.task_id)
+        if task is None or not self._accepts(header.task_id):
+            raise _late(header.task_id)
+        if header.device_id != task.device_id:
+            raise UpdateError("device", f"task {task.task_id} was given to {task.device_id}, not {header.device_id}")
+        if not 1 <= header.attempt <= task.attempt:
+            raise UpdateError("plan", f"attempt {header.attempt} of {task.task_id}, given were 1 to {task.attempt}")
+        if not 0 <= header.part < self.limit_parts:
+            raise UpdateError("size", f"part number {header.part}, allowed are 0 to {self.limit_parts - 1}")
+        if not _DIGEST.fullmatch(header.digest):
+            raise ProtocolError(f"{header.digest[:80]!r} is not a sha256 in hex")
+        if header.size_bytes <= 0 or not 0 <= header.offset <= header.size_bytes:
+            raise ProtocolError(f"offset {header.offset} in a part of {header.size_bytes} bytes")
+        folder = self._store.files.spool(header.task_id, header.attempt)
+        declared = self._declared.setdefault(folder, _sizes(folder))
+        total = sum(size for part, size in declared.items() if part != header.part) + header.size_bytes
+        if total > self.limit_bytes:
+            raise UpdateError("size", f"parts of {total} bytes together, allowed are {self.limit_bytes}")
+        declared[header.part] = header.size_bytes
+
+    def _recorded_part(self, task_id: str, part: int, digest: str) -> PartInfo | None:
+        result = self._store.update(task_id)
+        parts = () if result is None else result.parts
+        return next((each for each in parts if each.part == part and each.digest == digest), None)
+
+    def _lock(self, task_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(task_id, asyncio.Lock())
+
+    def _forget(self, task_id: str, attempt: int) -> None:
+        self._declared.pop(self._store.files.spool(task_id, attempt), None)
+
+
+def _seal(partial: Path, whole: Path, digest: str) -> None:
+    if not partial.exists():  # a stream that ran beside this one was faster
+        return
+    got = file_digest(partial)
+    if got != digest:
+        partial.unlink()
+        raise ProtocolError(f"{whole.name}: sha256 is {got[:12]}…, expected {digest[:12]}…; send it again")
+    make_durable(partial)
+    partial.replace(whole)
+    make_durable(whole)
+
+
+def _sizes(folder: Path) -> dict[int, int]:
+    """What a spool holds after a restart, by part."""
+    sizes: dict[int, int] = {}
+    for path in folder.glob("part-*"):
+        part = int(path.name[5:9])
+        sizes[part] = max(sizes.get(part, 0), path.stat().st_size)
+    return sizes
+
+
+def _part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:04d}.safetensors"
+
+
+def _partial_path(folder: Path, part: int, digest: str) -> Path:
+    return folder / f"part-{part:04d}.{digest[:16]}.partial"
+
+
+def _late(task_id: str) -> UpdateError:
+    return UpdateError("late", f"task {task_id[:80]} is no longer wanted: its round is closed or never existed")

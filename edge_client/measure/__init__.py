@@ -1,0 +1,1 @@
+"""What is measured on this device by training: its calibration, and what it is capable of."""

@@ -1,0 +1,108 @@
+"""Training that is tried and measured, not delivered: a real trainer, with real limits, on images of noise.
+
+What memory and time a stage takes does not depend on what the images show.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.config import TrainerConfig
+from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.protocol import Done, Event, Failed, Measure, TrainRequest
+from fedepth.budget import Budget
+from fedepth.costs import ModelCosts
+from fedepth.data.idx import write_idx, write_idx_items
+from fedepth.errors import ChildError
+from fedepth.plan import Plan
+from fedepth.task import ModelSpec, Outcome, Task, TrainingSpec
+
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class TrialModel:
+    """A model that is ready for trials: what it costs, and a file with weights."""
+
+    spec: ModelSpec
+    training: TrainingSpec
+    costs: ModelCosts
+    weights: Path
+
+
+def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
+    """`count` random images of the model's size as IDX files, written one at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, height, width = spec.input_shape
+    noise = random.Random(_SEED)
+    pixels = (noise.randbytes(height * width) for _ in range(count))
+    labels = memoryview(bytes(index % min(len(spec.classes), 256) for index in range(count)))  # IDX has bytes
+    write_idx_items(folder / "train-images-idx3-ubyte", (count, height, width), pixels)
+    write_idx(folder / "train-labels-idx1-ubyte", labels)
+    return folder
+
+
+def trial_request(
+    model: TrialModel, plan: Plan, budget_bytes: int, data: Path, folder: Path, *, enforce: bool
+) -> TrainRequest:
+    """One task as the agent would hand it to its trainer. Its files go to `folder`."""
+    task = Task(
+        task_id="trial",
+        attempt=1,
+        job="trial",
+        round=1,
+        model=model.spec,
+        training=model.training,
+        policy=plan.policy,
+        costs=model.costs,
+        plan=plan,
+        weights_digest="",
+        weights_bytes=0,
+        deadline_ms=0,
+    )
+    return TrainRequest(
+        task=task,
+        plan=plan,
+        budget=fixed_budget(budget_bytes),
+        weights=str(model.weights),
+        data=str(data),
+        output=str(folder / "output"),
+        cache=str(folder / "cache"),
+        device_id="trial",
+        allowed_models=(model.spec.name,),
+        enforce=enforce,
+    )
+
+
+def fixed_budget(budget_bytes: int) -> Budget:
+    """A budget that does not depend on what is free."""
+    return Budget(0, budget_bytes, (), 0, 0, 1.0, budget_bytes, budget_bytes)
+
+
+async def try_training(
+    trainer: TrainerProcess, request: TrainRequest, on_event: Callable[[Event], None] = lambda _: None
+) -> Done | Failed:
+    """Runs a request in a trainer; one that dies counts as failed, with its last words."""
+    try:
+        async for event in trainer.train(request):
+            if isinstance(event, Measure):
+                await trainer.answer(request.budget)
+            elif isinstance(event, (Done, Failed)):
+                return event
+            else:
+                on_event(event)
+    except ChildError as error:
+        return Failed(outcome=Outcome.TRAINER_DIED, message=str(error))
+    raise AssertionError("a trainer's events end with done or failed")
+
+
+async def try_in_fresh_trainer(request: TrainRequest, config: TrainerConfig) -> Done | Failed:
+    """The same in a process of its own."""
+    trainer = await TrainerProcess.start(config)
+    try:
+        return await try_training(trainer, request)
+    finally:
+        await trainer.kill()

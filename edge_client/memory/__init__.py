@@ -1,0 +1,1 @@
+"""What this device sees of its memory, and the budgets that follow."""

@@ -1,0 +1,310 @@
+"""One task on this device: check it, fetch its weights, plan for what is free now, train, keep the update."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from edge_client.backoff import Backoff
+from edge_client.config import Config
+from edge_client.early_upload import EarlyUpload
+from edge_client.memory.budget import Budgets
+from edge_client.outbox import Outbox
+from edge_client.progress import ProgressReporter
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
+from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
+from edge_client.transport import Transport, UnreachableError
+from fedepth.budget import Budget
+from fedepth.data.scan import scan
+from fedepth.errors import (
+    ChildError,
+    DataError,
+    FedepthError,
+    ModelError,
+    OverBudgetError,
+    PlanError,
+    ProtocolError,
+    StateError,
+)
+from fedepth.estimate.peak import needed_bytes
+from fedepth.plan import Plan, Stage
+from fedepth.planning.planner import make_plan, smallest_peak
+from fedepth.sizes import format_size
+from fedepth.task import Failure, Outcome, Progress, Result, Task
+
+SMALLER_PLANS = 4
+FETCHES = 3  # of weights that come damaged
+_SMALLEST_STEP = 0.05
+_log = structlog.get_logger()
+
+_OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
+    (DataError, Outcome.DATA),
+    (ModelError, Outcome.MODEL_NOT_ALLOWED),
+    (PlanError, Outcome.DECLINED),
+    (OverBudgetError, Outcome.OVER_BUDGET),
+    (ChildError, Outcome.TRAINER_DIED),
+)
+
+
+class TaskRunner:
+    """Carries out tasks, one at a time. Cancelling `run` ends the trainer."""
+
+    def __init__(
+        self,
+        config: Config,
+        device_id: str,
+        transport: Transport,
+        keeper: TrainerKeeper,
+        budgets: Budgets,
+        outbox: Outbox,
+        backoff: Backoff,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._config = config
+        self._device_id = device_id
+        self._transport = transport
+        self._keeper = keeper
+        self._budgets = budgets
+        self._outbox = outbox
+        self._backoff = backoff
+        self._report = report
+        self._released: set[tuple[Stage, ...]] = (
+            set()
+        )  # plans that met the cap on their heap, unless they release at once
+        self._folder = config.state_dir / "work"
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an agent that was killed
+
+    async def run(self, task: Task, planned_samples: int) -> Result | Failure:
+        """The task, to its end. A result lies in the outbox already.
+
+        Args:
+            planned_samples: how many the coordinator was told of. It made its plan for so many, and takes no update of
+                more, so that what has come since waits for the next task.
+        """
+        folder = self._folder / f"{task.task_id}-{task.attempt}"
+        reporter = ProgressReporter(task, self._device_id, self._report)
+        reporter.activity("downloading")
+        try:
+            self._check_model(task)
+            summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
+            weights = await self._weights(task)
+            reporter.activity("starting the trainer")
+            request = TrainRequest(
+                task=task,
+                plan=task.plan,
+                budget=self._budgets.budget(self._keeper.held_bytes, self._keeper.baseline_bytes),
+                weights=str(weights.resolve()),
+                data=str(self._config.data_dir.resolve()),
+                output=str((folder / "output").resolve()),
+                cache=str((folder / "cache").resolve()),
+                device_id=self._device_id,
+                allowed_models=self._config.models.allow,
+                enforce=self._config.trainer.enforce,
+                most_samples=planned_samples,
+            )
+            samples = min(summary.sample_count, planned_samples)
+            done = await self._train(request, samples, reporter, keep_plan=samples == planned_samples)
+            self._outbox.put(done.result, folder / "output")
+        except asyncio.CancelledError:
+            await self._keeper.drop()
+            raise
+        except FedepthError as error:
+            return _failure(task, self._device_id, error)
+        except OSError as error:  # a full disk, a folder that cannot be read
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            remedy = "free some space there, or let the agent write there"
+            return _failure(task, self._device_id, StateError(f"{what}; {remedy}"))
+        else:
+            self._budgets.succeeded()
+            return done.result
+        finally:
+            self._keeper.rest()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_model(self, task: Task) -> None:
+        name = task.model.name
+        if ":" in name and name not in self._config.models.allow:
+            raise ModelError(
+                f'this device does not allow the model "{name}": '
+                "its operator may add it to models.allow, or give --allow-model"
+            )
+
+    async def _weights(self, task: Task) -> Path:
+        """Retries while the coordinator is away; what has arrived so far is kept."""
+        damaged = 0
+        while True:
+            try:
+                path = await self._transport.fetch_weights(task)
+            except UnreachableError as error:
+                await self._backoff.pause(error)
+            except ProtocolError as error:
+                damaged += 1
+                if damaged == FETCHES:
+                    raise
+                _log.warning("weights came damaged; fetching them again", error=str(error))
+            else:
+                self._backoff.reset()
+                return path
+
+    async def _train(self, request: TrainRequest, samples: int, reporter: ProgressReporter, *, keep_plan: bool) -> Done:
+        """Trains with smaller and smaller plans until one stays inside its budget."""
+        limit: int | None = None
+        deaths = smaller = 0
+        while True:
+            for folder in (request.output, request.cache):
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(folder).mkdir(parents=True)
+            try:
+                trainer = await self._keeper.take()
+                self._budgets.learn_start(trainer.start_bytes)
+                budget = self._budgets.budget(trainer.held_bytes, trainer.baseline_bytes)
+                plan = await self._plan(request.task, budget, samples, limit, keep_plan)
+                release_freed = plan.stages in self._released
+                end = await self._train_once(
+                    trainer, replace(request, plan=plan, budget=budget, release_freed=release_freed), reporter
+                )
+            except ChildError as error:
+                await self._keeper.drop()
+                self._budgets.died()
+                deaths += 1
+                _log.error("the trainer died", error=str(error), deaths=deaths, task=request.task.task_id)
+                if deaths == 2:
+                    raise
+                continue
+            if isinstance(end, Done):
+                return end
+            if end.outcome is not Outcome.OVER_BUDGET:
+                raise _TrainerFailed(end)
+            if end.capped and not release_freed:
+                _log.warning(
+                    "a stage met the cap on its heap; trying the same plan, releasing freed pages at once",
+                    message=end.message,
+                )
+                self._released.add(plan.stages)
+                continue
+            smaller += 1
+            task = request.task
+            least = smallest_peak(task.costs, task.training, samples, task.policy)
+            limit = smaller_limit(plan, end.miss_bytes, least, smaller)
+            _log.warning(
+                "a stage went over its budget",
+                message=end.message,
+                stage=end.stage,
+                miss=format_size(end.miss_bytes),
+                next_plan_at_most=format_size(limit),
+                try_number=smaller,
+            )
+            if smaller > SMALLER_PLANS:
+                raise OverBudgetError(
+                    f"{SMALLER_PLANS} smaller plans went over their budget too; the last: {end.message}",
+                    stage=end.stage,
+                    miss_bytes=end.miss_bytes,
+                )
+
+    async def _plan(self, task: Task, budget: Budget, samples: int, limit: int | None, keep: bool) -> Plan:
+        """The coordinator's plan if it still holds, or one for what is free now.
+
+        Raises:
+            PlanError: nothing fits what is free.
+            OverBudgetError: nothing fits below `limit`, which plans that went over have set.
+        """
+        free = budget.budget_bytes
+        enough = free >= max(task.plan.budget_bytes, needed_bytes(task.plan.predicted_peak_bytes))
+        if enough and keep and limit is None:
+            return task.plan
+        allowed = free if limit is None else min(free, limit)
+        try:
+            # In a thread: a deep model takes a second on a small board, and the lease must be renewed.
+            plan = await asyncio.to_thread(
+                make_plan,
+                task.costs,
+                budget_bytes=allowed,
+                training=task.training,
+                sample_count=samples,
+                policy=task.policy,
+            )
+        except PlanError as error:
+            if limit is None or limit > free:
+                raise
+            raise _NothingSmaller(error) from None
+        _log.info(
+            "planned again on the device",
+            blocks=plan.blocks,
+            predicted_peak=format_size(plan.predicted_peak_bytes),
+            budget=format_size(allowed),
+            was_made_for=format_size(task.plan.budget_bytes),
+        )
+        return plan
+
+    async def _train_once(
+        self, trainer: TrainerProcess, request: TrainRequest, reporter: ProgressReporter
+    ) -> Done | Failed:
+        """One request to the trainer, with its events sent on. A death in the rehearsal means: over budget."""
+        rehearsing = False
+        early = EarlyUpload(self._transport, request.task, self._device_id, request.plan, Path(request.output))
+        try:
+            async with early:
+                async for event in trainer.train(request):
+                    rehearsing = isinstance(event, Rehearsing) or (rehearsing and isinstance(event, Measure))
+                    if isinstance(event, Measure):
+                        # The trainer counts from its baseline on; the budget needs all that it holds.
+                        held = event.baseline_anonymous_bytes + event.held_bytes
+                        await trainer.answer(self._budgets.budget(held, event.baseline_bytes))
+                    elif isinstance(event, (Done, Failed)):
+                        return event
+                    else:
+                        reporter.send(event)
+                    if isinstance(event, StageDone):
+                        early.add(event.part)
+        except ChildError as error:
+            if not rehearsing:
+                raise
+            await self._keeper.drop()
+            return Failed(Outcome.OVER_BUDGET, f"the trainer died in its rehearsal: {error}")
+        raise ChildError("the trainer ended its events without done or failed")
+
+
+def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0, tries: int = 1) -> int:
+    """What a plan may need after `plan` has gone over its budget by `miss_bytes` (0 if nobody could tell).
+
+    Counted from what the plan was predicted to need, not from the budget, which may lie far above it: the next plan is
+    then another one for certain. The more `tries` have failed, the larger the least step: it doubles. Where the miss is
+    larger than all that could be saved, the smallest plan, which needs `least_bytes`, is still worth a try.
+    """
+    needed = needed_bytes(plan.predicted_peak_bytes)
+    step = _SMALLEST_STEP * 2 ** (tries - 1)
+    limit = max(0, needed - max(miss_bytes, int(needed * step)))
+    return max(limit, least_bytes) if least_bytes < needed else limit
+
+
+class _TrainerFailed(FedepthError):
+    """The trainer gave up and said why."""
+
+    def __init__(self, end: Failed) -> None:
+        super().__init__(end.message)
+        self.end = end
+
+
+class _NothingSmaller(OverBudgetError):
+    """Plans went over their budget until none smaller was left."""
+
+    def __init__(self, error: PlanError) -> None:
+        super().__init__(f"went over its budget, and {error}", stage=0, miss_bytes=0)
+        self.needed_bytes = error.needed_bytes
+        self.budget_bytes = error.budget_bytes
+
+
+def _failure(task: Task, device_id: str, error: FedepthError) -> Failure:
+    if isinstance(error, _TrainerFailed):
+        end = error.end
+        outcome, needed, budget = end.outcome, end.needed_bytes, end.budget_bytes
+    else:
+        outcome = next((name for kind, name in _OUTCOMES if isinstance(error, kind)), Outcome.ERROR)
+        needed = error.needed_bytes if isinstance(error, (PlanError, _NothingSmaller)) else 0
+        budget = error.budget_bytes if isinstance(error, (PlanError, _NothingSmaller)) else 0
+    return Failure(task.task_id, task.attempt, device_id, outcome, str(error), needed, budget)

@@ -1,0 +1,178 @@
+"""The trainer: a child process of the agent that trains one task at a time, inside its budget.
+
+It speaks JSON lines over its standard streams and ends when its standard input closes. Nothing that it does can take
+the agent down; its memory goes back for certain when it ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+import torch
+
+from edge_client.trainer.protocol import TrainRequest
+from fedepth.budget import Budget
+from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.memory import allocator
+from fedepth.memory.device import bounded
+from fedepth.memory.meter import Baseline, status_bytes
+from fedepth.plan import Stage
+from fedepth.task import Outcome, PartInfo, StageResult
+from fedepth.training.limits import is_out_of_memory
+from fedepth.training.session import Assignment, Known, run
+
+_OUTCOMES: dict[type[FedepthError], Outcome] = {
+    PlanError: Outcome.DECLINED,
+    OverBudgetError: Outcome.OVER_BUDGET,
+    DataError: Outcome.DATA,
+    ModelError: Outcome.MODEL_NOT_ALLOWED,
+}
+
+_LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
+
+
+class Lines:
+    """The agent's end of the standard streams, as the trainer's hooks."""
+
+    def __init__(self, source: TextIO, sink: TextIO, device: torch.device) -> None:
+        self._source = source
+        self._sink = sink
+        self._device = device
+        self.epochs = 0
+        self.baseline = Baseline(0, 0, 0, 0)
+
+    def begin(self, epochs: int, baseline: Baseline) -> None:
+        self.epochs, self.baseline = epochs, baseline
+
+    def rehearsing(self) -> None:
+        self.send(event="rehearsing")
+
+    def send(self, **message: Any) -> None:
+        self._sink.write(msgspec.json.encode(message).decode() + "\n")
+        self._sink.flush()
+
+    def receive(self) -> Any:
+        line = self._source.readline()
+        if not line:
+            sys.exit(0)  # the agent is gone
+        return msgspec.json.decode(line)
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        self.send(
+            event="measure",
+            stage=stage,
+            held_bytes=held_bytes,
+            baseline_bytes=self.baseline.resident_bytes,
+            baseline_anonymous_bytes=self.baseline.anonymous_bytes,
+        )
+        return bounded(msgspec.convert(self.receive()["budget"], Budget).budget_bytes, self._device)
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None:
+        self.send(
+            event="stage_started",
+            stage=index,
+            stage_count=count,
+            first=stage.first,
+            last=stage.last,
+            predicted_peak_bytes=stage.predicted_peak_bytes,
+        )
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None:
+        self.send(
+            event="progress",
+            stage=index,
+            stage_count=count,
+            first=stage.first,
+            last=stage.last,
+            epoch=epoch,
+            epochs=self.epochs,
+            loss=loss,
+        )
+
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+        self.send(event="waiting", stage=index, budget_bytes=budget_bytes)
+
+    def stage_done(self, result: StageResult, part: PartInfo) -> None:
+        self.send(event="stage_done", result=result, part=part)
+
+
+def main() -> None:
+    # The protocol keeps the real standard output; whatever a library prints goes to standard error.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"), device)
+    os.dup2(2, 1)
+    start(device)
+    gc.freeze()  # what was imported stays, and need not be looked through again and again
+    lines.send(event="ready", start_bytes=status_bytes("VmRSS"), allocator=allocator.name())
+    known = Known()
+    while True:
+        message = lines.receive()
+        request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
+        try:
+            result = run(assignment(request), lines, device, known)
+        except FedepthError as error:
+            lines.send(
+                event="failed",
+                outcome=_OUTCOMES.get(type(error), Outcome.ERROR),
+                message=str(error),
+                needed_bytes=getattr(error, "needed_bytes", 0),
+                budget_bytes=getattr(error, "budget_bytes", request.budget.budget_bytes),
+                stage=getattr(error, "stage", 0),
+                miss_bytes=getattr(error, "miss_bytes", 0),
+                capped=getattr(error, "capped", False),
+            )
+        except Exception as error:
+            # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
+            # out of memory is neither: that is a death, and the agent plans smaller.
+            if not is_out_of_memory(error):
+                what = f"{type(error).__name__}: {error}"
+                text = f"the trainer ended on an error that nobody expected: {what}; the agent's log has its traceback"
+                lines.send(event="failed", outcome=Outcome.ERROR, message=text)
+            raise
+        else:
+            lines.send(event="done", result=result)
+        gc.collect()  # tensors in the reference cycles of a failed task must not count in the next one's baseline
+
+
+def assignment(request: TrainRequest) -> Assignment:
+    """A request as a session takes it."""
+    return Assignment(
+        task=request.task,
+        plan=request.plan,
+        weights=Path(request.weights),
+        data=Path(request.data),
+        output=Path(request.output),
+        cache=Path(request.cache),
+        device_id=request.device_id,
+        allowed_models=request.allowed_models,
+        enforce=request.enforce,
+        most_samples=request.most_samples,
+        release_freed=request.release_freed,
+    )
+
+
+def start(device: torch.device) -> None:
+    """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
+
+    Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come
+    on top of the first stage that has such layers. Large enough for every thread to have its part: each keeps buffers
+    of its own.
+    """
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 16, 3),
+        torch.nn.Conv2d(16, 64, 3, stride=2, padding=1),
+        torch.nn.Conv2d(64, 64, 3, padding=1),
+    ).to(device)
+    images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
+    torch.autograd.backward(layers(images).sum())
+    if not allocator.look_at_tensors(lambda: torch.empty(_LOOKED_AT_BYTES, dtype=torch.uint8), _LOOKED_AT_BYTES):
+        print("torch has an allocator of its own for tensors: RLIMIT_DATA alone holds training", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

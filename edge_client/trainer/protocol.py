@@ -1,0 +1,132 @@
+"""What the agent asks of its trainer and what that answers, in lines of JSON (fedepth.child).
+
+The trainer writes `ready` once; after each `train` request it writes any number of `measure`, `stage_started`,
+`progress` and `stage_done`, and then `done` or `failed`. Both sides load this module, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from fedepth.budget import Budget
+from fedepth.plan import Plan
+from fedepth.task import Outcome, PartInfo, Result, StageResult, Task
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One task to train. Paths are absolute, on this device.
+
+    Attributes:
+        plan: the task's plan, or a smaller one where memory has shrunk.
+        allowed_models: every `module:function` that this device may import.
+        enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
+        most_samples: train on the first so many of the data, which may have grown since; 0 for all.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
+    """
+
+    task: Task
+    plan: Plan
+    budget: Budget
+    weights: str
+    data: str
+    output: str
+    cache: str
+    device_id: str
+    allowed_models: tuple[str, ...]
+    enforce: bool
+    most_samples: int = 0
+    release_freed: bool = False
+
+
+class _Event(msgspec.Struct, frozen=True, tag_field="event"):
+    """Fields that a newer trainer adds are ignored."""
+
+
+class Ready(_Event, tag="ready", frozen=True):
+    """The trainer is warm. `start_bytes`: what it holds before weights and data."""
+
+    start_bytes: int
+    allocator: str
+
+
+class Measure(_Event, tag="measure", frozen=True):
+    """Asks for the budget as it is now.
+
+    Attributes:
+        held_bytes: what the trainer holds beyond its baseline.
+        baseline_bytes: what it held before weights and data, the model's modules included.
+        baseline_anonymous_bytes: the part of that which the kernel cannot drop.
+    """
+
+    stage: int
+    held_bytes: int
+    baseline_bytes: int
+    baseline_anonymous_bytes: int
+
+
+class Rehearsing(_Event, tag="rehearsing", frozen=True):
+    """Every stage is tried for one step; until the first stage starts, a death means that the plan needs too much."""
+
+
+class StageStarted(_Event, tag="stage_started", frozen=True):
+    """A stage begins, perhaps with a smaller plan than it was asked for."""
+
+    stage: int
+    stage_count: int
+    first: int
+    last: int
+    predicted_peak_bytes: int
+
+
+class StageProgress(_Event, tag="progress", frozen=True):
+    """Where a stage stands."""
+
+    stage: int
+    stage_count: int
+    first: int
+    last: int
+    epoch: int
+    epochs: int
+    loss: float
+
+
+class Paused(_Event, tag="waiting", frozen=True):
+    """A stage pauses: not even its smallest micro-batch fits into what is free now."""
+
+    stage: int
+    budget_bytes: int
+
+
+class StageDone(_Event, tag="stage_done", frozen=True):
+    """A stage has ended well; its part lies in the output folder, and is final."""
+
+    result: StageResult
+    part: PartInfo
+
+
+class Done(_Event, tag="done", frozen=True):
+    """The task is trained, and its parts lie in the output folder."""
+
+    result: Result
+
+
+class Failed(_Event, tag="failed", frozen=True):
+    """The task ended without an update; the trainer lives on.
+
+    `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
+    """
+
+    outcome: Outcome
+    message: str
+    needed_bytes: int = 0
+    budget_bytes: int = 0
+    stage: int = 0
+    miss_bytes: int = 0
+    capped: bool = False
+
+
+Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

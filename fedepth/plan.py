@@ -1,0 +1,145 @@
+"""Block plans: which units a client trains together, and the memory that each stage is predicted to take.
+
+Sizes are bytes. No torch, no numpy: an idle agent loads this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Policy(str, Enum):
+    """How the planner chooses among the plans that fit."""
+
+    PAPER = "paper"  # fixed batch, fewest blocks (arXiv 2303.04887, section 4.1)
+    AUTO = "auto"  # fewest depth splits first, by micro-batching where that fits
+
+
+class CachePlace(str, Enum):
+    """Where a stage keeps the inputs of its block."""
+
+    RAM = "ram"
+    DISK = "disk"
+
+
+class CacheType(str, Enum):
+    """How cached activations are kept; what is not float32 loses precision (fedepth.training.cache)."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    UINT8 = "uint8"
+
+    def row_bytes(self, values: int) -> int:
+        """Bytes of one cached sample of that many values; uint8 keeps two float32 numbers beside them."""
+        return {CacheType.FLOAT32: 4 * values, CacheType.FLOAT16: 2 * values, CacheType.UINT8: values + 8}[self]
+
+
+@dataclass(frozen=True)
+class PeakComponents:
+    """A predicted peak by component; the peak is the sum."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    temporaries: int
+    scratch: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer_state
+            + self.activations
+            + self.temporaries
+            + self.scratch
+            + self.cache
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The training of one block: units `first..last`, both included.
+
+    Attributes:
+        micro_batch: samples per forward pass; gradients accumulate up to the job's batch.
+        cache: where the block's inputs are kept.
+        build_batch: samples per forward pass while the inputs are computed from the stage before.
+        predicted: the predicted peak by component.
+        checkpoint: keep only each unit's input in the forward pass, and compute the rest again in the backward pass.
+        build_streamed: while the inputs are computed, the preceding units are read from the weights file one at a time,
+            each run over all samples, with its outputs on disk in between.
+        frozen_suffix: the loss is computed through the units behind the block, at their global values and in
+            evaluation mode, and the head, instead of through the skip connection.
+    """
+
+    first: int
+    last: int
+    micro_batch: int
+    cache: CachePlace
+    build_batch: int
+    predicted: PeakComponents
+    checkpoint: bool = False
+    build_streamed: bool = False
+    frozen_suffix: bool = False
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return self.predicted.total
+
+    @property
+    def block(self) -> str:
+        """For people: "1-3", or "4"."""
+        return _range_text(self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The block plan of one client for one round.
+
+    Attributes:
+        stages: in the order of training; together a contiguous range of units.
+        untrained: indices of units that keep their global value.
+        policy: what chose it.
+        budget_bytes: what it was made for.
+    """
+
+    stages: tuple[Stage, ...]
+    untrained: tuple[int, ...]
+    policy: Policy
+    budget_bytes: int
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return max(stage.predicted_peak_bytes for stage in self.stages)
+
+    @property
+    def trained_units(self) -> tuple[int, ...]:
+        """Indices of the units that are trained, in the order of training."""
+        return tuple(unit for stage in self.stages for unit in range(stage.first, stage.last + 1))
+
+    @property
+    def blocks(self) -> str:
+        """For people: "1-3 | 4-6 (untrained: 0)", or "0-3 | 4-6 through 7-9 (untrained: 7-9)" with a frozen suffix."""
+        text = " | ".join(stage.block for stage in self.stages)
+        if self.stages and self.stages[-1].frozen_suffix:
+            text += f" through {_range_text(self.stages[-1].last + 1, self.untrained[-1])}"
+        return text + (f" (untrained: {self.untrained_ranges})" if self.untrained else "")
+
+    @property
+    def untrained_ranges(self) -> str:
+        """For people: "0-2, 7"."""
+        ranges: list[list[int]] = []
+        for unit in self.untrained:
+            if ranges and unit == ranges[-1][1] + 1:
+                ranges[-1][1] = unit
+            else:
+                ranges.append([unit, unit])
+        return ", ".join(_range_text(first, last) for first, last in ranges)
+
+
+def _range_text(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)

@@ -1,0 +1,158 @@
+"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from fedepth.estimate.peak import batches_per_epoch, pieces_of
+from fedepth.models.split import Unit
+from fedepth.plan import Stage
+from fedepth.training import checkpoint
+from fedepth.training.cache import Inputs
+from fedepth.training.context import TrainingContext, load, read, to_device
+from fedepth.training.objective import shared_head
+from fedepth.training.optimizers import new_state, optimizer_step
+from fedepth.training.pressure import MicroBatch
+
+
+class BlockTraining:
+    """A block and the head, loaded and trainable, until `close`.
+
+    Attributes:
+        smallest_micro_batch: the smallest so far.
+        steps: optimizer steps so far.
+        samples_seen: samples so far, counted once an epoch.
+    """
+
+    def __init__(
+        self,
+        context: TrainingContext,
+        stage: Stage,
+        inputs: Inputs,
+        labels: torch.Tensor,
+        index: int,
+        micro_batch: MicroBatch,
+        *,
+        final: bool,
+    ) -> None:
+        """`index`: the place of the stage in its task; `final`: no stage follows."""
+        if stage.frozen_suffix:
+            raise NotImplementedError("training through a frozen suffix")
+        self.smallest_micro_batch = micro_batch.now
+        self._micro_batch = micro_batch
+        self.steps = 0
+        self.samples_seen = 0
+        self._context = context
+        self._stage = stage
+        self._inputs = inputs
+        self._labels = labels
+        self._shuffle = torch.Generator().manual_seed(_seed(context, index))
+        torch.manual_seed(_seed(context, index) ^ 1)  # dropout
+        split = context.split
+        self._units = [split.units[each] for each in range(stage.first, stage.last + 1)]
+        for unit in self._units:
+            load(context, unit, trainable=True)
+            unit.train(True)
+        split.head.train(True)
+        # The head sees zero-padded channels until the last stage; their statistics must not reach its BatchNorm.
+        _track_statistics(split.head, track=final)
+        self._update = optimizer_step(context.task.training.optimizer)
+        self._last_piece = True
+        named = [pair for unit in (*self._units, split.head) for pair in unit.parameters()]
+        self._parameters = [parameter for _, parameter in named]
+        # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._updater(name, parameter))  # type: ignore[no-untyped-call]
+            for name, parameter in named
+        ]
+        # As large as the part of an epoch's order that a rehearsal, which draws few samples, does not have.
+        self._order_beyond = torch.zeros(context.cached_samples - len(labels), dtype=torch.int64)
+
+    def epoch_batches(self) -> tuple[torch.Tensor, ...]:
+        """Index batches of the next epoch."""
+        task = self._context.task
+        count = len(self._labels)
+        return epoch_batches(count, batches_per_epoch(task.costs, task.training, count), self._shuffle)
+
+    def step(self, indices: torch.Tensor) -> float:
+        """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
+        self.steps += 1
+        micro_batch = self._micro_batch.now
+        self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
+        pieces = torch.tensor_split(indices, pieces_of(self._context.task.costs, len(indices), micro_batch))
+        loss_sum = 0.0
+        for number, piece in enumerate(pieces, 1):
+            self._last_piece = number == len(pieces)
+            loss_sum += self._accumulate(piece, len(indices))
+        self.samples_seen += len(indices)
+        return loss_sum
+
+    def close(self) -> None:
+        """Lets go of gradients, optimizer state and weights; those stay where the units hold them."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for _, parameter in self._context.split.head.parameters():
+            parameter.requires_grad_(True)
+        self._hooks.clear()
+        self._parameters.clear()
+
+    def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
+        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
+        head, shape = self._context.split.head, self._context.split.head_shape
+        targets = self._labels[piece].to(self._context.device)
+        loss_of = partial(shared_head, head=head, head_shape=shape, targets=targets, batch=batch)
+        x = to_device(self._context, self._inputs.read(piece), from_pixels=self._stage.first == 0)
+        if self._stage.checkpoint:
+            return float(checkpoint.forward_backward(self._units, x, loss_of))
+        for unit in self._units:
+            x = unit(x)
+        loss = loss_of(x)
+        del x
+        torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    def _updater(self, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        spec = self._context.task.training
+        # The global weights, also for the head, which earlier stages of the task have trained already.
+        reference = read(self._context, self._context.weights, name) if spec.proximal_mu > 0 else None
+        state = new_state(parameter.detach(), spec)
+
+        def update(_: torch.Tensor) -> None:
+            gradient = parameter.grad
+            if not self._last_piece or gradient is None:
+                return
+            parameter.grad = None
+            with torch.no_grad():
+                if reference is not None:
+                    gradient.add_(parameter - reference, alpha=spec.proximal_mu)
+                self._update(parameter, gradient, state, self.steps, spec)
+
+        return update
+
+
+def epoch_batches(count: int, batches: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Index batches of one epoch: every sample once, in batches whose sizes differ by at most one.
+
+    Almost equal sizes keep the kernels' cached scratch small, and no step weighs its samples more than another.
+    """
+    return torch.tensor_split(torch.randperm(count, generator=generator), batches)
+
+
+def _track_statistics(unit: Unit, *, track: bool) -> None:
+    for module in (module for top in unit.modules for module in top.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = track
+
+
+def _seed(context: TrainingContext, index: int) -> int:
+    """The same for the same job, round, device and stage; different for any other."""
+    text = f"{context.task.training.seed}/{context.task.round}/{context.device_id}/{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

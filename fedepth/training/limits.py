@@ -1,0 +1,111 @@
+"""What holds a stage inside its budget: the cap on its heap, the look at its first step, errors of going over it.
+
+RLIMIT_DATA holds what a process asks for, the heap's cap what an allocator may hand out; neither counts pages that are
+read from files. The first step is held against the budget for what both let through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from fedepth.errors import OverBudgetError
+from fedepth.estimate.peak import may_keep_bytes, needed_bytes
+from fedepth.memory import allocator
+from fedepth.memory.device import peak_bytes
+from fedepth.memory.meter import Meter
+from fedepth.plan import Stage
+from fedepth.sizes import format_size
+from fedepth.training.context import TrainingContext
+
+UNBOUNDED = 1 << 50
+OUTSIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
+UNWRITTEN_BYTES = 16 << 20  # that kernels ask for and never write to; they count on the heap, and take no memory
+_OUT_OF_MEMORY = re.compile(
+    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
+    re.I,
+)
+_WANTED = re.compile(r"tried to allocate (\d+) bytes")
+
+Peaks = Mapping[Stage, int]  # of stages in their rehearsal
+
+
+def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
+    """What the plan's worst stage needed in its rehearsal, and a little for pages that are worth keeping.
+
+    At most the budget, and all of it where the stage was not rehearsed. Stages that need less than the worst keep what
+    they like up to its need.
+    """
+    cap = whole_heap(context, budget)
+    # The rehearsal released freed pages at once, so its peak is the need itself. The cap is the need and a margin and
+    # not the whole budget: what an allocator keeps is then bounded, and the peak can be told in advance.
+    if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
+        need = max(rehearsed.values())
+        cap = min(cap, need + may_keep_bytes(need))
+    # What lies outside the heap is off every cap, also off one that is lowered later.
+    return allocator.HeapCap(meter.baseline.heap_bytes - meter.outside_heap_bytes, cap)
+
+
+def expected_bytes(context: TrainingContext, stage: Stage, rehearsed_bytes: int, budget: int) -> int:
+    """What a stage is going to take: with the pages that it keeps, and no more than the budget that it is held to."""
+    if not rehearsed_bytes:
+        return needed_bytes(stage.predicted_peak_bytes)
+    kept = 0 if context.release_freed else may_keep_bytes(rehearsed_bytes)
+    return min(budget, rehearsed_bytes + kept)
+
+
+def whole_heap(context: TrainingContext, budget: int) -> int:
+    """What the heap may come to in a budget."""
+    if not context.enforce:
+        return UNBOUNDED
+    # The cap counts what is asked for, the budget what is written to. oneDNN asks for 20 MB for the gradient of a patch
+    # embedding and leaves most of it untouched. Where freed pages are released at once, the heap follows what is in
+    # use, so it may ask for that much more; the first step is held against the budget instead.
+    return budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has refused; torch and oneDNN have no type for that."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def check_first_step(meter: Meter, context: TrainingContext, budget: int, index: int, stage: Stage) -> None:
+    """Holds what a stage has taken by the end of its first step against the budget.
+
+    Raises:
+        OverBudgetError: it was more.
+    """
+    # Neither cap nor RLIMIT_DATA sees pages of files. After one step all tensors of the stage have been there once:
+    # optimizer state is made before it, so that later steps need no more.
+    peak = peak_bytes(meter, context.device)
+    if peak > budget:
+        raise OverBudgetError(
+            f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first step, "
+            f"predicted were {format_size(stage.predicted_peak_bytes)}, the budget is {format_size(budget)}",
+            stage=index,
+            miss_bytes=peak - budget,
+        )
+
+
+def over_budget(
+    error: BaseException, index: int, stage: Stage, budget: int, meter: Meter, *, capped: bool
+) -> BaseException:
+    """An allocator's error as OverBudgetError; any other error as it is.
+
+    Args:
+        capped: a cap on the heap held, which counts what is asked for, and not what is written to.
+    """
+    if not is_out_of_memory(error):
+        return error
+    text = str(error)
+    wanted = _WANTED.search(text)
+    # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
+    needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)
+    met = "the cap on its heap" if capped else "its limit"
+    return OverBudgetError(
+        f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met {met} in "
+        f"a budget of {format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
+        stage=index,
+        miss_bytes=max(0, needed - budget),
+        capped=capped,
+    )

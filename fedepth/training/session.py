@@ -1,0 +1,145 @@
+"""One task on one device: warm up, rehearse, train. A trainer calls it, or a simulation; both hear of it by hooks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedepth.data.read import Images, open_images
+from fedepth.memory import allocator
+from fedepth.memory.meter import Baseline, Meter
+from fedepth.models.memory_format import prefers_channels_last
+from fedepth.models.split import split_spec
+from fedepth.plan import Plan
+from fedepth.task import ModelSpec, Result, Task
+from fedepth.training.context import TrainingContext
+from fedepth.training.limits import Peaks
+from fedepth.training.rehearsal import FirstImages, rehearse
+from fedepth.training.stages import Hooks, fitted, train
+from fedepth.training.warmup import warm_up
+from fedepth.weights import open_weights
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One task to train, and the files that it needs.
+
+    Attributes:
+        plan: the task's plan, or a smaller one where memory has shrunk.
+        weights: the global weights.
+        data: a folder with images to train on, see `open_images`.
+        output: where the parts of the update go.
+        cache: where cached inputs go that do not lie in RAM.
+        allowed_models: every `module:function` that may be imported.
+        enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
+        most_samples: train on the first so many of the data, which may have grown since; 0 for all.
+        release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
+            for speed.
+    """
+
+    task: Task
+    plan: Plan
+    weights: Path
+    data: Path
+    output: Path
+    cache: Path
+    device_id: str
+    allowed_models: tuple[str, ...]
+    enforce: bool
+    most_samples: int = 0
+    release_freed: bool = False
+
+
+class SessionHooks(Hooks, Protocol):
+    """What a session asks and tells while it works."""
+
+    def begin(self, epochs: int, baseline: Baseline) -> None:
+        """The warm-up is over: a task of so many local epochs, whose peaks are counted from this baseline."""
+
+    def rehearsing(self) -> None:
+        """Every stage is tried for one step before the first is trained."""
+
+
+@dataclass
+class Known:
+    """What this process has been through: units it has warmed up for, by model, and what it has rehearsed, with the
+    peaks."""
+
+    warm: dict[ModelSpec, set[int]] = field(default_factory=dict)
+    rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
+
+
+def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known: Known) -> Result:
+    """One task, from warm-up to its parts on disk. What `known` holds already is not done again, and is added to.
+
+    Raises:
+        DataError: the images cannot be read, or do not fit the model.
+        ModelError: the model cannot be built, or is not allowed.
+        PlanError: nothing fits what is free now.
+        OverBudgetError: a stage met its limit.
+        StateError: the weights file is not one.
+    """
+    started = time.monotonic()
+    task, plan = assignment.task, assignment.plan
+    split = split_spec(task.model, assignment.allowed_models, costs=task.costs)
+    for folder in (assignment.output, assignment.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    images: Images = open_images(assignment.data, task.model, "train", scratch=assignment.cache)
+    if 0 < assignment.most_samples < len(images):
+        images = FirstImages(images, assignment.most_samples)
+    with open_weights(assignment.weights) as weights:
+        context = TrainingContext(
+            task=task,
+            plan=plan,
+            split=split,
+            weights=weights,
+            images=images,
+            output=assignment.output,
+            cache=assignment.cache,
+            device_id=assignment.device_id,
+            device=device,
+            channels_last=prefers_channels_last(split, device),
+            enforce=assignment.enforce,
+            release_freed=assignment.release_freed,
+        )
+        warm = known.warm.setdefault(task.model, set())
+        if not warm.issuperset(plan.trained_units):
+            warm_up(context, set(plan.trained_units) - warm)
+            warm.update(plan.trained_units)
+        meter = Meter()
+        hooks.begin(task.training.local_epochs, meter.baseline)
+        context = fitted(context, meter, hooks)
+        peaks = _rehearsed(context, meter, hooks, known)
+        trained = train(context, meter, hooks, peaks)
+    return Result(
+        task_id=task.task_id,
+        attempt=task.attempt,
+        device_id=assignment.device_id,
+        round=task.round,
+        sample_count=len(images),
+        plan=trained.plan,
+        trained_units=trained.plan.trained_units,
+        stages=trained.stages,
+        parts=trained.infos,
+        seconds=time.monotonic() - started,
+        allocator=allocator.name(),
+        baseline_bytes=meter.baseline.resident_bytes,
+    )
+
+
+def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, known: Known) -> Peaks:
+    """The peaks of the plan's stages in their rehearsal: in this one, or in one of a task before that was alike."""
+    # Rounds differ in learning rate and seed, which change nothing about memory.
+    alike = replace(context.task.training, learning_rate=0.0, seed=0)
+    key = (context.task.model, alike, context.plan.stages, len(context.images), context.enforce)
+    if key not in known.rehearsed:
+        hooks.rehearsing()
+        known.rehearsed = {key: rehearse(context, meter, hooks)}
+    peaks = known.rehearsed[key]
+    if peaks.keys() != set(context.plan.stages):
+        known.rehearsed = {}  # memory fell short meanwhile; the next task rehearses again
+    return peaks

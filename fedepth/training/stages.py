@@ -1,0 +1,318 @@
+"""Depth-wise training of one task (arXiv 2303.04887, sections 4.1 and 4.2).
+
+For every stage: compute the block's inputs once from those of the stage before, train the block together with the head
+for the job's local epochs, freeze it, write it out. Only the weights that a stage needs are in memory; everything else
+of the model stays on the meta device and in the weights file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedepth.errors import OverBudgetError, PlanError
+from fedepth.estimate.peak import needed_bytes
+from fedepth.memory import allocator
+from fedepth.memory.device import held_bytes, peak_bytes, reset
+from fedepth.memory.meter import DataLimit, Meter
+from fedepth.models.split import Unit, release
+from fedepth.plan import Plan, Stage
+from fedepth.planning.planner import make_plan
+from fedepth.sizes import format_size
+from fedepth.task import PartInfo, StageResult
+from fedepth.training.block import BlockTraining
+from fedepth.training.cache import Cache
+from fedepth.training.context import TrainingContext, load
+from fedepth.training.limits import (
+    UNBOUNDED,
+    Peaks,
+    check_first_step,
+    expected_bytes,
+    heap_cap,
+    over_budget,
+    whole_heap,
+)
+from fedepth.training.prefix import build_inputs
+from fedepth.training.pressure import MicroBatch, building_fits
+from fedepth.weights import write_tensors
+
+LOOK_S = 1.0  # how often a stage reports, and looks at what is free
+LONGEST_PAUSE_S = 600.0
+
+
+class Hooks(Protocol):
+    """What the trainer asks and tells while it works."""
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        """The budget in bytes as it is now; `held_bytes` is what this process holds above its baseline."""
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
+
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None:
+        """The stage pauses: not even its smallest micro-batch fits into what is free now."""
+
+    def stage_done(self, result: StageResult, part: PartInfo) -> None:
+        """`part` holds the block as it stays: no later stage changes it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a task: the plan that was really trained, and one file per block and one for the head.
+
+    Attributes:
+        parts: the files.
+        infos: what is in the same place of `parts`, as it goes to the coordinator.
+    """
+
+    plan: Plan
+    stages: tuple[StageResult, ...]
+    parts: tuple[Path, ...]
+    infos: tuple[PartInfo, ...]
+
+
+def fitted(context: TrainingContext, meter: Meter, hooks: Hooks) -> TrainingContext:
+    """The same, with a smaller plan where less is free now than its plan needs.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    stages = _fit(context, list(context.plan.stages), [], hooks.measure(0, held_bytes(meter, context.device)))
+    return replace(context, plan=_of_stages(context, stages))
+
+
+def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
+    """Trains every stage inside the budget that is measured before it.
+
+    Args:
+        rehearsed: peaks of stages in their rehearsal. One that runs otherwise than it was rehearsed has none.
+
+    Raises:
+        PlanError: nothing fits; the blocks that are trained by then are worth nothing without those behind them.
+        OverBudgetError: a stage met its limit.
+    """
+    split = context.split
+    waiting = list(context.plan.stages)
+    done: list[Stage] = []
+    results: list[StageResult] = []
+    parts: list[Path] = []
+    infos: list[PartInfo] = []
+    cache: Cache | None = None
+    labels = torch.from_numpy(np.asarray(context.images.labels, np.int64))[: context.first_samples or None]
+    load(context, split.head, trainable=True)
+    while waiting:
+        budget = hooks.measure(len(done), held_bytes(meter, context.device))
+        try:
+            waiting = _fit(context, waiting, done, budget)
+        except PlanError:
+            if cache is not None:
+                cache.close()
+            raise
+        stage = waiting.pop(0)
+        rehearsed_bytes = (rehearsed or {}).get(stage, 0)
+        count = len(done) + 1 + len(waiting)
+        hooks.stage_started(len(done), count, stage)
+        reset(meter, context.device)  # after the plan is settled, so that the peak is this stage's alone
+        started = time.monotonic()
+        with ExitStack() as limits:
+            if context.enforce:
+                limits.enter_context(
+                    DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
+                )
+            if context.release_freed:
+                limits.enter_context(allocator.release_freed())
+            cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
+            previous = done[-1] if done else None
+            yield_memory = partial(_yield_memory, context, stage, meter, cap, hooks, len(done))
+            try:
+                between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, context, stage, previous)))
+                cache = build_inputs(context, stage, previous, cache, between)
+                # What the inputs took says nothing of what training them takes, so this look is at what is expected.
+                micro_batch = MicroBatch(context.task.costs, context.task.training, stage, context.cached_samples)
+                yield_memory(micro_batch.fits, expected_bytes(context, stage, rehearsed_bytes, budget))
+                block = BlockTraining(context, stage, cache, labels, len(done), micro_batch, final=not waiting)
+                check = partial(check_first_step, meter, context, budget, len(done), stage)
+                report = partial(hooks.progress, len(done), count, stage)
+                losses = _epochs(context, block, meter, check, partial(yield_memory, micro_batch.fits), report)
+            except BaseException as error:
+                if cache is not None:
+                    cache.close()  # a trainer lives on after a failed task, and must not keep its files open
+                if isinstance(error, (RuntimeError, MemoryError)):
+                    capped = not context.release_freed and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
+                    raise over_budget(error, len(done), stage, budget, meter, capped=capped) from error
+                raise
+            units = [split.units[unit] for unit in range(stage.first, stage.last + 1)]
+            _write(context, units, parts, infos)
+            context = context.with_part(parts[-1])
+            for unit in units:
+                release(unit)  # the next stage reads what it needs of them
+        results.append(
+            StageResult(
+                first=stage.first,
+                last=stage.last,
+                micro_batch=block.smallest_micro_batch,
+                predicted_peak_bytes=stage.predicted_peak_bytes,
+                rehearsed_peak_bytes=rehearsed_bytes,
+                measured_peak_bytes=peak_bytes(meter, context.device),
+                measured_anonymous_bytes=meter.anonymous_peak_bytes,
+                budget_bytes=budget,
+                loss_first=losses[0],
+                loss_last=losses[-1],
+                steps=block.steps,
+                samples_seen=block.samples_seen,
+                seconds=time.monotonic() - started,
+            )
+        )
+        hooks.stage_done(results[-1], infos[-1])
+        done.append(stage)
+    if cache is not None:
+        cache.close()
+    _write(context, [split.head], parts, infos)
+    release(split.head)
+    return Trained(_of_stages(context, done), tuple(results), tuple(parts), tuple(infos))
+
+
+def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
+    """The task's plan with other stages."""
+    plan = replace(context.plan, stages=tuple(stages))
+    untrained = sorted({*range(len(context.split.units))} - {*plan.trained_units})
+    return replace(plan, untrained=tuple(untrained))
+
+
+def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
+    """The stages still to train, planned anew if memory has shrunk below what they need.
+
+    Raises:
+        PlanError: no plan for all that is left fits. A block that was trained while the units behind it were not is
+            harmful, so nothing of the task is delivered then.
+    """
+    if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
+        return waiting
+    plan = make_plan(
+        context.task.costs,
+        budget_bytes=budget,
+        training=context.task.training,
+        sample_count=context.cached_samples,
+        policy=context.task.policy,
+        done=done[-1] if done else None,
+    )
+    return list(plan.stages)
+
+
+def _epochs(
+    context: TrainingContext,
+    block: BlockTraining,
+    meter: Meter,
+    check: Callable[[], None],
+    yield_memory: Callable[[], None],
+    report: Callable[[int, float], None],
+) -> list[float]:
+    """Trains a block for all epochs; returns the mean loss of each."""
+    spec = context.task.training
+    losses: list[float] = []
+    epoch, total, batches = 0, 0.0, 0
+
+    def report_and_look() -> None:
+        report(epoch, total / batches)
+        yield_memory()
+
+    look = _every(LOOK_S, report_and_look)
+    for epoch in range(spec.local_epochs):
+        total, batches = 0.0, 0
+        for indices in block.epoch_batches():
+            total += block.step(indices)
+            batches += 1
+            meter.sample()
+            if block.steps == 1 and context.enforce:
+                check()
+            look()
+        losses.append(total / batches)
+        report(epoch + 1, losses[-1])
+    block.close()
+    return losses
+
+
+def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+    """The same, but what comes sooner after the last call does nothing."""
+    last = time.monotonic()
+
+    def sometimes() -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            call()
+            last = time.monotonic()
+
+    return sometimes
+
+
+def _yield_memory(
+    context: TrainingContext,
+    stage: Stage,
+    meter: Meter,
+    cap: allocator.HeapCap,
+    hooks: Hooks,
+    index: int,
+    fits: Callable[[int | None], bool],
+    expected_bytes: int = 0,
+) -> None:
+    """Fits the stage to what is free now, between two steps; waits while nothing of it fits.
+
+    While the peak that was measured stays inside, the stage runs as it was planned: only what really does not fit is
+    worth a change, and the change ends when memory comes back.
+
+    Args:
+        fits: makes the stage fit into a budget and says whether it does; None gives it its own way back.
+        expected_bytes: what it will take as planned, where its peak does not tell that yet.
+
+    Raises:
+        OverBudgetError: memory did not come back.
+    """
+    if not context.enforce:
+        return
+    waited = 0.0
+    while True:
+        budget = hooks.measure(index, held_bytes(meter, context.device))
+        if max(peak_bytes(meter, context.device), expected_bytes) <= budget:
+            cap.resize(UNBOUNDED)
+            fits(None)
+            return
+        cap.resize(whole_heap(context, budget))
+        if fits(budget):
+            return
+        hooks.waiting(index, stage, budget)
+        if waited >= LONGEST_PAUSE_S:
+            raise OverBudgetError(
+                f"stage {index} (units {stage.first}-{stage.last}) paused for {waited:.0f} s because only "
+                f"{format_size(budget)} were free for it; others on this device hold the memory",
+                stage=index,
+                miss_bytes=max(0, stage.predicted_peak_bytes - budget),
+            )
+        time.sleep(LOOK_S)
+        waited += LOOK_S
+
+
+def _fits_while_building(context: TrainingContext, stage: Stage, previous: Stage | None, budget: int | None) -> bool:
+    """Without what was kept of freed memory; nothing of it can be smaller."""
+    if budget is None:
+        return True
+    return building_fits(context.task.costs, context.task.training, stage, previous, context.cached_samples, budget)
+
+
+def _write(context: TrainingContext, units: list[Unit], parts: list[Path], infos: list[PartInfo]) -> None:
+    """The tensors of `units` as one more immutable part, one tensor at a time."""
+    number = len(parts)
+    path = context.output / f"part-{number:04d}.safetensors"
+    tensors = {name: tensor for unit in units for name, tensor in (*unit.parameters(), *unit.buffers())}
+    kinds = {name: context.weights.info(name) for name in tensors}
+    digest = write_tensors(path, kinds, lambda name: (tensors[name].detach().cpu().contiguous().numpy(),))
+    parts.append(path)
+    infos.append(PartInfo(number, path.stat().st_size, digest))

@@ -1,0 +1,167 @@
+import asyncio
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from coordinator.model_worker import process
+from fedepth.child import Child, module_argv
+from fedepth.costs import ModelCosts
+from fedepth.data.read import open_images
+from fedepth.errors import ChildError
+from fedepth.layout import ModelLayout
+from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.weights import load_numpy, save
+
+SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 8, 8), (0.3,), (0.35,))
+TRAINING = TrainingSpec(32, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
+
+
+def ask(do: str, **fields: Any) -> dict[str, Any]:
+    """The answer to one request, through JSON on both ways."""
+    answers = io.BytesIO()
+    process.serve(io.BytesIO(msgspec.json.encode({"do": do, **fields}) + b"\n"), answers)
+    ready, answer = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert ready == {"event": "ready"}
+    assert isinstance(answer, dict)
+    return answer
+
+
+def prepared(path: Path, seed: int = 0) -> dict[str, Any]:
+    answer = ask("prepare", model=SPEC, training=TRAINING, seed=seed, output=str(path))
+    return dict(answer["ok"])
+
+
+def always_class(path: Path, label: int) -> Path:
+    """Weights whose classifier gives one class, whatever it sees."""
+    prepared(path)
+    weights = load_numpy(path)
+    weights["head.2.weight"] = np.zeros_like(weights["head.2.weight"])
+    weights["head.2.bias"] = 100 * np.eye(10, dtype=np.float32)[label]
+    save(path, weights)
+    return path
+
+
+def test_prepare_writes_weights_and_says_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "initial.safetensors"
+    told = prepared(path)
+    data = path.read_bytes()
+    assert told["size_bytes"] == len(data)
+    assert told["digest"] == hashlib.sha256(data).hexdigest()
+    layout = msgspec.convert(told["layout"], ModelLayout)
+    assert {t.name: t.shape for t in layout.tensors} == {n: a.shape for n, a in load_numpy(path).items()}
+    costs = msgspec.convert(told["costs"], ModelCosts)
+    assert [unit.name for unit in costs.units] == [unit.name for unit in layout.units]
+    assert sum(u.parameter_bytes for u in costs.units) + costs.head.parameter_bytes == layout.size_bytes
+
+
+def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
+    first, again, other = (prepared(tmp_path / str(i), seed)["digest"] for i, seed in enumerate((3, 3, 4)))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("label", [0, 7])
+def test_evaluation_counts_and_averages(tmp_path: Path, label: int) -> None:
+    weights = always_class(tmp_path / "w", label)
+    labels = open_images("digits", SPEC, "test").labels
+    told = ask("evaluate", model=SPEC, weights=str(weights), test_data="digits")["ok"]
+    share = float((labels == label).mean())
+    assert told["samples"] == len(labels)
+    assert told["accuracy"] == pytest.approx(share)
+    assert told["loss"] == pytest.approx(100 * (1 - share), rel=1e-5)
+
+
+def test_batches_do_not_change_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(tmp_path / "w")
+    request = {"model": SPEC, "weights": str(tmp_path / "w"), "test_data": "digits"}
+    whole = ask("evaluate", **request)["ok"]
+    monkeypatch.setattr(process, "LARGEST_BATCH", 37)
+    assert ask("evaluate", **request)["ok"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_export_reports_its_parity(tmp_path: Path) -> None:
+    digest = prepared(tmp_path / "w")["digest"]
+    output = tmp_path / "models" / "digits.onnx"
+    told = ask(
+        "export",
+        model=SPEC,
+        weights=str(tmp_path / "w"),
+        weights_digest=digest,
+        job="digits",
+        round=2,
+        test_data="digits",
+        output=str(output),
+    )["ok"]
+    assert told["path"] == str(output)
+    assert told["size_bytes"] == output.stat().st_size
+    assert told["samples"] == process.EXPORT_SAMPLES
+    assert told["top1_equal"] + told["ties"] == told["samples"]
+    assert 0 <= told["parity_max_abs"] <= 1e-4
+    assert digest.encode() in output.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"do": "sing"}, "ProtocolError", "'sing'.*prepare, evaluate, export"),
+        ({}, "ProtocolError", "None"),
+        ({"do": "evaluate", "model": SPEC, "weights": 3, "test_data": "x"}, "ProtocolError", "weights"),
+        (
+            {"do": "evaluate", "model": SPEC, "weights": "/missing", "test_data": "x"},
+            "StateError",
+            "/missing",
+        ),
+    ],
+)
+def test_errors_have_their_class_and_message(fields: dict[str, Any], kind: str, message: str) -> None:
+    told = ask(**{"do": None, **fields})["error"]
+    assert told["type"] == kind
+    assert re.search(message, told["message"])
+
+
+def test_a_model_that_does_not_exist_is_a_model_error(tmp_path: Path) -> None:
+    unknown = ModelSpec("nothing", SPEC.classes, SPEC.input_shape, SPEC.mean, SPEC.std)
+    answer = ask("prepare", model=unknown, training=TRAINING, seed=0, output=str(tmp_path / "w"))
+    assert answer["error"]["type"] == "ModelError"
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_line_that_is_no_json_gets_an_answer() -> None:
+    assert process.answer(b"{nonsense\n")["error"]["type"] == "ProtocolError"
+
+
+def test_the_child_answers_and_ends_with_its_input(tmp_path: Path) -> None:
+    """The real process: what libraries and models print must not reach the protocol."""
+    (tmp_path / "noisy.py").write_text(
+        "import os, sys\n"
+        "from fedepth.models.digits import DigitsCNN\n"
+        "def build(spec):\n"
+        "    print('noise'); sys.stdout.flush(); os.write(1, b'more noise\\n')\n"
+        "    return DigitsCNN(1, 10)\n"
+    )
+    spec = ModelSpec("noisy:build", SPEC.classes, SPEC.input_shape, SPEC.mean, SPEC.std)
+    output = tmp_path / "w.safetensors"
+
+    async def talk() -> tuple[Any, Any, int | None]:
+        child = await Child.start(
+            "model worker", module_argv("coordinator.model_worker.process"), {"PYTHONPATH": str(tmp_path)}
+        )
+        ready = await child.receive()
+        await child.send({"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, "output": str(output)})
+        answer = await child.receive()
+        await child.stop(grace_s=30)
+        with pytest.raises(ChildError) as ended:
+            await child.receive()
+        return ready, answer, ended.value.returncode
+
+    ready, answer, returncode = asyncio.run(talk())
+    assert ready == {"event": "ready"}
+    assert answer["ok"]["digest"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert returncode == 0

@@ -1,0 +1,281 @@
+"""Uploads: resumable, bounded, digest checked; commits: checked, recorded once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+from coordinator import admission
+from coordinator import uploads as uploads_module
+from coordinator.store.records import Store
+from coordinator.uploads import PartHeader, Uploads
+from fedepth.errors import ProtocolError, UpdateError
+from fedepth.job import model_spec
+from fedepth.layout import ModelLayout
+from fedepth.task import Result
+
+DATA = bytes(range(200)) * 10
+PIECE = 500
+
+
+class Setup:
+    def __init__(self, folder: Path, kit: Any) -> None:
+        self.kit = kit
+        self.store = Store.open(folder, "demo", model_spec(kit.config()))
+        self.task = kit.task()
+        self.store.record_task(self.task)
+        self.open = True
+        self.uploads = Uploads(self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id)
+
+    def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
+        fields: dict[str, Any] = {
+            "task_id": self.task.task_id,
+            "attempt": 1,
+            "device_id": "a",
+            "part": 0,
+            "offset": 0,
+            "size_bytes": len(data),
+            "digest": self.kit.sha256(data),
+        }
+        return PartHeader(**{**fields, **changes})
+
+    def send(self, header: PartHeader, data: bytes = DATA, end: int | None = None) -> int:
+        return asyncio.run(self.uploads.receive(header, chunks(data, header.offset, end)))
+
+    def offset(self, data: bytes = DATA) -> int:
+        return asyncio.run(self.uploads.offset(self.task.task_id, 1, 0, self.kit.sha256(data)))
+
+    def commit(self, **changes: Any) -> bool:
+        return asyncio.run(self.uploads.commit(self.kit.result(self.task, {0: DATA}, **changes)))
+
+
+async def chunks(data: bytes, offset: int, end: int | None = None) -> AsyncIterator[Chunk]:
+    end = len(data) if end is None else end
+    for start in range(offset, end, PIECE):
+        yield Chunk(offset=start, data=data[start : min(start + PIECE, end)])
+
+
+@pytest.fixture
+def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
+    made = Setup(tmp_path, kit)
+    yield made
+    made.store.close()
+
+
+def test_a_part_is_received_and_committed_once(setup: Setup) -> None:
+    assert setup.send(setup.header()) == len(DATA)
+    assert setup.commit() is True
+    assert setup.commit() is False
+    stored = setup.store.updates_of(1)
+    assert [update.task_id for update in stored] == [setup.task.task_id]
+    assert [path.read_bytes() for path in setup.uploads.paths(stored[0])] == [DATA]
+    setup.open = False  # the round is closed: asking again still finds the update accepted
+    assert setup.commit() is False
+    assert setup.offset() == len(DATA)
+    assert setup.send(setup.header()) == len(DATA)
+
+
+def test_two_commits_at_once_record_one_update(setup: Setup) -> None:
+    setup.send(setup.header())
+    result = setup.kit.result(setup.task, {0: DATA})
+
+    async def both() -> list[bool]:
+        return list(await asyncio.gather(setup.uploads.commit(result), setup.uploads.commit(result)))
+
+    assert sorted(asyncio.run(both())) == [False, True]
+    assert len(setup.store.updates_of(1)) == 1
+
+
+def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="ended at 1200 of 2000"):
+        setup.send(setup.header(), end=1200)
+    assert setup.offset() == 1200
+    with pytest.raises(ProtocolError, match="ask for the offset"):
+        setup.send(setup.header())
+    assert setup.send(setup.header(offset=1200)) == len(DATA)
+    assert setup.offset() == len(DATA)
+    assert setup.commit()
+
+
+def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
+    with pytest.raises(ProtocolError):
+        setup.send(setup.header(), end=700)
+    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
+    assert setup.offset() == 700
+    assert setup.send(setup.header(offset=700)) == len(DATA)
+
+
+def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(uploads_module, "_seal", killed)
+        setup.send(setup.header())
+    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
+    assert setup.offset() == len(DATA)  # so the device does not send it again
+    assert setup.commit()
+    (stored,) = setup.store.updates_of(1)
+    assert [path.read_bytes() for path in setup.uploads.paths(stored)] == [DATA]
+
+
+def test_a_part_that_came_whole_but_damaged_is_sent_again(setup: Setup) -> None:
+    folder = setup.store.files.spool(setup.task.task_id, 1)
+    folder.mkdir()
+    uploads_module._partial_path(folder, 0, setup.kit.sha256(DATA)).write_bytes(DATA[::-1])
+    with pytest.raises(ProtocolError, match=r"part-0000.*: sha256 is .*, expected .*send it again"):
+        setup.commit()
+    assert setup.offset() == 0
+    assert setup.send(setup.header()) == len(DATA)
+    assert setup.commit()
+
+
+def test_a_commit_waits_for_a_part_whose_stream_was_cut_while_it_was_sealed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal, sealing, go_on = uploads_module._seal, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        sealing.set()
+        go_on.wait()
+        seal(*arguments)
+
+    monkeypatch.setattr(uploads_module, "_seal", slow)
+
+    async def scene() -> bool:
+        upload = asyncio.create_task(setup.uploads.receive(setup.header(), chunks(DATA, 0)))
+        await asyncio.to_thread(sealing.wait)
+        upload.cancel()
+        await asyncio.wait({upload})
+        try:
+            assert setup.uploads._lock(setup.task.task_id).locked()
+            commit = asyncio.create_task(setup.uploads.commit(setup.kit.result(setup.task, {0: DATA})))
+        finally:
+            go_on.set()
+        return await commit
+
+    assert asyncio.run(scene())
+
+
+def test_an_older_stream_of_the_same_part_gives_way(setup: Setup) -> None:
+    async def scene() -> int:
+        stalled, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[Chunk]:
+            yield Chunk(offset=0, data=DATA[:PIECE])
+            stalled.set()
+            await go_on.wait()
+            yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
+
+        old = asyncio.create_task(setup.uploads.receive(setup.header(), slow()))
+        await stalled.wait()
+        held = await setup.uploads.receive(setup.header(offset=PIECE), chunks(DATA, PIECE))
+        go_on.set()
+        with pytest.raises(ProtocolError, match="newer stream"):
+            await old
+        return held
+
+    assert asyncio.run(scene()) == len(DATA)
+    assert setup.commit()
+
+
+def test_a_wrong_digest_is_told_and_the_part_starts_anew(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="sha256"):
+        setup.send(setup.header(digest="0" * 64))
+    assert asyncio.run(setup.uploads.offset(setup.task.task_id, 1, 0, "0" * 64)) == 0
+    assert setup.send(setup.header()) == len(DATA)
+
+
+def test_more_data_than_announced_is_not_written(setup: Setup) -> None:
+    with pytest.raises(ProtocolError, match="the file has 700 bytes"):
+        setup.send(setup.header(size_bytes=700))
+    assert setup.offset() == 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task_id": "unknown"}, "late"),
+        ({"task_id": "../../up"}, "late"),
+        ({"device_id": "b"}, "device"),
+        ({"attempt": 2}, "plan"),
+        ({"attempt": 0}, "plan"),
+        ({"part": 7}, "size"),
+        ({"part": -1}, "size"),
+        ({"size_bytes": 2 * 12_400 + (1 << 20) + 1}, "size"),
+    ],
+)
+def test_unwanted_parts_are_refused_before_anything_is_written(
+    setup: Setup, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UpdateError) as caught:
+        setup.send(setup.header(**changes))
+    assert caught.value.reason == reason
+    assert list((setup.store.directory / "spool").iterdir()) == []
+
+
+def test_the_sum_of_the_parts_is_bounded(setup: Setup) -> None:
+    half = setup.uploads.limit_bytes // 2 + 1
+    with pytest.raises(ProtocolError, match="ended"):
+        setup.send(setup.header(size_bytes=half), end=500)
+    with pytest.raises(UpdateError) as caught:
+        setup.send(setup.header(size_bytes=half, part=1))
+    assert caught.value.reason == "size"
+
+
+def test_a_round_that_closes_during_an_upload_ends_it(setup: Setup) -> None:
+    async def closing() -> AsyncIterator[Chunk]:
+        yield Chunk(offset=0, data=DATA[:PIECE])
+        setup.open = False
+        yield Chunk(offset=PIECE, data=DATA[PIECE : 2 * PIECE])
+
+    with pytest.raises(UpdateError) as caught:
+        asyncio.run(setup.uploads.receive(setup.header(), closing()))
+    assert caught.value.reason == "late"
+
+
+def test_a_round_that_closes_during_the_check_takes_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
+        setup.open = False
+
+    monkeypatch.setattr(admission, "check_update", close)
+    setup.send(setup.header())
+    with pytest.raises(UpdateError) as caught:
+        setup.commit()
+    assert caught.value.reason == "late"
+    assert setup.store.updates_of(1) == []
+
+
+def test_a_refused_update_leaves_no_spool(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
+        raise UpdateError("not_finite", "head.weight holds nan")
+
+    monkeypatch.setattr(admission, "check_update", refuse)
+    setup.send(setup.header())
+    with pytest.raises(UpdateError, match="holds nan"):
+        setup.commit()
+    assert list((setup.store.directory / "spool").iterdir()) == []
+    assert setup.store.update(setup.task.task_id) is None
+
+
+def test_another_device_cannot_commit_nor_delete_an_update(setup: Setup) -> None:
+    setup.send(setup.header())
+    with pytest.raises(UpdateError) as caught:
+        setup.commit(device_id="b")
+    assert caught.value.reason == "device"
+    assert setup.commit() is True
+
+
+def test_parts_that_are_not_here_are_refused(setup: Setup) -> None:
+    with pytest.raises(UpdateError, match="was not uploaded"):
+        setup.commit()
+    setup.send(setup.header())
+    with pytest.raises(UpdateError, match="not the one"):
+        asyncio.run(setup.uploads.commit(setup.kit.result(setup.task, {0: DATA[::-1]})))

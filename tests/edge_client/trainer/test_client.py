@@ -1,0 +1,54 @@
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_client.config import TrainerConfig
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
+from fedepth.errors import ChildError
+
+FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
+
+
+@pytest.fixture
+def argv(tmp_path: Path) -> list[str]:
+    (tmp_path / "scenes").write_text(json.dumps([{"do": "ok"}]))
+    return [sys.executable, str(FAKE_TRAINER), str(tmp_path / "scenes"), str(tmp_path / "journal")]
+
+
+def test_an_idle_trainer_is_stopped_after_its_time(argv: list[str]) -> None:
+    async def play() -> None:
+        keeper = TrainerKeeper(TrainerConfig(linger_s=0.0), argv)
+        first = await keeper.take()
+        assert first.alive
+        assert first.held_bytes > 0
+        keeper.rest()
+        while keeper.held_bytes:
+            await asyncio.sleep(0)
+        second = await keeper.take()  # waits until the first has ended: never two at a time
+        assert not first.alive
+        assert second.pid != first.pid
+        await keeper.drop()
+        assert not second.alive
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_a_lingering_trainer_is_taken_again(argv: list[str]) -> None:
+    async def play() -> None:
+        keeper = TrainerKeeper(TrainerConfig(linger_s=60), argv)
+        first = await keeper.take()
+        keeper.rest()
+        assert await keeper.take() is first
+        await keeper.drop()
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@pytest.mark.parametrize("line", ['{"event": "done"}', '{"event": "ready"}', "[]"])
+def test_what_does_not_say_ready_is_ended(line: str) -> None:
+    argv = [sys.executable, "-c", f"print({line!r}, flush=True); input()"]
+    with pytest.raises(ChildError, match="did not say that it is ready"):
+        asyncio.run(TrainerProcess.start(TrainerConfig(), argv))

@@ -1,0 +1,304 @@
+import functools
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fedepth.costs import Convolution, ModelCosts, PassCost, Size, UnitCost
+from fedepth.errors import ModelError
+from fedepth.estimate.tracing import line, trace_block, trace_costs
+from fedepth.models.split import split_spec
+from fedepth.task import ModelSpec, TrainingSpec
+
+TRAINING = TrainingSpec(64, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
+FLOAT = 4
+SIDE = 8
+
+
+def spec_of(name: str, size: int = 32) -> ModelSpec:
+    return ModelSpec(name, tuple("abcdefghij"), (3, size, size), (0.5,) * 3, (0.5,) * 3)
+
+
+@functools.cache
+def costs_of(name: str, size: int = 32) -> ModelCosts:
+    return trace_costs(spec_of(name, size), TRAINING)
+
+
+def two_units() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+
+def leading_in_place() -> nn.Module:
+    return nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+
+
+def widening() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+
+
+def map_bytes(channels: int) -> int:
+    return channels * SIDE * SIDE * FLOAT
+
+
+def test_a_unit_by_hand() -> None:
+    costs = trace_costs(spec_of(f"{__name__}:two_units", SIDE), TRAINING)
+    first, second = costs.units
+    assert (first.name, second.name) == ("0", "2")
+    assert first.parameter_bytes == (3 * 4 * 9 + 4) * FLOAT
+    assert first.largest_parameter_bytes == 3 * 4 * 9 * FLOAT
+    assert first.input_bytes == costs.input_bytes == map_bytes(3)
+    assert costs.raw_input_bytes == 3 * SIDE * SIDE
+    assert first.output_bytes == second.input_bytes == map_bytes(4)
+    # The convolution keeps its input; the ReLU, in place, keeps its result, which is the unit's output.
+    assert first.training.saves_input and first.training.saves_output
+    assert first.training.saved == Size(0, map_bytes(4))
+    assert first.training.forward.peak == Size(0, 0)
+    assert first.inference.peak == Size(0, 0)
+    # The gradient of the output, and beside it the gradient behind the ReLU.
+    assert first.training.backward.peak == Size(0, 2 * map_bytes(4))
+    # It trains in channels_last. Beside the input there is its output; backwards the gradient in front of the ReLU,
+    # which is through and keeps nothing any more, and that of the input, if anybody wants it.
+    weights = 3 * 4 * 9 * FLOAT
+    one = Convolution(weights, 0, reordered=Size(0, 0), living=Size(0, map_bytes(4)))
+    both = replace(one, living=Size(0, map_bytes(4) + map_bytes(3)))
+    assert first.training.forward.convolutions == first.inference.convolutions == (one,)
+    assert first.training.backward.convolutions == (both,)
+    assert first.backward_first.convolutions == (one,)
+    # Frozen it costs the same: torch's convolution keeps its input, whichever gradient is wanted.
+    assert first.frozen == first.training
+    assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
+    # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
+    assert second.training.saves_input and not second.training.saves_output
+    assert second.training.saved == Size(0, 0)
+    assert second.training.backward.peak == Size(0, map_bytes(8) + map_bytes(4))
+    assert second.backward_first.peak == Size(0, map_bytes(8))  # at a block's start nobody wants its input's gradient
+
+
+def patches_then_convolution() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 2, stride=2),  # patches: no model in channels_last
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1, groups=3),
+        nn.Conv2d(3, 3, 5, padding=2, groups=3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 10),
+    )
+
+
+def passes(unit: UnitCost) -> tuple[PassCost, ...]:
+    return unit.training.forward, unit.training.backward, unit.inference
+
+
+def test_what_kernels_copy_is_counted_by_hand() -> None:
+    units = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
+    ((patches,), (narrow,)) = (each.training.forward.convolutions for each in units)
+    assert [each.weight_bytes + each.depthwise_bytes for each in (patches, narrow)] == [0, 0]
+    half = map_bytes(4) // 4  # the maps behind the patches have half the side
+    assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
+    assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
+    units = trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units
+    for narrow_pass, wide_pass in zip(*(passes(each) for each in units), strict=True):
+        ((narrow,), (wide,)) = narrow_pass.convolutions, wide_pass.convolutions
+        assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
+        assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
+        assert narrow.reordered == wide.reordered == Size(0, 0)
+
+
+class Pair(nn.Module):
+    """Two convolutions that are one unit."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.second(self.first(x))
+        return output
+
+
+def wide_then_narrow() -> nn.Module:
+    pair = Pair(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 4, 1, bias=False))
+    return nn.Sequential(pair, nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def same_twice() -> nn.Module:
+    pair = Pair(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+    return nn.Sequential(pair, nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+
+
+def test_of_several_convolutions_each_tells_what_lives_while_it_runs_and_what_is_outweighed_is_left_out() -> None:
+    unit = trace_costs(spec_of(f"{__name__}:wide_then_narrow", SIDE), TRAINING).units[0]
+    wide, narrow = 3 * 8 * 9 * FLOAT, 8 * 4 * FLOAT
+    # Forwards the first copies most; when the second runs, the output of the first lives, and its own.
+    assert [(each.weight_bytes, each.living) for each in unit.training.forward.convolutions] == [
+        (wide, Size(0, map_bytes(8))),
+        (narrow, Size(0, map_bytes(8) + map_bytes(4))),
+    ]
+    # Backwards: the second has its saved input and the gradients of output and input; for the first, what is left is
+    # the gradient of its output, and that of its input.
+    assert [(each.weight_bytes, each.living) for each in unit.training.backward.convolutions] == [
+        (narrow, Size(0, 2 * map_bytes(8) + map_bytes(4))),
+        (wide, Size(0, map_bytes(8) + map_bytes(3))),
+    ]
+    assert unit.inference.convolutions == unit.training.forward.convolutions  # nothing else lives with autograd then
+    (alone,) = trace_costs(spec_of(f"{__name__}:same_twice", SIDE), TRAINING).units[0].training.forward.convolutions
+    assert alone.living == Size(0, 2 * map_bytes(3))  # the second copies as much, and more lives
+
+
+def test_buffers_and_parameters_are_counted_apart() -> None:
+    stem, block = costs_of("preresnet20").units[:2]
+    assert stem.buffer_bytes == 0
+    assert block.parameter_bytes == (2 * 16 * 16 * 9 + 4 * 16) * FLOAT
+    assert block.buffer_bytes == 2 * (2 * 16 * FLOAT + 8)
+
+
+def test_a_frozen_unit_keeps_nothing_for_gradients_of_its_weights() -> None:
+    linear = costs_of("digits-cnn").head
+    assert linear.frozen is None  # an exit is trained with every block
+    unit = costs_of("vit-tiny").units[1]
+    assert unit.frozen is not None
+    assert unit.frozen.saved.per_sample < unit.training.saved.per_sample
+
+
+def test_every_exit_holds_the_same_head_behind_its_own_skip() -> None:
+    costs = costs_of("digits-cnn")
+    exits = [unit.exit for unit in costs.units if unit.exit]
+    assert len(exits) == len(costs.units)
+    assert {exit_.parameter_bytes for exit_ in exits} == {(64 * 16 * 10 + 10) * FLOAT}
+    for unit, exit_ in zip(costs.units, exits, strict=True):
+        assert exit_.input_bytes == unit.output_bytes
+        assert exit_.output_bytes == 0
+    # Padding channels makes a new feature map, which the last unit's exit need not.
+    assert exits[0].inference.peak.per_sample > exits[-1].inference.peak.per_sample
+    assert costs.head.flops == 2 * 64 * 16 * 10
+
+
+def composed_saved(costs: ModelCosts, samples: int) -> int:
+    """What lives after the forward pass of all units and the last exit, put together from their costs."""
+    steps = (*costs.units, costs.head)
+    saved = sum(step.training.saved.at(samples) for step in steps)
+    between = sum(
+        unit.output_bytes * samples
+        for unit, follower in zip(costs.units, steps[1:], strict=True)
+        if follower.training.saves_input and not unit.training.saves_output
+    )
+    return saved + between
+
+
+def composed_peak(costs: ModelCosts, samples: int) -> int:
+    """The worst moment of forward and backward, put together from the costs of units."""
+    steps = (*costs.units, costs.head)
+    held, peak, after = 0, 0, []
+    for index, step in enumerate(steps):
+        output = 0 if step.training.saves_output else step.output_bytes * samples
+        peak = max(peak, held + step.training.saved.at(samples) + output + step.training.forward.peak.at(samples))
+        kept = index + 1 < len(steps) and steps[index + 1].training.saves_input
+        held += step.training.saved.at(samples)
+        after.append(held)  # what the follower kept of the output is free again when backward comes here
+        held += output if kept else 0
+    backward = max(h + step.training.backward.peak.at(samples) for h, step in zip(after, steps, strict=True))
+    return max(peak, backward)
+
+
+@pytest.mark.parametrize("name", ["digits-cnn", "preresnet20", "resnet18", "vit-tiny"])
+@pytest.mark.parametrize("samples", [3, 32, 64])
+def test_units_compose_to_the_whole_model(name: str, samples: int) -> None:
+    costs = costs_of(name)
+    whole = trace_block(spec_of(name), 0, len(costs.units) - 1, samples)
+    assert composed_saved(costs, samples) == pytest.approx(whole.saved, rel=0.01)
+    peak = whole.saved + max(whole.forward, whole.backward)
+    assert composed_peak(costs, samples) == pytest.approx(peak, rel=0.02)
+
+
+def test_a_block_in_the_middle_composes_too() -> None:
+    costs = costs_of("preresnet20")
+    middle = ModelCosts("middle", costs.units[4:7], 0, 0, 1)
+    whole = trace_block(spec_of("preresnet20"), 4, 6, 32)
+    peak = whole.saved + max(whole.forward, whole.backward)
+    assert composed_peak(middle, 32) == pytest.approx(peak, rel=0.02)
+
+
+def test_lines_are_never_below_a_trace_up_to_the_jobs_batch() -> None:
+    costs = costs_of("mobilenet-v3-small")
+    for samples in (33, 64):
+        whole = trace_block(spec_of("mobilenet-v3-small"), 0, 12, samples)
+        assert composed_saved(costs, samples) >= whole.saved
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest"),
+    [("digits-cnn", 1), ("preresnet20", 1), ("resnet18", 2), ("mobilenet-v3-small", 2), ("vit-tiny", 1)],
+)
+def test_the_smallest_micro_batch_is_what_batch_norm_can_take(name: str, smallest: int) -> None:
+    spec = spec_of(name)
+    assert costs_of(name).smallest_micro_batch == smallest
+    model = split_spec(spec, device="cpu").model.train()
+    if smallest == 1:
+        model(torch.zeros(1, *spec.input_shape))
+    else:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(torch.zeros(1, *spec.input_shape))
+
+
+def test_a_unit_that_changes_its_input_can_be_traced() -> None:
+    costs = trace_costs(spec_of(f"{__name__}:leading_in_place", SIDE), TRAINING)
+    assert [unit.name for unit in costs.units] == ["0"]
+
+
+def test_a_unit_without_a_skip_connection_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"\(8, 8, 8\).*\(4, 8, 8\)"):
+        trace_costs(spec_of(f"{__name__}:widening", SIDE), TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((8, 24), Size(0, 2)),
+        ((10, 26), Size(2, 2)),
+        ((10, 27), Size(0, 3)),
+        ((8, 8), Size(8, 0)),
+        ((9, 7), Size(9, 0)),
+        ((0, 1), Size(0, 1)),
+        ((0, 0), Size(0, 0)),
+    ],
+)
+def test_lines_are_integers_at_or_above_both_points(sizes: tuple[int, int], expected: Size) -> None:
+    batches = (4, 12)
+    size = line(batches, sizes)
+    assert all(size.at(batch) >= measured for batch, measured in zip(batches, sizes, strict=True))
+    assert size.fixed >= 0
+    assert size == expected
+
+
+def test_a_large_model_is_traced_without_its_memory() -> None:
+    """86 M parameters at batch 64 would take over 40 GB; fake tensors take none."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    costs = trace_costs(spec_of("vit-b-16", 224), TRAINING)
+    assert sum(unit.parameter_bytes for unit in costs.units) + costs.head.parameter_bytes == 85_806_346 * FLOAT
+    assert time.process_time() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10

@@ -1,0 +1,183 @@
+"""The job file: every field is checked, and every message names the field. Learning rates, in exact numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fedepth.errors import ConfigError
+from fedepth.job import JobConfig, learning_rate, load_config, model_spec, training_spec
+
+GOOD = """
+[job]
+name = "demo"
+rounds = 4
+devices_per_round = 3
+[model]
+name = "digits-cnn"
+classes = 10
+input_shape = [1, 8, 8]
+mean = [0.3]
+std = [0.4]
+[training]
+batch = 16
+[test]
+data = "digits"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_good_file_is_read_and_has_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert (config.job.rounds, config.job.gather_s, config.job.lease_s) == (4, 5.0, 60.0)
+    assert config.job.needed == 2
+    assert config.training.batch == 16
+    assert config.export.every == 0
+    spec = model_spec(config)
+    assert spec.classes == tuple("0123456789")
+    assert (spec.mean, spec.std) == ((0.3,), (0.4,))
+
+
+def test_mean_and_std_default_to_one_number_per_channel(tmp_path: Path) -> None:
+    text = GOOD.replace("mean = [0.3]\nstd = [0.4]\n", "").replace("[1, 8, 8]", "[3, 8, 8]")
+    spec = model_spec(load_config(write(tmp_path, text)))
+    assert (spec.mean, spec.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_test_data_is_relative_to_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    config = load_config(write(tmp_path, GOOD.replace('data = "digits"', 'data = "images"')))
+    assert config.test.data == str(tmp_path / "images")
+
+
+def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> None:
+    bad = {
+        "job": {
+            "name": ('""', "1", '"../up"'),
+            "rounds": ("0", '"many"', "1.5"),
+            "devices_per_round": ("0",),
+            "quorum": ("0", "4"),
+            "round_deadline_s": ("0", "inf"),
+            "gather_s": ("-1", "nan"),
+            "lease_s": ("0",),
+            "seed": ("-1", "2147483648"),
+            "policy": ('"fast"',),
+        },
+        "model": {
+            "name": ('""', "3"),
+            "classes": ("1", '["a"]', '["a", "a"]', '"ten"'),
+            "input_shape": ("[8, 8]", "[0, 8, 8]", "8"),
+            "mean": ("[0.1, 0.2]", "[nan]", '["x"]'),
+            "std": ("[0]", "[1, 1]", "[inf]"),
+        },
+        "training": {
+            "batch": ("0",),
+            "local_epochs": ("0",),
+            "optimizer": ('"adam"',),
+            "learning_rate": ("0", "-0.1", "inf", '"high"'),
+            "learning_rate_end": ("-1", "1"),
+            "schedule": ('"step"',),
+            "momentum": ("1", "-0.1"),
+            "weight_decay": ("-1",),
+            "proximal_mu": ("-1", "inf"),
+            "augmentation": ('"mixup"',),
+        },
+        "test": {"data": ('"nowhere"', "7")},
+        "export": {"every": ("-1", "true")},
+    }
+    for section, fields in bad.items():
+        for field, values in fields.items():
+            for value in values:
+                with pytest.raises(ConfigError) as caught:
+                    load_config(write(tmp_path, with_value(section, field, value)))
+                assert str(caught.value).startswith(f"job.toml: [{section}] {field}"), (
+                    value,
+                    str(caught.value),
+                )
+
+
+def with_value(section: str, field: str, value: str) -> str:
+    lines = [line for line in GOOD.splitlines() if not (line.startswith(f"{field} =") and in_section(line, section))]
+    if f"[{section}]" not in lines:
+        lines.append(f"[{section}]")
+    at = lines.index(f"[{section}]")
+    return "\n".join([*lines[: at + 1], f"{field} = {value}", *lines[at + 1 :]])
+
+
+def in_section(line: str, section: str) -> bool:
+    before = GOOD[: GOOD.index(f"[{section}]")]
+    after = GOOD[len(before) + 1 :]
+    return line in after.split("\n[")[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rounds = 4", "ruonds = 4", "job.toml: [job] ruonds: no such setting; did you mean rounds?"),
+        ("batch = 16", "bach = 16", "job.toml: [training] bach: no such setting; did you mean batch?"),
+        ("[training]", "[trainning]", "job.toml: [trainning]: no such section; did you mean training?"),
+        ('name = "demo"', "", "job.toml: [job] name: is missing"),
+        ("[test]\ndata", "[export]\nevery = 1\n[test]\ndatum", "did you mean data?"),
+        ('[test]\ndata = "digits"\n', "", "job.toml: [test]: is missing"),
+    ],
+)
+def test_misspelt_and_missing_names_are_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, GOOD.replace(old, new)))
+    assert message in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match=r"job\.toml: is not valid TOML"):
+        load_config(write(tmp_path, "[job"))
+
+
+def rates(schedule: str, end: float = 0.0) -> list[float]:
+    return [learning_rate(number, 4, 0.8, end, schedule) for number in (1, 2, 3, 4)]
+
+
+def test_constant_stays() -> None:
+    assert rates("constant", 0.1) == [0.8, 0.8, 0.8, 0.8]
+
+
+def test_linear_falls_evenly_and_the_last_round_still_trains() -> None:
+    assert rates("linear") == pytest.approx([0.8, 0.6, 0.4, 0.2], abs=1e-15)
+    assert rates("linear", 0.4) == pytest.approx([0.8, 0.7, 0.6, 0.5], abs=1e-15)
+
+
+def test_cosine_is_at_half_in_the_middle() -> None:
+    # cos(pi/4) = 0.7071067811865476
+    expected = [0.8, 0.4 * 1.7071067811865476, 0.4, 0.4 * (1 - 0.7071067811865476)]
+    assert rates("cosine") == pytest.approx(expected, abs=1e-15)
+    assert learning_rate(3, 4, 0.8, 0.2, "cosine") == pytest.approx(0.5, abs=1e-15)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_rounds_outside_the_job_have_no_rate(number: int) -> None:
+    with pytest.raises(ValueError, match="not within 1 to 4"):
+        learning_rate(number, 4, 0.8, 0.0, "cosine")
+
+
+def test_the_task_carries_the_rate_and_another_seed_every_round() -> None:
+    config = msgspec.convert(
+        {
+            "job": {"name": "demo", "rounds": 4, "seed": 7},
+            "model": {"name": "m", "classes": 2, "input_shape": [1, 8, 8]},
+            "test": {"data": "digits"},
+            "training": {"learning_rate": 0.8, "schedule": "linear", "proximal_mu": 0.25},
+        },
+        JobConfig,
+    )
+    second = training_spec(config, 2)
+    assert (second.learning_rate, second.seed, second.proximal_mu) == (pytest.approx(0.6), 9, 0.25)
+    assert training_spec(config, 5) == training_spec(config, 4)
