@@ -4,9 +4,9 @@
     python -m benchmarks.partial --quick --json FILE  digits-cnn and preresnet20, four budgets each
 
 Scikit-learn's digits. A model is trained on half of the training images until it is good. Then one client with the
-other half, an IID share, trains one round inside each budget of a ladder, from what the smallest plan needs to what full
-training needs, and its update alone makes the average. An update may cost little: `drop` is the accuracy before minus the
-accuracy after. Memory limits are not set: other benchmarks show that plans stay inside them.
+other half, an IID share, trains one round inside each budget of a ladder, from what the smallest plan needs to what
+full training needs, and its update alone makes the average. `drop` is the accuracy before minus the accuracy after.
+Memory limits are not set: other benchmarks show that plans stay inside them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import typer
 from rich.console import Console
@@ -113,9 +114,7 @@ def measured(subject: Subject, policies: Sequence[Policy], rungs: int, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     channels = subject.input_shape[0]
-    spec = ModelSpec(
-        subject.name, tuple("0123456789"), subject.input_shape, (0.3,) * channels, (0.35,) * channels
-    )
+    spec = ModelSpec(subject.name, tuple("0123456789"), subject.input_shape, (0.3,) * channels, (0.35,) * channels)
     training = TrainingSpec(subject.batch, 1, subject.optimizer, subject.rate, 0.9, 5e-4, 0.0, "none", _SEED)
     prepared = trace_model(spec, training, seed=_SEED)
     graph, weights = folder / "graph.json", folder / "weights.safetensors"
@@ -147,7 +146,7 @@ def pretrain(
     spec: ModelSpec,
     training: TrainingSpec,
     images: Images,
-    indices: np.ndarray,  # type: ignore[type-arg]
+    indices: npt.NDArray[np.int64],
     epochs: int,
     output: Path,
 ) -> None:
@@ -176,7 +175,7 @@ def pretrain(
     save(output, {name: tensor.detach().numpy() for name, tensor in tensors.items()})
 
 
-def share(images: Images, indices: np.ndarray, folder: Path) -> Path:  # type: ignore[type-arg]
+def share(images: Images, indices: npt.NDArray[np.int64], folder: Path) -> Path:
     """One client's images as IDX files."""
     folder.mkdir()
     write_idx(folder / "train-images-idx3-ubyte", np.ascontiguousarray(images.read(indices)[:, 0]))
@@ -237,7 +236,8 @@ def main(
     for subject in (each for each in SUBJECTS if each.name in names):
         for row in measured(subject, list(Policy), 4 if quick else 8, folder, console):
             rows.append(row)
-            console.print(f"  {row.policy:<5} {format_size(row.budget_bytes):>10}  {row.blocks:<40} drop {row.drop:+.1%}")
+            size = format_size(row.budget_bytes)
+            console.print(f"  {row.policy:<5} {size:>10}  {row.blocks:<40} drop {row.drop:+.1%}")
             table.add_row(
                 row.model,
                 row.policy,

@@ -92,7 +92,7 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
             micro_batch = MicroBatch(traced.costs, task.training, stage, len(images))
             block = BlockTraining(context, stage, source, labels, index, micro_batch)
             for _ in range(task.training.local_epochs):
-                for indices in block.epoch_batches(task.training.batch):
+                for indices in block.epoch_batches():
                     block.step(indices)
             steps += block.steps
             block.close()
@@ -130,7 +130,7 @@ def train_full(request: TrainRequest) -> dict[str, object]:
     started = time.monotonic()
     steps = 0
     for _ in range(spec.local_epochs):
-        for indices in epoch_batches(len(images), spec.batch, order):
+        for indices in epoch_batches(len(images), -(-len(images) // spec.batch), order):
             step(indices)
             steps += 1
     return _figures(started, meter, steps)

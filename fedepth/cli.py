@@ -199,7 +199,9 @@ def _stages(plan: Plan, title: str) -> Table:
             stage.cache.value,
             *(f"{size / (1 << 20):.1f}" for size in sizes),
         )
-    notes = [f"Units left untrained: {', '.join(map(str, plan.untrained))}."] if plan.untrained else []
+    notes = [f"Units left untrained: {plan.untrained_ranges}."] if plan.untrained else []
+    if plan.stages[-1].frozen_suffix:
+        notes.append("The last block is trained through the untrained units behind it.")
     table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
     return table
 
@@ -240,6 +242,9 @@ def _neighbours(found: Explanation, budget_bytes: int) -> list[str]:
 
 def _difference(found: Explanation, other: Alternative) -> str:
     """The first thing, in the planner's order, by which another plan is better or worse."""
+    through = other.plan.stages[-1].frozen_suffix
+    if through != found.plan.stages[-1].frozen_suffix:
+        return f"the last units are {'un' if through else ''}trained"
     untrained, now = len(other.plan.untrained), len(found.plan.untrained)
     if untrained != now:
         return f"units untrained: {untrained} instead of {now}"

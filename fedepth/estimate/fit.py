@@ -96,6 +96,7 @@ def _moments(each: MeasuredStage, calibration: Calibration) -> tuple[tuple[str, 
         accumulates=stage.micro_batch < effective_batch(each.costs, each.training, each.sample_count),
         cache_bytes=0,
         checkpoint=stage.checkpoint,
+        frozen_suffix=stage.frozen_suffix,
     ).moments
 
 

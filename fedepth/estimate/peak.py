@@ -8,8 +8,8 @@ A stage lives through these moments; each holds something else, and the peak is 
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
 
 The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
-With a frozen suffix the units behind the block run before it, named by their numbers as well; they have no gradients and
-no optimizer state, and the exit is the whole model's head.
+With a frozen suffix the units behind the block run before it, named by their numbers as well; they have no gradients
+and no optimizer state, and the exit is the whole model's head.
 Convolutions copy what they work on. Each of a unit's is a moment more in every pass, "forward k, convolution 1", so
 that its copies are not added to what lives only when another one runs, or none.
 

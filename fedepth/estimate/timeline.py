@@ -61,6 +61,7 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
             accumulates=stage.micro_batch < batch,
             cache_bytes=cached,
             checkpoint=stage.checkpoint,
+            frozen_suffix=stage.frozen_suffix,
         ).moments
         moments.extend(Moment(index, label, components) for label, components in (*build, *step))
         source, source_bytes = stage.first, cached

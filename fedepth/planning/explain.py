@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan, Policy
-from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
+from fedepth.planning.planner import Planner, estimated_work, full_training_peak
 from fedepth.task import TrainingSpec
 
 CLEARLY_LESS = 0.9  # of the estimated work; finer differences are within what the estimate can tell
@@ -47,8 +48,8 @@ class Explanation:
         full_training_bytes: the budget that training all units at once with the job's batch in one piece needs.
         coarser: plans that train every unit, in fewer stages if the chosen one does so too: each at the smallest
             budget that gives it, the number of stages falling to one. A number that no budget gives is left out.
-        larger: the smallest larger budget with a better plan: fewer units untrained, then fewer stages, then clearly
-            less work; None where no amount of memory gives one.
+        larger: the smallest larger budget with a better plan: without a frozen suffix, then fewer units untrained, then
+            fewer stages, then clearly less work; None where no amount of memory gives one.
         least_bytes: the smallest budget whose plan is as good.
         smaller: the largest budget with a worse plan, one byte less than that; None where nothing fits.
     """
@@ -70,9 +71,8 @@ def explain(
     Raises:
         PlanError: not even one unit can be trained; carries what the smallest plan needs.
     """
-    plan = make_plan(costs, budget_bytes=budget_bytes, training=training, sample_count=sample_count, policy=policy)
-    planner = _Planner(costs, training, sample_count, policy)
-    planner.ask(budget_bytes)
+    planner = _Answers(costs, training, sample_count, policy)
+    plan = planner.plan(budget_bytes)
     most = planner.ask(_UNLIMITED) or plan  # where any plan fits, one fits there
     work = planner.work(plan)
 
@@ -83,7 +83,7 @@ def explain(
         return not _better(planner.alternative(0, plan), planner.alternative(0, other))
 
     def in_at_most(stages: int) -> Callable[[Plan], bool]:
-        return lambda other: _rank(other) <= (0, stages)
+        return lambda other: _rank(other) <= (False, 0, stages)
 
     coarser: list[Alternative] = []
     stages = len(costs.units) if plan.untrained else len(plan.stages) - 1
@@ -116,11 +116,10 @@ def ladder(
         PlanError: nothing fits into `most_bytes`; carries what the smallest plan needs.
     """
     full_bytes = needed_bytes(full_training_peak(costs, training, sample_count).total)
-    least_bytes = smallest_peak(costs, training, sample_count, policy)
+    planner = _Answers(costs, training, sample_count, policy)
+    least_bytes = planner.least_bytes
     top_bytes = min(most_bytes, max(full_bytes, least_bytes))
-    # Raises where even the smallest plan is too large.
-    make_plan(costs, budget_bytes=top_bytes, training=training, sample_count=sample_count, policy=policy)
-    planner = _Planner(costs, training, sample_count, policy)
+    planner.plan(top_bytes)  # raises where even the smallest plan is too large
     rungs: list[Alternative] = []
     for step in range(count):
         share = step / (count - 1) if count > 1 else 1.0
@@ -136,15 +135,15 @@ def ladder(
 
 
 def _better(other: Alternative, than: Alternative) -> bool:
-    """Fewer units untrained, then fewer stages, then clearly less work."""
+    """A better rank, or else clearly less work."""
     if _rank(other.plan) != _rank(than.plan):
         return _rank(other.plan) < _rank(than.plan)
     return other.work < CLEARLY_LESS * than.work
 
 
-def _rank(plan: Plan) -> tuple[int, int]:
-    """What the planner looks at before the time: units left untrained, then stages."""
-    return len(plan.untrained), len(plan.stages)
+def _rank(plan: Plan) -> tuple[bool, int, int]:
+    """What the planner looks at before the time: a frozen suffix, then units left untrained, then stages."""
+    return plan.stages[-1].frozen_suffix, len(plan.untrained), len(plan.stages)
 
 
 @dataclass(frozen=True)
@@ -156,15 +155,28 @@ class _Answer:
     plan: Plan | None
 
 
-class _Planner:
+class _Answers:
     """The planner for one job, with a memory for its answers."""
 
     def __init__(self, costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> None:
-        self._costs = costs
-        self._training = training
-        self._sample_count = sample_count
-        self._policy = policy
+        self._planner = Planner(costs, training, sample_count, policy)
+        self._work = partial(estimated_work, costs, training, sample_count)
         self._answers: list[_Answer] = []
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget for which there is a plan."""
+        return self._planner.least_bytes()
+
+    def plan(self, budget_bytes: int) -> Plan:
+        """The best plan.
+
+        Raises:
+            PlanError: there is none.
+        """
+        plan = self._planner.plan(budget_bytes)
+        self._answers.append(_Answer(needed_bytes(plan.predicted_peak_bytes), budget_bytes, plan))
+        return plan
 
     def ask(self, budget_bytes: int) -> Plan | None:
         """The best plan; its `budget_bytes` may be a larger one that gives the same."""
@@ -172,24 +184,16 @@ class _Planner:
             if answer.least_bytes <= budget_bytes <= answer.most_bytes:
                 return answer.plan
         try:
-            plan = make_plan(
-                self._costs,
-                budget_bytes=budget_bytes,
-                training=self._training,
-                sample_count=self._sample_count,
-                policy=self._policy,
-            )
+            return self.plan(budget_bytes)
         except PlanError:
             self._answers.append(_Answer(0, budget_bytes, None))
             return None
-        self._answers.append(_Answer(needed_bytes(plan.predicted_peak_bytes), budget_bytes, plan))
-        return plan
 
     def alternative(self, budget_bytes: int, plan: Plan) -> Alternative:
         return Alternative(budget_bytes, replace(plan, budget_bytes=budget_bytes), self.work(plan))
 
     def work(self, plan: Plan) -> float:
-        return estimated_work(self._costs, self._training, self._sample_count, plan)
+        return self._work(plan)
 
     def smallest(self, wanted: Callable[[Plan], bool]) -> Alternative:
         """The smallest budget whose plan is wanted; a known one is, and with more memory it stays so."""

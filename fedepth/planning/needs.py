@@ -9,10 +9,10 @@ first unit alone. Figures are exact: a block fits here if and only if `training_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
-from fedepth.costs import Calibration, ModelCosts, PassCost, StepCost, UnitCost
+from fedepth.costs import Calibration, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.estimate.peak import copied_bytes, may_keep_bytes, needed_bytes, optimizer_copies
 from fedepth.task import TrainingSpec
 
@@ -36,43 +36,37 @@ def raw_limit(budget_bytes: int, device: Calibration) -> int:
     return low
 
 
-@dataclass(frozen=True)
-class Ends:
-    """How blocks end, by their last unit: at an exit, or with a frozen suffix.
-
-    Attributes:
-        loaded: bytes that live through the whole step, of all units up to the block's last and of what follows it.
-        peak: the largest moment of what follows, counted as in `Table.inner`.
-    """
-
-    loaded: list[int]
-    peak: list[int]
-
-
 class Table:
-    """What every block needs with one micro-batch, checkpointed or not.
+    """What every block needs with one micro-batch, checkpointed or not, and ended in one way.
 
-    need(first, last) = begin[first] + loaded[last] + max(own[first], inner[first + 1 .. last], peak[last])
+    need(first, last) = begin[first] + loaded[last] + max(own[first], inner[first + 1 .. last], end[last])
+
+    Args:
+        begin: what depends on the first unit alone.
+        own: the largest moment of each unit where it is the first.
+        inner: the same where it is not.
+        loaded: what lives through the whole step, of all units up to the last and of what follows the block.
+        end: the largest moment of what follows the block.
     """
 
-    def __init__(self, begin: list[int], own: list[int], inner: list[int], exits: Ends, suffixes: Ends) -> None:
+    def __init__(self, begin: list[int], own: list[int], inner: list[int], loaded: list[int], end: list[int]) -> None:
         self._begin = begin
         self._own = own
         self._inner = inner
-        self._ends = (exits, suffixes)
+        self._loaded = loaded
+        self._end = end
         self._rows: dict[int, list[int]] = {}
 
-    def need(self, first: int, last: int, *, frozen_suffix: bool) -> int:
+    def need(self, first: int, last: int) -> int:
         """Raw bytes of one block, its inputs on disk."""
-        ends = self._ends[frozen_suffix]
-        return self._begin[first] + ends.loaded[last] + max(self._row(first)[last - first], ends.peak[last])
+        return self._begin[first] + self._loaded[last] + max(self._row(first)[last - first], self._end[last])
 
-    def needs(self, first: int, *, frozen_suffix: bool) -> list[int]:
+    def needs(self, first: int) -> list[int]:
         """The same for every last unit from `first` on."""
-        ends, begin = self._ends[frozen_suffix], self._begin[first]
+        begin = self._begin[first]
         return [
-            begin + loaded + (most if most > peak else peak)
-            for loaded, most, peak in zip(ends.loaded[first:], self._row(first), ends.peak[first:], strict=True)
+            begin + loaded + (most if most > end else end)
+            for loaded, most, end in zip(self._loaded[first:], self._row(first), self._end[first:], strict=True)
         ]
 
     def _row(self, first: int) -> list[int]:
@@ -94,16 +88,18 @@ class Needs:
         self._batch = batch
         # Per trained byte: optimizer state, and the global weights that FedProx keeps.
         self._copies = optimizer_copies(training) + (1 if training.proximal_mu > 0 else 0)
-        self._tables: dict[tuple[int, bool], Table] = {}
+        self._bounds = _Bounds(costs)
+        self._tables: dict[tuple[int, bool, bool], Table] = {}
         self._runs: dict[int, list[int]] = {}
-        self._adds: dict[int, _Adds] = {}
 
-    def table(self, micro_batch: int, *, checkpoint: bool) -> Table:
-        key = (micro_batch, checkpoint)
-        if key not in self._tables:
-            adds = self._adds_with(micro_batch)
-            self._tables[key] = self._checkpointed(adds) if checkpoint else self._plain(adds)
-        return self._tables[key]
+    def table(self, micro_batch: int, *, checkpoint: bool, frozen_suffix: bool) -> Table:
+        """Blocks that end at an exit, or with a frozen suffix."""
+        key = (micro_batch, checkpoint, frozen_suffix)
+        found = self._tables.get(key)
+        if found is None:
+            make = self._checkpointed if checkpoint else self._plain
+            found = self._tables[key] = make(micro_batch, frozen_suffix)
+        return found
 
     def building(self, source: int, first: int, samples: int, *, streamed: bool) -> int:
         """Raw bytes of computing the inputs of unit `first` from those of unit `source`, caches not counted."""
@@ -118,171 +114,198 @@ class Needs:
     def runs(self, samples: int) -> list[int]:
         """What a forward pass of each unit takes without autograd, beside its weights."""
         if samples not in self._runs:
-            inference = self._adds_with(samples).inference
             fixed = self._device.fixed_bytes
             self._runs[samples] = [
-                fixed + unit.input_bytes * samples + most for unit, most in zip(self._units, inference, strict=True)
+                fixed + unit.input_bytes * samples + bound.at(samples)
+                for unit, bound in zip(self._units, self._bounds.inference, strict=True)
             ]
         return self._runs[samples]
 
-    def _adds_with(self, samples: int) -> _Adds:
-        if samples not in self._adds:
-            self._adds[samples] = _Adds(self._units, self._head, self._device, samples)
-        return self._adds[samples]
-
-    def _loaded(self, samples: int) -> tuple[list[int], list[int], list[int]]:
-        """Bytes that live through a step: of all units before each one, and up to a block's end with an exit or with a
-        frozen suffix."""
+    def _loaded(self, samples: int, frozen_suffix: bool) -> tuple[list[int], list[int]]:
+        """Bytes that live through a step: of all units before each one, and up to a block's end with what follows."""
         copies = self._copies + (1 if samples < self._batch else 0)  # gradients that are summed up
 
         def trained(unit: UnitCost) -> int:
             return unit.loaded_bytes + copies * unit.parameter_bytes
 
         before = list(accumulate(map(trained, self._units), initial=0))
-        at_exits = [
-            IMPOSSIBLE if unit.exit is None else up_to + trained(unit.exit)
-            for unit, up_to in zip(self._units, before[1:], strict=True)
-        ]
-        at_suffixes, behind = [], trained(self._head)
+        if not frozen_suffix:
+            return before, [
+                IMPOSSIBLE if unit.exit is None else up_to + trained(unit.exit)
+                for unit, up_to in zip(self._units, before[1:], strict=True)
+            ]
+        ends, behind = [], trained(self._head)
         for unit, up_to in zip(self._units[::-1], before[:0:-1], strict=True):
-            at_suffixes.append(IMPOSSIBLE if behind >= IMPOSSIBLE else up_to + behind)
+            ends.append(up_to + behind)
             behind += IMPOSSIBLE if unit.frozen is None else unit.loaded_bytes
-        return before, at_exits, at_suffixes[::-1]
+        return before, ends[::-1]
 
-    def _plain(self, adds: _Adds) -> Table:
+    def _plain(self, samples: int, frozen_suffix: bool) -> Table:
         """Everything is kept that autograd wants (fedepth.estimate.peak._plain)."""
-        units, samples, fixed = self._units, adds.samples, self._device.fixed_bytes
-        begin, own, inner = [], [], []
-        exit_peaks, suffix_peaks = [], []
-        behind = self._plain_suffix(adds)
-        before, at_exits, at_suffixes = self._loaded(samples)
+        units, bounds, fixed = self._units, self._bounds, self._device.fixed_bytes
+        behind = self._plain_suffix(samples) if frozen_suffix else []
+        before, loaded = self._loaded(samples, frozen_suffix)
+        begin, own, inner, ends = [], [], [], []
         held = loose = 0  # of all units before; of the input, where nobody keeps it
         for index, unit in enumerate(units):
             step = unit.training
+            forward = bounds.forward[index].at(samples)
             begin.append(unit.input_bytes * samples - held - before[index])
-            own.append(held + fixed + max(adds.forward[index], adds.backward_first[index]))
-            inner.append(held + fixed + max(loose + adds.forward[index], adds.backward[index]))
-            held += adds.saved[index]
+            own.append(held + fixed + max(forward, bounds.backward_first[index].at(samples)))
+            inner.append(held + fixed + max(loose + forward, bounds.backward[index].at(samples)))
+            held += step.saved.at(samples)
             output = unit.output_bytes * samples
-            if unit.exit is None:
-                exit_peaks.append(0)
-            else:
-                kept, loose = _between(step, unit.exit.training, output)
-                forward, backward = adds.exits[index]
-                exit_peaks.append(held + kept + fixed + max(loose + forward, backward))
             follower = units[index + 1] if index + 1 < len(units) else None
-            if follower is None or follower.frozen is None:
-                suffix_peaks.append(0)
+            if not frozen_suffix:
+                kept, loose = _between(step, (unit.exit or self._head).training, output)
+                forward, backward = bounds.exits[index][0].at(samples), bounds.exits[index][1].at(samples)
+                ends.append(held + kept + fixed + max(loose + forward, backward))
+            elif follower is None or follower.frozen is None:
+                ends.append(0)
             else:
                 kept, loose = _between(step, follower.frozen, output)
-                forward, rest = adds.frozen[index + 1][0], behind[index + 1]
-                suffix_peaks.append(held + kept + max(fixed + loose + forward, rest))
+                forward = bounds.frozen[index + 1][0].at(samples)
+                ends.append(held + kept + max(fixed + loose + forward, behind[index + 1]))
             if follower is not None:
                 kept, loose = _between(step, follower.training, output)
                 held += kept
-        return Table(begin, own, inner, Ends(at_exits, exit_peaks), Ends(at_suffixes, suffix_peaks))
+        return Table(begin, own, inner, loaded, ends)
 
-    def _plain_suffix(self, adds: _Adds) -> list[int]:
+    def _plain_suffix(self, samples: int) -> list[int]:
         """The largest moment of each frozen unit and all behind it, above what lives before; without the first forward
         pass, which depends on what is in front."""
-        fixed = self._device.fixed_bytes
+        fixed, bounds = self._device.fixed_bytes, self._bounds
         found: list[int] = []
-        following, forward, rest = self._head.training, adds.exits[-1][0], fixed + adds.exits[-1][1]
+        forward, backward = bounds.exits[-1]
+        following, most, rest = self._head.training, forward.at(samples), fixed + backward.at(samples)
         for index in reversed(range(len(self._units))):
             unit = self._units[index]
             if unit.frozen is None:
                 break
-            kept, loose = _between(unit.frozen, following, unit.output_bytes * adds.samples)
-            grown = adds.frozen[index][2] + kept
-            rest = max(fixed + adds.frozen[index][1], grown + max(fixed + loose + forward, rest))
+            forward, backward = bounds.frozen[index]
+            kept, loose = _between(unit.frozen, following, unit.output_bytes * samples)
+            grown = unit.frozen.saved.at(samples) + kept
+            rest = max(fixed + backward.at(samples), grown + max(fixed + loose + most, rest))
             found.append(rest)
-            following, forward = unit.frozen, adds.frozen[index][0]
+            following, most = unit.frozen, forward.at(samples)
         return [0] * (len(self._units) - len(found)) + found[::-1]
 
-    def _checkpointed(self, adds: _Adds) -> Table:
+    def _checkpointed(self, samples: int, frozen_suffix: bool) -> Table:
         """Only inputs are kept (fedepth.estimate.peak._checkpointed)."""
-        samples, fixed = adds.samples, self._device.fixed_bytes
-        begin, own, inner = [], [], []
-        exit_peaks, suffix_peaks = [], []
-        before, at_exits, at_suffixes = self._loaded(samples)
-        forward, backward = adds.exits[-1]
-        behind = [self._head.input_bytes * samples + fixed + max(forward + self._head.output_bytes * samples, backward)]
-        for index in reversed(range(1, len(self._units))):
-            unit = self._units[index]
-            forward, backward, _ = adds.frozen[index]
-            most = max(adds.inference[index], forward + unit.output_bytes * samples, backward)
-            behind.append(unit.input_bytes * samples + max(fixed + most, behind[-1]))
-        behind.reverse()  # behind[k] for all that comes after unit k
+        bounds, fixed = self._bounds, self._device.fixed_bytes
+        behind = self._checkpointed_suffix(samples) if frozen_suffix else []
+        before, loaded = self._loaded(samples, frozen_suffix)
+        begin, own, inner, ends = [], [], [], []
         held = 0
         for index, unit in enumerate(self._units):
             begin.append(-held - before[index])
             held += unit.input_bytes * samples
-            most = max(adds.inference[index], adds.forward[index] + unit.output_bytes * samples)
-            own.append(held + fixed + max(most, adds.backward_first[index]))
-            inner.append(held + fixed + max(most, adds.backward[index]))
-            suffix_peaks.append(held + behind[index])
-            if unit.exit is None:
-                exit_peaks.append(0)
+            again = bounds.forward[index].at(samples) + unit.output_bytes * samples
+            most = max(bounds.inference[index].at(samples), again)
+            own.append(held + fixed + max(most, bounds.backward_first[index].at(samples)))
+            inner.append(held + fixed + max(most, bounds.backward[index].at(samples)))
+            if frozen_suffix:
+                ends.append(held + behind[index])
             else:
-                forward, backward = adds.exits[index]
-                most = max(forward + unit.exit.output_bytes * samples, backward)
-                exit_peaks.append(held + unit.exit.input_bytes * samples + fixed + most)
-        return Table(begin, own, inner, Ends(at_exits, exit_peaks), Ends(at_suffixes, suffix_peaks))
+                ends.append(held + self._checkpointed_end(unit.exit or self._head, bounds.exits[index], samples))
+        return Table(begin, own, inner, loaded, ends)
+
+    def _checkpointed_suffix(self, samples: int) -> list[int]:
+        """The largest moment of all that comes behind each unit, above what lives before."""
+        bounds, fixed = self._bounds, self._device.fixed_bytes
+        found = [self._checkpointed_end(self._head, bounds.exits[-1], samples)]
+        for index in reversed(range(1, len(self._units))):
+            unit = self._units[index]
+            forward, backward = bounds.frozen[index]
+            again = forward.at(samples) + unit.output_bytes * samples
+            most = max(bounds.inference[index].at(samples), again, backward.at(samples))
+            found.append(unit.input_bytes * samples + max(fixed + most, found[-1]))
+        return found[::-1]
+
+    def _checkpointed_end(self, exit_: UnitCost, passes: tuple[_Bound, _Bound], samples: int) -> int:
+        forward, backward = passes
+        most = max(forward.at(samples) + exit_.output_bytes * samples, backward.at(samples))
+        return exit_.input_bytes * samples + self._device.fixed_bytes + most
 
 
-class _Adds:
-    """What the passes of each unit add at most with so many samples, beside the scratch that is the same for all.
+class _Bound:
+    """The largest moment of one pass by the number of samples, beside the scratch that is the same for all.
+
+    Almost all of its moments grow linearly; of these, one that another outweighs for any number is left out.
+    """
+
+    def __init__(self, cost: PassCost, beside: Size, fixed: int, device: Calibration) -> None:
+        """`beside`: what lives beside the pass's peak; `fixed`: what lives at all of its moments."""
+        lines = [(fixed + beside.fixed + cost.peak.fixed, beside.per_sample + cost.peak.per_sample)]
+        curves = []
+        for convolution in cost.convolutions:
+            if convolution.reordered.per_sample:
+                curves.append(convolution)
+            else:
+                living = convolution.living
+                lines.append((fixed + living.fixed + copied_bytes(device, convolution, 0), living.per_sample))
+        lines = list(dict.fromkeys(lines))
+        self._lines = [
+            line for line in lines if not any(o != line and o[0] >= line[0] and o[1] >= line[1] for o in lines)
+        ]
+        self._curves = curves
+        self._fixed = fixed
+        self._device = device
+
+    def at(self, samples: int) -> int:
+        most = 0
+        for fixed, per_sample in self._lines:
+            size = fixed + per_sample * samples
+            if size > most:
+                most = size
+        for convolution in self._curves:
+            copied = copied_bytes(self._device, convolution, samples)
+            most = max(most, self._fixed + convolution.living.at(samples) + copied)
+        return most
+
+
+class _Bounds:
+    """Those of each unit's passes.
 
     Attributes:
         forward: with what is saved, and the output if nobody has counted it.
         backward: with what is saved, and the largest gradient.
-        exits: forward and backward pass of each unit's exit; the last is the model's head.
-        frozen: forward and backward pass of each unit, frozen, and what it saves.
+        exits: forward and backward pass of each unit's exit, or the head's; the last is the head's.
     """
 
-    def __init__(self, units: tuple[UnitCost, ...], head: UnitCost, device: Calibration, samples: int) -> None:
-        self.samples = samples
-        known: dict[int, tuple[int, int]] = {}  # many exits are one and the same
-        self.saved: list[int] = []
-        self.forward: list[int] = []
-        self.backward: list[int] = []
-        self.backward_first: list[int] = []
-        self.inference: list[int] = []
-        self.exits: list[tuple[int, int]] = []
-        self.frozen: list[tuple[int, int, int]] = []
-
-        def passes(unit: UnitCost, step: StepCost) -> tuple[int, int]:
-            """Without gradients of parameters."""
-            saved = step.saved.at(samples)
-            output = 0 if step.saves_output else unit.output_bytes * samples
-            return _most(step.forward, saved + output, device, samples), _most(step.backward, saved, device, samples)
-
-        for unit in units:
-            saved = unit.training.saved.at(samples)
-            forward, backward = passes(unit, unit.training)
-            self.saved.append(saved)
-            self.forward.append(forward)
-            self.backward.append(backward + unit.largest_parameter_bytes)
-            first = _most(unit.backward_first, saved, device, samples)
-            self.backward_first.append(first + unit.largest_parameter_bytes)
-            self.inference.append(_most(unit.inference, unit.output_bytes * samples, device, samples))
+    def __init__(self, costs: ModelCosts) -> None:
+        self._units = costs.units
+        self._device = costs.calibration
+        head = costs.head
+        trained = [self._passes(unit, unit.training, unit.largest_parameter_bytes) for unit in costs.units]
+        self.forward = [forward for forward, _ in trained]
+        self.backward = [backward for _, backward in trained]
+        self.backward_first = [
+            _Bound(unit.backward_first, unit.training.saved, unit.largest_parameter_bytes, costs.calibration)
+            for unit in costs.units
+        ]
+        self.inference = [
+            _Bound(unit.inference, Size(0, unit.output_bytes), 0, costs.calibration) for unit in costs.units
+        ]
+        known: dict[int, tuple[_Bound, _Bound]] = {}  # many exits are one and the same
+        for unit in costs.units:
             exit_ = unit.exit or head
             if id(exit_) not in known:
-                forward, backward = passes(exit_, exit_.training)
-                known[id(exit_)] = forward, backward + exit_.largest_parameter_bytes
-            self.exits.append(known[id(exit_)])
-            frozen = unit.frozen or unit.training  # where there is none, no block gets this far
-            self.frozen.append((*passes(unit, frozen), frozen.saved.at(samples)))
+                known[id(exit_)] = self._passes(exit_, exit_.training, exit_.largest_parameter_bytes)
+        self.exits = [known[id(unit.exit or head)] for unit in costs.units]
 
+    @cached_property
+    def frozen(self) -> list[tuple[_Bound, _Bound]]:
+        """Forward and backward pass of each unit, frozen; where it cannot be, no block gets this far."""
+        return [self._passes(unit, unit.frozen or unit.training, 0) for unit in self._units]
 
-def _most(cost: PassCost, beside: int, device: Calibration, samples: int) -> int:
-    """The largest moment of one pass: a convolution's, or that in which none runs, with what lives beside its peak."""
-    most = beside + cost.peak.at(samples)
-    for convolution in cost.convolutions:
-        own = convolution.living.at(samples) + copied_bytes(device, convolution, samples)
-        if own > most:
-            most = own
-    return most
+    def _passes(self, unit: UnitCost, step: StepCost, gradient: int) -> tuple[_Bound, _Bound]:
+        output = 0 if step.saves_output else unit.output_bytes
+        with_output = Size(step.saved.fixed, step.saved.per_sample + output)
+        return (
+            _Bound(step.forward, with_output, 0, self._device),
+            _Bound(step.backward, step.saved, gradient, self._device),
+        )
 
 
 def _between(step: StepCost, follower: StepCost, output: int) -> tuple[int, int]:

@@ -87,6 +87,7 @@ class Ways:
         ]
         self._sizes = micro_batches(costs, training, sample_count, policy)
         self._checkpoints = (False, True) if policy is Policy.AUTO else (False,)
+        self._last_found = len(self._sizes) // 2
         self._least: dict[tuple[int, bool], list[int]] = {}
 
     def least(self, first: int, *, frozen_suffix: bool) -> list[int]:
@@ -97,10 +98,10 @@ class Ways:
         """
         key = (first, frozen_suffix)
         if key not in self._least:
-            columns = []
+            columns: list[list[int]] = []
             for checkpoint in self._checkpoints:
                 for size in {self._sizes[0], self._sizes[-1]}:
-                    column = self._table(size, checkpoint).needs(first, frozen_suffix=frozen_suffix)
+                    column = self._table(size, checkpoint, frozen_suffix).needs(first)
                     if not _may_checkpoint(first, first, checkpoint, frozen_suffix):
                         column[0] = columns[0][0]
                     columns.append(column)
@@ -123,21 +124,31 @@ class Ways:
         return best
 
     def _largest(self, first: int, last: int, room: int, checkpoint: bool, frozen_suffix: bool) -> int | None:
-        """The largest micro-batch that fits: work falls as it grows."""
+        """The largest micro-batch that fits: work falls as it grows.
+
+        Smaller ones need less, except that the whole batch in one piece may need less than any. The search goes step by
+        step from where the last one ended, since neighbouring blocks need about the same.
+        """
         sizes = self._sizes
-        if self._table(sizes[0], checkpoint).need(first, last, frozen_suffix=frozen_suffix) <= room:
+
+        def fits(index: int) -> bool:
+            return self._table(sizes[index], checkpoint, frozen_suffix).need(first, last) <= room
+
+        if fits(0):
             return sizes[0]
         low, high = 1, len(sizes)  # the first size that fits lies in between, or is none
+        tried = self._last_found
         while low < high:
-            middle = (low + high) // 2
-            if self._table(sizes[middle], checkpoint).need(first, last, frozen_suffix=frozen_suffix) <= room:
-                high = middle
+            tried = min(max(tried, low), high - 1)
+            if fits(tried):
+                high, tried = tried, tried - 1
             else:
-                low = middle + 1
+                low = tried = tried + 1
+        self._last_found = low
         return sizes[low] if low < len(sizes) else None
 
-    def _table(self, micro_batch: int, checkpoint: bool) -> Table:
-        return self.needs.table(micro_batch, checkpoint=checkpoint)
+    def _table(self, micro_batch: int, checkpoint: bool, frozen_suffix: bool) -> Table:
+        return self.needs.table(micro_batch, checkpoint=checkpoint, frozen_suffix=frozen_suffix)
 
 
 def _may_checkpoint(first: int, last: int, checkpoint: bool, frozen_suffix: bool) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from fedepth.estimate.peak import batches_per_epoch, pieces_of
 from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
@@ -71,16 +72,18 @@ class BlockTraining:
         # As large as the part of an epoch's order that a rehearsal, which draws few samples, does not have.
         self._order_beyond = torch.zeros(context.cached_samples - len(labels), dtype=torch.int64)
 
-    def epoch_batches(self, batch: int) -> Iterator[torch.Tensor]:
+    def epoch_batches(self) -> tuple[torch.Tensor, ...]:
         """Index batches of the next epoch."""
-        return epoch_batches(len(self._labels), batch, self._shuffle)
+        task = self._context.task
+        count = len(self._labels)
+        return epoch_batches(count, batches_per_epoch(self._context.costs, task.training, count), self._shuffle)
 
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
         self.steps += 1
         micro_batch = self._micro_batch.now
         self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
-        pieces = torch.tensor_split(indices, -(-len(indices) // micro_batch))
+        pieces = torch.tensor_split(indices, pieces_of(self._context.costs, len(indices), micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):
             self._last_piece = number == len(pieces)
@@ -140,17 +143,12 @@ class BlockTraining:
         return update
 
 
-def epoch_batches(count: int, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Index batches of one epoch, all of one size: the last is filled from the start of the same permutation.
+def epoch_batches(count: int, batches: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Index batches of one epoch: every sample once, in batches whose sizes differ by at most one.
 
-    One size keeps the kernels' cached scratch small, and no sample of a small shard is ever dropped.
+    Almost equal sizes keep the kernels' cached scratch small, and no step weighs its samples more than another.
     """
-    order = torch.randperm(count, generator=generator)
-    whole = count // batch * batch
-    for start in range(0, whole, batch):
-        yield order[start : start + batch]
-    if whole < count:
-        yield order[torch.arange(whole, whole + batch) % count]
+    return torch.tensor_split(torch.randperm(count, generator=generator), batches)
 
 
 def _seed(context: TrainingContext, index: int) -> int:

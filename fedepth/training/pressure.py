@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from fedepth.costs import ModelCosts
-from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import (
+    build_peak,
+    cache_bytes_in,
+    effective_batch,
+    keeps_to,
+    needed_bytes,
+    training_step,
+)
 from fedepth.plan import Stage
 from fedepth.task import TrainingSpec
 
@@ -38,7 +45,7 @@ def fitting_micro_batch(
     batch = effective_batch(costs, training, sample_count)
     # Gradients accumulate to the job's batch: BatchNorm aside, the size changes memory and time and not the result.
     for micro_batch in _smaller_and_smaller(stage.micro_batch, costs.smallest_micro_batch):
-        if batch // -(-batch // micro_batch) < costs.smallest_micro_batch:
+        if not keeps_to(costs, training, sample_count, micro_batch):
             continue  # an odd batch leaves pieces of one sample, of which BatchNorm has no variance
         peak = training_step(
             costs,
@@ -49,6 +56,7 @@ def fitting_micro_batch(
             accumulates=micro_batch < batch,
             cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
             checkpoint=stage.checkpoint,
+            frozen_suffix=stage.frozen_suffix,
         ).peak
         if needed_bytes(peak.total) <= budget_bytes:
             return micro_batch

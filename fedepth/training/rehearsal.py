@@ -63,9 +63,9 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
 
 
 def _samples(stage: Stage, batch: int) -> int:
-    """Those of two micro-batches as `BlockTraining.step` cuts them, or of the whole batch where it is one piece."""
+    """Those of two micro-batches as `BlockTraining.step` cuts them, or of the whole batch where it has no more."""
     pieces = -(-batch // stage.micro_batch)
-    return min(pieces, 2) * -(-batch // pieces)
+    return min(batch, min(pieces, 2) * -(-batch // pieces))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ of the model stays in the weights file.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedepth.errors import OverBudgetError, PlanError
-from fedepth.estimate.peak import effective_batch, needed_bytes
+from fedepth.estimate.peak import needed_bytes
 from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
@@ -87,7 +87,7 @@ def fitted(context: TrainingContext, meter: Meter, hooks: Hooks) -> TrainingCont
         PlanError: nothing fits.
     """
     stages = _fit(context, list(context.plan.stages), [], hooks.measure(0, held_bytes(meter, context.device)))
-    return replace(context, plan=replace(context.plan, stages=tuple(stages)))
+    return replace(context, plan=_of_stages(context, stages))
 
 
 def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
@@ -97,7 +97,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         rehearsed: peaks of stages in their rehearsal. One that runs otherwise than it was rehearsed has none.
 
     Raises:
-        PlanError: nothing fits before the first stage.
+        PlanError: nothing fits; the blocks that are trained by then are worth nothing without those behind them.
         OverBudgetError: a stage met its limit.
     """
     model = context.model
@@ -111,9 +111,12 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     load(context, model.head, trainable=True)
     while waiting:
         budget = hooks.measure(len(done), held_bytes(meter, context.device))
-        waiting = _fit(context, waiting, done, budget)
-        if not waiting:
-            break
+        try:
+            waiting = _fit(context, waiting, done, budget)
+        except PlanError:
+            if cache is not None:
+                cache.close()
+            raise
         stage = waiting.pop(0)
         rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
@@ -175,28 +178,33 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         cache.close()
     _write(context, [model.head], parts, infos)
     model.head.release()
-    plan = replace(context.plan, stages=tuple(done))
-    untrained = sorted({*range(len(model.units))} - {*plan.trained_units})
-    return Trained(replace(plan, untrained=tuple(untrained)), tuple(results), tuple(parts), tuple(infos))
+    return Trained(_of_stages(context, done), tuple(results), tuple(parts), tuple(infos))
+
+
+def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
+    """The task's plan with other stages."""
+    plan = replace(context.plan, stages=tuple(stages))
+    untrained = sorted({*range(len(context.model.units))} - {*plan.trained_units})
+    return replace(plan, untrained=tuple(untrained))
 
 
 def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
-    """The stages still to train, planned anew if memory has shrunk below what they need."""
+    """The stages still to train, planned anew if memory has shrunk below what they need.
+
+    Raises:
+        PlanError: no plan for all that is left fits. A block that was trained while the units behind it were not is
+            harmful, so nothing of the task is delivered then.
+    """
     if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
         return waiting
-    try:
-        plan = make_plan(
-            context.costs,
-            budget_bytes=budget,
-            training=context.task.training,
-            sample_count=context.cached_samples,
-            policy=context.task.policy,
-            done=done[-1] if done else None,
-        )
-    except PlanError:
-        if not done:
-            raise
-        return []  # what is trained so far is a valid partial update; the rest keeps its global value
+    plan = make_plan(
+        context.costs,
+        budget_bytes=budget,
+        training=context.task.training,
+        sample_count=context.cached_samples,
+        policy=context.task.policy,
+        done=done[-1] if done else None,
+    )
     return list(plan.stages)
 
 
@@ -210,7 +218,6 @@ def _epochs(
 ) -> list[float]:
     """Trains a block for all epochs; returns the mean loss of each."""
     spec = context.task.training
-    batch = effective_batch(context.costs, spec, context.first_samples or len(context.images))
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
 
@@ -221,7 +228,7 @@ def _epochs(
     look = _every(LOOK_S, report_and_look)
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
-        for indices in block.epoch_batches(batch):
+        for indices in block.epoch_batches():
             total += block.step(indices)
             batches += 1
             meter.sample()

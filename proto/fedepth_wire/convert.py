@@ -53,6 +53,8 @@ def _with_enum_names(value: Any, descriptor: Any, *, to_wire: bool) -> Any:
 
 
 def _field(item: Any, field: FieldDescriptor, to_wire: bool) -> Any:
+    if item is None:  # an optional message: unset on the wire
+        return None
     if isinstance(item, (list, tuple)):
         return [_field(each, field, to_wire) for each in item]
     if field.enum_type is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.store.records import TaskRecord
 from fedepth.budget import Budget
-from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.job import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
@@ -31,14 +31,9 @@ def cost(name: str) -> UnitCost:
         largest_parameter_bytes=4000,
         input_bytes=256,
         output_bytes=256,
-        saved=Size(0, 256),
-        saves_input=True,
-        saves_output=False,
-        forward=Size(0, 256),
-        backward=Size(0, 512),
-        backward_first=Size(0, 512),
-        inference=Size(0, 256),
-        convolutions=Convolutions(),
+        training=StepCost(Size(0, 256), True, False, PassCost(Size(0, 256)), PassCost(Size(0, 512))),
+        backward_first=PassCost(Size(0, 512)),
+        inference=PassCost(Size(0, 256)),
         flops=1000,
         steps=(),
         input_shape=(),
@@ -47,8 +42,7 @@ def cost(name: str) -> UnitCost:
 
 COSTS = ModelCosts(
     model="fake",
-    units=tuple(cost(f"unit{index}") for index in range(UNITS)),
-    exits=tuple(cost(f"exit{index}") for index in range(UNITS)),
+    units=tuple(replace(cost(f"unit{index}"), exit=cost(f"exit{index}")) for index in range(UNITS)),
     input_bytes=256,
     raw_input_bytes=64,
     smallest_micro_batch=1,

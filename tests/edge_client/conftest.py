@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import ModelCosts, Size, UnitCost
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import make_plan
 from fedepth.task import ModelSpec, PartInfo, Result, StageResult, Task, TrainingSpec
+from tests.unit_costs import unit_cost
 
 MIB = 1 << 20
 WEIGHTS = b"weights" * 1000
@@ -18,18 +19,19 @@ SAMPLES = 6  # what `data` holds
 
 def unit(name: str) -> UnitCost:
     """1 MiB of parameters and 1 MiB of saved activations per sample."""
-    return UnitCost(
-        name, MIB, 0, MIB, 1000, 1000, Size(0, MIB), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, (), ()
+    exit_ = unit_cost("exit", parameter_bytes=40, input_bytes=1000, output_bytes=8, saves_output=True)
+    return unit_cost(
+        name,
+        parameter_bytes=MIB,
+        input_bytes=1000,
+        output_bytes=1000,
+        saved=Size(0, MIB),
+        saves_output=True,
+        exit_=exit_,
     )
 
 
-def exit_unit(name: str) -> UnitCost:
-    return UnitCost(name, 40, 0, 40, 1000, 8, Size(0, 0), True, True, *[Size(0, 0)] * 4, Convolutions(), 1, (), ())
-
-
-COSTS = ModelCosts(
-    "toy", tuple(unit(f"u{i}") for i in range(8)), tuple(exit_unit(f"e{i}") for i in range(8)), 1000, 250, 1
-)
+COSTS = ModelCosts("toy", tuple(unit(f"u{i}") for i in range(8)), 1000, 250, 1)
 TRAINING = TrainingSpec(4, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 
 

@@ -142,8 +142,9 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     assert from_message(server.asked[0].device, DeviceReport) == REPORT
 
 
-def without_exits(task: Task) -> Task:
-    return replace(task, costs=replace(task.costs, exits=()))
+def without_a_head(task: Task) -> Task:
+    *units, last = task.costs.units
+    return replace(task, costs=replace(task.costs, units=(*units, replace(last, exit=None))))
 
 
 def with_stage(task: Task, **changes: Any) -> Task:
@@ -154,11 +155,8 @@ def with_stage(task: Task, **changes: Any) -> Task:
     ("change", "message"),
     [
         (lambda task: replace(task, plan=replace(task.plan, stages=())), "0 stages cannot be"),
-        (without_exits, "8 units and 0 exits"),
-        (
-            lambda task: replace(without_exits(task), costs=replace(task.costs, units=(), exits=())),
-            "0 units and 0 exits",
-        ),
+        (without_a_head, "8 units without a head"),
+        (lambda task: replace(task, costs=replace(task.costs, units=())), "0 units without a head"),
         (lambda task: with_stage(task, first=3, last=2), "stages 3 cannot be"),
         (lambda task: with_stage(task, first=0, last=8), "stages 0-8 cannot be"),
         (lambda task: with_stage(task, micro_batch=0), "cannot be"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.costs import Calibration, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Policy
@@ -14,25 +14,23 @@ from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
+from tests.unit_costs import unit_cost
 
 KIB = 1024
 MIB = KIB * KIB
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
 BARE = Calibration(fixed_bytes=0, kept=0.0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0)
-ZERO = Size(0, 0)
 
 
 def unit(name: str, saved: int, flops: int = 10**9) -> UnitCost:
     """A unit without weights that keeps its input of 10 KiB and `saved` bytes of every sample."""
-    return UnitCost(
-        name, 0, 0, 0, 10 * KIB, 10 * KIB, Size(0, saved), True, False, *[ZERO] * 4, Convolutions(), flops, (), ()
-    )
+    return unit_cost(name, input_bytes=10 * KIB, output_bytes=10 * KIB, saved=Size(0, saved), flops=flops)
 
 
 def model(*saved_kib: int) -> ModelCosts:
-    units = tuple(unit(f"u{index}", kib * KIB) for index, kib in enumerate(saved_kib))
-    exits = tuple(replace(unit("exit", 0), output_bytes=0) for _ in units)
-    return ModelCosts("hand", units, exits, 10 * KIB, 2 * KIB, 1, BARE)
+    exit_ = replace(unit("exit", 0), output_bytes=0)
+    units = tuple(replace(unit(f"u{index}", kib * KIB), exit=exit_) for index, kib in enumerate(saved_kib))
+    return ModelCosts("hand", units, 10 * KIB, 2 * KIB, 1, BARE)
 
 
 def block_needs(*saved_kib: int) -> int:
@@ -110,21 +108,22 @@ def test_nothing_fits() -> None:
 @settings(max_examples=60, deadline=None)
 @given(models(Calibration()), st.floats(0, 1.1), st.sampled_from(Policy))
 def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, policy: Policy) -> None:
-    def key(bytes_: int) -> tuple[float, int, float]:
+    def key(bytes_: int) -> tuple[bool, float, int, float]:
         try:
             plan = make_plan(costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=policy)
         except PlanError:
-            return (float("inf"), 0, 0.0)
-        return (len(plan.untrained), len(plan.stages), estimated_work(costs, TRAINING, 20, plan))
+            return (True, float("inf"), 0, 0.0)
+        rank = plan.stages[-1].frozen_suffix, len(plan.untrained), len(plan.stages)
+        return (*rank, estimated_work(costs, TRAINING, 20, plan))
 
-    def better(one: tuple[float, int, float], other: tuple[float, int, float]) -> bool:
-        return one[:2] < other[:2] or (one[:2] == other[:2] and one[2] < CLEARLY_LESS * other[2])
+    def better(one: tuple[bool, float, int, float], other: tuple[bool, float, int, float]) -> bool:
+        return one[:3] < other[:3] or (one[:3] == other[:3] and one[3] < CLEARLY_LESS * other[3])
 
     least = smallest_peak(costs, TRAINING, 20, policy)
     budget = least + int(share * max(0, needed_bytes(full_training_peak(costs, TRAINING, 20).total) - least))
     chosen = key(budget)
     found = explained(costs, budget, policy, samples=20)
-    assert found.work == chosen[2]
+    assert found.work == chosen[3]
     if found.larger:
         assert found.larger.budget_bytes > budget
         assert better(key(found.larger.budget_bytes), chosen)
@@ -134,9 +133,8 @@ def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, polic
     assert found.least_bytes <= budget
     assert not better(chosen, key(found.least_bytes))
     assert better(chosen, key(found.least_bytes - 1))
-    assert (found.smaller is None) == (key(found.least_bytes - 1)[0] == float("inf"))
+    assert (found.smaller is None) == (key(found.least_bytes - 1)[1] == float("inf"))
     for each in found.coarser:
-        untrained, stages, work = key(each.budget_bytes)
-        assert (untrained, stages, work) == (0, len(each.plan.stages), each.work)
-        assert key(each.budget_bytes - 1)[:2] > (0, stages)
-    assert found.coarser or chosen[:2] == (0, 1)
+        assert key(each.budget_bytes) == (False, 0, len(each.plan.stages), each.work)
+        assert key(each.budget_bytes - 1)[:3] > (False, 0, len(each.plan.stages))
+    assert found.coarser or chosen[:3] == (False, 0, 1)

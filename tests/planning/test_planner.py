@@ -6,13 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, UnitCost
 from fedepth.errors import PlanError
-from fedepth.estimate.peak import build_peak, cache_bytes_in, may_keep_bytes, needed_bytes, training_step
+from fedepth.estimate.peak import (
+    build_peak,
+    cache_bytes_in,
+    effective_batch,
+    may_keep_bytes,
+    needed_bytes,
+    training_step,
+)
 from fedepth.plan import CachePlace, PeakComponents, Policy
 from fedepth.planning.planner import make_plan
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
+from tests.unit_costs import unit_cost
 
 KIB = 1024
 MIB = KIB * KIB
@@ -24,31 +32,25 @@ TRAINING = TrainingSpec(8, 2, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
 
 def unit(name: str, parameters: int, saved: int, output: int, input_: int) -> UnitCost:
     """A unit that saves its input and `saved` bytes per sample, and needs nothing on top."""
-    return UnitCost(
-        name=name,
+    return unit_cost(
+        name,
         parameter_bytes=parameters,
-        buffer_bytes=0,
-        largest_parameter_bytes=parameters,
         input_bytes=input_,
         output_bytes=output,
         saved=Size(0, saved),
-        saves_input=True,
-        saves_output=False,
-        forward=Size(0, 0),
-        backward=Size(0, 0),
-        backward_first=Size(0, 0),
-        inference=Size(0, 0),
-        convolutions=Convolutions(),
         flops=1000,
-        steps=(),
-        input_shape=(),
     )
 
 
 def model(count: int = 4, saved: int = 1000 * KIB) -> ModelCosts:
-    units = tuple(unit(f"u{i}", 0, saved, 10 * KIB, 10 * KIB) for i in range(count))
-    exits = tuple(unit(f"exit{i}", 0, 0, 0, 10 * KIB) for i in range(count))
-    return ModelCosts("hand", units, exits, 10 * KIB, 2 * KIB, smallest_micro_batch=1, calibration=DEVICE)
+    exit_ = unit("exit", 0, 0, 0, 10 * KIB)
+    units = tuple(replace(unit(f"u{i}", 0, saved, 10 * KIB, 10 * KIB), exit=exit_) for i in range(count))
+    return ModelCosts("hand", units, 10 * KIB, 2 * KIB, smallest_micro_batch=1, calibration=DEVICE)
+
+
+def saving(one: UnitCost, kib: int) -> UnitCost:
+    """The unit, when it keeps so much of every sample."""
+    return replace(one, training=replace(one.training, saved=Size(0, kib * KIB)))
 
 
 def plan(costs: ModelCosts, budget: int, policy: Policy = Policy.PAPER, samples: int = 16, **changes: object):  # type: ignore[no-untyped-def]
@@ -66,7 +68,14 @@ def test_the_peak_of_a_stage_is_the_sum_of_what_lives_at_its_worst_moment() -> N
 
 def test_the_first_unit_of_a_block_needs_no_gradient_of_its_input() -> None:
     # One sample a step: input and two saved maps, and what the backward pass of the first or second unit adds.
-    units = tuple(replace(u, backward=Size(0, 500 * KIB), backward_first=Size(0, 200 * KIB)) for u in model(2).units)
+    units = tuple(
+        replace(
+            u,
+            training=replace(u.training, backward=PassCost(Size(0, 500 * KIB))),
+            backward_first=PassCost(Size(0, 200 * KIB)),
+        )
+        for u in model(2).units
+    )
     costs = replace(model(2), units=units)
     for checkpoint in (False, True):
         first = training_step(costs, TRAINING, 0, 0, 1, accumulates=False, cache_bytes=0, checkpoint=checkpoint).peak
@@ -90,16 +99,26 @@ def test_parameters_momentum_and_one_gradient_count_when_weights_bind() -> None:
     assert proximal.parameters == 4 * MIB
 
 
-def in_every_pass(*convolutions: Convolution) -> Convolutions:
-    return Convolutions(*[convolutions] * 4)
+def in_every_pass(one: UnitCost, *convolutions: Convolution) -> UnitCost:
+    """The unit with these convolutions."""
+
+    def with_them(cost: PassCost) -> PassCost:
+        return replace(cost, convolutions=convolutions)
+
+    step = one.training
+    return replace(
+        one,
+        training=replace(step, forward=with_them(step.forward), backward=with_them(step.backward)),
+        backward_first=with_them(one.backward_first),
+        inference=with_them(one.inference),
+    )
 
 
 def test_scratch_follows_the_calibration_of_the_unit_that_runs() -> None:
     device = Calibration("", "", MIB, kept=0.5, kernel_share=2.0, depthwise_share=100.0, reordered_share=0.25)
-    one = replace(
-        model(1).units[0],
-        largest_parameter_bytes=3 * MIB,
-        convolutions=in_every_pass(Convolution(2 * MIB, MIB // 50, Size(2 * MIB, MIB), Size(0, 1000 * KIB))),
+    one = in_every_pass(
+        replace(model(1).units[0], largest_parameter_bytes=3 * MIB),
+        Convolution(2 * MIB, MIB // 50, Size(2 * MIB, MIB), Size(0, 1000 * KIB)),
     )
     costs = replace(model(1), units=(one,), calibration=device)
     # 1 MiB + twice 2 MiB + 100 times a fiftieth MiB + a quarter of 2 MiB and of 4 samples' 1 MiB;
@@ -118,7 +137,7 @@ def test_what_convolutions_copy_does_not_come_on_top_of_what_lives_when_none_run
         """One unit saves 2 samples' 1000 KiB; while its convolution runs, it holds `living` KiB of each."""
         running = Convolution(of_weights, 0, Size(0, 0), Size(0, living * KIB))
         other = Convolution(0, 0, Size(0, 0), Size(0, 70 * KIB))  # it copies nothing, and does not count
-        one = replace(model(1).units[0], convolutions=in_every_pass(other, running))
+        one = in_every_pass(model(1).units[0], other, running)
         costs = replace(model(1), units=(one,), calibration=device)
         return training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0, checkpoint=checkpoint).peak
 
@@ -134,7 +153,7 @@ def test_what_convolutions_copy_does_not_come_on_top_of_what_lives_when_none_run
     # What the unit saves is more than the copies: then it is what counts, without them.
     small = replace(device, kernel_share=0.01)
     running = Convolution(of_weights, 0, Size(0, 0), Size(0, KIB))
-    one = replace(model(1).units[0], convolutions=in_every_pass(running))
+    one = in_every_pass(model(1).units[0], running)
     costs = replace(model(1), units=(one,), calibration=small)
     saved = training_step(costs, TRAINING, 0, 0, 2, accumulates=False, cache_bytes=0).peak
     assert saved.scratch == MIB and saved.activations + saved.temporaries == 2 * (10 + 1000 + 10) * KIB
@@ -181,7 +200,7 @@ def test_auto_computes_again_what_even_one_sample_at_a_time_could_not_keep() -> 
 
 def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -> None:
     costs = model()
-    costs = replace(costs, units=(replace(costs.units[0], saved=Size(0, 9000 * KIB)), *costs.units[1:]))
+    costs = replace(costs, units=(saving(costs.units[0], 9000), *costs.units[1:]))
     found = plan(costs, 32000 * KIB)
     assert found.untrained == (0,)
     assert [(s.first, s.last) for s in found.stages] == [(1, 3)]
@@ -240,17 +259,18 @@ def test_every_plan_fits_and_names_every_unit_once(
     try:
         found = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)
     except PlanError as error:
-        assert error.needed_bytes > budget
+        assert error.needed_bytes > budget or samples < costs.smallest_micro_batch
         return
     named = [u for s in found.stages for u in range(s.first, s.last + 1)] + list(found.untrained)
     assert sorted(named) == list(range(len(costs.units)))
-    batch = max(min(training.batch, samples), costs.smallest_micro_batch)
+    batch = effective_batch(costs, training, samples)
     previous = None
     for stage in found.stages:
         cached = cache_bytes_in(stage.cache, costs, training, stage.first, samples)
         training_bytes = training_step(
             costs, training, stage.first, stage.last, stage.micro_batch,
             accumulates=stage.micro_batch < batch, cache_bytes=cached, checkpoint=stage.checkpoint,
+            frozen_suffix=stage.frozen_suffix,
         ).peak.total  # fmt: skip
         building_bytes = build_peak(
             costs, previous.first if previous else 0, stage.first, stage.build_batch,
@@ -266,11 +286,11 @@ def test_every_plan_fits_and_names_every_unit_once(
 @settings(max_examples=60, deadline=None)
 @given(models(DEVICE), st.integers(LEAST, LEAST + 1_000_000), st.integers(0, 1_000_000))
 def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int) -> None:
-    def untrained(bytes_: int) -> tuple[int, int]:
+    def untrained(bytes_: int) -> tuple[bool, int, int]:
         try:
             found = make_plan(costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=Policy.PAPER)
         except PlanError:
-            return (len(costs.units) + 1, 0)
-        return (len(found.untrained), len(found.stages))
+            return (True, len(costs.units) + 1, 0)
+        return (found.stages[-1].frozen_suffix, len(found.untrained), len(found.stages))
 
     assert untrained(budget + more) <= untrained(budget)

@@ -1,6 +1,5 @@
 """A rehearsal measures every stage as it will be, and leaves nothing of itself."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,9 @@ def test_the_order_of_an_epoch_has_its_full_size(tmp_path: Path, monkeypatch: py
     sizes: list[tuple[int, int]] = []
     epoch_batches = BlockTraining.epoch_batches
 
-    def counted(block: BlockTraining, batch: int) -> Iterator[torch.Tensor]:
+    def counted(block: BlockTraining) -> tuple[torch.Tensor, ...]:
         sizes.append((len(block._labels), len(block._order_beyond)))
-        return epoch_batches(block, batch)
+        return epoch_batches(block)
 
     monkeypatch.setattr(BlockTraining, "epoch_batches", counted)
     job = context(tmp_path, [stage(0, 5)], training=replace(TRAINING, local_epochs=1), count=40)

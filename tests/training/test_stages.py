@@ -13,10 +13,10 @@ import torch
 from fedepth.models.split import split, split_spec
 from torch.nn import functional
 
-from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import ModelCosts
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
-from fedepth.errors import OverBudgetError
+from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory.meter import Meter
 from fedepth.models import zoo
 from fedepth.models.skip import skip
@@ -28,14 +28,16 @@ from fedepth.training.context import TrainingContext
 from fedepth.training.stages import train
 from fedepth.weights import load_numpy, open_weights, save
 from tests.training.open_files import open_files
+from tests.unit_costs import unit_cost
 
 NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 SPEC = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
-COSTS = ModelCosts("test", (), (), 256, 64, 1)
-ZERO = Size(0, 0)
-HUNGRY = UnitCost("u", 1 << 40, 0, 0, 256, 256, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, (), ())
+COSTS = ModelCosts("test", (), 256, 64, 1)
+HUNGRY = unit_cost(
+    parameter_bytes=1 << 40, input_bytes=256, output_bytes=256, exit_=unit_cost("exit", parameter_bytes=1 << 40)
+)
 
 
 class Quiet:
@@ -98,7 +100,8 @@ def order(job: TrainingContext, index: int, count: int) -> list[torch.Tensor]:
     """The index batches that stage `index` trains on, all epochs."""
     generator = torch.Generator().manual_seed(_seed(job, index))
     training = job.task.training
-    return [b for _ in range(training.local_epochs) for b in epoch_batches(count, training.batch, generator)]
+    batches = -(-count // training.batch)
+    return [b for _ in range(training.local_epochs) for b in epoch_batches(count, batches, generator)]
 
 
 def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
@@ -208,10 +211,47 @@ def test_the_proximal_term_pulls_towards_the_global_weights(tmp_path: Path) -> N
     assert distance["held"] < 0.7 * distance["free"]
 
 
-def test_every_sample_is_seen_and_all_batches_have_one_size() -> None:
-    batches = list(epoch_batches(10, 4, torch.Generator().manual_seed(0)))
-    assert [len(batch) for batch in batches] == [4, 4, 4]
-    assert set(torch.cat(batches).tolist()) == set(range(10))
+def test_every_sample_is_seen_once_in_batches_of_almost_one_size() -> None:
+    batches = epoch_batches(10, 3, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [4, 3, 3]
+    assert sorted(torch.cat(batches).tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize(("count", "steps"), [(16, 2), (17, 3), (9, 2), (7, 1)])
+def test_a_stage_sees_every_sample_once_an_epoch(tmp_path: Path, count: int, steps: int) -> None:
+    job = context(tmp_path, [stage(0, 5, micro_batch=3)], count=count)
+    (result,) = train(job, Meter(), Quiet()).stages
+    assert (result.samples_seen, result.steps) == (2 * count, 2 * steps)
+
+
+def test_no_piece_is_smaller_than_batch_norm_can_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[int] = []
+    accumulate = BlockTraining._accumulate
+
+    def counted(block: BlockTraining, piece: torch.Tensor, batch: int) -> float:
+        pieces.append(len(piece))
+        return accumulate(block, piece, batch)
+
+    monkeypatch.setattr(BlockTraining, "_accumulate", counted)
+    job = context(tmp_path, [stage(0, 9, micro_batch=2)], spec=PRERESNET, count=9)
+    job = replace(job, task=replace(job.task, costs=replace(COSTS, smallest_micro_batch=2)))
+    train(job, Meter(), Quiet())
+    assert pieces == [3, 2, 2, 2] * 2  # batches of 5 and 4 samples: a piece of one more, rather than one alone
+
+
+def test_without_memory_for_what_is_left_the_task_fails_and_leaves_no_file_open(tmp_path: Path) -> None:
+    class Falling(Quiet):
+        """Next to nothing is free once the first stage is through."""
+
+        def measure(self, stage: int, held_bytes: int) -> int:
+            return self.budget if stage == 0 else 1
+
+    planned = [replace(stage(first, first + 2), cache=CachePlace.DISK) for first in (0, 3)]
+    job = context(tmp_path, planned)
+    job = replace(job, task=replace(job.task, costs=replace(COSTS, units=(HUNGRY,) * 6)))
+    with pytest.raises(PlanError, match="the smallest plan needs"):
+        train(job, Meter(), Falling())
+    assert open_files(tmp_path / "cache") == []
 
 
 def test_the_head_is_pulled_towards_its_global_value_in_every_stage(tmp_path: Path) -> None:
@@ -288,7 +328,7 @@ def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
     monkeypatch.setattr(stages, "LOOK_S", 0.001)
     monkeypatch.setattr(stages, "LONGEST_PAUSE_S", 0.05)
     hooks = Shrinking(later)
-    costs = replace(COSTS, units=(HUNGRY,) * 6, exits=(HUNGRY,) * 6)
+    costs = replace(COSTS, units=(HUNGRY,) * 6)
     job = context(tmp_path, [stage(0, 5)])
     job = replace(job, task=replace(job.task, costs=costs), enforce=True)
     (result,) = train(job, Meter(), hooks).stages

@@ -58,7 +58,7 @@ def test_prepare_writes_weights_and_says_what_they_are(tmp_path: Path) -> None:
     assert {t.name: t.shape for t in layout.tensors} == {n: a.shape for n, a in load_numpy(path).items()}
     costs = msgspec.convert(told["costs"], ModelCosts)
     assert [unit.name for unit in costs.units] == [unit.name for unit in layout.units]
-    assert sum(u.parameter_bytes for u in costs.units) + costs.exits[0].parameter_bytes == layout.size_bytes
+    assert sum(u.parameter_bytes for u in costs.units) + costs.head.parameter_bytes == layout.size_bytes
 
 
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:

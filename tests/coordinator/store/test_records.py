@@ -62,7 +62,7 @@ def test_costs_that_an_older_version_recorded_are_found_out_again(tmp_path: Path
     prepared = Prepared(kit.costs, kit.layout, training_spec(kit.config(), 1))
     older = msgspec.to_builtins(prepared)
     for unit in older["costs"]["units"]:
-        del unit["convolutions"]
+        del unit["training"]
     store._write(job.update().values(prepared=msgspec.json.encode(older).decode()))
     assert store.prepared() is None
     store.record_prepared(prepared)
