@@ -38,8 +38,6 @@ def unit_cost(
         backward_first=cost,
         inference=cost,
         flops=flops,
-        steps=(),
-        input_shape=(),
         exit=exit_,
     )
 
