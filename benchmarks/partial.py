@@ -66,7 +66,7 @@ class Subject:
 SUBJECTS = (
     Subject("digits-cnn", (1, 8, 8), 32, 20, "adamw", 4e-3),
     Subject("preresnet20", (1, 16, 16), 32, 8, "sgd", 0.05),
-    Subject("mobilenet-v3-small", (1, 32, 32), 32, 20, "adamw", 2e-3),
+    Subject("mobilenet-v3-small", (1, 32, 32), 32, 40, "adamw", 1e-3),
     Subject("vit-tiny", (1, 16, 16), 32, 20, "adamw", 5e-4),
     Subject("resnet18", (1, 32, 32), 32, 6, "sgd", 0.02),
     Subject("vit-b-16", (1, 32, 32), 32, 10, "adamw", 1e-4),
