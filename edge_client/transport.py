@@ -23,9 +23,10 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from edge_client.backoff import within
 from edge_client.outbox import Entry
+from fedepth.costs import UnitCost
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.files import file_digest
-from fedepth.plan import Plan
+from fedepth.plan import Plan, Stage
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
@@ -300,6 +301,15 @@ class GrpcTransport:
             path.unlink()
 
 
+def _possible(stage: Stage, units: tuple[UnitCost, ...]) -> bool:
+    """Whether a model of these units has this block, and the block can end there."""
+    if not 0 <= stage.first <= stage.last < len(units) or min(stage.micro_batch, stage.build_batch) < 1:
+        return False
+    if stage.frozen_suffix:
+        return all(unit.frozen is not None for unit in units[stage.last + 1 :])
+    return units[stage.last].exit is not None
+
+
 def _checked(task: Task) -> Task:
     """Both names become file names here, so a coordinator must not choose them freely."""
     if not _TASK_ID.fullmatch(task.task_id):
@@ -313,9 +323,7 @@ def _checked(task: Task) -> Task:
         )
     units = len(task.costs.units)
     headless = not units or task.costs.units[-1].exit is None
-    beyond = [
-        s.block for s in task.plan.stages if not 0 <= s.first <= s.last < units or min(s.micro_batch, s.build_batch) < 1
-    ]
+    beyond = [stage.block for stage in task.plan.stages if not _possible(stage, task.costs.units)]
     if headless or beyond or task.training.batch < 1 or task.training.local_epochs < 1:
         raise ProtocolError(
             f"task {task.task_id}: costs of {units} units{' without a head' * headless}, "
