@@ -15,6 +15,7 @@ from coordinator import rounds
 from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
+from coordinator.plans import Plans
 from coordinator.round_events import (
     Action,
     CloseRound,
@@ -38,7 +39,6 @@ from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
-from fedepth.planning.planner import make_plan
 from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 
 TICK_S = 0.2
@@ -80,6 +80,7 @@ class Job:
         self.model = model_spec(config)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
+        self.plans = Plans(prepared.costs, policy(config))
         self._prepared = prepared
         self._costs = read_costs(store.files.graph())
         self._clock = clock
@@ -112,19 +113,13 @@ class Job:
 
     # --- what devices do
 
-    def plan_for(self, report: DeviceReport) -> Plan:
+    async def plan_for(self, report: DeviceReport) -> Plan:
         """The plan of this device for the current round.
 
         Raises:
             PlanError: nothing fits its budget.
         """
-        return make_plan(
-            self._costs_on(report),
-            budget_bytes=report.budget.budget_bytes,
-            training=training_spec(self.config, self.state.round),
-            sample_count=report.sample_count,
-            policy=policy(self.config),
-        )
+        return await self.plans.plan(report, training_spec(self.config, self.state.round))
 
     def _costs_on(self, report: DeviceReport) -> ModelCosts:
         return replace(self._costs, calibration=report.calibration)

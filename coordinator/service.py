@@ -64,10 +64,12 @@ class FederationService(FederationServicer):
         if job.finished.is_set():
             return self._finished(report.device_id)
         try:
-            plan = job.plan_for(report)
+            plan = await job.plan_for(report)
         except PlanError as error:
             job.events.send("log", message=f"{report.name} cannot take part: {error}", device=report.name)
             return _rejected(str(error))
+        if job.finished.is_set():  # while the plan was made
+            return self._finished(report.device_id)
         answer = job.start_waiting(report, plan)
         try:
             await asyncio.wait({answer}, timeout=min(max(request.wait_ms, 0), LONGEST_WAIT_MS) / 1000)

@@ -91,6 +91,8 @@ class Needs:
         self._bounds = _Bounds(costs)
         self._tables: dict[tuple[int, bool, bool], Table] = {}
         self._runs: dict[int, list[int]] = {}
+        self._passes: dict[int, tuple[list[tuple[int, int, int]], list[tuple[int, int]]]] = {}
+        self._loaded: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
 
     def table(self, micro_batch: int, *, checkpoint: bool, frozen_suffix: bool) -> Table:
         """Blocks that end at an exit, or with a frozen suffix."""
@@ -121,9 +123,15 @@ class Needs:
             ]
         return self._runs[samples]
 
-    def _loaded(self, samples: int, frozen_suffix: bool) -> tuple[list[int], list[int]]:
+    def _loaded_with(self, accumulates: bool, frozen_suffix: bool) -> tuple[list[int], list[int]]:
         """Bytes that live through a step: of all units before each one, and up to a block's end with what follows."""
-        copies = self._copies + (1 if samples < self._batch else 0)  # gradients that are summed up
+        key = (accumulates, frozen_suffix)
+        if key not in self._loaded:
+            self._loaded[key] = self._sum_loaded(accumulates, frozen_suffix)
+        return self._loaded[key]
+
+    def _sum_loaded(self, accumulates: bool, frozen_suffix: bool) -> tuple[list[int], list[int]]:
+        copies = self._copies + int(accumulates)  # the sum of gradients
 
         def trained(unit: UnitCost) -> int:
             return unit.loaded_bytes + copies * unit.parameter_bytes
@@ -140,31 +148,46 @@ class Needs:
             behind += IMPOSSIBLE if unit.frozen is None else unit.loaded_bytes
         return before, ends[::-1]
 
+    def _trained(self, samples: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+        """What passes with autograd add: of each unit forwards, backwards, and backwards as the first of a block; of
+        each unit's exit, or the head, forwards and backwards."""
+        if samples not in self._passes:
+            bounds = self._bounds
+            of_units = [
+                (forward.at(samples), backward.at(samples), first.at(samples))
+                for forward, backward, first in zip(bounds.forward, bounds.backward, bounds.backward_first, strict=True)
+            ]
+            # Many exits are one and the same.
+            known = {passes: (passes[0].at(samples), passes[1].at(samples)) for passes in dict.fromkeys(bounds.exits)}
+            self._passes[samples] = of_units, [known[passes] for passes in bounds.exits]
+        return self._passes[samples]
+
     def _plain(self, samples: int, frozen_suffix: bool) -> Table:
         """Everything is kept that autograd wants (fedepth.estimate.peak._plain)."""
-        units, bounds, fixed = self._units, self._bounds, self._device.fixed_bytes
+        units, fixed = self._units, self._device.fixed_bytes
+        trained, ended = self._trained(samples)
         behind = self._plain_suffix(samples) if frozen_suffix else []
-        before, loaded = self._loaded(samples, frozen_suffix)
+        before, loaded = self._loaded_with(samples < self._batch, frozen_suffix)
         begin, own, inner, ends = [], [], [], []
         held = loose = 0  # of all units before; of the input, where nobody keeps it
         for index, unit in enumerate(units):
             step = unit.training
-            forward = bounds.forward[index].at(samples)
+            forward, backward, backward_first = trained[index]
             begin.append(unit.input_bytes * samples - held - before[index])
-            own.append(held + fixed + max(forward, bounds.backward_first[index].at(samples)))
-            inner.append(held + fixed + max(loose + forward, bounds.backward[index].at(samples)))
+            own.append(held + fixed + max(forward, backward_first))
+            inner.append(held + fixed + max(loose + forward, backward))
             held += step.saved.at(samples)
             output = unit.output_bytes * samples
             follower = units[index + 1] if index + 1 < len(units) else None
             if not frozen_suffix:
                 kept, loose = _between(step, (unit.exit or self._head).training, output)
-                forward, backward = bounds.exits[index][0].at(samples), bounds.exits[index][1].at(samples)
+                forward, backward = ended[index]
                 ends.append(held + kept + fixed + max(loose + forward, backward))
             elif follower is None or follower.frozen is None:
                 ends.append(0)
             else:
                 kept, loose = _between(step, follower.frozen, output)
-                forward = bounds.frozen[index + 1][0].at(samples)
+                forward = self._bounds.frozen[index + 1][0].at(samples)
                 ends.append(held + kept + max(fixed + loose + forward, behind[index + 1]))
             if follower is not None:
                 kept, loose = _between(step, follower.training, output)
@@ -176,8 +199,8 @@ class Needs:
         pass, which depends on what is in front."""
         fixed, bounds = self._device.fixed_bytes, self._bounds
         found: list[int] = []
-        forward, backward = bounds.exits[-1]
-        following, most, rest = self._head.training, forward.at(samples), fixed + backward.at(samples)
+        most, backward_most = self._trained(samples)[1][-1]
+        following, rest = self._head.training, fixed + backward_most
         for index in reversed(range(len(self._units))):
             unit = self._units[index]
             if unit.frozen is None:
@@ -192,28 +215,32 @@ class Needs:
 
     def _checkpointed(self, samples: int, frozen_suffix: bool) -> Table:
         """Only inputs are kept (fedepth.estimate.peak._checkpointed)."""
-        bounds, fixed = self._bounds, self._device.fixed_bytes
+        fixed = self._device.fixed_bytes
+        trained, ended = self._trained(samples)
+        runs = self.runs(samples)
         behind = self._checkpointed_suffix(samples) if frozen_suffix else []
-        before, loaded = self._loaded(samples, frozen_suffix)
+        before, loaded = self._loaded_with(samples < self._batch, frozen_suffix)
         begin, own, inner, ends = [], [], [], []
         held = 0
         for index, unit in enumerate(self._units):
             begin.append(-held - before[index])
-            held += unit.input_bytes * samples
-            again = bounds.forward[index].at(samples) + unit.output_bytes * samples
-            most = max(bounds.inference[index].at(samples), again)
-            own.append(held + fixed + max(most, bounds.backward_first[index].at(samples)))
-            inner.append(held + fixed + max(most, bounds.backward[index].at(samples)))
+            forward, backward, backward_first = trained[index]
+            # A run without autograd counts the input of the unit and the scratch as well.
+            own_input = unit.input_bytes * samples
+            most = max(runs[index] - own_input - fixed, forward + unit.output_bytes * samples)
+            held += own_input
+            own.append(held + fixed + max(most, backward_first))
+            inner.append(held + fixed + max(most, backward))
             if frozen_suffix:
                 ends.append(held + behind[index])
             else:
-                ends.append(held + self._checkpointed_end(unit.exit or self._head, bounds.exits[index], samples))
+                ends.append(held + self._checkpointed_end(unit.exit or self._head, ended[index], samples))
         return Table(begin, own, inner, loaded, ends)
 
     def _checkpointed_suffix(self, samples: int) -> list[int]:
         """The largest moment of all that comes behind each unit, above what lives before."""
         bounds, fixed = self._bounds, self._device.fixed_bytes
-        found = [self._checkpointed_end(self._head, bounds.exits[-1], samples)]
+        found = [self._checkpointed_end(self._head, self._trained(samples)[1][-1], samples)]
         for index in reversed(range(1, len(self._units))):
             unit = self._units[index]
             forward, backward = bounds.frozen[index]
@@ -222,9 +249,9 @@ class Needs:
             found.append(unit.input_bytes * samples + max(fixed + most, found[-1]))
         return found[::-1]
 
-    def _checkpointed_end(self, exit_: UnitCost, passes: tuple[_Bound, _Bound], samples: int) -> int:
+    def _checkpointed_end(self, exit_: UnitCost, passes: tuple[int, int], samples: int) -> int:
         forward, backward = passes
-        most = max(forward.at(samples) + exit_.output_bytes * samples, backward.at(samples))
+        most = max(forward + exit_.output_bytes * samples, backward)
         return exit_.input_bytes * samples + self._device.fixed_bytes + most
 
 

@@ -9,22 +9,18 @@ may choose:
 
     paper  the job's batch in one piece (arXiv 2303.04887, section 4.1)
     auto   any micro-batch, with or without checkpointing, so that full depth is kept wherever that fits
-
-Time does not enter until the number of stages is known: with all caches on disk, which needs the least memory, one pass
-over the blocks tells which of them can be in a plan at all; only these are looked at more closely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import build_peak, effective_batch, needed_bytes, training_step
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.planning.needs import IMPOSSIBLE, raw_limit, with_kept
+from fedepth.planning.needs import raw_limit, with_kept
+from fedepth.planning.search import Found, Search
 from fedepth.planning.ways import Way, Ways, Work
 from fedepth.sizes import format_size
 from fedepth.task import TrainingSpec
@@ -62,11 +58,12 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     planner = Planner(costs, training, sample_count, policy)
     frozen_suffix = costs.units[unit].exit is None
     way = Way(planner.ways.batch, checkpoint=False, work=0.0)
-    trained = planner.trained_peak(unit, unit, way, CachePlace.DISK, frozen_suffix=frozen_suffix)
+    found = Found(unit, unit, way, CachePlace.DISK, frozen_suffix)
+    trained = planner.trained_peak(found)
     slowest_build = build_peak(costs, 0, unit, 1, source_bytes=0, cache_bytes=0, streamed=True)
     budget_bytes = needed_bytes(max(trained.total, slowest_build.total))
     limit = raw_limit(budget_bytes, costs.calibration)
-    stage = planner.stage(None, unit, unit, way, CachePlace.DISK, limit, frozen_suffix=frozen_suffix)
+    stage = planner.stage(None, found, limit)
     others = tuple(other for other in range(len(costs.units)) if other != unit)
     return Plan((stage,), others, policy, budget_bytes)
 
@@ -86,29 +83,6 @@ def estimated_work(costs: ModelCosts, training: TrainingSpec, sample_count: int,
     """What the planner takes for a plan's time, in floating point operations; for comparing plans of one job only."""
     work = Work(costs, training, sample_count)
     return sum(work.of_stage(stage) for stage in plan.stages)
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """The best that can be done from some unit on.
-
-    Attributes:
-        target: the last unit that can be trained.
-        stages: with how few stages.
-    """
-
-    target: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A stage with all that follows it, the cheapest way."""
-
-    work: float
-    last: int
-    way: Way
-    next_place: CachePlace | None
 
 
 class Planner:
@@ -140,11 +114,7 @@ class Planner:
         self._sample_count = sample_count
         self._policy = policy
         self._done = done
-        self._start = done.last + 1 if done else 0
-        self._end = len(costs.units) - 1
-        runs = self.ways.needs.runs(1)
-        # What computing inputs takes at least: one unit at a time, loaded alone, run on single samples.
-        self._passing = [unit.loaded_bytes + run for unit, run in zip(costs.units, runs, strict=True)]
+        self._search = Search(self.ways, [unit.loaded_bytes for unit in costs.units], done)
 
     def plan(self, budget_bytes: int) -> Plan:
         """The best plan for a budget.
@@ -153,54 +123,40 @@ class Planner:
             PlanError: no plan fits; carries what the smallest plan needs.
         """
         limit = raw_limit(budget_bytes, self._costs.calibration)
-        for frozen_suffix in (False, True):
-            rests = self._rests(limit, frozen_suffix)
-            starts = self._best_starts(rests, limit)
-            if starts:
-                stages = self._cheapest(starts, rests, limit, frozen_suffix)
-                break
-        else:
+        found = self._search.best(limit)
+        if not found:
             raise self._nothing_fits(budget_bytes)
-        first, last = stages[0].first, stages[-1].last
-        untrained = (*range(self._start, first), *range(last + 1, self._end + 1))
-        return Plan(stages, untrained, self._policy, budget_bytes)
+        stages: list[Stage] = []
+        for each in found:
+            stages.append(self.stage(stages[-1] if stages else self._done, each, limit))
+        start = self._done.last + 1 if self._done else 0
+        untrained = (*range(start, found[0].first), *range(found[-1].last + 1, len(self._costs.units)))
+        return Plan(tuple(stages), untrained, self._policy, budget_bytes)
 
     def least_bytes(self) -> int:
         """The smallest budget for which there is a plan."""
-        raw = min(self._least_raw(frozen_suffix=False), self._least_raw(frozen_suffix=True))
-        return needed_bytes(with_kept(raw, self._costs.calibration))
+        return needed_bytes(with_kept(self._search.least(), self._costs.calibration))
 
-    def trained_peak(
-        self, first: int, last: int, way: Way, place: CachePlace, *, frozen_suffix: bool
-    ) -> PeakComponents:
+    def trained_peak(self, found: Found) -> PeakComponents:
         """The predicted peak of training a block this way."""
         return training_step(
             self._costs,
             self._training,
-            first,
-            last,
-            way.micro_batch,
-            accumulates=way.micro_batch < self.ways.batch,
-            cache_bytes=self._cache_bytes(first, place),
-            checkpoint=way.checkpoint,
-            frozen_suffix=frozen_suffix,
+            found.first,
+            found.last,
+            found.way.micro_batch,
+            accumulates=found.way.micro_batch < self.ways.batch,
+            cache_bytes=self.ways.cached(found.first, found.place),
+            checkpoint=found.way.checkpoint,
+            frozen_suffix=found.frozen_suffix,
         ).peak
 
-    def stage(
-        self,
-        previous: Stage | None,
-        first: int,
-        last: int,
-        way: Way,
-        place: CachePlace,
-        limit: int,
-        *,
-        frozen_suffix: bool,
-    ) -> Stage:
+    def stage(self, previous: Stage | None, found: Found, limit: int) -> Stage:
         """The stage, with its inputs computed as fast as they can be within so many raw bytes."""
+        first = found.first
         source = previous.first if previous else 0
-        source_bytes = self._cache_bytes(source, previous.cache) if previous else 0
-        cache_bytes = self._cache_bytes(first, place)
+        source_bytes = self.ways.cached(source, previous.cache) if previous else 0
+        cache_bytes = self.ways.cached(first, found.place)
         needs = self.ways.needs
         build_batch, streamed = next(
             (samples, streamed)
@@ -216,156 +172,17 @@ class Planner:
             cache_bytes=cache_bytes,
             streamed=streamed,
         )
-        training = self.trained_peak(first, last, way, place, frozen_suffix=frozen_suffix)
         return Stage(
             first,
-            last,
-            way.micro_batch,
-            place,
+            found.last,
+            found.way.micro_batch,
+            found.place,
             build_batch,
-            predicted=max(building, training, key=lambda peak: peak.total),
-            checkpoint=way.checkpoint,
+            predicted=max(building, self.trained_peak(found), key=lambda peak: peak.total),
+            checkpoint=found.way.checkpoint,
             build_streamed=streamed,
-            frozen_suffix=frozen_suffix,
+            frozen_suffix=found.frozen_suffix,
         )
-
-    # --- how few stages
-
-    def _rests(self, limit: int, frozen_suffix: bool) -> list[_Rest | None]:
-        """For every unit the best that can be done from it on; None where nothing can."""
-        rests: list[_Rest | None] = [None] * (self._end + 2)
-        for first in range(self._end, self._start - 1, -1):
-            best = (-1, 0)  # the last unit that is trained, and stages, negative, so that more is better
-            for last in self._final_lasts(first, limit, frozen_suffix):
-                best = max(best, (last, -1))
-            for last in self._inner_lasts(first, limit):
-                rest = rests[last + 1]
-                if rest is not None:
-                    best = max(best, (rest.target, -rest.stages - 1))
-            if best[0] >= 0:
-                rests[first] = _Rest(best[0], -best[1])
-        return rests
-
-    def _final_lasts(self, first: int, limit: int, frozen_suffix: bool) -> Iterator[int]:
-        """Where a plan's last block may end that begins with unit `first`."""
-        least = self.ways.least(first, frozen_suffix=frozen_suffix)
-        if frozen_suffix:
-            return (last for last in range(first, self._end) if least[last - first] <= limit)
-        return iter([self._end] if least[-1] <= limit else [])
-
-    def _inner_lasts(self, first: int, limit: int) -> Iterator[int]:
-        """Where a block may end that another one follows, for which its units have to run without autograd."""
-        least = self.ways.least(first, frozen_suffix=False)
-        for last in range(first, self._end):
-            if self._passing[last] > limit:
-                return
-            if least[last - first] <= limit:
-                yield last
-
-    def _best_starts(self, rests: list[_Rest | None], limit: int) -> list[int]:
-        """First units of the plans with the fewest units untrained, and then the fewest stages."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for first in [self._start] if self._done else range(self._end + 1):
-            rest = rests[first]
-            if rest is not None and self._first_build(first) <= limit:
-                untrained = first - self._start + self._end - rest.target
-                found.setdefault((untrained, rest.stages), []).append(first)
-        return found[min(found)] if found else []
-
-    def _first_build(self, first: int) -> int:
-        """The least raw bytes for computing the inputs of a plan's first stage, when their cache lies on disk."""
-        source, source_bytes = (
-            (self._done.first, self._cache_bytes(self._done.first, self._done.cache)) if self._done else (0, 0)
-        )
-        if source == first:
-            return self.ways.needs.building(first, first, 1, streamed=False)
-        return source_bytes + max(self._passing[source:first])
-
-    def _least_raw(self, *, frozen_suffix: bool) -> int:
-        """The smallest limit within which there is a plan of this form."""
-        least = [IMPOSSIBLE] * (self._end + 2)
-        for first in range(self._end, self._start - 1, -1):
-            ends = self.ways.least(first, frozen_suffix=frozen_suffix)
-            best = min(ends[:-1], default=IMPOSSIBLE) if frozen_suffix else ends[-1]
-            passing = accumulate(self._passing[first : self._end], max)
-            inner = zip(self.ways.least(first, frozen_suffix=False), passing, least[first + 1 :], strict=False)
-            least[first] = min([best, *map(max, inner)])
-        starts = [self._start] if self._done else range(self._end + 1)
-        return min(max(least[first], self._first_build(first)) for first in starts)
-
-    # --- how to spend the least time
-
-    def _cheapest(
-        self, starts: list[int], rests: list[_Rest | None], limit: int, frozen_suffix: bool
-    ) -> tuple[Stage, ...]:
-        """The plan with the least work among those that begin with one of these units and keep to `rests`.
-
-        A stage's way and the stages behind it do not depend on what comes before, except that the inputs of the next
-        stage are computed while both caches may lie in RAM.
-        """
-        lasts = self._lasts_from(starts, rests, limit, frozen_suffix)
-        chosen: dict[tuple[int, CachePlace], _Choice] = {}
-        for first in sorted(lasts, reverse=True):
-            final = _known(rests[first]).stages == 1
-            for place in CachePlace:
-                choices = []
-                for last in lasts[first]:
-                    way = self.ways.cheapest(first, last, place, limit, frozen_suffix=frozen_suffix and final)
-                    if way is None:
-                        continue
-                    if final:
-                        choices.append(_Choice(way.work, last, way, None))
-                        continue
-                    building = self._cache_bytes(first, place) + max(self._passing[first : last + 1])
-                    choices += [
-                        _Choice(way.work + following.work, last, way, next_place)
-                        for next_place, following in _following(chosen, last + 1)
-                        if building + self._cache_bytes(last + 1, next_place) <= limit
-                    ]
-                if choices:
-                    chosen[first, place] = min(choices, key=lambda choice: choice.work)
-        first, start_place = min(
-            (
-                (first, place)
-                for first in starts
-                for place, _ in _following(chosen, first)
-                if self._first_build(first) + self._cache_bytes(first, place) <= limit
-            ),
-            key=lambda key: chosen[key].work,
-        )
-        stages: list[Stage] = []
-        at: CachePlace | None = start_place
-        while at is not None:
-            choice = chosen[first, at]
-            final = choice.next_place is None
-            before = stages[-1] if stages else self._done
-            stages.append(
-                self.stage(before, first, choice.last, choice.way, at, limit, frozen_suffix=frozen_suffix and final)
-            )
-            first, at = choice.last + 1, choice.next_place
-        return tuple(stages)
-
-    def _lasts_from(
-        self, starts: list[int], rests: list[_Rest | None], limit: int, frozen_suffix: bool
-    ) -> dict[int, list[int]]:
-        """By first unit, where blocks may end in plans that begin at `starts` and have the fewest stages."""
-        found: dict[int, list[int]] = {}
-        waiting = list(starts)
-        while waiting:
-            first = waiting.pop()
-            if first in found:
-                continue
-            rest = _known(rests[first])
-            if rest.stages == 1:
-                found[first] = [last for last in self._final_lasts(first, limit, frozen_suffix) if last == rest.target]
-                continue
-            following = _Rest(rest.target, rest.stages - 1)
-            found[first] = [last for last in self._inner_lasts(first, limit) if rests[last + 1] == following]
-            waiting += [last + 1 for last in found[first]]
-        return found
-
-    def _cache_bytes(self, first: int, place: CachePlace) -> int:
-        return self.ways.cache_bytes[first] if place is CachePlace.RAM else 0
 
     def _nothing_fits(self, budget_bytes: int) -> PlanError:
         needed = self.least_bytes()
@@ -377,16 +194,6 @@ class Planner:
             needed_bytes=needed,
             budget_bytes=budget_bytes,
         )
-
-
-def _known(rest: _Rest | None) -> _Rest:
-    assert rest is not None, "plans are only followed where there are some"
-    return rest
-
-
-def _following(chosen: dict[tuple[int, CachePlace], _Choice], first: int) -> Iterator[tuple[CachePlace, _Choice]]:
-    """What was chosen for a stage that begins with unit `first`, by the place of its cache."""
-    return ((place, chosen[first, place]) for place in CachePlace if (first, place) in chosen)
 
 
 def _builds(batch: int, source: int, first: int) -> Iterator[tuple[int, bool]]:

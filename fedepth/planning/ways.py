@@ -82,13 +82,17 @@ class Ways:
         self.batch = effective_batch(costs, training, sample_count)
         self.needs = Needs(costs, training, self.batch)
         self.work = Work(costs, training, sample_count)
-        self.cache_bytes = [
+        self._cache_bytes = [
             cache_bytes_in(CachePlace.RAM, costs, training, unit, sample_count) for unit in range(len(costs.units))
         ]
         self._sizes = micro_batches(costs, training, sample_count, policy)
         self._checkpoints = (False, True) if policy is Policy.AUTO else (False,)
-        self._last_found = len(self._sizes) // 2
+        self._last_found: dict[tuple[bool, CachePlace], int] = {}
         self._least: dict[tuple[int, bool], list[int]] = {}
+
+    def cached(self, first: int, place: CachePlace) -> int:
+        """RAM that the cached inputs of unit `first` take."""
+        return self._cache_bytes[first] if place is CachePlace.RAM else 0
 
     def least(self, first: int, *, frozen_suffix: bool) -> list[int]:
         """The least raw bytes with which a block from `first` to each later unit can be trained, its inputs on disk.
@@ -110,12 +114,12 @@ class Ways:
 
     def cheapest(self, first: int, last: int, place: CachePlace, limit: int, *, frozen_suffix: bool) -> Way | None:
         """The way with the least work that fits into so many raw bytes; None if none does."""
-        room = limit - (self.cache_bytes[first] if place is CachePlace.RAM else 0)
+        room = limit - self.cached(first, place)
         best: Way | None = None
         for checkpoint in self._checkpoints:
             if not _may_checkpoint(first, last, checkpoint, frozen_suffix):
                 continue
-            size = self._largest(first, last, room, checkpoint, frozen_suffix)
+            size = self._largest(first, last, place, room, checkpoint, frozen_suffix)
             if size is None or (best and size <= best.micro_batch):
                 continue  # computing twice pays only where it allows a larger micro-batch
             work = self.work.of(first, last, size, place, checkpoint=checkpoint, frozen_suffix=frozen_suffix)
@@ -123,11 +127,13 @@ class Ways:
                 best = Way(size, checkpoint, work)
         return best
 
-    def _largest(self, first: int, last: int, room: int, checkpoint: bool, frozen_suffix: bool) -> int | None:
+    def _largest(
+        self, first: int, last: int, place: CachePlace, room: int, checkpoint: bool, frozen_suffix: bool
+    ) -> int | None:
         """The largest micro-batch that fits: work falls as it grows.
 
         Smaller ones need less, except that the whole batch in one piece may need less than any. The search goes step by
-        step from where the last one ended, since neighbouring blocks need about the same.
+        step from where the last one alike ended, since neighbouring blocks need about the same.
         """
         sizes = self._sizes
 
@@ -137,14 +143,14 @@ class Ways:
         if fits(0):
             return sizes[0]
         low, high = 1, len(sizes)  # the first size that fits lies in between, or is none
-        tried = self._last_found
+        tried = self._last_found.get((checkpoint, place), len(sizes) // 2)
         while low < high:
             tried = min(max(tried, low), high - 1)
             if fits(tried):
                 high, tried = tried, tried - 1
             else:
                 low = tried = tried + 1
-        self._last_found = low
+        self._last_found[checkpoint, place] = low
         return sizes[low] if low < len(sizes) else None
 
     def _table(self, micro_batch: int, checkpoint: bool, frozen_suffix: bool) -> Table:

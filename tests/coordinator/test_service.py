@@ -132,7 +132,7 @@ def test_a_whole_job(play: Play) -> None:
         first, second = await asyncio.gather(rig.task("a"), rig.task("b"))
         assert first.task_id != second.task_id
         assert (first.round, first.attempt, first.weights_digest) == (1, 1, rig.kit.sha256(WEIGHTS))
-        assert first.plan == rig.job.plan_for(rig.kit.report("a"))
+        assert first.plan == await rig.job.plan_for(rig.kit.report("a"))
         assert 0 < first.deadline_ms <= 3_600_000
         await rig.deliver(first, "a")
         await rig.deliver(second, "b")

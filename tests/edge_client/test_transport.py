@@ -147,6 +147,12 @@ def without_a_head(task: Task) -> Task:
     return replace(task, costs=replace(task.costs, units=(*units, replace(last, exit=None))))
 
 
+def without_exits(task: Task) -> Task:
+    """Blocks can end behind the last unit only."""
+    *units, last = task.costs.units
+    return replace(task, costs=replace(task.costs, units=(*(replace(unit, exit=None) for unit in units), last)))
+
+
 def with_stage(task: Task, **changes: Any) -> Task:
     return replace(task, plan=replace(task.plan, stages=(replace(task.plan.stages[0], **changes),)))
 
@@ -158,6 +164,8 @@ def with_stage(task: Task, **changes: Any) -> Task:
         (without_a_head, "8 units without a head"),
         (lambda task: replace(task, costs=replace(task.costs, units=())), "0 units without a head"),
         (lambda task: with_stage(task, first=3, last=2), "stages 3 cannot be"),
+        (lambda task: with_stage(without_exits(task), first=3, last=4), "stages 3-4 cannot be"),
+        (lambda task: with_stage(task, first=3, last=4, frozen_suffix=True), "stages 3-4 cannot be"),
         (lambda task: with_stage(task, first=0, last=8), "stages 0-8 cannot be"),
         (lambda task: with_stage(task, micro_batch=0), "cannot be"),
         (lambda task: with_stage(task, build_batch=0), "cannot be"),

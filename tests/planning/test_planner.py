@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, UnitCost
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import (
+    batches_per_epoch,
     build_peak,
     cache_bytes_in,
     effective_batch,
     may_keep_bytes,
     needed_bytes,
+    pieces_of,
     training_step,
 )
 from fedepth.plan import CachePlace, PeakComponents, Policy
 from fedepth.planning.planner import make_plan
+from fedepth.planning.ways import micro_batches
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
 from tests.unit_costs import unit_cost
@@ -206,6 +209,116 @@ def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -
     assert [(s.first, s.last) for s in found.stages] == [(1, 3)]
 
 
+def with_a_large_end(count: int = 4, *, through: bool = True) -> ModelCosts:
+    """The last unit cannot be trained within 32000 KiB; frozen it keeps next to nothing."""
+    costs = model(count)
+    small = saving(costs.units[0], 10).training
+    units = [replace(one, frozen=small if through else None) for one in costs.units]
+    units[-1] = saving(units[-1], 9000)
+    return replace(costs, units=tuple(units))
+
+
+def test_where_the_last_units_cannot_be_trained_the_last_block_is_trained_through_them() -> None:
+    found = plan(with_a_large_end(), 32000 * KIB)
+    assert found.blocks == "0-2 through 3 (untrained: 3)"
+    assert found.trained_units == (0, 1, 2)
+    # Eight samples: the block's input, what three units save, their outputs; the frozen unit's 10 KiB and its output.
+    peak = found.stages[0].predicted
+    assert peak.activations + peak.temporaries == 8 * (10 + 3 * (1000 + 10) + 10 + 10) * KIB
+    # Two units fit in one block, but not with a third behind them.
+    split = plan(with_a_large_end(), 21800 * KIB)
+    assert split.blocks == "0-1 | 2 through 3 (untrained: 3)"
+    assert [stage.frozen_suffix for stage in split.stages] == [False, True]
+
+
+def test_units_that_nothing_can_be_trained_through_leave_no_plan() -> None:
+    costs = with_a_large_end(through=False)
+    with pytest.raises(PlanError) as caught:
+        plan(costs, 32000 * KIB)
+    assert caught.value.needed_bytes == needed_bytes((80 + 72000 + 80) * KIB + SCRATCH)  # the last unit alone
+    # Through the others, a plan needs no more than one of the others.
+    with pytest.raises(PlanError) as caught:
+        plan(with_a_large_end(), MIB)
+    assert caught.value.needed_bytes < needed_bytes(10000 * KIB + SCRATCH)
+
+
+def test_a_plan_to_the_end_comes_before_one_that_trains_more_units() -> None:
+    costs = with_a_large_end()
+    costs = replace(costs, units=(*costs.units[:-1], saving(costs.units[-1], 1000)))
+    costs = replace(costs, units=(saving(costs.units[0], 1000), saving(costs.units[1], 9000), *costs.units[2:]))
+    # Of the second unit's 72 MB nothing fits; 0 alone, through the rest, would train as many as 2 and 3.
+    assert plan(costs, 32000 * KIB).blocks == "2-3 (untrained: 0-1)"
+
+
+def test_no_block_ends_where_there_is_no_exit() -> None:
+    costs = model()
+    two_units = needed_bytes((80 + 16000 + 160 + 200) * KIB + SCRATCH)
+    assert plan(costs, two_units).blocks == "0-1 | 2-3"
+    closed = replace(costs, units=tuple(replace(u, exit=u.exit if i != 1 else None) for i, u in enumerate(costs.units)))
+    assert plan(closed, two_units).blocks == "0 | 1-2 | 3"
+    for first, last in ((0, 1), (1, 1)):
+        with pytest.raises(ValueError, match="can end behind unit 1"):
+            training_step(closed, TRAINING, first, last, 8, accumulates=False, cache_bytes=0)
+
+
+def test_parameters_that_the_author_froze_are_loaded_and_nothing_else() -> None:
+    costs = model(2)
+    fixed = replace(costs, units=tuple(replace(u, fixed_bytes=5 * MIB) for u in costs.units))
+    before, after = (training_step(c, TRAINING, 0, 0, 4, accumulates=True, cache_bytes=0).peak for c in (costs, fixed))
+    assert after == replace(before, parameters=before.parameters + 5 * MIB)
+    built = build_peak(fixed, 0, 1, 4, source_bytes=0, cache_bytes=0)
+    assert built.parameters == 5 * MIB
+
+
+def test_the_units_behind_a_block_are_loaded_and_have_no_gradients() -> None:
+    heavy = replace(model(3).units[0], parameter_bytes=MIB, largest_parameter_bytes=MIB)
+    costs = replace(model(3), units=tuple(replace(heavy, frozen=heavy.training) for _ in range(3)))
+    for checkpoint in (False, True):
+        peak = training_step(
+            costs, TRAINING, 0, 0, 4, accumulates=True, cache_bytes=0, checkpoint=checkpoint, frozen_suffix=True
+        ).peak
+        assert (peak.parameters, peak.optimizer_state) == (3 * MIB, MIB)
+        assert MIB <= peak.gradients <= 2 * MIB
+
+
+def test_a_shard_too_small_for_batch_norm_is_told() -> None:
+    costs = replace(model(), smallest_micro_batch=2)
+    with pytest.raises(PlanError, match="has 1 of the 2 samples that BatchNorm"):
+        plan(costs, 1 << 30, samples=1)
+    assert plan(costs, 1 << 30, samples=2).stages[0].micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "smallest", "expected"),
+    [
+        (128, 129, 1, (2, 65)),  # not 128 samples and one, filled up with others that were seen before
+        (128, 128, 1, (1, 128)),
+        (128, 5, 1, (1, 5)),
+        (8, 20, 1, (3, 7)),
+        (2, 3, 2, (1, 3)),  # BatchNorm cannot take a batch of one
+        (1, 7, 2, (3, 3)),
+    ],
+)
+def test_an_epoch_has_steps_of_almost_one_size(
+    batch: int, samples: int, smallest: int, expected: tuple[int, int]
+) -> None:
+    costs, training = replace(model(), smallest_micro_batch=smallest), replace(TRAINING, batch=batch)
+    assert (batches_per_epoch(costs, training, samples), effective_batch(costs, training, samples)) == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 130), st.integers(1, 4))
+def test_every_micro_batch_of_a_plan_leaves_pieces_that_batch_norm_can_take(
+    samples: int, batch: int, smallest: int
+) -> None:
+    costs, training = replace(model(), smallest_micro_batch=smallest), replace(TRAINING, batch=batch)
+    samples = max(samples, smallest)
+    steps = batches_per_epoch(costs, training, samples)
+    for micro_batch in micro_batches(costs, training, samples, Policy.AUTO):
+        for size in (samples // steps, -(-samples // steps)):
+            pieces = pieces_of(costs, size, micro_batch)
+            assert smallest <= size // pieces <= -(-size // pieces) <= micro_batch
+
+
 def test_nothing_fits_says_what_is_needed_and_what_is_free() -> None:
     with pytest.raises(PlanError, match=r"the smallest plan needs 12\.7 MiB, 1\.0 MiB are free") as caught:
         plan(model(), MIB)
@@ -240,6 +353,16 @@ def test_planning_on_after_a_stage_covers_only_what_is_left() -> None:
         done=first,
     )
     assert [(s.first, s.last) for s in rest.stages] == [(2, 2), (3, 3)]
+
+
+def test_going_on_after_a_stage_trains_all_that_is_left_or_through_it() -> None:
+    costs = with_a_large_end()
+    first = plan(costs, 21800 * KIB).stages[0]
+    arguments = {"training": TRAINING, "sample_count": 16, "policy": Policy.PAPER, "done": first}
+    rest = make_plan(costs, budget_bytes=21800 * KIB, **arguments)  # type: ignore[arg-type]
+    assert rest.blocks == "2 through 3 (untrained: 3)"
+    with pytest.raises(PlanError):
+        make_plan(costs, budget_bytes=9000 * KIB, **arguments)  # type: ignore[arg-type]
 
 
 @settings(max_examples=150, deadline=None)
