@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 
 sizes = st.builds(Size, st.integers(0, 1000), st.integers(0, 5000))
 convolutions = st.lists(
     st.builds(Convolution, st.integers(0, 1000), st.integers(0, 1000), sizes, sizes), max_size=2
 ).map(tuple)
+passes = st.builds(PassCost, sizes, convolutions)
+steps = st.builds(StepCost, sizes, st.booleans(), st.booleans(), passes, passes)
 units = st.builds(
     UnitCost,
     name=st.just("u"),
@@ -18,28 +22,27 @@ units = st.builds(
     largest_parameter_bytes=st.integers(0, 1000),
     input_bytes=st.integers(1, 5000),
     output_bytes=st.integers(1, 5000),
-    saved=sizes,
-    saves_input=st.booleans(),
-    saves_output=st.booleans(),
-    forward=sizes,
-    backward=sizes,
-    backward_first=sizes,
-    inference=sizes,
-    convolutions=st.builds(Convolutions, *[convolutions] * 4),
+    training=steps,
+    backward_first=passes,
+    inference=passes,
     flops=st.integers(0, 10**9),
-    steps=st.just(()),
-    input_shape=st.just(()),
+    fixed_bytes=st.integers(0, 20_000),
+    frozen=st.none(),
+    exit=st.none(),
 )
 
 
 @st.composite
 def models(draw: st.DrawFn, calibration: Calibration) -> ModelCosts:
-    """A model of one to six units on a device with this calibration."""
+    """A model of one to six units on a device with this calibration; not every unit has an exit or runs frozen."""
     count = draw(st.integers(1, 6))
+    head = draw(units)
+    drawn = [
+        replace(draw(units), frozen=draw(st.none() | steps), exit=draw(st.none() | units)) for _ in range(count - 1)
+    ]
     return ModelCosts(
         "drawn",
-        tuple(draw(units) for _ in range(count)),
-        tuple(draw(units) for _ in range(count)),
+        (*drawn, replace(draw(units), frozen=draw(st.none() | steps), exit=head)),
         input_bytes=1000,
         raw_input_bytes=250,
         smallest_micro_batch=draw(st.integers(1, 2)),

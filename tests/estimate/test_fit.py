@@ -4,26 +4,29 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.costs import Calibration, Convolution, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, Size
 from fedepth.estimate.fit import MeasuredStage, fit, predicted_bytes, relative_errors, with_kept
 from fedepth.estimate.peak import may_keep_bytes
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
+from tests.unit_costs import unit_cost
 
 MIB = 1 << 20
-ZERO = Size(0, 0)
 START = Calibration("tcmalloc", "2.0", 2 * MIB, 0.03, 1.0, 100.0, 0.5)
 TRUE = replace(START, fixed_bytes=3 * MIB, kept=0.0, kernel_share=2.0, depthwise_share=250.0, reordered_share=0.9)
 
 
 def stage(parameters: int, activation: int, depthwise: int, micro_batch: int, true: Calibration) -> MeasuredStage:
     convolution = Convolution(parameters, depthwise, Size(0, activation), Size(0, 4 * activation))
-    unit = UnitCost(
-        "u", parameters, 0, parameters, activation, activation, Size(0, 3 * activation), True, False,
-        *[ZERO] * 4, Convolutions(*[(convolution,)] * 4), 1, (), (),
-    )  # fmt: skip
-    exit_ = UnitCost("e", 0, 0, 0, activation, 0, ZERO, True, False, *[ZERO] * 4, Convolutions(), 1, (), ())
-    costs = ModelCosts("m", (unit,), (exit_,), activation, activation // 4, 1)
+    unit = unit_cost(
+        parameter_bytes=parameters,
+        input_bytes=activation,
+        output_bytes=activation,
+        saved=Size(0, 3 * activation),
+        convolutions=(convolution,),
+        exit_=unit_cost("exit", input_bytes=activation),
+    )
+    costs = ModelCosts("m", (unit,), activation, activation // 4, 1)
     training = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
     planned = Stage(0, 0, micro_batch, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
     empty = MeasuredStage(costs, training, planned, 16, 0)

@@ -5,40 +5,31 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.costs import Calibration, Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import Calibration, ModelCosts, Size
 from fedepth.estimate.peak import needed_bytes
 from fedepth.estimate.timeline import timeline
 from fedepth.plan import CachePlace, Policy
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
+from tests.unit_costs import unit_cost
 
 KIB = 1024
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
 BARE = Calibration(fixed_bytes=0, kept=0.0, kernel_share=0.0, depthwise_share=0.0, reordered_share=0.0)
-ZERO = Size(0, 0)
 
 
 def model(count: int) -> ModelCosts:
     """Units that keep their input of 10 KiB and 100 KiB of every sample, and have 4 KiB of weights in one tensor."""
-    one = UnitCost(
-        "u",
-        4 * KIB,
-        0,
-        4 * KIB,
-        10 * KIB,
-        10 * KIB,
-        Size(0, 100 * KIB),
-        True,
-        False,
-        *[ZERO] * 4,
-        Convolutions(),
-        1000,
-        (),
-        (),
+    one = unit_cost(
+        parameter_bytes=4 * KIB,
+        input_bytes=10 * KIB,
+        output_bytes=10 * KIB,
+        saved=Size(0, 100 * KIB),
+        flops=1000,
+        exit_=unit_cost("exit", input_bytes=10 * KIB, flops=1000),
     )
-    exit_ = replace(one, name="exit", output_bytes=0, saved=ZERO, parameter_bytes=0, largest_parameter_bytes=0)
-    return ModelCosts("hand", (one,) * count, (exit_,) * count, 10 * KIB, 2 * KIB, 1, BARE)
+    return ModelCosts("hand", (one,) * count, 10 * KIB, 2 * KIB, 1, BARE)
 
 
 def test_the_moments_of_two_stages_in_order() -> None:
@@ -82,6 +73,7 @@ def test_the_peak_of_a_stage_is_its_largest_moment(
     costs: ModelCosts, share: float, policy: Policy, proximal_mu: float, samples: int
 ) -> None:
     training = replace(TRAINING, proximal_mu=proximal_mu)
+    samples = max(samples, costs.smallest_micro_batch)
     least = smallest_peak(costs, training, samples, policy)
     budget = least + int(share * max(0, needed_bytes(full_training_peak(costs, training, samples).total) - least))
     plan = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=policy)

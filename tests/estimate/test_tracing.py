@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedepth.models.split import split_spec
 from torch import nn
 
-from fedepth.costs import Convolution, Convolutions, ModelCosts, Size
+from fedepth.costs import Convolution, ModelCosts, PassCost, Size, UnitCost
 from fedepth.errors import ModelError
 from fedepth.estimate.tracing import line, trace_block, trace_costs
+from fedepth.models.split import split_spec
 from fedepth.task import ModelSpec, TrainingSpec
 
 TRAINING = TrainingSpec(64, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
@@ -63,24 +63,28 @@ def test_a_unit_by_hand() -> None:
     assert costs.raw_input_bytes == 3 * SIDE * SIDE
     assert first.output_bytes == second.input_bytes == map_bytes(4)
     # The convolution keeps its input; the ReLU, in place, keeps its result, which is the unit's output.
-    assert first.saves_input and first.saves_output
-    assert first.saved == Size(0, map_bytes(4))
-    assert first.forward == Size(0, 0)
-    assert first.inference == Size(0, 0)
+    assert first.training.saves_input and first.training.saves_output
+    assert first.training.saved == Size(0, map_bytes(4))
+    assert first.training.forward.peak == Size(0, 0)
+    assert first.inference.peak == Size(0, 0)
     # The gradient of the output, and beside it the gradient behind the ReLU.
-    assert first.backward == Size(0, 2 * map_bytes(4))
+    assert first.training.backward.peak == Size(0, 2 * map_bytes(4))
     # It trains in channels_last. Beside the input there is its output; backwards the gradient in front of the ReLU,
     # which is through and keeps nothing any more, and that of the input, if anybody wants it.
     weights = 3 * 4 * 9 * FLOAT
     one = Convolution(weights, 0, reordered=Size(0, 0), living=Size(0, map_bytes(4)))
     both = replace(one, living=Size(0, map_bytes(4) + map_bytes(3)))
-    assert first.convolutions == Convolutions(forward=(one,), backward=(both,), backward_first=(one,), inference=(one,))
+    assert first.training.forward.convolutions == first.inference.convolutions == (one,)
+    assert first.training.backward.convolutions == (both,)
+    assert first.backward_first.convolutions == (one,)
+    # Frozen it costs the same: torch's convolution keeps its input, whichever gradient is wanted.
+    assert first.frozen == first.training
     assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
     # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
-    assert second.saves_input and not second.saves_output
-    assert second.saved == Size(0, 0)
-    assert second.backward == Size(0, map_bytes(8) + map_bytes(4))
-    assert second.backward_first == Size(0, map_bytes(8))  # at a block's start nobody wants its input's gradient
+    assert second.training.saves_input and not second.training.saves_output
+    assert second.training.saved == Size(0, 0)
+    assert second.training.backward.peak == Size(0, map_bytes(8) + map_bytes(4))
+    assert second.backward_first.peak == Size(0, map_bytes(8))  # at a block's start nobody wants its input's gradient
 
 
 def patches_then_convolution() -> nn.Module:
@@ -103,16 +107,20 @@ def depthwise() -> nn.Module:
     )
 
 
+def passes(unit: UnitCost) -> tuple[PassCost, ...]:
+    return unit.training.forward, unit.training.backward, unit.inference
+
+
 def test_what_kernels_copy_is_counted_by_hand() -> None:
     units = trace_costs(spec_of(f"{__name__}:patches_then_convolution", SIDE), TRAINING).units
-    ((patches,), (narrow,)) = (each.convolutions.forward for each in units)
+    ((patches,), (narrow,)) = (each.training.forward.convolutions for each in units)
     assert [each.weight_bytes + each.depthwise_bytes for each in (patches, narrow)] == [0, 0]
     half = map_bytes(4) // 4  # the maps behind the patches have half the side
     assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
     assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
     units = trace_costs(spec_of(f"{__name__}:depthwise", SIDE), TRAINING).units
-    for one_pass in ("forward", "backward", "inference"):
-        ((narrow,), (wide,)) = (getattr(each.convolutions, one_pass) for each in units)
+    for narrow_pass, wide_pass in zip(*(passes(each) for each in units), strict=True):
+        ((narrow,), (wide,)) = narrow_pass.convolutions, wide_pass.convolutions
         assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
         assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
         assert narrow.reordered == wide.reordered == Size(0, 0)
@@ -141,21 +149,21 @@ def same_twice() -> nn.Module:
 
 
 def test_of_several_convolutions_each_tells_what_lives_while_it_runs_and_what_is_outweighed_is_left_out() -> None:
-    unit = trace_costs(spec_of(f"{__name__}:wide_then_narrow", SIDE), TRAINING).units[0].convolutions
+    unit = trace_costs(spec_of(f"{__name__}:wide_then_narrow", SIDE), TRAINING).units[0]
     wide, narrow = 3 * 8 * 9 * FLOAT, 8 * 4 * FLOAT
     # Forwards the first copies most; when the second runs, the output of the first lives, and its own.
-    assert [(each.weight_bytes, each.living) for each in unit.forward] == [
+    assert [(each.weight_bytes, each.living) for each in unit.training.forward.convolutions] == [
         (wide, Size(0, map_bytes(8))),
         (narrow, Size(0, map_bytes(8) + map_bytes(4))),
     ]
     # Backwards: the second has its saved input and the gradients of output and input; for the first, what is left is
     # the gradient of its output, and that of its input.
-    assert [(each.weight_bytes, each.living) for each in unit.backward] == [
+    assert [(each.weight_bytes, each.living) for each in unit.training.backward.convolutions] == [
         (narrow, Size(0, 2 * map_bytes(8) + map_bytes(4))),
         (wide, Size(0, map_bytes(8) + map_bytes(3))),
     ]
-    assert unit.inference == unit.forward  # nothing else lives with autograd either, when the second one runs
-    (alone,) = trace_costs(spec_of(f"{__name__}:same_twice", SIDE), TRAINING).units[0].convolutions.forward
+    assert unit.inference.convolutions == unit.training.forward.convolutions  # nothing else lives with autograd then
+    (alone,) = trace_costs(spec_of(f"{__name__}:same_twice", SIDE), TRAINING).units[0].training.forward.convolutions
     assert alone.living == Size(0, 2 * map_bytes(3))  # the second copies as much, and more lives
 
 
@@ -166,42 +174,51 @@ def test_buffers_and_parameters_are_counted_apart() -> None:
     assert block.buffer_bytes == 2 * (2 * 16 * FLOAT + 8)
 
 
+def test_a_frozen_unit_keeps_nothing_for_gradients_of_its_weights() -> None:
+    linear = costs_of("digits-cnn").head
+    assert linear.frozen is None  # an exit is trained with every block
+    unit = costs_of("vit-tiny").units[1]
+    assert unit.frozen is not None
+    assert unit.frozen.saved.per_sample < unit.training.saved.per_sample
+
+
 def test_every_exit_holds_the_same_head_behind_its_own_skip() -> None:
     costs = costs_of("digits-cnn")
-    assert len(costs.exits) == len(costs.units)
-    assert {exit_.parameter_bytes for exit_ in costs.exits} == {(64 * 16 * 10 + 10) * FLOAT}
-    for unit, exit_ in zip(costs.units, costs.exits, strict=True):
+    exits = [unit.exit for unit in costs.units if unit.exit]
+    assert len(exits) == len(costs.units)
+    assert {exit_.parameter_bytes for exit_ in exits} == {(64 * 16 * 10 + 10) * FLOAT}
+    for unit, exit_ in zip(costs.units, exits, strict=True):
         assert exit_.input_bytes == unit.output_bytes
         assert exit_.output_bytes == 0
     # Padding channels makes a new feature map, which the last unit's exit need not.
-    assert costs.exits[0].inference.per_sample > costs.exits[-1].inference.per_sample
-    assert costs.exits[-1].flops == 2 * 64 * 16 * 10
+    assert exits[0].inference.peak.per_sample > exits[-1].inference.peak.per_sample
+    assert costs.head.flops == 2 * 64 * 16 * 10
 
 
 def composed_saved(costs: ModelCosts, samples: int) -> int:
     """What lives after the forward pass of all units and the last exit, put together from their costs."""
-    steps = (*costs.units, costs.exits[-1])
-    saved = sum(step.saved.at(samples) for step in steps)
+    steps = (*costs.units, costs.head)
+    saved = sum(step.training.saved.at(samples) for step in steps)
     between = sum(
         unit.output_bytes * samples
         for unit, follower in zip(costs.units, steps[1:], strict=True)
-        if follower.saves_input and not unit.saves_output
+        if follower.training.saves_input and not unit.training.saves_output
     )
     return saved + between
 
 
 def composed_peak(costs: ModelCosts, samples: int) -> int:
     """The worst moment of forward and backward, put together from the costs of units."""
-    steps = (*costs.units, costs.exits[-1])
+    steps = (*costs.units, costs.head)
     held, peak, after = 0, 0, []
     for index, step in enumerate(steps):
-        output = 0 if step.saves_output else step.output_bytes * samples
-        peak = max(peak, held + step.saved.at(samples) + output + step.forward.at(samples))
-        kept = index + 1 < len(steps) and steps[index + 1].saves_input
-        held += step.saved.at(samples)
+        output = 0 if step.training.saves_output else step.output_bytes * samples
+        peak = max(peak, held + step.training.saved.at(samples) + output + step.training.forward.peak.at(samples))
+        kept = index + 1 < len(steps) and steps[index + 1].training.saves_input
+        held += step.training.saved.at(samples)
         after.append(held)  # what the follower kept of the output is free again when backward comes here
         held += output if kept else 0
-    backward = max(h + step.backward.at(samples) for h, step in zip(after, steps, strict=True))
+    backward = max(h + step.training.backward.peak.at(samples) for h, step in zip(after, steps, strict=True))
     return max(peak, backward)
 
 
@@ -217,7 +234,7 @@ def test_units_compose_to_the_whole_model(name: str, samples: int) -> None:
 
 def test_a_block_in_the_middle_composes_too() -> None:
     costs = costs_of("preresnet20")
-    middle = ModelCosts("middle", costs.units[4:7], costs.exits[4:7], 0, 0, 1)
+    middle = ModelCosts("middle", costs.units[4:7], 0, 0, 1)
     whole = trace_block(spec_of("preresnet20"), 4, 6, 32)
     peak = whole.saved + max(whole.forward, whole.backward)
     assert composed_peak(middle, 32) == pytest.approx(peak, rel=0.02)
@@ -282,6 +299,6 @@ def test_a_large_model_is_traced_without_its_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     costs = trace_costs(spec_of("vit-b-16", 224), TRAINING)
-    assert sum(unit.parameter_bytes for unit in costs.units) + costs.exits[-1].parameter_bytes == 85_806_346 * FLOAT
+    assert sum(unit.parameter_bytes for unit in costs.units) + costs.head.parameter_bytes == 85_806_346 * FLOAT
     assert time.process_time() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10

@@ -4,18 +4,24 @@ from dataclasses import replace
 
 import pytest
 
-from fedepth.costs import Convolutions, ModelCosts, Size, UnitCost
+from fedepth.costs import ModelCosts, Size
 from fedepth.estimate.peak import needed_bytes, training_step
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
 from fedepth.training.pressure import fitting_micro_batch
+from tests.unit_costs import unit_cost
 
 MIB = 1 << 20
 TRAINING = TrainingSpec(16, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
-ZERO = Size(0, 0)
-UNIT = UnitCost("u", MIB, 0, MIB, 1000, 1000, Size(0, 4 * MIB), True, False, *[ZERO] * 4, Convolutions(), 10, (), ())
-EXIT = replace(UNIT, name="exit", parameter_bytes=0, largest_parameter_bytes=0, saved=ZERO, output_bytes=0)
-COSTS = ModelCosts("m", (UNIT,), (EXIT,), 1000, 250, 1)
+UNIT = unit_cost(
+    parameter_bytes=MIB,
+    input_bytes=1000,
+    output_bytes=1000,
+    saved=Size(0, 4 * MIB),
+    flops=10,
+    exit_=unit_cost("exit", input_bytes=1000, flops=10),
+)
+COSTS = ModelCosts("m", (UNIT,), 1000, 250, 1)
 STAGE = Stage(0, 0, 16, CachePlace.DISK, 16, PeakComponents(0, 0, 0, 0, 0, 0, 0))
 
 

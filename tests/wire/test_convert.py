@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import types
 import typing
 from typing import Any
 
@@ -37,6 +38,9 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of a core type, by its annotations: a new field is covered without a change here."""
     if kind in LEAVES:
         return LEAVES[kind]
+    if typing.get_origin(kind) is types.UnionType:
+        (present,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+        return st.none() | st.deferred(lambda: values(present))
     if typing.get_origin(kind) is tuple:
         return st.lists(values(typing.get_args(kind)[0]), max_size=2).map(tuple)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -47,6 +51,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 
 def smallest(kind: Any) -> Any:
     """A value whose every field is zero, empty or the first."""
+    if typing.get_origin(kind) is types.UnionType:
+        return None
     if typing.get_origin(kind) is tuple:
         return ()
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
