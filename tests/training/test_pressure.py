@@ -51,9 +51,9 @@ def test_no_piece_of_an_odd_batch_is_too_small_for_batch_norm() -> None:
         size: needed_bytes(training_step(costs, training, 0, 0, size, accumulates=True, cache_bytes=0).peak.total)
         for size in (2, 3)
     }
-    # In twos, 101 samples would leave one alone.
-    assert fitting_micro_batch(costs, training, stage, 200, enough_for[3]) == 3
-    assert fitting_micro_batch(costs, training, stage, 200, enough_for[2]) is None
+    # Of 201 samples a step has 101 or 100: in twos, 101 would leave one alone.
+    assert fitting_micro_batch(costs, training, stage, 201, enough_for[3]) == 3
+    assert fitting_micro_batch(costs, training, stage, 201, enough_for[2]) is None
 
 
 def test_it_never_grows_beyond_what_was_planned() -> None:
