@@ -108,8 +108,6 @@ def _unit(drawn: random.Random, name: str, parameter_bytes: int, map_bytes: int,
         backward_first=one_pass(),
         inference=one_pass(),
         flops=drawn.randrange(10**6, 10**8),
-        steps=(),
-        input_shape=(),
         frozen=step() if exit_ else None,
         exit=exit_,
     )

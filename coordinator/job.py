@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from coordinator.round_events import (
 )
 from coordinator.store.records import Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
-from fedepth.costs import ModelCosts
 from fedepth.errors import UpdateError
 from fedepth.job import JobConfig, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
@@ -80,9 +79,8 @@ class Job:
         self.model = model_spec(config)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
-        self.plans = Plans(prepared.costs, policy(config))
+        self.plans = Plans(read_costs(store.files.graph()), policy(config))
         self._prepared = prepared
-        self._costs = read_costs(store.files.graph())
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
         self._names = store.device_names()
@@ -120,9 +118,6 @@ class Job:
             PlanError: nothing fits its budget.
         """
         return await self.plans.plan(report, training_spec(self.config, self.state.round))
-
-    def _costs_on(self, report: DeviceReport) -> ModelCosts:
-        return replace(self._costs, calibration=report.calibration)
 
     def see(self, report: DeviceReport) -> None:
         """Takes note of a device that called, whether or not it can take part."""

@@ -44,7 +44,7 @@ OPERATORS = frozenset(
         "movedim.intlist narrow pad permute repeat repeat_interleave.self_int reshape reshape_as roll scatter.src "
         "scatter_add select.int slice.Tensor split.Tensor split_with_sizes squeeze squeeze.dim squeeze.dims stack "
         "swapaxes t tensor_split.sections tile to.dtype to.other transpose.int type_as unbind.int unflatten.int unfold "
-        "im2col unsqueeze view view_as adjoint mT numpy_T "
+        "im2col unsqueeze view view_as adjoint mT matrix_H numpy_T "
         # from nothing, and random
         "arange arange.start arange.start_step bernoulli bernoulli.p bernoulli_.float bernoulli_.Tensor eye eye.m full "
         "full_like linspace new_full new_ones new_zeros normal_ ones ones_like rand rand_like randint randint.low randn "

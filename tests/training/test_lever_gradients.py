@@ -12,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fedepth.models.split import split
 from torch.nn import functional
 
-from fedepth.models import zoo
-from fedepth.models.skip import skip
 from fedepth.plan import CachePlace, Stage
 from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.training import block as stage_module
@@ -24,22 +21,21 @@ from fedepth.training.block import BlockTraining
 from fedepth.training.context import TrainingContext, load
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch
-from tests.training.test_stages import NOTHING, context
+from tests.training.jobs import NOTHING, TRANSFORMER, context, exported, fresh
 
 COUNT = 6
 TOLERANCE = 1e-5
 SGD = TrainingSpec(COUNT, 1, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 GROUP_NORM = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 16, 16), (0.5,), (0.5,))
-TRANSFORMER = ModelSpec("vit-tiny", ("a", "b", "c"), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
 BATCH_NORM = ModelSpec("preresnet20", ("a", "b", "c"), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
-WHOLE = {GROUP_NORM: 5, TRANSFORMER: 12, BATCH_NORM: 9}
 # With BatchNorm a micro-batch has statistics of its own.
 EXACT = [(spec, size) for spec in (GROUP_NORM, TRANSFORMER) for size in (COUNT, 4, 1)] + [(BATCH_NORM, COUNT)]
 
 
 def job(folder: Path, spec: ModelSpec, training: TrainingSpec) -> TrainingContext:
     # The images on disk are gray; models that take colours get them in three equal channels.
-    return context(folder, [Stage(0, WHOLE[spec], COUNT, CachePlace.RAM, COUNT, NOTHING)], spec, training, COUNT)
+    last = len(exported(spec).graph.units) - 1
+    return context(folder, [Stage(0, last, COUNT, CachePlace.RAM, COUNT, NOTHING)], spec, training, COUNT)
 
 
 def by_lever(
@@ -59,15 +55,15 @@ def by_lever(
         return recorded
 
     monkeypatch.setattr(stage_module, "optimizer_step", recording)
-    load(job, job.split.head, trainable=True)
+    load(job, job.model.head, trainable=True)
     inputs = build_inputs(job, stage, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels.astype(np.int64))
-    micro_batch = MicroBatch(job.task.costs, job.task.training, stage, COUNT)
-    block = BlockTraining(job, stage, inputs, labels, 0, micro_batch, final=True)
+    micro_batch = MicroBatch(job.costs, job.task.training, stage, COUNT)
+    block = BlockTraining(job, stage, inputs, labels, 0, micro_batch)
     for _ in range(steps):
         block.step(torch.arange(COUNT))
     inputs.close()
-    named = [pair for unit in (*job.split.units, job.split.head) for pair in unit.parameters()]
+    named = [pair for unit in (*job.model.units, job.model.head) for pair in unit.parameters()]
     return (
         {name: gradients[parameter.data_ptr()] for name, parameter in named},
         {name: parameter.detach().clone() for name, parameter in named},
@@ -77,26 +73,20 @@ def by_lever(
 def plainly(
     job: TrainingContext, optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], steps: int = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    torch.manual_seed(7)  # as `context` does before it writes the weights
-    spec = job.task.model
-    model = split(zoo.build(spec, None), spec.name, spec.input_shape)
+    module = fresh(job.task.model)
     pixels = torch.from_numpy(job.images.read(np.arange(COUNT))).float()
     labels = torch.from_numpy(job.images.labels.astype(np.int64))
-    named = [pair for unit in (*model.units, model.head) for pair in unit.parameters()]
-    update = optimizer([parameter for _, parameter in named])
-    for unit in (*model.units, model.head):
-        unit.train(True)
+    named = dict(module.named_parameters())
+    update = optimizer(list(named.values()))
+    module.train()
     for _ in range(steps):
-        x = (pixels / 255 - 0.5) / 0.5
-        for unit in model.units:
-            x = unit(x)
         update.zero_grad()
-        functional.cross_entropy(model.head(skip(x, model.head_shape)), labels).backward()
+        functional.cross_entropy(module((pixels / 255 - 0.5) / 0.5), labels).backward()
         update.step()
-    gradients = {name: parameter.grad for name, parameter in named}
+    gradients = {name: parameter.grad for name, parameter in named.items()}
     return (
         {name: gradient for name, gradient in gradients.items() if gradient is not None},
-        {name: parameter.detach() for name, parameter in named},
+        {name: parameter.detach() for name, parameter in named.items()},
     )
 
 

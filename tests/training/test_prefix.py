@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fedepth.models.split import Unit
 
 from fedepth.errors import StateError
-from fedepth.training import prefix, stages
+from fedepth.models.run import RunnableUnit
+from fedepth.training import prefix
 from fedepth.training.context import TrainingContext
 from fedepth.training.prefix import build_inputs
+from tests.training.jobs import PRERESNET, assert_equal, context, stage, trained_tensors
 from tests.training.open_files import open_files
-from tests.training.test_stages import PRERESNET, assert_equal, context, stage, trained_tensors
 
 
 def nothing() -> None: ...
@@ -24,7 +24,7 @@ def inputs(folder: Path, *, streamed: bool) -> torch.Tensor:
     folder.mkdir()
     job = context(folder, [stage(4, 9)], PRERESNET, count=10)
     cache = build_inputs(job, replace(stage(4, 9), build_streamed=streamed), None, None, nothing)
-    assert all(tensor.is_meta for unit in job.split.units for _, tensor in unit.parameters())  # nothing stays loaded
+    assert not any(unit.tensors for unit in job.model.units)  # nothing stays loaded
     assert open_files(folder / "cache") == []  # the inputs lie in RAM; what lay between the units is gone
     samples = cache.read(torch.arange(10))
     cache.close()
@@ -41,24 +41,19 @@ def test_units_that_were_trained_are_read_back_one_at_a_time(tmp_path: Path, mon
     job = context(tmp_path, [stage(0, 2), replace(stage(4, 5), build_streamed=True)])
     loaded: list[list[int]] = []
     given_up: list[weakref.ref[torch.Tensor]] = []
-    fill, release = prefix._fill, stages.release
+    fill, release = prefix._fill, RunnableUnit.release
 
-    def released(unit: Unit) -> None:
-        given_up.extend(weakref.ref(tensor) for _, tensor in unit.parameters())
+    def released(unit: RunnableUnit) -> None:
+        given_up.extend(map(weakref.ref, unit.trained().values()))
         release(unit)
 
     def look(context: TrainingContext, *arguments: Any, **more: Any) -> None:
-        there = [
-            index
-            for index, unit in enumerate(context.split.units)
-            if not all(tensor.is_meta for _, tensor in unit.parameters())
-        ]
-        loaded.append(there)
+        loaded.append([index for index, unit in enumerate(context.model.units) if unit.tensors])
         assert all(tensor() is None for tensor in given_up)  # nothing else holds what was trained
         fill(context, *arguments, **more)
 
     monkeypatch.setattr(prefix, "_fill", look)
-    monkeypatch.setattr(stages, "release", released)
+    monkeypatch.setattr(RunnableUnit, "release", released)
     streamed = trained_tensors(job)
     assert given_up
     assert loaded == [[], [0], [1], [2], [3]]

@@ -18,7 +18,7 @@ from fedepth.training import stages
 from fedepth.training.block import BlockTraining
 from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.stages import train
-from tests.training.test_stages import NOTHING, SPEC, TRAINING, Quiet, context, stage, trained_tensors
+from tests.training.jobs import NOTHING, SPEC, TRAINING, Quiet, context, stage, trained_tensors
 
 MIB = 1 << 20
 
@@ -129,7 +129,7 @@ def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 128, 128))
     stages = [stage(0, 0, micro_batch=1), stage(1, 1, micro_batch=1, cache=CachePlace.RAM)]
     job = context(tmp_path, stages, large, replace(TRAINING, batch=1), count=60)
-    values = job.split.input_shapes[1]
+    values = job.model.graph.units[1].input_shape
     cached = 4 * values[0] * values[1] * values[2] * 60  # tens of MiB, though two samples are all that is trained
     assert cached == 30 * MIB
     assert rehearse(job, Meter(), Quiet())[stages[1]] > 0.9 * cached

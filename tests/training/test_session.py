@@ -5,14 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from msgspec.structs import replace as replace_struct
 
-from fedepth.estimate.tracing import trace_costs
+from fedepth.errors import ModelError, PlanError
 from fedepth.files import file_digest
 from fedepth.memory.meter import Baseline
-from fedepth.task import PartInfo, StageResult
+from fedepth.models.traced import TracedModel, write_traced
+from fedepth.plan import Stage
+from fedepth.task import ModelSpec, PartInfo, Result, StageResult
 from fedepth.training.session import Assignment, Known, run
-from tests.training.test_stages import SPEC, TRAINING, Quiet, context, stage
+from fedepth.weights import load_numpy
+from tests.training.jobs import TOKENS, TRANSFORMER, VECTORS, Quiet, assignment, exported, stage, traced
+
+CPU = torch.device("cpu")
 
 
 class Noting(Quiet):
@@ -35,25 +42,10 @@ class Noting(Quiet):
         self.parts.append(part)
 
 
-def assignment(folder: Path) -> Assignment:
-    job = context(folder, [stage(0, 2), stage(3, 5)], count=12)
-    return Assignment(
-        task=replace(job.task, costs=trace_costs(SPEC, TRAINING)),
-        plan=job.plan,
-        weights=folder / "weights.safetensors",
-        data=folder,
-        output=folder / "out",
-        cache=folder / "cache",
-        device_id="device",
-        allowed_models=(),
-        enforce=False,
-        most_samples=10,
-    )
-
-
 def test_a_task_is_rehearsed_once_and_its_parts_are_as_they_are_told(tmp_path: Path) -> None:
-    known, asked, hooks = Known(), assignment(tmp_path), Noting()
-    result = run(asked, hooks, torch.device("cpu"), known)
+    known, hooks = Known(), Noting()
+    asked = replace(assignment(tmp_path, [stage(0, 2), stage(3, 5)], count=12), most_samples=10)
+    result = run(asked, hooks, CPU, known)
     assert hooks.heard == ["begin 2", "rehearsing", "stage_done", "stage_done"]
     assert (result.sample_count, result.trained_units) == (10, (0, 1, 2, 3, 4, 5))
     assert result.parts[:2] == tuple(hooks.parts) and len(result.parts) == 3
@@ -61,5 +53,65 @@ def test_a_task_is_rehearsed_once_and_its_parts_are_as_they_are_told(tmp_path: P
         path = asked.output / f"part-{part.part:04d}.safetensors"
         assert (part.size_bytes, part.digest) == (path.stat().st_size, file_digest(path))
     again = Noting()
-    run(replace(asked, output=tmp_path / "again"), again, torch.device("cpu"), known)
+    run(replace(asked, output=tmp_path / "again"), again, CPU, known)
     assert again.heard == ["begin 2", "stage_done", "stage_done"]
+
+
+def last_of(spec: ModelSpec) -> int:
+    return len(exported(spec).graph.units) - 1
+
+
+def assert_all_moved(asked: Assignment, result: Result) -> None:
+    before = load_numpy(asked.weights)
+    moved = {
+        name: bool((tensor != before[name]).any())
+        for part in result.parts
+        for name, tensor in load_numpy(asked.output / f"part-{part.part:04d}.safetensors").items()
+    }
+    assert moved.keys() == before.keys()
+    assert all(moved.values())
+
+
+@pytest.mark.parametrize("spec", [TOKENS, VECTORS], ids=["token ids", "vectors"])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_other_inputs_than_images_are_trained(tmp_path: Path, spec: ModelSpec, checkpoint: bool) -> None:
+    planned = [replace(stage(0, 0), checkpoint=checkpoint), replace(stage(1, last_of(spec)), checkpoint=checkpoint)]
+    asked = assignment(tmp_path, planned, spec)
+    result = run(asked, Noting(), CPU, Known())
+    assert_all_moved(asked, result)
+    assert all(each.loss_last < each.loss_first for each in result.stages)
+
+
+def refused(asked: Assignment, error: type[Exception], says: str) -> None:
+    hooks = Noting()
+    with pytest.raises(error, match=says):
+        run(asked, hooks, CPU, Known())
+    assert hooks.heard == []
+    assert not list(asked.output.iterdir())
+
+
+def test_a_block_that_ends_where_there_is_no_exit_is_refused(tmp_path: Path) -> None:
+    last = last_of(TRANSFORMER)
+    assert not exported(TRANSFORMER).graph.exits[0]  # the class token has met no patch there
+    refused(assignment(tmp_path, [stage(0, 0), stage(1, last)], TRANSFORMER), PlanError, "behind unit 0 .*no skip")
+
+
+def test_a_block_may_end_there_if_its_loss_comes_through_a_frozen_suffix(tmp_path: Path) -> None:
+    asked = assignment(tmp_path, [replace(stage(0, 0), frozen_suffix=True)], TRANSFORMER)
+    assert run(asked, Noting(), CPU, Known()).trained_units == (0,)
+
+
+@pytest.mark.parametrize("odd", [stage(0, 6), stage(3, 2), stage(-1, 5)])
+def test_a_plan_for_another_model_is_refused(tmp_path: Path, odd: Stage) -> None:
+    refused(assignment(tmp_path, [odd]), PlanError, "of a model with 6")
+
+
+def test_a_graph_that_asks_for_what_is_not_run_here_is_refused(tmp_path: Path) -> None:
+    asked = assignment(tmp_path, [stage(0, 1)], VECTORS)
+    real = traced(VECTORS)
+    unit = real.graph.units[0]
+    (first, *others) = unit.training.operations
+    program = replace_struct(unit.training, operations=(replace_struct(first, name="from_file"), *others))
+    units = (replace_struct(unit, training=program), *real.graph.units[1:])
+    write_traced(asked.graph, TracedModel(replace_struct(real.graph, units=units), real.costs))
+    refused(asked, ModelError, "'from_file', which is not run here")

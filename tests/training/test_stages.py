@@ -10,90 +10,41 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fedepth.models.split import split, split_spec
+from torch import nn
 from torch.nn import functional
 
-from fedepth.costs import ModelCosts
-from fedepth.data.idx import write_idx
-from fedepth.data.read import open_images
-from fedepth.errors import OverBudgetError, PlanError
+from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
-from fedepth.models import zoo
 from fedepth.models.skip import skip
-from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import ModelSpec, PartInfo, StageResult, Task, TrainingSpec
+from fedepth.plan import CachePlace, Stage
+from fedepth.task import ModelSpec
 from fedepth.training import limits, pressure, stages
 from fedepth.training.block import BlockTraining, _seed, epoch_batches
 from fedepth.training.context import TrainingContext
 from fedepth.training.stages import train
-from fedepth.weights import load_numpy, open_weights, save
+from fedepth.weights import load_numpy
+from tests.training.jobs import (
+    COSTS,
+    NOTHING,
+    PRERESNET,
+    SPEC,
+    TRAINING,
+    Quiet,
+    Tensors,
+    assert_equal,
+    context,
+    exported,
+    fresh,
+    parts_of,
+    stage,
+    trained_tensors,
+)
 from tests.training.open_files import open_files
 from tests.unit_costs import unit_cost
 
-NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
-SPEC = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
-PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
-TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
-COSTS = ModelCosts("test", (), 256, 64, 1)
 HUNGRY = unit_cost(
     parameter_bytes=1 << 40, input_bytes=256, output_bytes=256, exit_=unit_cost("exit", parameter_bytes=1 << 40)
 )
-
-
-class Quiet:
-    """Hooks that grant any budget."""
-
-    def __init__(self, budget: int = 1 << 40) -> None:
-        self.budget = budget
-
-    def measure(self, stage: int, held_bytes: int) -> int:
-        return self.budget
-
-    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
-
-    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
-
-    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
-
-    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...
-
-
-def stage(first: int, last: int, micro_batch: int = 8, cache: CachePlace = CachePlace.RAM) -> Stage:
-    return Stage(first, last, micro_batch, cache, 4, NOTHING)
-
-
-def images(folder: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
-    write_idx(folder / "train-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8), dtype=np.uint8))
-    write_idx(folder / "train-labels-idx1-ubyte", (np.arange(count) % 3).astype(np.uint8))
-
-
-def context(
-    folder: Path,
-    stages: Sequence[Stage],
-    spec: ModelSpec = SPEC,
-    training: TrainingSpec = TRAINING,
-    count: int = 16,
-) -> TrainingContext:
-    torch.manual_seed(7)
-    initial = zoo.build(spec, None)
-    weights = folder / "weights.safetensors"
-    save(weights, {name: tensor.numpy() for name, tensor in initial.state_dict().items()})
-    images(folder, count)
-    for each in ("out", "cache"):
-        (folder / each).mkdir(exist_ok=True)
-    plan = Plan(tuple(stages), (), Policy.PAPER, 1 << 40)
-    task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, COSTS, plan, "", 0, 0)
-    return TrainingContext(
-        task=task, plan=plan, split=split_spec(spec), weights=open_weights(weights),
-        images=open_images(folder, spec, "train"), output=folder / "out", cache=folder / "cache", device_id="d",
-        device=torch.device("cpu"), channels_last=False, enforce=False,
-    )  # fmt: skip
-
-
-def trained_tensors(job: TrainingContext, hooks: Quiet | None = None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    outcome = train(job, Meter(), hooks or Quiet())
-    return {name: tensor for part in outcome.parts for name, tensor in load_numpy(part).items()}
 
 
 def order(job: TrainingContext, index: int, count: int) -> list[torch.Tensor]:
@@ -104,40 +55,31 @@ def order(job: TrainingContext, index: int, count: int) -> list[torch.Tensor]:
     return [b for _ in range(training.local_epochs) for b in epoch_batches(count, batches, generator)]
 
 
-def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """The algorithm of the paper, written as plainly as possible with torch.optim."""
-    torch.manual_seed(7)
-    model = split(zoo.build(job.task.model, None), job.task.model.name, job.task.model.input_shape)
+def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int) -> Tensors:
+    """The algorithm of the paper, written as plainly as possible with torch.optim, on the module itself."""
+    module = fresh(job.task.model)
+    parts, head = parts_of(module)
     x = (torch.from_numpy(job.images.read(np.arange(count))).float() / 255 - 0.5) / 0.5
     y = torch.from_numpy(job.images.labels)
-    start = {parameter: parameter.detach().clone() for parameter in model.model.parameters()}
+    start = {parameter: parameter.detach().clone() for parameter in module.parameters()}
     for index, (first, last) in enumerate(blocks):
-        units = model.units[first : last + 1]
-        parameters = [p for unit in (*units, model.head) for _, p in unit.parameters()]
+        block = nn.Sequential(*parts[first : last + 1])
+        parameters = [*block.parameters(), *head.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
-        for unit in (*units, model.head):
-            unit.train(True)
+        block.train()
+        head.train()
         for batch in order(job, index, count):
-            z = x[batch]
-            for unit in units:
-                z = unit(z)
             optimizer.zero_grad()
-            functional.cross_entropy(model.head(skip(z, model.head_shape)), y[batch]).backward()
+            z = skip(block(x[batch]), job.model.graph.head_shape)
+            functional.cross_entropy(head(z), y[batch]).backward()
             with torch.no_grad():
                 for p in parameters:
                     p.grad.add_(p - start[p], alpha=job.task.training.proximal_mu)  # type: ignore[union-attr]
             optimizer.step()
+        block.eval()
         with torch.no_grad():
-            for unit in units:
-                unit.train(False)
-                x = unit(x)
-    return {name: tensor.detach().numpy() for name, tensor in model.model.state_dict().items()}
-
-
-def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:  # type: ignore[type-arg]
-    assert got.keys() == expected.keys()
-    for name in got:
-        np.testing.assert_allclose(got[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+            x = block(x)
+    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
 
 
 def test_one_stage_is_plain_training(tmp_path: Path) -> None:
@@ -174,7 +116,7 @@ def test_untrained_units_are_not_in_the_update_and_are_run_at_their_global_value
     job = context(tmp_path, [stage(2, 3), stage(5, 5)])
     outcome = train(job, Meter(), Quiet())
     names = {name for part in outcome.parts for name in load_numpy(part)}
-    layout = split_spec(SPEC).layout()
+    layout = exported(SPEC).graph.layout()
     expected = {t.name for unit in (2, 3, 5) for t in layout.units[unit].tensors} | {t.name for t in layout.head}
     assert names == expected
     assert outcome.plan.untrained == (0, 1, 4)
@@ -234,7 +176,7 @@ def test_no_piece_is_smaller_than_batch_norm_can_take(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(BlockTraining, "_accumulate", counted)
     job = context(tmp_path, [stage(0, 9, micro_batch=2)], spec=PRERESNET, count=9)
-    job = replace(job, task=replace(job.task, costs=replace(COSTS, smallest_micro_batch=2)))
+    job = replace(job, costs=replace(job.costs, smallest_micro_batch=2))
     train(job, Meter(), Quiet())
     assert pieces == [3, 2, 2, 2] * 2  # batches of 5 and 4 samples: a piece of one more, rather than one alone
 
@@ -330,7 +272,7 @@ def test_a_stage_waits_only_while_what_it_really_takes_is_not_free(
     hooks = Shrinking(later)
     costs = replace(COSTS, units=(HUNGRY,) * 6)
     job = context(tmp_path, [stage(0, 5)])
-    job = replace(job, task=replace(job.task, costs=costs), enforce=True)
+    job = replace(job, costs=costs, enforce=True)
     (result,) = train(job, Meter(), hooks).stages
     assert hooks.measured > 1 and hooks.waits == waits
     assert result.micro_batch == 8  # the estimate of a TiB does not shrink what was seen to fit

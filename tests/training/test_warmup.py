@@ -10,8 +10,8 @@ import pytest
 from fedepth.training import context, prefix, stages
 from fedepth.training.block import BlockTraining
 from fedepth.training.warmup import warm_up
-from tests.training import test_stages
-from tests.training.test_stages import stage
+from tests.training import jobs
+from tests.training.jobs import stage
 
 
 @pytest.mark.parametrize(("micro_batch", "samples"), [(8, 2), (1, 1)])
@@ -24,21 +24,21 @@ def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
 
     def loaded(job: Any, unit: Any, *, trainable: bool) -> None:
         if trainable:
-            read.add(unit.name)
+            read.add(unit.unit.name)
         load(job, unit, trainable=trainable)
 
     def stepped(block: BlockTraining, indices: Any) -> float:
         sizes.add(len(indices))
         return step(block, indices)
 
-    for module in (stages, prefix, test_stages.stages):
+    for module in (stages, prefix):
         monkeypatch.setattr(module, "load", loaded)
     monkeypatch.setattr("fedepth.training.block.load", loaded)
     monkeypatch.setattr(BlockTraining, "step", stepped)
-    job = test_stages.context(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
+    job = jobs.context(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     warm_up(job, job.plan.trained_units)
-    assert read == {job.split.units[unit].name for unit in (1, 2, 4)} | {job.split.head.name}
+    assert read == {job.model.units[unit].unit.name for unit in (1, 2, 4)} | {job.model.graph.head.name}
     assert sizes == {samples}
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
-    assert all(tensor.is_meta for unit in (*job.split.units, job.split.head) for _, tensor in unit.parameters())
+    assert not any(unit.tensors for unit in (*job.model.units, job.model.head))
