@@ -1,15 +1,15 @@
 """From a flat program to units: cuts where exactly one tensor that depends on the input is alive. No torch.
 
 Between two operators that read parameters there is often more than one place to cut (before or after an activation, a
-pooling, a dropout). Evaluation mode may run other operators there than training mode, so both programs are cut at places
-that mean the same.
+pooling, a dropout). Evaluation mode may run other operators there than training mode, so both programs are cut at
+places that mean the same.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from math import prod
 
 from msgspec import structs
@@ -36,7 +36,7 @@ _HEAVY = {
     *("lstm", "gru", "rnn_tanh", "rnn_relu", "_native_multi_head_attention"),
 }
 # A head that holds more of the model's parameters than this begins later, where it can.
-_HEAD_SHARE = 0.5
+_HEAD_SHARE = 0.25
 _BATCH = Extent(1)
 
 
@@ -341,7 +341,7 @@ def _pieces(
 def _module_names(tensors: Sequence[tuple[str, ...]]) -> list[str]:
     """For every piece the module that all its tensors lie in, or the first such module where others lie in it too."""
     owners = [[name.rpartition(".")[0] for name in names] or ["unit"] for names in tensors]
-    together = [".".join(os.path.commonprefix([owner.split(".") for owner in each])) for each in owners]
+    together = [_common(each) for each in owners]
     found: list[str] = []
     for index, (common, each) in enumerate(zip(together, owners, strict=True)):
         others = together[:index] + together[index + 1 :]
@@ -350,6 +350,12 @@ def _module_names(tensors: Sequence[tuple[str, ...]]) -> list[str]:
         name = name or "model"
         found.append(name if name not in found else f"{name}#{index}")
     return found
+
+
+def _common(modules: Sequence[str]) -> str:
+    """The innermost module that all of these lie in; empty for the model itself."""
+    levels = zip(*(module.split(".") for module in modules), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _programs(program: FlatProgram, places: Sequence[_Place]) -> list[tuple[Program, list[int]]]:

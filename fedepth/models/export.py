@@ -102,7 +102,7 @@ def example_inputs(input_shape: Sequence[int], input_type: str, count: int, scal
 
 
 def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they multiply."""
+    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they do."""
     generator = torch.Generator().manual_seed(len(tensors))
     moved = {each: tensor.clone() for each, tensor in tensors.items()}
     for each in sorted(names):

@@ -162,12 +162,15 @@ class _Lowering:
         if isinstance(value, torch.SymFloat | torch.SymBool):
             raise ModelError(f"a number that depends on the batch size is no whole number at {user_line(node)}")
         if target is operator.getitem:
-            return known[node.args[0]][node.args[1]]
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            return known[source][index]
         name = str(getattr(target, "__name__", target))
         if any(name.startswith(prefix) for prefix in _ASSERTIONS):
             return None
         if name == "wrap_with_set_grad_enabled":
-            enabled, inner, *operands = (known[each] if isinstance(each, fx.Node) else each for each in node.args)
+            given_: list[Any] = [known[each] if isinstance(each, fx.Node) else each for each in node.args]
+            enabled, inner, *operands = given_
             placeholders = [each.name for each in inner.graph.nodes if each.op == "placeholder"]
             given = dict(zip(placeholders, operands, strict=True))
             return self.add_graph(inner, given, detached=detached or not enabled)
@@ -197,7 +200,7 @@ class _Lowering:
         alias = self._alias(target, operation)
         results = [
             self._value(each, depends, alias) if isinstance(each, torch.Tensor) else None
-            for each in (value if several else (value,))
+            for each in (value if isinstance(value, tuple | list) else (value,))
         ]
         numbers = tuple(result.number if result else -1 for result in results)
         random = target._opname.rstrip("_") in _RANDOM or torch.Tag.nondeterministic_seeded in target.tags
@@ -287,7 +290,7 @@ def _extent_or_int(value: Any) -> int | Extent:
     """
     if isinstance(value, int):
         return value
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     expression = sympy.expand(value.node.expr)
     symbols = list(expression.free_symbols)

@@ -78,7 +78,8 @@ def _pool(x: torch.Tensor, extents: tuple[int, ...]) -> torch.Tensor:
         return F.adaptive_avg_pool2d(x, extents)
     if len(extents) == 1:
         return F.adaptive_avg_pool1d(x, extents[0])
-    return F.adaptive_avg_pool3d(x, extents)
+    depth, height, width = extents
+    return F.adaptive_avg_pool3d(x, (depth, height, width))
 
 
 def _channels(x: torch.Tensor, count: int) -> torch.Tensor:

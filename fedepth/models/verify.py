@@ -1,7 +1,7 @@
-"""The proof that a graph is the module it came from: the same outputs, gradients and buffers, to the last bit or nearly.
+"""The proof that a graph is the module it came from: the same outputs, gradients and buffers, to the last bit.
 
-What a graph cannot hold shows here: a custom backward pass, hooks, random numbers of Python or numpy, counters. So every
-model, also one of the zoo, is compared before a job starts.
+What a graph cannot hold shows here: a custom backward pass, hooks, random numbers of Python or numpy, counters. So
+every model, also one of the zoo, is compared before a job starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class _Trial:
     perturbed: bool
 
     def __str__(self) -> str:
-        return f"{'training' if self.training else 'evaluation'} mode, batch {self.samples}, inputs of scale {self.scale:g}"
+        mode = "training" if self.training else "evaluation"
+        return f"{mode} mode, batch {self.samples}, inputs of scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
         again = _run_module(original, inputs, trial, weights, seed=1, name=name)
         if _difference(first, again)[0] > 0:
             raise ModelError(
-                f"the model {name} does not agree with itself: with the same torch seed it gives other results each time "
-                "it runs (random numbers of Python or numpy, a counter, or a global); use torch's random functions"
+                f"the model {name} does not agree with itself: with the same torch seed it gives other results each "
+                "time it runs (random numbers of Python or numpy, a counter, or a global); use torch's random functions"
             )
         found = _run_graph(exported, inputs, trial, weights)
         difference, what = _difference(again, found)
@@ -126,7 +127,7 @@ def _run_graph(
     parameters = {each for unit in (*model.units, model.head) for each in unit.unit.parameters}
     return _Outcome(
         logits.detach(),
-        {each: fresh[each].grad for each in parameters if fresh[each].grad is not None},
+        {each: gradient for each in parameters if (gradient := fresh[each].grad) is not None},
         {each: tensor for each, tensor in fresh.items() if each not in parameters},
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedepth.errors import OverBudgetError
+from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory.meter import Meter
 from fedepth.models.skip import skip
 from fedepth.plan import CachePlace, Stage
@@ -190,7 +190,7 @@ def test_without_memory_for_what_is_left_the_task_fails_and_leaves_no_file_open(
 
     planned = [replace(stage(first, first + 2), cache=CachePlace.DISK) for first in (0, 3)]
     job = context(tmp_path, planned)
-    job = replace(job, task=replace(job.task, costs=replace(COSTS, units=(HUNGRY,) * 6)))
+    job = replace(job, costs=replace(COSTS, units=(HUNGRY,) * 6))
     with pytest.raises(PlanError, match="the smallest plan needs"):
         train(job, Meter(), Falling())
     assert open_files(tmp_path / "cache") == []
