@@ -5,8 +5,12 @@ Nothing of this runs on a device. What a graph cannot hold is refused with the l
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,7 +25,7 @@ from fedepth.models.exits import find_exits
 from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
 from fedepth.models.lower import FlatProgram, lower
 from fedepth.models.run import Model
-from fedepth.models.source import error_line, first_line
+from fedepth.models.source import error_line, first_line, guard_lines
 
 LARGEST_BATCH = 4096
 _EXAMPLES = 3  # a batch of 1 or 2 might be taken for a constant
@@ -130,13 +134,49 @@ def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, to
 
 
 def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    with warnings.catch_warnings():
+    try:
+        return _recorded(module, example, torch.export.Dim("batch", min=1, max=LARGEST_BATCH))
+    except Exception as error:  # whatever torch.export, or the model's own code, does
+        where = error_line(error) or (_fixed_batch(module, example) if _is_fixed_batch(error) else "")
+        place = f" at {where}" if where else ""
+        raise ModelError(f"the model {name} cannot be exported{place}: {_reason(error)}; {HINT}") from error
+
+
+def _recorded(module: nn.Module, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing that a user could act on
-        try:
-            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-        except Exception as error:  # whatever torch.export, or the model's own code, does
-            raise _refused(error, name) from error
+        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's pages of text: a refusal says all that a user can act on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _is_fixed_batch(error: Exception) -> bool:
+    return "Constraints violated" in str(error) or "specialized" in str(error)
+
+
+def _fixed_batch(module: nn.Module, example: torch.Tensor) -> str:
+    """The line that takes the batch for a constant: the guard of an export that lets it do so."""
+    try:
+        program = _recorded(module, example, torch.export.Dim.AUTO)
+    except Exception:  # noqa: BLE001 - it fails for another reason as well; the first is the one that is told
+        return ""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            guards = value.fake_mode.shape_env.guards
+            lines = [line for guard in guards for line in guard_lines(guard)]
+            return lines[0] if lines else ""
+    return ""
 
 
 def _lowered(program: torch.export.ExportedProgram, output: int, names: Mapping[str, str], name: str) -> FlatProgram:
@@ -144,12 +184,6 @@ def _lowered(program: torch.export.ExportedProgram, output: int, names: Mapping[
         return lower(program, output, names)
     except ModelError as error:
         raise ModelError(f"the model {name} cannot be turned into a graph: {error}; {HINT}") from error
-
-
-def _refused(error: Exception, name: str) -> ModelError:
-    where = error_line(error)
-    place = f" at {where}" if where else ""
-    return ModelError(f"the model {name} cannot be exported{place}: {_reason(error)}; {HINT}")
 
 
 def _reason(error: Exception) -> str:
@@ -160,10 +194,10 @@ def _reason(error: Exception) -> str:
             "what it does there depends on values of a tensor (an if, a loop, .item(), .tolist() or a mask as index); "
             "use torch.where, or sizes that are known before"
         )
-    if "Constraints violated" in text or "specialized" in text:
+    if _is_fixed_batch(error):
         return (
-            "it works for one batch size only: a size or a reshape there holds the batch as a constant; take it from "
-            "x.shape[0], or write -1"
+            "it works for one batch size only: that line takes the batch for a constant, as len(x) and int(x.shape[0]) "
+            "do; write x.shape[0], or -1 in a reshape"
         )
     if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
         return "it leaves torch for numpy; write it with torch's functions"

@@ -42,6 +42,7 @@ _FILLED = {"empty": "zeros", "empty_like": "zeros_like", "new_empty": "new_zeros
 # They may hand on their input itself, though their schemas do not say so.
 _ALIASING = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "expand_as", "broadcast_tensors"}
 _RANDOM = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+_UNBACKED = ("u", "zuf")  # how torch names sizes and numbers that it cannot know before it runs
 _BATCH_NORMS = {"batch_norm": (3, 4, 5), "instance_norm": (3, 4, 5)}
 
 
@@ -116,6 +117,13 @@ def lower(program: torch.export.ExportedProgram, output: int, names: Mapping[str
     return _functional(steps, lowering.values, chosen.number)
 
 
+@dataclass(frozen=True)
+class _Unknown:
+    """A number that is known only when the model runs, and no size."""
+
+    node: fx.Node
+
+
 class _Lowering:
     """Collects steps and values while it walks the graphs."""
 
@@ -160,7 +168,7 @@ class _Lowering:
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             return _extent(value, node)
         if isinstance(value, torch.SymFloat | torch.SymBool):
-            raise ModelError(f"a number that depends on the batch size is no whole number at {user_line(node)}")
+            return _Unknown(node)  # for assertions that are dropped; an operator that takes it is refused
         if target is operator.getitem:
             source, index = node.args
             assert isinstance(source, fx.Node)
@@ -174,6 +182,8 @@ class _Lowering:
             placeholders = [each.name for each in inner.graph.nodes if each.op == "placeholder"]
             given = dict(zip(placeholders, operands, strict=True))
             return self.add_graph(inner, given, detached=detached or not enabled)
+        if name == "wrap_with_autocast":
+            raise ModelError(f"it runs under autocast at {user_line(node)}; devices train in float32: leave that out")
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise ModelError(f"the operator {target} at {user_line(node)} is not one that devices can run")
         return self._operator(node, target, known, detached)
@@ -199,7 +209,7 @@ class _Lowering:
         several = isinstance(value, tuple | list)
         alias = self._alias(target, operation)
         results = [
-            self._value(each, depends, alias) if isinstance(each, torch.Tensor) else None
+            self._placed(each, depends, alias, node) if isinstance(each, torch.Tensor) else None
             for each in (value if isinstance(value, tuple | list) else (value,))
         ]
         numbers = tuple(result.number if result else -1 for result in results)
@@ -222,6 +232,12 @@ class _Lowering:
         if isinstance(first, Value):
             return self.values[first.number].storage
         return first.name if isinstance(first, Tensor) else None
+
+    def _placed(self, value: torch.Tensor, depends: bool, storage: int | str | None, node: fx.Node) -> Value:
+        try:
+            return self._value(value, depends, storage)
+        except ModelError as error:
+            raise ModelError(f"{error}, at {user_line(node)}") from None
 
     def _value(self, value: torch.Tensor, depends: bool, storage: int | str | None) -> Value:
         number = len(self.values)
@@ -256,6 +272,11 @@ def _argument(argument: Any, known: Mapping[fx.Node, Any], node: fx.Node) -> Arg
 def _scalar(argument: Any, known: Mapping[fx.Node, Any], node: fx.Node) -> Scalar:
     if isinstance(argument, fx.Node):
         found = known[argument]
+        if isinstance(found, _Unknown):
+            raise ModelError(
+                f"a number computed from the batch size or from values of a tensor is no whole number, at "
+                f"{user_line(found.node)}; compute with tensors instead"
+            )
         if not isinstance(found, Value | Tensor | Extent | int):
             raise ModelError(f"{node.target} at {user_line(node)} takes what a graph cannot hold")
         return found
@@ -276,7 +297,10 @@ def _scalar(argument: Any, known: Mapping[fx.Node, Any], node: fx.Node) -> Scala
 
 
 def _extent(value: Any, node: fx.Node) -> int | Extent:
-    found = _extent_or_int(value)
+    try:
+        found = _extent_or_int(value)
+    except ModelError as error:
+        raise ModelError(f"{error}, at {user_line(node)}") from None
     if isinstance(found, Extent) and found.per_sample < 0:
         raise ModelError(f"a size at {user_line(node)} shrinks as the batch grows")
     return found
@@ -296,6 +320,8 @@ def _extent_or_int(value: Any) -> int | Extent:
     symbols = list(expression.free_symbols)
     if not symbols:
         return int(expression)
+    if any(symbol.name.startswith(_UNBACKED) for symbol in symbols):
+        raise ModelError("a size depends on the values of a tensor, as with a mask as index; use torch.where")
     polynomial = sympy.Poly(expression, *symbols) if expression.is_polynomial(*symbols) else None
     if polynomial is None or len(symbols) != 1 or polynomial.degree() != 1:
         raise ModelError(f"a size of the model is {expression} of the batch size; it can only be a multiple and a rest")

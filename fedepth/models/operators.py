@@ -22,6 +22,7 @@ _LAYERS = (
     "avg_pool2d",
     "batch_norm",
     "bilinear",
+    "_weight_norm",
     "celu",
     "celu_",
     "channel_shuffle",

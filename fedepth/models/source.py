@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,9 +16,29 @@ _NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1
 
 def user_line(node: fx.Node) -> str:
     """The innermost line outside torch that a node of a graph comes from."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = _FRAME.findall(node.meta.get("stack_trace") or _inner_trace(node))
     theirs = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     return _told(*theirs[-1]) if theirs else f"operator {node.name}"
+
+
+def _inner_trace(node: fx.Node) -> str:
+    """Of the first operator inside a region, such as one under autocast, which has no trace of its own."""
+    for given in node.args:
+        if isinstance(given, fx.Node) and given.op == "get_attr":
+            inner = getattr(given.graph.owning_module, str(given.target), None)
+            if isinstance(inner, fx.GraphModule):
+                return next((t for each in inner.graph.nodes if (t := each.meta.get("stack_trace"))), "")
+    return ""
+
+
+def guard_lines(guard: Any) -> list[str]:
+    """The lines outside torch that a guard on a size comes from."""
+    frames = [frame for frame in (guard.sloc.maybe_user_loc, guard.sloc.framework_loc) if hasattr(frame, "filename")]
+    return [
+        _told(frame.filename, str(frame.lineno), frame.name, frame.line or "")
+        for frame in frames
+        if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
 
 
 def error_line(error: BaseException) -> str:

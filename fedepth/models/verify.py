@@ -6,7 +6,6 @@ every model, also one of the zoo, is compared before a job starts.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,30 +53,34 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
     """
     worst = 0.0
     graph = exported.graph
-    for trial in _trials(graph.smallest_micro_batch):
-        original = copy.deepcopy(module)
-        own = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-        moved = [each for each in exported.tensors if each in own] if trial.perturbed else []
-        weights = perturbed(exported.tensors, moved)
-        with torch.no_grad():
-            for each in moved:
-                own[each].copy_(weights[each])
-        inputs = example_inputs(graph.input_shape, graph.input_type, trial.samples, trial.scale)
-        first = _run_module(copy.deepcopy(original), inputs, trial, weights, seed=0, name=name)
-        again = _run_module(original, inputs, trial, weights, seed=1, name=name)
-        if _difference(first, again)[0] > 0:
-            raise ModelError(
-                f"the model {name} does not agree with itself: with the same torch seed it gives other results each "
-                "time it runs (random numbers of Python or numpy, a counter, or a global); use torch's random functions"
-            )
-        found = _run_graph(exported, inputs, trial, weights)
-        difference, what = _difference(again, found)
-        if not difference <= TOLERANCE:
-            raise ModelError(
-                f"the graph of the model {name} differs from the model by {difference:.3g} in {what} ({trial}); "
-                "it does something that torch.export does not record, such as a hook or a custom backward pass"
-            )
-        worst = max(worst, difference)
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {each: tensor.detach().clone() for each, tensor in own.items()}
+    was_training = module.training
+    try:
+        for trial in _trials(graph.smallest_micro_batch):
+            moved = [each for each in exported.tensors if each in own] if trial.perturbed else []
+            start = {**before, **perturbed(exported.tensors, moved)}
+            inputs = example_inputs(graph.input_shape, graph.input_type, trial.samples, trial.scale)
+            # The module itself, not a copy: hooks on parameters, and functions that know the module, are not copied.
+            first, again = (_run_module(module, own, start, inputs, trial, seed=seed, name=name) for seed in (0, 1))
+            if _difference(first, again)[0] > 0:
+                raise ModelError(
+                    f"the model {name} does not agree with itself: with the same torch seed it gives other results "
+                    "each time it runs (random numbers of Python or numpy, a counter, or a global); use torch's random "
+                    "functions"
+                )
+            found = _run_graph(exported, inputs, trial, start)
+            difference, what = _difference(again, found)
+            if not difference <= TOLERANCE:
+                raise ModelError(
+                    f"the graph of the model {name} differs from the model by {difference:.3g} in {what} ({trial}); "
+                    "it does something that torch.export does not record, such as a hook or a custom backward pass"
+                )
+            worst = max(worst, difference)
+    finally:
+        _restore(own, before)
+        module.zero_grad()
+        module.train(was_training)
     return worst
 
 
@@ -88,29 +91,41 @@ def _trials(smallest: int) -> Iterator[_Trial]:
     yield _Trial(4, 8.0, False, False)
 
 
+def _restore(own: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for each, tensor in own.items():
+            tensor.copy_(values[each])
+
+
 def _run_module(
-    module: nn.Module, inputs: torch.Tensor, trial: _Trial, weights: Mapping[str, torch.Tensor], seed: int, name: str
+    module: nn.Module,
+    own: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
+    inputs: torch.Tensor,
+    trial: _Trial,
+    *,
+    seed: int,
+    name: str,
 ) -> _Outcome:
     module.train(trial.training)
+    _restore(own, start)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(_SEED)
     module.zero_grad()
     try:
-        output = module(inputs.clone())
+        logits = _first_tensor(module(inputs.clone()))
+        _backward(logits)
     except Exception as error:  # whatever the model's own code does
         where = error_line(error)
         raise ModelError(
             f"the model {name} fails in {trial}{f' at {where}' if where else ''}: {first_line(error)}"
         ) from error
-    logits = _first_tensor(output)
-    _backward(logits)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
     return _Outcome(
         logits.detach(),
-        {each: p.grad for each, p in parameters.items() if p.grad is not None and each in weights},
-        {each: buffer for each, buffer in buffers.items() if each in weights},
+        {each: p.grad.clone() for each, p in parameters.items() if p.grad is not None and each in start},
+        {each: buffer.clone() for each, buffer in module.named_buffers(remove_duplicate=False) if each in start},
     )
 
 

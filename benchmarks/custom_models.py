@@ -1,0 +1,537 @@
+"""Models as people write them: small modules with everything that a graph has to keep, and some that it cannot hold.
+
+Every function takes no argument, or the job's ModelSpec. `KEPT` names those that must be accepted, `REFUSED` those that
+must not, with a word of the reason.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, weight_norm
+
+CLASSES = 10
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+
+
+def batch_norm_cnn() -> nn.Module:
+    return nn.Sequential(
+        *_conv(3, 8, nn.BatchNorm2d(8)),
+        *_conv(8, 16, nn.BatchNorm2d(16)),
+        nn.MaxPool2d(2),
+        *_conv(16, 16, nn.BatchNorm2d(16)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def group_norm_cnn() -> nn.Module:
+    return nn.Sequential(
+        *_conv(3, 16, nn.GroupNorm(4, 16)),
+        nn.MaxPool2d(2),
+        *_conv(16, 32, nn.GroupNorm(4, 32)),
+        *_conv(32, 32, nn.GroupNorm(4, 32)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def _conv(inputs: int, outputs: int, norm: nn.Module) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm, nn.ReLU(inplace=True)
+
+
+def series_cnn() -> nn.Module:
+    """A 1-D convolutional net on series (2, 64)."""
+    return nn.Sequential(
+        nn.Conv1d(2, 16, 5, padding=2),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+class LstmClassifier(nn.Module):
+    """Series (time, 8) to the last hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, num_layers=2, batch_first=True)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.lstm(x)
+        return self.classifier(hidden[:, -1])  # type: ignore[no-any-return]
+
+
+class GruClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 16, batch_first=True)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, last = self.gru(x)
+        return self.classifier(last[0])  # type: ignore[no-any-return]
+
+
+class TextEncoder(nn.Module):
+    """nn.TransformerEncoder on token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.position = nn.Parameter(torch.randn(16, 32) * 0.1)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.classifier = nn.Linear(32, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids) + self.position
+        return self.classifier(self.encoder(x).mean(1))  # type: ignore[no-any-return]
+
+
+class Gpt(nn.Module):
+    """A small causal transformer; its mask and positions follow from sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(64, 32)
+        self.positions = nn.Embedding(16, 32)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(3))
+        self.classifier = nn.Linear(32, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        length = ids.shape[1]
+        x = self.tokens(ids) + self.positions(torch.arange(length, device=ids.device))
+        mask = torch.triu(torch.full((length, length), float("-inf"), device=ids.device), 1)
+        for block in self.blocks:
+            x = block(x, src_mask=mask)
+        return self.classifier(x[:, -1])  # type: ignore[no-any-return]
+
+
+class PaddedText(nn.Module):
+    """A padding mask that comes from the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.mix = nn.Linear(32, 32)
+        self.classifier = nn.Linear(32, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = (ids != 0).unsqueeze(-1).to(torch.float32)
+        x = torch.tanh(self.mix(self.embedding(ids))) * mask
+        return self.classifier(x.sum(1) / mask.sum(1).clamp_min(1.0))  # type: ignore[no-any-return]
+
+
+class Small(nn.Module):
+    """Two convolutions and a classifier; what the others vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.classifier = nn.Linear(8, CLASSES)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.between(self.first(x))
+        x = F.relu(self.second(x))
+        return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class FunctionalDropout(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(F.relu6(x), 0.3, training=self.training)
+
+
+class AlwaysDropout(Small):
+    """Dropout that runs in evaluation too, as for Monte Carlo estimates."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.3, training=True)
+
+
+class Clamped(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-0.5, 0.5)
+
+
+class ModeBranch(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if self.training else x + 1
+
+
+class InPlaceSlices(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        y[:, :4] = y[:, :4].relu()
+        y[:, 4:] += 1
+        return y
+
+
+class StochasticDepth(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.8).div_(0.8)
+        return x * keep
+
+
+class InPlaceActivations(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        x = F.hardswish(self.second(x), inplace=True)
+        return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def spectral() -> nn.Module:
+    model = Small()
+    parametrizations.spectral_norm(model.first)
+    parametrizations.spectral_norm(model.second)
+    return model
+
+
+def spectral_hooks() -> nn.Module:
+    model = Small()
+    model.second = nn.utils.spectral_norm(model.second)
+    return model
+
+
+def weight_normed() -> nn.Module:
+    model = Small()
+    model.second = parametrizations.weight_norm(model.second)
+    return model
+
+
+def weight_norm_hooks() -> nn.Module:
+    model = Small()
+    model.second = weight_norm(model.second)
+    return model
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(20, 20)
+        self.middle = nn.Linear(20, 20)
+        self.two = nn.Linear(20, 20)
+        self.two.weight = self.one.weight
+        self.last = nn.Linear(20, 16)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.middle(self.one(x).relu()).relu()).relu()
+        return self.classifier(self.last(x).relu())  # type: ignore[no-any-return]
+
+
+class Repeated(nn.Module):
+    """The same block three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU())
+        self.classifier = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = x + self.block(x)
+        return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def frozen_backbone() -> nn.Module:
+    model = batch_norm_cnn()
+    for parameter in list(model.parameters())[:-5]:
+        parameter.requires_grad_(False)
+    return model
+
+
+class PlainTensor(Small):
+    """A tensor that is neither parameter nor buffer, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.linspace(0.5, 1.5, 8).view(1, 8, 1, 1)
+        self.register_buffer("shift", torch.linspace(-1, 1, 8).view(1, 8, 1, 1), persistent=False)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.shift  # type: ignore[operator]
+
+
+class Counter(Small):
+    """A buffer that counts calls, and changes nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls.add_(1)  # type: ignore[operator]
+        return F.relu(x)
+
+
+class UNet(nn.Module):
+    """A skip over several layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.join = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        y = self.up(F.relu(self.down(x)))
+        x = F.relu(self.join(torch.cat((x, y), 1)))
+        x = F.relu(self.last(x))
+        return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class SeveralOutputs(Small):
+    def forward(self, x: torch.Tensor) -> Any:
+        x = F.relu(self.first(x))
+        early = x.mean((2, 3))
+        x = F.relu(self.second(x))
+        return self.classifier(x.mean((2, 3))), early
+
+
+class DictOutput(Small):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+class Viewing(nn.Module):
+    """x.view(x.size(0), -1) in a child, behind convolutions that run in channels_last."""
+
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(x.size(0), -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.flat = self.Flat()
+        self.classifier = nn.Linear(4 * 16 * 16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.flat(self.features(x)))  # type: ignore[no-any-return]
+
+
+class SqueezeExcite(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(8, 2, 1)
+        self.excite = nn.Conv2d(2, 8, 1)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        return x * gate
+
+
+class AttentionPooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, stride=4)
+        self.query = nn.Parameter(torch.randn(1, 1, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        pooled, _ = self.attention(self.query.expand(x.shape[0], -1, -1), tokens, tokens, need_weights=False)
+        return self.classifier(pooled[:, 0])  # type: ignore[no-any-return]
+
+
+def pre_hooked() -> nn.Module:
+    model = Small()
+    model.second.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    return model
+
+
+def replaced_forward() -> nn.Module:
+    model = Small()
+    model.second.forward = lambda input: F.conv2d(input, model.second.weight) + 1  # type: ignore[method-assign]
+    return model
+
+
+def adapters() -> nn.Module:
+    """A frozen model with small trainable layers put in."""
+    model = batch_norm_cnn()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    layers = list(model)  # type: ignore[call-overload]
+    adapter = nn.Conv2d(16, 16, 1)
+    return nn.Sequential(*layers[:7], adapter, *layers[7:-1], nn.Linear(16, CLASSES))
+
+
+# --- what a graph cannot hold
+
+
+class ItemControl(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if x.mean().item() > 0:
+            return x * 2
+        return x
+
+
+class Numpy(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(np.abs(x.detach().numpy()).mean())
+
+
+class NumpyRandom(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(np.random.rand() + 0.5)
+
+
+class PythonRandom(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (random.random() + 0.5)
+
+
+class PythonCounter(Small):
+    calls = 0
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> torch.Tensor:
+        return gradient[0] * 2
+
+
+class CustomBackward(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return _Doubled.apply(x)  # type: ignore[no-any-return]
+
+
+def backward_hook() -> nn.Module:
+    model = Small()
+    model.second.register_full_backward_hook(lambda _, inputs, outputs: (inputs[0] * 2,))  # type: ignore[index]
+    return model
+
+
+def gradient_hook() -> nn.Module:
+    model = Small()
+    model.second.weight.register_hook(lambda gradient: gradient * 2)  # type: ignore[no-untyped-call]
+    return model
+
+
+class Autocast(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.conv2d(x, self.second.weight, padding=1).float()
+
+
+class StaticBatch(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(int(x.shape[0]), -1).view(3, 8, 16, 16)
+
+
+class LengthAsBatch(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.zeros(len(x), 1, 1, 1)
+
+
+class NoLogits(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.first(x))
+
+
+class BooleanMask(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x[x > 0].sum()
+
+
+_IMAGE, _IDS, _VECTOR = ((3, 16, 16), "float"), ((16,), "tokens"), ((20,), "float")
+
+# Name of the function, the input's shape, and its type.
+KEPT: dict[str, tuple[tuple[int, ...], str]] = {
+    "mlp": _VECTOR,
+    "batch_norm_cnn": _IMAGE,
+    "group_norm_cnn": _IMAGE,
+    "series_cnn": ((2, 64), "float"),
+    "LstmClassifier": ((12, 8), "float"),
+    "GruClassifier": ((12, 8), "float"),
+    "TextEncoder": _IDS,
+    "Gpt": _IDS,
+    "PaddedText": _IDS,
+    "FunctionalDropout": _IMAGE,
+    "AlwaysDropout": _IMAGE,
+    "Clamped": _IMAGE,
+    "ModeBranch": _IMAGE,
+    "InPlaceSlices": _IMAGE,
+    "StochasticDepth": _IMAGE,
+    "InPlaceActivations": _IMAGE,
+    "spectral": _IMAGE,
+    "spectral_hooks": _IMAGE,
+    "weight_normed": _IMAGE,
+    "weight_norm_hooks": _IMAGE,
+    "Tied": _VECTOR,
+    "Repeated": _IMAGE,
+    "frozen_backbone": _IMAGE,
+    "PlainTensor": _IMAGE,
+    "Counter": _IMAGE,
+    "UNet": _IMAGE,
+    "SeveralOutputs": _IMAGE,
+    "DictOutput": _IMAGE,
+    "Viewing": _IMAGE,
+    "SqueezeExcite": _IMAGE,
+    "AttentionPooling": _IMAGE,
+    "pre_hooked": _IMAGE,
+    "replaced_forward": _IMAGE,
+    "adapters": _IMAGE,
+}
+
+# Name of the function, and words that its refusal has to hold.
+REFUSED: dict[str, str] = {
+    "ItemControl": "custom_models.py",
+    "Numpy": "custom_models.py",
+    "NumpyRandom": "agree with itself",
+    "PythonRandom": "agree with itself",
+    "PythonCounter": "",
+    "CustomBackward": "gradient",
+    "backward_hook": "gradient",
+    "gradient_hook": "gradient",
+    "Autocast": "autocast",
+    "StaticBatch": "custom_models.py",
+    "LengthAsBatch": "custom_models.py",
+    "NoLogits": "logits",
+    "BooleanMask": "custom_models.py",
+}
