@@ -35,6 +35,7 @@ from fedepth.errors import (
 from fedepth.estimate.peak import needed_bytes
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan, Stage
+from fedepth.planning.check import check_plan
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.sizes import format_size
 from fedepth.task import Failure, Outcome, Progress, Result, Task
@@ -97,6 +98,7 @@ class TaskRunner:
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
             graph = await self._fetched(self._transport.fetch_graph, task)
             costs = await asyncio.to_thread(read_costs, graph)
+            check_plan(costs, task.plan)
             weights = await self._fetched(self._transport.fetch_weights, task)
             reporter.activity("starting the trainer")
             request = TrainRequest(

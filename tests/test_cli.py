@@ -99,19 +99,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
         plan(MODEL, "--budget", "16MiB", "--plot", str(tmp_path / "plan.png"))
 
 
-def own_model() -> object:
+def custom_model() -> object:
     from torch import nn
 
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
 
 
-def test_a_model_of_ones_own_needs_an_input_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_model_needs_an_input_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    name = f"{Path(__file__).stem}:own_model"
+    name = f"{Path(__file__).stem}:custom_model"
     with pytest.raises(ConfigError, match="as --input 3x32x32"):
         plan(name, "--budget", "1GiB")
-    with pytest.raises(ConfigError, match='--input: "8x8" is no shape'):
-        plan(name, "--budget", "1GiB", "--input", "8x8")
+    with pytest.raises(ConfigError, match='--input: "8xx" is not a shape'):
+        plan(name, "--budget", "1GiB", "--input", "8xx")
     assert json.loads(plan(name, "--budget", "1GiB", "--input", "1x8x8", "--json"))["plan"]["untrained"] == []
 
 
@@ -121,7 +121,7 @@ def test_a_model_of_ones_own_needs_an_input_shape(monkeypatch: pytest.MonkeyPatc
         ([MODEL, "--budget", "1MiB"], PlanError, "the smallest plan needs"),
         ([MODEL, "--budget", "much"], ConfigError, '"much" is not a size'),
         (["resnet19", "--budget", "1GiB"], ConfigError, "resnet19 is none of digits-cnn"),
-        (["resnet19", "--budget", "1GiB", "--input", "3x32x32"], ModelError, "There is no model 'resnet19'"),
+        (["resnet19", "--budget", "1GiB", "--input", "3x32x32"], ModelError, "there is no model 'resnet19'"),
     ],
 )
 def test_errors_name_the_cause(argv: list[str], error: type[Exception], says: str) -> None:

@@ -39,6 +39,7 @@ def read_traced(path: Path) -> TracedModel:
     """
     model = _decode(path, TracedModel)
     check(model.graph)
+    _with_head(model.costs, path)
     if len(model.costs.units) != len(model.graph.units):
         raise ModelError(f"{path} tells the costs of {len(model.costs.units)} units of {len(model.graph.units)}")
     return model
@@ -50,7 +51,13 @@ def read_costs(path: Path) -> ModelCosts:
     Raises:
         ModelError: see `read_traced`.
     """
-    return _decode(path, _CostsOnly).costs
+    return _with_head(_decode(path, _CostsOnly).costs, path)
+
+
+def _with_head(costs: ModelCosts, path: Path) -> ModelCosts:
+    if not costs.units or costs.units[-1].exit is None:
+        raise ModelError(f"{path} tells the costs of {len(costs.units)} units without a head")
+    return costs
 
 
 def _decode(path: Path, kind: type[T]) -> T:

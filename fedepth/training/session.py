@@ -11,13 +11,12 @@ import torch
 
 from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
-from fedepth.errors import PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, Meter
-from fedepth.models.graph import Graph
 from fedepth.models.run import Model
 from fedepth.models.traced import read_traced
 from fedepth.plan import Plan
+from fedepth.planning.check import check_plan
 from fedepth.task import Result, Task
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
@@ -96,7 +95,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     task, plan = assignment.task, assignment.plan
     traced = read_traced(assignment.graph)
     model = Model(traced.graph)
-    _check_blocks(plan, traced.graph)
+    check_plan(traced.costs, plan)
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
     images: Images = open_images(assignment.data, task.model, "train", scratch=assignment.cache)
@@ -141,24 +140,6 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         allocator=allocator.name(),
         baseline_bytes=meter.baseline.resident_bytes,
     )
-
-
-def _check_blocks(plan: Plan, graph: Graph) -> None:
-    """Raises PlanError if a block ends where no skip connection leads to the head, or beyond the model."""
-    for stage in plan.stages:
-        if not 0 <= stage.first <= stage.last < len(graph.units):
-            raise PlanError(
-                f"the plan trains units {stage.first} to {stage.last} of a model with {len(graph.units)}",
-                needed_bytes=0,
-                budget_bytes=plan.budget_bytes,
-            )
-        if not graph.exits[stage.last] and not stage.frozen_suffix:
-            raise PlanError(
-                f"the plan ends a block behind unit {stage.last} ({graph.units[stage.last].name}), which has no skip "
-                "connection to the head; run the same version of fedepth here and on the coordinator",
-                needed_bytes=0,
-                budget_bytes=plan.budget_bytes,
-            )
 
 
 def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, known: Known) -> Peaks:

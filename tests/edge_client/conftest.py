@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fedepth.costs import ModelCosts, Size, UnitCost
@@ -32,6 +33,7 @@ def unit(name: str) -> UnitCost:
 
 
 COSTS = ModelCosts("toy", tuple(unit(f"u{i}") for i in range(8)), 1000, 250, 1)
+GRAPH = msgspec.json.encode({"graph": None, "costs": COSTS})  # an agent reads the costs only
 TRAINING = TrainingSpec(4, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 
 
@@ -56,8 +58,9 @@ def make_task(plan_for: Callable[[int], Plan]) -> Callable[..., Task]:
             model=ModelSpec(model, ("a", "b"), (1, 8, 8), (0.5,), (0.5,)),
             training=TRAINING,
             policy=Policy.PAPER,
-            costs=COSTS,
             plan=plan_for(budget_bytes),
+            graph_digest=hashlib.sha256(GRAPH).hexdigest(),
+            graph_bytes=len(GRAPH),
             weights_digest=hashlib.sha256(WEIGHTS).hexdigest(),
             weights_bytes=len(WEIGHTS),
             deadline_ms=60_000,

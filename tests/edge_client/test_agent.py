@@ -36,6 +36,7 @@ from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
+from tests.edge_client.conftest import GRAPH
 
 MIB = 1 << 20
 START = 10 * MIB  # what the fake trainer says of itself
@@ -87,6 +88,11 @@ class FakeTransport:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    async def fetch_graph(self, task: Task) -> Path:
+        path = self.weights.with_name("graph.json")
+        path.write_bytes(GRAPH)
+        return path
 
     async def fetch_weights(self, task: Task) -> Path:
         if self.fetches:
@@ -296,20 +302,6 @@ def test_missing_data_at_the_start_is_an_error(bench: Bench, transport: FakeTran
     with pytest.raises(DataError):
         bench.run(transport, OK)
     assert transport.closed
-
-
-@pytest.mark.parametrize("allow", [[], ["mine.models:make"]])
-def test_only_an_allowed_factory_is_run(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask, allow: list[str]
-) -> None:
-    transport.answers = [make_task(model="mine.models:make")]
-    bench.run(transport, OK, models__allow=allow)
-    if allow:
-        assert bench.requests[0]["allowed_models"] == allow
-    else:
-        assert [failure.outcome for failure in transport.failures] == [Outcome.MODEL_NOT_ALLOWED]
-        assert '"mine.models:make"' in transport.failures[0].message
-        assert bench.requests == []
 
 
 def test_less_memory_means_a_smaller_plan(

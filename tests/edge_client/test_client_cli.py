@@ -86,7 +86,7 @@ def test_help_shows_an_example() -> None:
 
 
 def test_every_setting_reaches_the_agents_own_process() -> None:
-    settings = {"coordinator": "h:1", "memory.cap": "11MiB", "trainer.enforce": False, "models.allow": ["m:f"]}
+    settings = {"coordinator": "h:1", "memory.cap": "11MiB", "trainer.enforce": False}
     start = Start(load(None, settings), exit_when_done=True, json_logs=True)
     assert msgspec.json.decode(msgspec.json.encode(start), type=Start) == start
     assert start.config.memory.cap_bytes == 11 * MIB

@@ -15,8 +15,7 @@ def written(folder: Path, text: str) -> Path:
 def test_a_file_is_read_and_options_win(tmp_path: Path) -> None:
     path = written(
         tmp_path,
-        'coordinator = "10.0.0.1:50051"\ndata = "photos"\n'
-        '[memory]\ncap = "300MiB"\nreserve = 1024\n[models]\nallow = ["m:f"]\n',
+        'coordinator = "10.0.0.1:50051"\ndata = "photos"\n[memory]\ncap = "300MiB"\nreserve = 1024\n',
     )
     config = load(path, {"coordinator": "host:1", "memory.cap": "2KiB", "trainer.threads": 3})
     assert (config.coordinator, config.memory.cap_bytes, config.memory.reserve_bytes) == (
@@ -25,7 +24,6 @@ def test_a_file_is_read_and_options_win(tmp_path: Path) -> None:
         1024,
     )
     assert config.trainer.threads == 3
-    assert config.models.allow == ("m:f",)
     assert config.data_dir == tmp_path / "photos"  # counted from the file's folder
 
 
@@ -50,7 +48,6 @@ def test_defaults() -> None:
         ('[memory]\nreserve = "3M"', 'memory.reserve: "3M" is not a size'),
         ('[trainer]\nthreads = "many"', "trainer.threads: Expected `int`"),
         ("[trainer]\nlinger_s = inf", "trainer.linger_s is inf, allowed is 0 to 31536000"),
-        ('[models]\nallow = ["os.system"]', 'models.allow holds "os.system", expected "module:function"'),
         ('coordinator = "nowhere"', 'coordinator is "nowhere", expected HOST:PORT'),
         ('coordinator = "host:70000"', "expected HOST:PORT"),
         ("[retry]\nfirst_s = 500", "retry.first_s is 500"),

@@ -28,6 +28,7 @@ from edge_client.transport import (
 )
 from fedepth.budget import Budget
 from fedepth.errors import ProtocolError, TransportError
+from fedepth.models.graph import MOST_BYTES
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 REPORT = DeviceReport("device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2))
@@ -50,7 +51,7 @@ class Server(FederationServicer):
         self.asked.append(request)
         return self.task_reply
 
-    async def FetchWeights(self, request: pb.FetchWeightsRequest, context: Any) -> AsyncIterator[pb.Chunk]:
+    async def FetchFile(self, request: pb.FetchFileRequest, context: Any) -> AsyncIterator[pb.Chunk]:
         self.asked.append(request)
         for number, chunk in enumerate(file_chunks(self.weights, request.offset)):
             if number == self.cut_after_chunks:
@@ -142,17 +143,6 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     assert from_message(server.asked[0].device, DeviceReport) == REPORT
 
 
-def without_a_head(task: Task) -> Task:
-    *units, last = task.costs.units
-    return replace(task, costs=replace(task.costs, units=(*units, replace(last, exit=None))))
-
-
-def without_exits(task: Task) -> Task:
-    """Blocks can end behind the last unit only."""
-    *units, last = task.costs.units
-    return replace(task, costs=replace(task.costs, units=(*(replace(unit, exit=None) for unit in units), last)))
-
-
 def with_stage(task: Task, **changes: Any) -> Task:
     return replace(task, plan=replace(task.plan, stages=(replace(task.plan.stages[0], **changes),)))
 
@@ -161,12 +151,7 @@ def with_stage(task: Task, **changes: Any) -> Task:
     ("change", "message"),
     [
         (lambda task: replace(task, plan=replace(task.plan, stages=())), "0 stages cannot be"),
-        (without_a_head, "8 units without a head"),
-        (lambda task: replace(task, costs=replace(task.costs, units=())), "0 units without a head"),
         (lambda task: with_stage(task, first=3, last=2), "stages 3 cannot be"),
-        (lambda task: with_stage(without_exits(task), first=3, last=4), "stages 3-4 cannot be"),
-        (lambda task: with_stage(task, first=3, last=4, frozen_suffix=True), "stages 3-4 cannot be"),
-        (lambda task: with_stage(task, first=0, last=8), "stages 0-8 cannot be"),
         (lambda task: with_stage(task, micro_batch=0), "cannot be"),
         (lambda task: with_stage(task, build_batch=0), "cannot be"),
         (lambda task: replace(task, training=replace(task.training, batch=0)), "batches of 0"),
@@ -186,7 +171,14 @@ def test_a_task_that_cannot_be_trained_is_refused(
 
 
 @pytest.mark.parametrize(
-    "bad", [{"task_id": "../../etc"}, {"task_id": ".new-x"}, {"task_id": ""}, {"weights_digest": "../x"}]
+    "bad",
+    [
+        {"task_id": "../../etc"},
+        {"task_id": ".new-x"},
+        {"task_id": ""},
+        {"weights_digest": "../x"},
+        {"graph_digest": "../x"},
+    ],
 )
 def test_names_that_would_leave_the_state_directory_are_refused(
     server: Server, tmp_path: Path, big_task: Task, bad: dict[str, str]
@@ -232,6 +224,38 @@ def test_weights_damaged_on_disk_are_fetched_again(server: Server, tmp_path: Pat
         path = await transport.fetch_weights(big_task)
         path.write_bytes(b"x" + BIG[1:])
         assert (await transport.fetch_weights(big_task)).read_bytes() == BIG
+
+    against(server, tmp_path, scene)
+
+
+def test_the_graph_is_fetched_once_and_kept_apart(server: Server, tmp_path: Path, big_task: Task) -> None:
+    task = replace(big_task, graph_digest=big_task.weights_digest, graph_bytes=big_task.weights_bytes)
+
+    async def scene(transport: GrpcTransport) -> None:
+        server.cut_after_chunks = 1
+        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):
+            await transport.fetch_graph(task)
+        server.cut_after_chunks = None
+        path = await transport.fetch_graph(task)
+        assert path == tmp_path / "graphs" / f"{task.graph_digest}.json"
+        assert path.read_bytes() == BIG
+        assert await transport.fetch_graph(task) == path  # from disk
+        path.write_bytes(b"x" + BIG[1:])
+        assert (await transport.fetch_graph(task)).read_bytes() == BIG
+
+    against(server, tmp_path, scene)
+    assert [request.offset for request in server.asked] == [0, CHUNK_BYTES, 0]
+
+
+@pytest.mark.parametrize("size", [0, -1, MOST_BYTES + 1])
+def test_a_graph_of_a_size_that_no_model_has_is_refused(
+    server: Server, tmp_path: Path, big_task: Task, size: int
+) -> None:
+    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, graph_bytes=size), pb.Task))
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match="a graph of"):
+            await transport.next_task(REPORT, 30)
 
     against(server, tmp_path, scene)
 

@@ -481,21 +481,21 @@ class Task(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    GRAPH_DIGEST_FIELD_NUMBER: _builtins.int
+    GRAPH_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
-    GRAPH_DIGEST_FIELD_NUMBER: _builtins.int
-    GRAPH_BYTES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     job: _builtins.str
     round: _builtins.int
     policy: Global___Policy.ValueType
+    graph_digest: _builtins.str
+    graph_bytes: _builtins.int
     weights_digest: _builtins.str
     weights_bytes: _builtins.int
     deadline_ms: _builtins.int
-    graph_digest: _builtins.str
-    graph_bytes: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelSpec: ...
     @_builtins.property
@@ -513,11 +513,11 @@ class Task(_message.Message):
         training: Global___TrainingSpec | None = ...,
         policy: Global___Policy.ValueType = ...,
         plan: Global___Plan | None = ...,
+        graph_digest: _builtins.str = ...,
+        graph_bytes: _builtins.int = ...,
         weights_digest: _builtins.str = ...,
         weights_bytes: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
-        graph_digest: _builtins.str = ...,
-        graph_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -155,9 +155,9 @@ def done(*peaks: tuple[int, int]) -> Done:
 
 
 def test_a_probe_gives_its_stages_its_worst_peaks_and_its_time() -> None:
-    costs = ModelCosts("m", (), (), 1, 1, 1)
+    costs = ModelCosts("m", (), 1, 1, 1)
     model = TrialModel(
-        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path()
+        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path(), Path()
     )
     told = done((50, 60), (0, 10), (70, 65))
     # The stage whose peak lay below the baseline says nothing about what it needs.
@@ -167,9 +167,9 @@ def test_a_probe_gives_its_stages_its_worst_peaks_and_its_time() -> None:
 
 
 def test_a_calibration_in_which_no_peak_rose_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = ModelCosts("m", (), (), 1, 1, 1)
+    costs = ModelCosts("m", (), 1, 1, 1)
     model = TrialModel(
-        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path()
+        named_spec("digits-cnn", None, 10), TrainingSpec(1, 1, "sgd", 0, 0, 0, 0, "none", 1), costs, Path(), Path()
     )
 
     async def traced(*_: object) -> TrialModel:

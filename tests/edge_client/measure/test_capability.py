@@ -56,7 +56,7 @@ def play(tmp_path: Path) -> Callable[..., tuple[Capability, list[dict[str, Any]]
             # A limit by rlimit does not grow by what the trainer holds, so that the figures are exact.
             memory = Memory(free + START_BYTES, (MemoryLimit("RLIMIT_DATA", free + START_BYTES),))
             bench = Bench(
-                TrialModel(TOY, TRAINING, COSTS, tmp_path / "weights"),
+                TrialModel(TOY, TRAINING, COSTS, tmp_path / "graph", tmp_path / "weights"),
                 tmp_path / "data",
                 keeper,
                 MemoryConfig(reserve=0, fraction=1.0),

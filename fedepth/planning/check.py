@@ -1,0 +1,27 @@
+"""Whether a plan that came from elsewhere is one that a model of these units can be trained by."""
+
+from __future__ import annotations
+
+from fedepth.costs import ModelCosts, UnitCost
+from fedepth.errors import PlanError
+from fedepth.plan import Plan, Stage
+
+
+def check_plan(costs: ModelCosts, plan: Plan) -> None:
+    """Raises PlanError if a block lies beyond the model, or ends where no skip connection leads to the head."""
+    odd = [stage.block for stage in plan.stages if not _possible(stage, costs.units)]
+    if odd or not plan.stages:
+        raise PlanError(
+            f"the plan has the blocks {', '.join(odd) or 'none'}, which {costs.model} with its {len(costs.units)} "
+            "units cannot be trained in; run the same version of fedepth here and on the coordinator",
+            needed_bytes=0,
+            budget_bytes=plan.budget_bytes,
+        )
+
+
+def _possible(stage: Stage, units: tuple[UnitCost, ...]) -> bool:
+    if not 0 <= stage.first <= stage.last < len(units) or min(stage.micro_batch, stage.build_batch) < 1:
+        return False
+    if stage.frozen_suffix:
+        return all(unit.frozen is not None for unit in units[stage.last + 1 :])
+    return units[stage.last].exit is not None
