@@ -165,7 +165,7 @@ def _to_onnx(model: Model, spec: ModelSpec) -> Any:
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             program = torch.onnx.export(
-                _Whole(model),
+                _Whole(model).eval(),
                 (example,),
                 dynamo=True,
                 dynamic_shapes={"x": {0: torch.export.Dim("batch")}},

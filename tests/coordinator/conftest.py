@@ -35,8 +35,6 @@ def cost(name: str) -> UnitCost:
         backward_first=PassCost(Size(0, 512)),
         inference=PassCost(Size(0, 256)),
         flops=1000,
-        steps=(),
-        input_shape=(),
     )
 
 
@@ -47,6 +45,7 @@ COSTS = ModelCosts(
     raw_input_bytes=64,
     smallest_micro_batch=1,
 )
+GRAPH = msgspec.json.encode({"graph": None, "costs": COSTS})  # the server process reads the costs only
 LAYOUT = ModelLayout(
     units=tuple(
         UnitLayout(f"unit{index}", (TensorInfo(f"unit{index}.weight", (1000,), "F32"),)) for index in range(UNITS)
@@ -127,11 +126,14 @@ class FakeModels:
         self.asked.append(do)
         if do == "prepare":
             Path(fields["output"]).write_bytes(b"initial weights")
+            Path(fields["graph"]).write_bytes(GRAPH)
             return {
-                "costs": msgspec.to_builtins(COSTS),
                 "layout": msgspec.to_builtins(LAYOUT),
+                "notes": (),
                 "digest": sha256(b"initial weights"),
                 "size_bytes": 15,
+                "graph_digest": sha256(GRAPH),
+                "graph_bytes": len(GRAPH),
             }
         if do == "evaluate":
             return {"accuracy": 0.75, "loss": 0.5, "samples": 100}
@@ -155,6 +157,7 @@ class Kit:
 
     layout: ModelLayout = LAYOUT
     costs: ModelCosts = COSTS
+    graph: bytes = GRAPH
     plan: Callable[..., Plan] = plan_of
     config: Callable[..., JobConfig] = config_of
     report: Callable[..., DeviceReport] = report_of

@@ -222,18 +222,19 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
     play(scene)
 
 
-def test_weights_stream_from_an_offset(play: Play) -> None:
+def test_weights_and_graph_stream_from_an_offset(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         digest = rig.kit.sha256(WEIGHTS)
-        request = pb.FetchWeightsRequest(digest=digest, offset=8)
-        got = [chunk async for chunk in rig.stub.FetchWeights(request)]
-        assert [(chunk.offset, chunk.data) for chunk in got] == [(8, WEIGHTS[8:])]
+        for content in (WEIGHTS, rig.kit.graph):
+            request = pb.FetchFileRequest(digest=rig.kit.sha256(content), offset=8)
+            got = [chunk async for chunk in rig.stub.FetchFile(request)]
+            assert [(chunk.offset, chunk.data) for chunk in got] == [(8, content[8:])]
         for request, code in (
-            (pb.FetchWeightsRequest(digest="0" * 64), grpc.StatusCode.NOT_FOUND),
-            (pb.FetchWeightsRequest(digest=digest, offset=99), grpc.StatusCode.OUT_OF_RANGE),
+            (pb.FetchFileRequest(digest="0" * 64), grpc.StatusCode.NOT_FOUND),
+            (pb.FetchFileRequest(digest=digest, offset=99), grpc.StatusCode.OUT_OF_RANGE),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                [chunk async for chunk in rig.stub.FetchWeights(request)]
+                [chunk async for chunk in rig.stub.FetchFile(request)]
             assert caught.value.code() is code
 
     play(scene)

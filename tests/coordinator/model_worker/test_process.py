@@ -12,10 +12,10 @@ import pytest
 
 from coordinator.model_worker import process
 from fedepth.child import Child, module_argv
-from fedepth.costs import ModelCosts
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError
 from fedepth.layout import ModelLayout
+from fedepth.models.traced import read_traced
 from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.weights import load_numpy, save
 
@@ -25,74 +25,95 @@ TRAINING = TrainingSpec(32, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 0)
 
 def ask(do: str, **fields: Any) -> dict[str, Any]:
     """The answer to one request, through JSON on both ways."""
+    return talk(do, **fields)[-1]
+
+
+def talk(do: str, **fields: Any) -> list[dict[str, Any]]:
+    """All that is written for one request, without `ready`."""
     answers = io.BytesIO()
     process.serve(io.BytesIO(msgspec.json.encode({"do": do, **fields}) + b"\n"), answers)
-    ready, answer = (json.loads(line) for line in answers.getvalue().splitlines())
+    ready, *told = (json.loads(line) for line in answers.getvalue().splitlines())
     assert ready == {"event": "ready"}
-    assert isinstance(answer, dict)
-    return answer
+    return told
 
 
-def prepared(path: Path, seed: int = 0) -> dict[str, Any]:
-    answer = ask("prepare", model=SPEC, training=TRAINING, seed=seed, output=str(path))
-    return dict(answer["ok"])
+def prepare(folder: Path, spec: ModelSpec = SPEC, seed: int = 0) -> list[dict[str, Any]]:
+    graph, output = str(folder / "graph.json"), str(folder / "weights.safetensors")
+    return talk("prepare", model=spec, training=TRAINING, seed=seed, weights="", graph=graph, output=output)
 
 
-def always_class(path: Path, label: int) -> Path:
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a prepared model: preparing takes seconds."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder)
+    return folder
+
+
+def always_class(ready: Path, path: Path, label: int) -> Path:
     """Weights whose classifier gives one class, whatever it sees."""
-    prepared(path)
-    weights = load_numpy(path)
+    weights = load_numpy(ready / "weights.safetensors")
     weights["head.2.weight"] = np.zeros_like(weights["head.2.weight"])
     weights["head.2.bias"] = 100 * np.eye(10, dtype=np.float32)[label]
     save(path, weights)
     return path
 
 
-def test_prepare_writes_weights_and_says_what_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "initial.safetensors"
-    told = prepared(path)
-    data = path.read_bytes()
-    assert told["size_bytes"] == len(data)
+def test_prepare_writes_graph_and_weights_and_says_what_they_are(tmp_path: Path) -> None:
+    *progress, answer = prepare(tmp_path / "new")
+    told = answer["ok"]
+    assert [each["event"] for each in progress] == ["progress"] * 5
+    assert progress[2]["text"] == "comparing 6 units with the model"
+    data, graph = ((tmp_path / "new" / name).read_bytes() for name in ("weights.safetensors", "graph.json"))
+    assert (told["size_bytes"], told["graph_bytes"]) == (len(data), len(graph))
     assert told["digest"] == hashlib.sha256(data).hexdigest()
+    assert told["graph_digest"] == hashlib.sha256(graph).hexdigest()
     layout = msgspec.convert(told["layout"], ModelLayout)
-    assert {t.name: t.shape for t in layout.tensors} == {n: a.shape for n, a in load_numpy(path).items()}
-    costs = msgspec.convert(told["costs"], ModelCosts)
-    assert [unit.name for unit in costs.units] == [unit.name for unit in layout.units]
+    weights = load_numpy(tmp_path / "new" / "weights.safetensors")
+    assert {t.name: t.shape for t in layout.tensors} == {n: a.shape for n, a in weights.items()}
+    traced = read_traced(tmp_path / "new" / "graph.json")
+    assert [unit.name for unit in traced.costs.units] == [unit.name for unit in layout.units]
+    costs = traced.costs
     assert sum(u.parameter_bytes for u in costs.units) + costs.head.parameter_bytes == layout.size_bytes
+    assert traced.graph.layout() == layout
 
 
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
-    first, again, other = (prepared(tmp_path / str(i), seed)["digest"] for i, seed in enumerate((3, 3, 4)))
+    first, again, other = (
+        prepare(tmp_path / str(i), seed=seed)[-1]["ok"]["digest"] for i, seed in enumerate((3, 3, 4))
+    )
     assert first == again
     assert first != other
 
 
 @pytest.mark.parametrize("label", [0, 7])
-def test_evaluation_counts_and_averages(tmp_path: Path, label: int) -> None:
-    weights = always_class(tmp_path / "w", label)
+def test_evaluation_counts_and_averages(ready: Path, tmp_path: Path, label: int) -> None:
+    weights = always_class(ready, tmp_path / "w", label)
     labels = open_images("digits", SPEC, "test").labels
-    told = ask("evaluate", model=SPEC, weights=str(weights), test_data="digits")["ok"]
+    graph = str(ready / "graph.json")
+    told = ask("evaluate", model=SPEC, graph=graph, weights=str(weights), test_data="digits")["ok"]
     share = float((labels == label).mean())
     assert told["samples"] == len(labels)
     assert told["accuracy"] == pytest.approx(share)
     assert told["loss"] == pytest.approx(100 * (1 - share), rel=1e-5)
 
 
-def test_batches_do_not_change_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared(tmp_path / "w")
-    request = {"model": SPEC, "weights": str(tmp_path / "w"), "test_data": "digits"}
+def test_batches_do_not_change_an_evaluation(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, weights = str(ready / "graph.json"), str(ready / "weights.safetensors")
+    request = {"model": SPEC, "graph": graph, "weights": weights, "test_data": "digits"}
     whole = ask("evaluate", **request)["ok"]
     monkeypatch.setattr(process, "LARGEST_BATCH", 37)
     assert ask("evaluate", **request)["ok"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_export_reports_its_parity(tmp_path: Path) -> None:
-    digest = prepared(tmp_path / "w")["digest"]
+def test_export_reports_its_parity(ready: Path, tmp_path: Path) -> None:
+    digest = hashlib.sha256((ready / "weights.safetensors").read_bytes()).hexdigest()
     output = tmp_path / "models" / "digits.onnx"
     told = ask(
         "export",
         model=SPEC,
-        weights=str(tmp_path / "w"),
+        graph=str(ready / "graph.json"),
+        weights=str(ready / "weights.safetensors"),
         weights_digest=digest,
         job="digits",
         round=2,
@@ -112,10 +133,10 @@ def test_export_reports_its_parity(tmp_path: Path) -> None:
     [
         ({"do": "sing"}, "ProtocolError", "'sing'.*prepare, evaluate, export"),
         ({}, "ProtocolError", "None"),
-        ({"do": "evaluate", "model": SPEC, "weights": 3, "test_data": "x"}, "ProtocolError", "weights"),
+        ({"do": "evaluate", "model": SPEC, "graph": "g", "weights": 3, "test_data": "x"}, "ProtocolError", "weights"),
         (
-            {"do": "evaluate", "model": SPEC, "weights": "/missing", "test_data": "x"},
-            "StateError",
+            {"do": "evaluate", "model": SPEC, "graph": "/missing", "weights": "w", "test_data": "x"},
+            "ModelError",
             "/missing",
         ),
     ],
@@ -128,9 +149,9 @@ def test_errors_have_their_class_and_message(fields: dict[str, Any], kind: str, 
 
 def test_a_model_that_does_not_exist_is_a_model_error(tmp_path: Path) -> None:
     unknown = ModelSpec("nothing", SPEC.classes, SPEC.input_shape, SPEC.mean, SPEC.std)
-    answer = ask("prepare", model=unknown, training=TRAINING, seed=0, output=str(tmp_path / "w"))
+    answer = prepare(tmp_path / "new", unknown)[-1]
     assert answer["error"]["type"] == "ModelError"
-    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_line_that_is_no_json_gets_an_answer() -> None:
@@ -149,19 +170,22 @@ def test_the_child_answers_and_ends_with_its_input(tmp_path: Path) -> None:
     spec = ModelSpec("noisy:build", SPEC.classes, SPEC.input_shape, SPEC.mean, SPEC.std)
     output = tmp_path / "w.safetensors"
 
-    async def talk() -> tuple[Any, Any, int | None]:
+    async def converse() -> tuple[Any, Any, int | None]:
         child = await Child.start(
             "model worker", module_argv("coordinator.model_worker.process"), {"PYTHONPATH": str(tmp_path)}
         )
         ready = await child.receive()
-        await child.send({"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, "output": str(output)})
+        files = {"weights": "", "graph": str(tmp_path / "graph.json"), "output": str(output)}
+        await child.send({"do": "prepare", "model": spec, "training": TRAINING, "seed": 0, **files})
         answer = await child.receive()
+        while "event" in answer:
+            answer = await child.receive()
         await child.stop(grace_s=30)
         with pytest.raises(ChildError) as ended:
             await child.receive()
         return ready, answer, ended.value.returncode
 
-    ready, answer, returncode = asyncio.run(talk())
+    ready, answer, returncode = asyncio.run(converse())
     assert ready == {"event": "ready"}
     assert answer["ok"]["digest"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert returncode == 0

@@ -21,6 +21,12 @@ def open_store(folder: Path, kit: Any) -> Store:
     return Store.open(folder, "demo", model_spec(kit.config()))
 
 
+def prepared_in(store: Store, kit: Any) -> Prepared:
+    """What a model worker would have found out; the graph lies in its place."""
+    store.files.graph().write_bytes(kit.graph)
+    return Prepared(kit.layout, training_spec(kit.config(), 1), kit.sha256(kit.graph), len(kit.graph))
+
+
 def add_round(store: Store, number: int, content: bytes) -> None:
     partial = store.directory / "weights" / "new.partial"
     partial.write_bytes(content)
@@ -28,9 +34,8 @@ def add_round(store: Store, number: int, content: bytes) -> None:
 
 
 def test_a_restart_finds_everything(tmp_path: Path, kit: Any) -> None:
-    config = kit.config()
-    prepared = Prepared(kit.costs, kit.layout, training_spec(config, 1))
     store = open_store(tmp_path, kit)
+    prepared = prepared_in(store, kit)
     run_id = store.run_id
     add_round(store, 0, b"zero")
     store.record_prepared(prepared)
@@ -57,16 +62,28 @@ def test_a_restart_finds_everything(tmp_path: Path, kit: Any) -> None:
     again.close()
 
 
-def test_costs_that_an_older_version_recorded_are_found_out_again(tmp_path: Path, kit: Any) -> None:
+def test_what_an_older_version_recorded_is_found_out_again(tmp_path: Path, kit: Any) -> None:
     store = open_store(tmp_path, kit)
-    prepared = Prepared(kit.costs, kit.layout, training_spec(kit.config(), 1))
+    prepared = prepared_in(store, kit)
     older = msgspec.to_builtins(prepared)
-    for unit in older["costs"]["units"]:
-        del unit["training"]
+    del older["graph_digest"]
     store._write(job.update().values(prepared=msgspec.json.encode(older).decode()))
     assert store.prepared() is None
     store.record_prepared(prepared)
     assert store.prepared() == prepared
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_graph_that_is_not_the_recorded_one_is_made_again(tmp_path: Path, kit: Any, damage: str) -> None:
+    store = open_store(tmp_path, kit)
+    store.record_prepared(prepared_in(store, kit))
+    path = store.files.graph()
+    if damage == "changed":
+        path.write_bytes(kit.graph[:-1] + b" ")
+    else:
+        path.unlink()
+    assert store.prepared() is None
     store.close()
 
 
