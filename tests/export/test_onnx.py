@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fedepth.models.split import split_spec
 from torch import nn
 
 import fedepth
 from fedepth.errors import ExportError, ModelError, StateError
 from fedepth.export import onnx as module
 from fedepth.export.onnx import ExportReport, export
+from fedepth.models import zoo
+from fedepth.models.export import Exported, export_model
 from fedepth.models.load import load_model
-from fedepth.task import ModelSpec
+from fedepth.models.run import Model
+from fedepth.task import InputType, ModelSpec
 from fedepth.weights import save
 
 DIGITS = ModelSpec("digits-cnn", ("null", "eins", "zwölf"), (1, 8, 8), (0.3,), (0.25,))
@@ -29,35 +32,52 @@ def constant_model() -> nn.Module:
     return model
 
 
-class DataDependent(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if float(x.sum()) > 1e6 else x + 1e-9
+class Words(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.mix = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(torch.relu(self.mix(self.embedding(ids))).mean(1))
+        return logits
 
 
-def not_exportable() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), DataDependent(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+@functools.cache
+def exported(spec: ModelSpec) -> Exported:
+    torch.manual_seed(1)
+    module = zoo.build(spec)
+    return export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
 
 
 def write_weights(spec: ModelSpec, path: Path) -> Path:
+    tensors = {name: tensor.detach().clone() for name, tensor in exported(spec).tensors.items()}
+    model = Model(exported(spec).graph)
+    model.load(tensors.__getitem__)
     torch.manual_seed(1)
-    model = split_spec(spec, device="cpu").model
     with torch.no_grad():
-        model.train()(torch.randn(8, *spec.input_shape))  # running statistics other than 0 and 1
-    save(path, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
+        model(torch.from_numpy(inputs_for(spec, 8)))  # running statistics other than 0 and 1
+    save(path, {name: tensor.numpy() for name, tensor in tensors.items()})
     return path
 
 
-def images_for(spec: ModelSpec, count: int) -> Any:
-    return np.random.default_rng(0).standard_normal((count, *spec.input_shape)).astype(np.float32)
+def inputs_for(spec: ModelSpec, count: int) -> Any:
+    rng = np.random.default_rng(0)
+    if spec.input_type is InputType.TOKENS:
+        return rng.integers(0, 50, (count, *spec.input_shape))
+    return rng.standard_normal((count, *spec.input_shape)).astype(np.float32)
 
 
-def run_export(spec: ModelSpec, folder: Path, images: Any, name: str = "model.onnx") -> ExportReport:
-    weights = write_weights(spec, folder / "weights.safetensors")
-    return export(spec, weights, folder / name, job="digits", round=7, weights_digest="abc123", images=images)
+def run_export(spec: ModelSpec, folder: Path, inputs: Any, name: str = "model.onnx") -> ExportReport:
+    weights, graph = write_weights(spec, folder / "weights.safetensors"), exported(spec).graph
+    return export(spec, graph, weights, folder / name, job="digits", round=7, weights_digest="abc123", inputs=inputs)
 
 
 def test_the_export_gives_what_the_model_gives_at_any_batch_size(tmp_path: Path) -> None:
-    images = images_for(DIGITS, 70)
+    images = inputs_for(DIGITS, 70)
     report = run_export(DIGITS, tmp_path, images)
     assert report.samples == 70
     assert report.top1_equal + report.ties == 70
@@ -66,7 +86,7 @@ def test_the_export_gives_what_the_model_gives_at_any_batch_size(tmp_path: Path)
     assert report.size_bytes == (tmp_path / "model.onnx").stat().st_size
     assert report.opset >= 18
     session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
-    model = load_model(DIGITS, tmp_path / "weights.safetensors").model
+    model = load_model(exported(DIGITS).graph, tmp_path / "weights.safetensors")
     for count in (1, 2, 5):
         with torch.no_grad():
             expected = model(torch.from_numpy(images[:count])).numpy()
@@ -76,17 +96,17 @@ def test_the_export_gives_what_the_model_gives_at_any_batch_size(tmp_path: Path)
 
 def test_batch_norm_is_exported_with_its_running_statistics(tmp_path: Path) -> None:
     spec = ModelSpec("preresnet20", ("a", "b"), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
-    report = run_export(spec, tmp_path, images_for(spec, 3))
+    report = run_export(spec, tmp_path, inputs_for(spec, 3))
     assert report.parity_max_abs <= 1e-4
     session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
-    images = images_for(spec, 3)
+    images = inputs_for(spec, 3)
     (together,) = session.run(["logits"], {"images": images})
     (alone,) = session.run(["logits"], {"images": images[:1]})
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
 def test_the_file_explains_itself(tmp_path: Path) -> None:
-    report = run_export(DIGITS, tmp_path, images_for(DIGITS, 2))
+    report = run_export(DIGITS, tmp_path, inputs_for(DIGITS, 2))
     told = {entry.key: entry.value for entry in onnx.load(report.path).metadata_props}
     assert json.loads(told["classes"]) == list(DIGITS.classes)
     assert json.loads(told["input_shape"]) == [1, 8, 8]
@@ -96,14 +116,14 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
 
 
 def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
-    images = images_for(DIGITS, 2)
+    images = inputs_for(DIGITS, 2)
     first = run_export(DIGITS, tmp_path, images, "first.onnx")
     second = run_export(DIGITS, tmp_path, images, "second.onnx")
     assert Path(first.path).read_bytes() == Path(second.path).read_bytes()
 
 
 def test_torchs_chatter_stays_away(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_export(DIGITS, tmp_path, images_for(DIGITS, 2))
+    run_export(DIGITS, tmp_path, inputs_for(DIGITS, 2))
     assert capfd.readouterr().out == ""
 
 
@@ -123,7 +143,7 @@ def test_an_export_that_differs_is_refused_and_not_written(
 
     monkeypatch.setattr(module, "compare", differing)
     with pytest.raises(ExportError, match=message):
-        run_export(DIGITS, tmp_path, images_for(DIGITS, 4))
+        run_export(DIGITS, tmp_path, inputs_for(DIGITS, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.safetensors"]
 
 
@@ -135,7 +155,7 @@ def logits_that_swap(gap: float) -> Any:
 
 def test_close_logits_are_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "compare", lambda *_: logits_that_swap(1.5e-4))
-    report = run_export(DIGITS, tmp_path, images_for(DIGITS, 1))
+    report = run_export(DIGITS, tmp_path, inputs_for(DIGITS, 1))
     assert (report.ties, report.top1_equal, report.samples) == (1, 0, 1)
     assert report.parity_max_abs <= 1e-4
 
@@ -143,46 +163,51 @@ def test_close_logits_are_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_another_class_is_refused_unless_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PARITY_LIMIT", 1.0)  # so that only the classes can be the reason
     monkeypatch.setattr(module, "compare", lambda *_: logits_that_swap(4e-4))
-    with pytest.raises(ExportError, match="first class of 1 of 1 images"):
-        run_export(DIGITS, tmp_path, images_for(DIGITS, 1))
+    with pytest.raises(ExportError, match="first class of 1 of 1 inputs"):
+        run_export(DIGITS, tmp_path, inputs_for(DIGITS, 1))
 
 
 def test_equal_logits_everywhere_are_all_ties(tmp_path: Path) -> None:
     spec = ModelSpec(f"{__name__}:constant_model", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
-    report = run_export(spec, tmp_path, images_for(spec, 5))
+    report = run_export(spec, tmp_path, inputs_for(spec, 5))
     assert (report.ties, report.top1_equal) == (5, 0)
 
 
-def test_a_model_that_torch_cannot_export_is_told(tmp_path: Path) -> None:
-    spec = ModelSpec(f"{__name__}:not_exportable", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
-    with pytest.raises(ExportError, match="cannot export"):
-        run_export(spec, tmp_path, images_for(spec, 2))
-    assert not (tmp_path / "model.onnx").exists()
+def test_token_ids_are_exported_as_such(tmp_path: Path) -> None:
+    spec = ModelSpec(f"{__name__}:Words", ("a", "b", "c"), (6,), (0.0,), (1.0,), InputType.TOKENS)
+    report = run_export(spec, tmp_path, inputs_for(spec, 9))
+    assert report.samples == 9
+    session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == "tensor(int64)"
 
 
 def test_an_export_needs_images(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no images"):
-        run_export(DIGITS, tmp_path, images_for(DIGITS, 0))
+    with pytest.raises(ExportError, match="no inputs"):
+        run_export(DIGITS, tmp_path, inputs_for(DIGITS, 0))
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.safetensors"
-    tensors = {n: t.numpy() for n, t in split_spec(DIGITS, device="cpu").model.state_dict().items()}
+    path, graph = tmp_path / "other.safetensors", exported(DIGITS).graph
+    tensors = {name: tensor.detach().numpy() for name, tensor in exported(DIGITS).tensors.items()}
     save(path, {**tensors, "extra": np.zeros(1, np.float32)})
     with pytest.raises(ModelError, match="1 are missing or unknown, such as extra"):
-        load_model(DIGITS, path)
+        load_model(graph, path)
+    save(path, {**tensors, "head.2.bias": np.zeros(4, np.float32)})
+    with pytest.raises(ModelError, match=r"holds head\.2\.bias as \('F32', \(4,\)\), the model as"):
+        load_model(graph, path)
     tensors.pop("head.2.bias")
     save(path, tensors)
     with pytest.raises(ModelError, match=r"such as head\.2\.bias"):
-        load_model(DIGITS, path)
+        load_model(graph, path)
     with pytest.raises(StateError, match="no weights file"):
-        load_model(DIGITS, tmp_path / "missing.safetensors")
+        load_model(graph, tmp_path / "missing.safetensors")
 
 
 def test_loaded_models_are_ready_to_be_asked(tmp_path: Path) -> None:
     spec = ModelSpec("preresnet20", ("a", "b"), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
     weights = write_weights(spec, tmp_path / "weights.safetensors")
-    model = load_model(spec, weights).model
-    assert not any(m.training for m in model.modules())
-    assert model.get_buffer("blocks.0.norm1.num_batches_tracked").item() == 1
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = load_model(exported(spec).graph, weights)
+    units = (*model.units, model.head)
+    assert not any(unit.training for unit in units)
+    assert model.units[1].tensors["blocks.0.norm1.num_batches_tracked"].item() == 1
+    assert not any(tensor.requires_grad for unit in units for tensor in unit.tensors.values())
