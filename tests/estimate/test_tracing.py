@@ -78,12 +78,13 @@ def test_a_unit_by_hand() -> None:
     assert first.training.forward.convolutions == first.inference.convolutions == (one,)
     assert first.training.backward.convolutions == (both,)
     assert first.backward_first.convolutions == (one,)
-    # Frozen it costs the same: torch's convolution keeps its input, whichever gradient is wanted.
-    assert first.frozen == first.training
+    assert first.frozen is None  # nothing comes before it, so that no block is trained through it
     assert first.flops == 2 * 3 * 4 * 9 * SIDE * SIDE
     # A convolution keeps nothing but its input; backward holds the gradients of its output and of its input.
     assert second.training.saves_input and not second.training.saves_output
     assert second.training.saved == Size(0, 0)
+    # Frozen it costs the same: torch's convolution keeps its input, whichever gradient is wanted.
+    assert second.frozen == second.training
     assert second.training.backward.peak == Size(0, map_bytes(8) + map_bytes(4))
     assert second.backward_first.peak == Size(0, map_bytes(8))  # at a block's start nobody wants its input's gradient
 
