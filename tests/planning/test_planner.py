@@ -19,7 +19,7 @@ from fedepth.estimate.peak import (
     training_step,
 )
 from fedepth.plan import CachePlace, PeakComponents, Policy
-from fedepth.planning.planner import make_plan
+from fedepth.planning.planner import estimated_work, make_plan
 from fedepth.planning.ways import micro_batches
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
@@ -219,9 +219,13 @@ def with_a_large_end(count: int = 4, *, through: bool = True) -> ModelCosts:
 
 
 def test_where_the_last_units_cannot_be_trained_the_last_block_is_trained_through_them() -> None:
-    found = plan(with_a_large_end(), 32000 * KIB)
+    costs = with_a_large_end()
+    found = plan(costs, 32000 * KIB)
     assert found.blocks == "0-2 through 3 (untrained: 3)"
     assert found.trained_units == (0, 1, 2)
+    # 32 samples in all. Three units of 1000 operations are trained and the exit as well, the fourth gives the gradient
+    # of its input alone: a third less. Steps of 8 cost 2 more samples each.
+    assert estimated_work(costs, TRAINING, 16, found) == 32 * (3 * 3000 + 3 * 1000 + 2 * 1000) * (1 + 2 / 8)
     # Eight samples: the block's input, what three units save, their outputs; the frozen unit's 10 KiB and its output.
     peak = found.stages[0].predicted
     assert peak.activations + peak.temporaries == 8 * (10 + 3 * (1000 + 10) + 10 + 10) * KIB
@@ -259,6 +263,30 @@ def test_no_block_ends_where_there_is_no_exit() -> None:
     for first, last in ((0, 1), (1, 1)):
         with pytest.raises(ValueError, match="can end behind unit 1"):
             training_step(closed, TRAINING, first, last, 8, accumulates=False, cache_bytes=0)
+
+
+def with_a_large_run(mib: int, saved: int = 1000) -> ModelCosts:
+    """The second of four units takes so much when it runs without autograd; all keep so many KiB of every sample."""
+    units = list(model(saved=saved * KIB).units)
+    units[1] = replace(units[1], inference=PassCost(Size(mib * MIB, 0)))
+    return replace(model(), units=tuple(units))
+
+
+def test_two_caches_lie_in_memory_while_the_second_is_filled() -> None:
+    # 2048 samples take 4 MiB as pixels and 20 MiB as inputs of the third unit. A block of two takes 47.1 MiB in steps
+    # of 8, and scratch of 1 MiB: 68.1 MiB with the larger cache.
+    budget = needed_bytes((80 + 48000 + 160) * KIB + 21 * MIB)
+    for run, places in ((43, ["ram", "ram"]), (46, ["disk", "ram"])):  # 4 + 20 + 46 + 1 MiB are too much
+        found = plan(with_a_large_run(run, saved=3000), budget, samples=2048)
+        assert found.blocks == "0-1 | 2-3"
+        assert [stage.cache.value for stage in found.stages] == places
+
+
+def test_a_unit_that_cannot_be_run_has_no_block_behind_it() -> None:
+    two_units = needed_bytes((80 + 16000 + 160 + 200) * KIB + SCRATCH)
+    assert plan(with_a_large_run(14), two_units).blocks == "0-1 | 2-3"
+    with pytest.raises(PlanError):  # nor can the units in front be passed by
+        plan(with_a_large_run(30), two_units)
 
 
 def test_parameters_that_the_author_froze_are_loaded_and_nothing_else() -> None:

@@ -42,6 +42,7 @@ PRERESNET = ModelSpec("preresnet20", ABC, (1, 8, 8), (0.5,), (0.5,))
 TRANSFORMER = ModelSpec(f"{__name__}:image_transformer", ABC, (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
 TOKENS = ModelSpec(f"{__name__}:TokenTransformer", ABC, (6,), (), (), InputType.TOKENS)
 VECTORS = ModelSpec(f"{__name__}:vector_model", ABC, (12,), (0.5,) * 12, (0.5,) * 12)
+FROZEN = ModelSpec(f"{__name__}:PartlyFrozen", ABC, (1, 8, 8), (0.5,), (0.5,))
 TRAINING = TrainingSpec(8, 2, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 COSTS = ModelCosts("test", (), 256, 64, 1)
 VOCABULARY = 32
@@ -68,6 +69,23 @@ class TokenTransformer(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.classifier(self.encoder(self.embedding(ids)).mean(1))
+        return logits
+
+
+class PartlyFrozen(nn.Module):
+    """Of four convolutions the author has frozen the second one, and the weights of the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(nn.Conv2d(width, 4, 3, padding=1) for width in (1, 4, 4, 4))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 3))
+        self.units[1].requires_grad_(False)
+        self.units[2].get_parameter("weight").requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for unit in self.units:
+            x = torch.relu(unit(x))
+        logits: torch.Tensor = self.head(x)
         return logits
 
 
