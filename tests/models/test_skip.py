@@ -41,16 +41,39 @@ def test_gradients_are_spread_over_the_windows() -> None:
     assert torch.equal(x.grad, torch.full((1, 1, 4, 4), 0.25))
 
 
+def test_channels_that_are_too_many_are_averaged_in_groups() -> None:
+    x = torch.arange(4.0).reshape(1, 4, 1, 1)
+    assert torch.equal(skip(x, (2, 1, 1)), torch.tensor([[[[0.5]], [[2.5]]]]))
+
+
+def test_a_map_becomes_a_vector_by_its_means() -> None:
+    x = torch.arange(8.0).reshape(1, 2, 2, 2)
+    assert torch.equal(skip(x, (3,)), torch.tensor([[1.5, 5.5, 0.0]]))
+
+
+def test_a_vector_gets_zeros_and_tokens_their_mean() -> None:
+    assert torch.equal(skip(torch.tensor([[1.0, 2.0]]), (3,)), torch.tensor([[1.0, 2.0, 0.0]]))
+    tokens = torch.tensor([[[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]])  # two tokens of width 3
+    assert torch.equal(skip(tokens, (3,)), torch.tensor([[2.0, 3.0, 4.0]]))
+
+
+def test_a_series_shrinks_in_time() -> None:
+    x = torch.arange(4.0).reshape(1, 1, 4)
+    assert torch.equal(skip(x, (2, 2)), torch.tensor([[[0.5, 2.5], [0.0, 0.0]]]))
+
+
+def test_maps_with_channels_last_shrink_in_height_and_width() -> None:
+    x = torch.arange(4.0).reshape(1, 2, 2, 1)
+    assert torch.equal(skip(x, (1, 1, 2)), torch.tensor([[[[1.5, 0.0]]]]))
+
+
 @pytest.mark.parametrize(
     ("given", "target"),
     [
-        ((4, 4, 4), (2, 4, 4)),  # fewer channels
         ((2, 2, 4), (2, 4, 4)),  # higher
-        ((2, 4, 2), (2, 4, 4)),  # wider
-        ((5, 8), (4, 8)),  # fewer tokens
-        ((5, 8), (5, 4)),  # narrower tokens
         ((5, 8), (8, 2, 2)),  # tokens to an image
-        ((8,), (16,)),  # a vector
+        ((4, 4), (5, 5)),  # larger
+        ((8, 4, 4), (4, 8)),  # an image to tokens
     ],
 )
 def test_anything_else_is_refused_with_both_shapes(given: tuple[int, ...], target: tuple[int, ...]) -> None:

@@ -74,11 +74,5 @@ def test_a_unit_that_fails_in_its_backward_pass_only_is_named() -> None:
     # The square needs the value that is overwritten afterwards.
     scaled = Operation("mul.Tensor", (Value(0), Tensor("b")), (1,))
     overwritten = Operation("mul_.Tensor", (Value(1), Value(2)), (3,))
-    with pytest.raises(ModelError, match="unit b of the model fails in one training step.*modified by an inplace"):
+    with pytest.raises(ModelError, match=r"unit b of the model fails in one training step.*modified by an inplace"):
         tried(two_units(scaled, SQUARE, overwritten))
-
-
-def test_a_unit_that_changes_what_it_is_given_is_found_out() -> None:
-    changing = Operation("add_.Tensor", (Value(0), Tensor("b")), (1,))
-    with pytest.raises(ModelError, match=r"unit . of the model gives other results when it is run again"):
-        tried(two_units(changing, SQUARE))

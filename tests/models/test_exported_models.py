@@ -1,0 +1,140 @@
+"""Models as people write them, as graphs: exact, and refused where a graph cannot hold them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import custom_models
+from fedepth.errors import ModelError
+from fedepth.models.export import Exported, export_model
+from fedepth.models.graph import decode, encode
+from fedepth.models.run import Model
+from fedepth.models.verify import verify
+
+KEPT = (
+    *("mlp", "batch_norm_cnn", "TextEncoder", "Gpt", "LstmClassifier", "FunctionalDropout", "ModeBranch"),
+    *("InPlaceSlices", "StochasticDepth", "InPlaceActivations", "spectral", "Tied", "frozen_backbone"),
+    *("PlainTensor", "Counter", "replaced_forward", "Viewing"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    module: nn.Module
+    exported: Exported
+
+
+@functools.cache
+def pair(name: str) -> Pair:
+    torch.manual_seed(0)
+    module = getattr(custom_models, name)()
+    shape, kind = custom_models.KEPT.get(name, ((3, 16, 16), "float"))
+    dtype = "I64" if kind == "tokens" else "F32"
+    return Pair(module, export_model(module, name, shape, dtype, custom_models.CLASSES))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_graph_is_its_module(name: str) -> None:
+    both = pair(name)
+    assert decode(encode(both.exported.graph)) == both.exported.graph
+    assert verify(both.module, both.exported, name) == 0.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", KEPT)
+def test_it_is_so_with_other_weights_and_batches(name: str, training: bool) -> None:
+    """Judged without the code of the proof."""
+    both = pair(name)
+    graph, module = decode(encode(both.exported.graph)), both.module
+    generator = torch.Generator().manual_seed(5)
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for each in module.parameters():
+            each.add_(0.1 * torch.randn(each.shape, generator=generator))
+    weights = {each: own.get(each, tensor).detach().clone() for each, tensor in both.exported.tensors.items()}
+    for batch in (2, 7):
+        shape = (batch, *graph.input_shape)
+        tokens = graph.input_type == "I64"
+        x = torch.randint(0, 8, shape, generator=generator) if tokens else torch.randn(shape, generator=generator)
+        start = {each: tensor.detach().clone() for each, tensor in own.items()}
+        fresh = {each: start.get(each, tensor).clone() for each, tensor in weights.items()}
+        model = Model(graph)
+        model.load(fresh.__getitem__, trainable=True)
+        model.train(training)
+        module.train(training)
+        module.zero_grad()
+        torch.manual_seed(3)
+        expected = next(leaf for leaf in tree_leaves(module(x.clone())) if isinstance(leaf, torch.Tensor))
+        torch.autograd.backward(expected.square().sum())
+        torch.manual_seed(3)
+        found = model(x.clone())
+        torch.autograd.backward(found.square().sum())
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for each, parameter in module.named_parameters():
+            if each in fresh and parameter.grad is not None:
+                torch.testing.assert_close(fresh[each].grad, parameter.grad, rtol=1e-6, atol=1e-6)
+        for each, buffer in module.named_buffers():
+            if each in fresh:
+                torch.testing.assert_close(fresh[each], buffer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", custom_models.REFUSED)
+def test_what_a_graph_cannot_hold_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        both = pair(name)
+        verify(both.module, both.exported, name)
+    message = str(caught.value)
+    assert custom_models.REFUSED[name] in message
+    assert len(message) < 700 and "def forward" not in message
+
+
+def test_units_are_cut_where_one_tensor_is_alive() -> None:
+    graph = pair("batch_norm_cnn").exported.graph
+    assert [unit.name for unit in graph.units] == ["0", "3", "7"]
+    assert [unit.input_shape for unit in graph.units] == [(3, 16, 16), (8, 16, 16), (16, 8, 8)]
+    assert (graph.head.name, graph.head_shape) == ("12", (16, 8, 8))
+    assert graph.units[0].written == ("1.num_batches_tracked", "1.running_mean", "1.running_var")
+    assert graph.exits == (True, True, True)
+
+
+def test_masks_from_sizes_do_not_stop_a_cut_and_masks_from_ids_do() -> None:
+    assert len(pair("Gpt").exported.graph.units) == 8
+    assert len(pair("PaddedText").exported.graph.units) == 1
+
+
+def test_layers_that_share_a_weight_are_one_unit() -> None:
+    graph = pair("Tied").exported.graph
+    assert [unit.name for unit in graph.units] == ["one", "last"]
+    assert "two.weight" not in graph.tensors
+
+
+def test_frozen_parameters_are_not_part_of_an_update() -> None:
+    both = pair("frozen_backbone")
+    frozen = {each for each, parameter in both.module.named_parameters() if not parameter.requires_grad}
+    assert frozen and frozen <= both.exported.graph.tensors.keys()
+    assert not frozen & both.exported.graph.layout().by_name.keys()
+
+
+def test_a_blocks_end_has_met_the_input() -> None:
+    """Behind a Vision Transformer's embedding the class token has met no patch."""
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    module = VisionTransformer(32, 8, 2, 3, 48, 96, num_classes=10)
+    graph = export_model(module, "vit", (3, 32, 32), "F32", 10).graph
+    assert graph.exits == (False, True, True, True, True)
+
+
+def test_a_head_is_small_where_a_later_cut_exists() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    graph = export_model(module, "wide", (3, 16, 16), "F32", 10).graph
+    assert graph.head.parameters == ("5.bias", "5.weight") or graph.head.parameters == ("5.weight", "5.bias")
+    assert [unit.name for unit in graph.units] == ["0", "3"]
