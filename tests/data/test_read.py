@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fedepth.data.digits import load_digits
 from fedepth.data.idx import write_idx
 from fedepth.data.read import open_images
 from fedepth.errors import DataError
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec
 
 
 def spec(shape: tuple[int, ...] = (1, 4, 4), classes: tuple[str, ...] = ("a", "b", "c")) -> ModelSpec:
@@ -153,11 +154,30 @@ def test_counts_that_differ_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path, spec())
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (2, 4, 4), (1, 0, 4)])
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 0, 4)])
 def test_a_model_that_takes_no_images_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     put_idx(tmp_path, np.zeros((1, 4, 4), np.uint8), [0])
     with pytest.raises(DataError, match="images are read as"):
         open_images(tmp_path, spec(shape))
+
+
+def test_series_and_token_ids_are_items_of_idx_files_as_they_are(tmp_path: Path) -> None:
+    series = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    put_idx(tmp_path, series, [0, 1, 2])
+    items = open_images(tmp_path, spec((4, 5)))
+    assert np.array_equal(items.read(np.array([2, 0])), series[[2, 0]])
+    assert items.labels.tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match=r"items of shape \(4, 5\), the model takes \(4, 6\)"):
+        open_images(tmp_path, spec((4, 6)))
+    tokens = replace(spec((1, 4, 5)), input_type=InputType.TOKENS)
+    with pytest.raises(DataError, match=r"the model takes \(1, 4, 5\)"):
+        open_images(tmp_path, tokens)
+
+
+def test_class_folders_hold_images_only(tmp_path: Path) -> None:
+    put_image(tmp_path / "a" / "0.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(DataError, match="IDX files only"):
+        open_images(tmp_path, spec((16,)))
 
 
 def test_the_splits_of_the_digits_are_stratified_and_share_no_sample() -> None:
@@ -204,7 +224,7 @@ def test_reading_files_loads_neither_torch_nor_scikit_learn(tmp_path: Path) -> N
     put_idx(tmp_path, np.zeros((1, 4, 4), np.uint8), [0])
     code = (
         "import sys; import numpy as np; from fedepth.data.read import open_images; "
-        "from fedepth.task import ModelSpec; "
+        "from fedepth.task import InputType, ModelSpec; "
         "open_images(sys.argv[1], ModelSpec('m', ('a',), (3, 8, 8), (0.,), (1.,))).read(np.array([0])); "
         "sys.exit(' '.join({'torch', 'torchvision', 'sklearn', 'scipy'} & set(sys.modules)) or 0)"
     )
