@@ -50,7 +50,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"])
     store.record_prepared(prepared)
     if started:
-        partial.unlink()  # only the costs were asked for: the weights of this job are trained ones
+        partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
     else:
         record = await asyncio.to_thread(store.seal_weights, partial, 0, 0, 0)
         if record.digest != answer["digest"]:

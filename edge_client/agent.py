@@ -42,6 +42,7 @@ from fedepth.task import DeviceReport, Failure, Progress, Result, Task
 POLL_S = 30.0
 BEAT_S = 5.0
 AFTER_FAILURE_S = 10.0  # a device that declines is not asked again in the same breath
+LONGEST_AFTER_FAILURE_S = 3600.0
 FINISHED_POLL_S = 60.0
 _SHORTEST_PAUSE_S = 0.1
 _log = structlog.get_logger()
@@ -95,6 +96,7 @@ class Agent:
         )
         self._progress = Progress("", 0, device_id, "")
         self._nudge = asyncio.Event()
+        self._failed = ("", 0)  # what the last task failed of, and how often in a row
         self._told_finished = False
 
     async def run(self) -> None:
@@ -191,6 +193,7 @@ class Agent:
         except (DataError, OSError) as error:
             _log.error("the data cannot be counted; what was counted last stands", error=str(error))
         if isinstance(end, Result):
+            self._failed = ("", 0)
             _log.info("task trained", task=end.task_id, blocks=end.plan.blocks, seconds=round(end.seconds, 1))
             return
         _log.error("task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message)
@@ -199,7 +202,17 @@ class Agent:
         except (TransportError, ProtocolError) as error:
             # The task's lease runs out, so the coordinator learns it all the same, only later.
             _log.warning("the failure could not be reported", error=str(error))
-        await self._around.clock.sleep(AFTER_FAILURE_S)
+        await self._pause_after(f"{end.outcome.value}: {end.message}")
+
+    async def _pause_after(self, failure: str) -> None:
+        """Before the next task is asked for. What fails again in the same words is likely to fail always: the pause
+        doubles each time."""
+        last, times = self._failed
+        self._failed = (failure, times + 1 if failure == last else 1)
+        pause = min(AFTER_FAILURE_S * 2.0 ** (self._failed[1] - 1), LONGEST_AFTER_FAILURE_S)
+        if self._failed[1] > 1:
+            _log.warning("the same failure again", times=self._failed[1], next_task_in_s=pause)
+        await self._around.clock.sleep(pause)
 
     async def _deliver_all(self) -> None:
         """Sends every kept update, oldest first.

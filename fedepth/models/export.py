@@ -130,7 +130,22 @@ def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, to
             raise ModelError(f"the model {name} has no weights: {each} lies on the meta device; initialise it")
         names[each] = first.setdefault(id(tensor), each)
         tensors[names[each]] = tensor.detach()
+    _refuse_shared_memory(module, name)
     return names, tensors
+
+
+def _refuse_shared_memory(module: nn.Module, name: str) -> None:
+    """One parameter under two names is fine. Two parameters in one storage are not: each step of one would change the
+    other, which no gradient shows, and a graph would lose it without a word."""
+    owner: dict[int, str] = {}
+    for each, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.numel():
+            other = owner.setdefault(parameter.untyped_storage().data_ptr(), each)
+            if other != each:
+                raise ModelError(
+                    f"the parameters {other} and {each} of the model {name} share memory, but are two; assign one "
+                    "nn.Parameter to both places to tie them, or give each memory of its own"
+                )
 
 
 def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export.ExportedProgram:

@@ -161,6 +161,15 @@ def _compile(program: Program, unit: str) -> tuple[tuple[_Instruction, ...], int
 def _instruction(operation: Operation, dead: tuple[int, ...], unit: str) -> _Instruction:
     if operation.name not in OPERATORS:
         raise ModelError(f"unit {unit[:80]} asks for the operator {operation.name[:80]!r}, which is not run here")
+    try:
+        return _ready(operation, dead)
+    except (KeyError, ValueError) as error:  # a type, a number or a memory format that does not exist
+        raise ModelError(
+            f"{operation.name} in unit {unit[:80]} has an argument that does not exist: {str(error)[:80]}"
+        ) from None
+
+
+def _ready(operation: Operation, dead: tuple[int, ...]) -> _Instruction:
     packet, _, overload = operation.name.partition(".")
     function = getattr(getattr(torch.ops.aten, packet), overload or "default")
     moving = tuple((at, each) for at, each in enumerate(operation.arguments) if _moves(each))

@@ -41,12 +41,13 @@ def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torc
     for unit in plain.units:
         with torch.no_grad():
             given = x.detach()
-        x = _named(unit, partial(unit, x))
+        x = _guarded(f"unit {unit.unit.name}", partial(unit, x))
         _alone(graph, tensors, unit, given, targets)
-    torch.autograd.backward(loss_of(x))
+    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(x)))
     again = _fresh(graph, tensors)
     torch.manual_seed(_SEED)
-    checkpoint.forward_backward(again.units, inputs, partial(loss_of, head=again.head))
+    finish = partial(loss_of, head=again.head)
+    _guarded("a checkpointed step of all units", lambda: checkpoint.forward_backward(again.units, inputs, finish))
     _compare(plain, again)
 
 
@@ -60,20 +61,20 @@ def _alone(
     for each in (fresh, head):
         _load(graph, each, tensors)
     finish = partial(any_output, head=head, head_shape=graph.head_shape, targets=targets, batch=len(x))
-    loss = _named(unit, lambda: finish(fresh(x.clone())))
+    what = f"unit {unit.unit.name}"
+    loss = _guarded(what, lambda: finish(fresh(x.clone())))
     if loss.requires_grad:
-        _named(unit, lambda: torch.autograd.backward(loss))
+        _guarded(what, lambda: torch.autograd.backward(loss))
     torch.set_rng_state(state)
 
 
-def _named(unit: RunnableUnit, call: Callable[[], T]) -> T:
+def _guarded(what: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         raise ModelError(
-            f"unit {unit.unit.name} of the model fails in one training step as devices run it: {text}; change that "
-            "part of the model"
+            f"{what} of the model fails in one training step as devices run it: {text}; change that part of the model"
         ) from error
 
 

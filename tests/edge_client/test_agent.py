@@ -297,6 +297,20 @@ def test_unusable_data_is_reported_and_the_agent_stays(
     assert bench.requests == []
 
 
+def test_the_pause_doubles_while_tasks_fail_in_the_same_words(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    unusable, other = (
+        replace(make_task(), model=replace(make_task().model, classes=classes)) for classes in (("a",), ("b",))
+    )
+    transport.answers = [unusable, unusable, unusable, other, make_task(), other]
+    bench.run(transport, OK)
+    assert [failure.outcome for failure in transport.failures] == [Outcome.DATA] * 5
+    pauses = [AFTER_FAILURE_S * times for times in (1, 2, 4, 1, 1)]  # the task that was trained starts it anew
+    assert bench.clock.pauses == pauses
+    assert [line["times"] for line in bench.said("the same failure again")] == [2, 3]
+
+
 def test_missing_data_at_the_start_is_an_error(bench: Bench, transport: FakeTransport) -> None:
     shutil.rmtree(bench.data)
     with pytest.raises(DataError):

@@ -13,8 +13,19 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import custom_models
 from fedepth.errors import ModelError
 from fedepth.models.export import Exported, export_model
-from fedepth.models.graph import decode, encode
-from fedepth.models.run import Model
+from fedepth.models.graph import (
+    Argument,
+    DType,
+    MemoryFormat,
+    Number,
+    Operation,
+    Program,
+    Unit,
+    Value,
+    decode,
+    encode,
+)
+from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.verify import verify
 
 KEPT = (
@@ -138,3 +149,27 @@ def test_a_head_is_small_where_a_later_cut_exists() -> None:
     graph = export_model(module, "wide", (3, 16, 16), "F32", 10).graph
     assert graph.head.parameters == ("5.bias", "5.weight") or graph.head.parameters == ("5.weight", "5.bias")
     assert [unit.name for unit in graph.units] == ["0", "3"]
+
+
+def test_two_parameters_in_one_storage_are_refused() -> None:
+    """A step of one changes the other, and neither outputs nor gradients show it."""
+    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 10))
+    module[2].weight = nn.Parameter(module[0].weight.data)
+    with pytest.raises(ModelError, match=r"0\.weight and 2\.weight of the model shared share memory"):
+        export_model(module, "shared", (6,), "F32", 10)
+
+
+@pytest.mark.parametrize(
+    "argument", [DType("F7"), MemoryFormat("diagonal"), Number("many")], ids=["type", "memory format", "number"]
+)
+def test_an_argument_that_does_not_exist_is_refused(argument: Argument) -> None:
+    program = Program((Operation("to.dtype", (Value(0), argument), (1,)),), 1)
+    unit = Unit("odd", (), (), (), (3,), program, program)
+    with pytest.raises(ModelError, match="unit odd has an argument that does not exist"):
+        RunnableUnit(unit)
+
+
+def test_an_operator_that_is_not_listed_is_refused() -> None:
+    program = Program((Operation("from_file", ("/etc/passwd",), (1,)),), 1)
+    with pytest.raises(ModelError, match="'from_file', which is not run here"):
+        RunnableUnit(Unit("odd", (), (), (), (3,), program, program))

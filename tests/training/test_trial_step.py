@@ -76,3 +76,9 @@ def test_a_unit_that_fails_in_its_backward_pass_only_is_named() -> None:
     overwritten = Operation("mul_.Tensor", (Value(1), Value(2)), (3,))
     with pytest.raises(ModelError, match=r"unit b of the model fails in one training step.*modified by an inplace"):
         tried(two_units(scaled, SQUARE, overwritten))
+
+
+def test_a_unit_that_changes_what_it_is_given_is_found_out() -> None:
+    changing = Operation("add_.Tensor", (Value(0), Tensor("b")), (1,))
+    with pytest.raises(ModelError, match=r"of the model fails in one training step.*inplace"):
+        tried(two_units(changing, SQUARE))
