@@ -26,7 +26,7 @@ _ESCAPE_BYTES = 12
 _METADATA_BYTES = 64 << 10
 
 
-def check_result(result: Result, task: TaskRecord, units: int, limit_parts: int) -> None:
+def check_result(result: Result, task: TaskRecord, layout: ModelLayout, limit_parts: int) -> None:
     """Whether a result fits its task: round, attempt, samples, plan, trained units, measurements, parts.
 
     Raises:
@@ -41,11 +41,11 @@ def check_result(result: Result, task: TaskRecord, units: int, limit_parts: int)
             "samples",
             f"trained on {result.sample_count} samples, the device had reported {task.sample_count}",
         )
-    _check_plan(result, units)
+    _check_plan(result, layout)
     _check_stages(result)
     numbers = [part.part for part in result.parts]
     if not 0 < len(numbers) <= limit_parts or len(set(numbers)) != len(numbers):
-        raise UpdateError("size", f"parts {numbers} for a model of {units} units")
+        raise UpdateError("size", f"parts {numbers} for a model of {len(layout.units)} units")
 
 
 def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> None:
@@ -76,13 +76,17 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
         _check_values(holders[name], name)
 
 
-def _check_plan(result: Result, units: int) -> None:
+def _check_plan(result: Result, layout: ModelLayout) -> None:
     plan = result.plan
     if not plan.stages:
         raise UpdateError("plan", "the plan has no stage, so that nothing was trained")
     trained = _units_of(plan)
-    if sorted([*trained, *plan.untrained]) != list(range(units)):
-        raise UpdateError("plan", f"plan {plan.blocks} does not cover units 0 to {units - 1} once each")
+    named = sorted([*trained, *plan.untrained])
+    end = len(layout.units)
+    # Units that the model's author froze may come first, and are part of no plan.
+    first = named[0] if 0 <= named[0] < end and not any(unit.tensors for unit in layout.units[: named[0]]) else 0
+    if named != list(range(first, end)):
+        raise UpdateError("plan", f"plan {plan.blocks} does not cover units {first} to {end - 1} once each")
     if sorted(result.trained_units) != trained:
         raise UpdateError("plan", f"trained units {list(result.trained_units)} do not fit plan {plan.blocks}")
     if plan.predicted_peak_bytes > plan.budget_bytes:

@@ -158,7 +158,7 @@ class Uploads:
         # numpy: only when there is an update
         from coordinator.admission import check_result, check_update
 
-        check_result(result, task, len(self._layout.units), self.limit_parts)
+        check_result(result, task, self._layout, self.limit_parts)
         check_update(self._whole_parts(result), self._layout, result)
 
     def _whole_parts(self, result: Result) -> Sequence[Path]:

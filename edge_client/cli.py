@@ -50,6 +50,7 @@ app = typer.Typer(
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
 _State = Annotated[Path | None, typer.Option(help="Where identity and kept updates live.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")]
 _Cap = Annotated[str | None, typer.Option(help="The most that training may add, as 300MiB.")]
 
 
@@ -62,7 +63,7 @@ def run(
     name: Annotated[str | None, typer.Option(help="The device's name for people.")] = None,
     budget_cap: _Cap = None,
     linger: Annotated[float | None, typer.Option(help="Seconds that an idle trainer stays.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
+    threads: _Threads = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when the job is finished.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
 ) -> None:
@@ -107,7 +108,7 @@ def probe(
 @app.command(epilog="Example: fedepth-client calibrate --json")
 def calibrate(
     config: _ConfigFile = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")] = None,
+    threads: _Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Measures anew which allocator suits this device, and what its backend takes beside the tensors.
@@ -126,7 +127,7 @@ def calibrate(
 
 @app.command(epilog="Example: fedepth-client report preresnet20 --batch 32 --plot report.png")
 def report(
-    model: Annotated[str, typer.Argument(help="A model of the zoo, or your own as module:function.")],
+    model: Annotated[str, typer.Argument(help="A model of the zoo, torchvision:NAME, timm:NAME, or module:function.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
     optimizer: Annotated[Optimizer, typer.Option(help="Decides how much state a weight has.")] = Optimizer.SGD,
     policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
@@ -141,6 +142,7 @@ def report(
     budget_cap: _Cap = None,
     config: _ConfigFile = None,
     state: _State = None,
+    threads: _Threads = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
@@ -151,6 +153,7 @@ def report(
     overrides = {
         "state": str(state) if state else None,
         "memory.cap": budget_cap,
+        "trainer.threads": threads,
     }
     chosen = settings.load(config, _given(overrides))
     save_capability = _plotting(plot) if plot else None

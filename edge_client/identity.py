@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from fedepth.errors import LockedError, StateError
-from fedepth.files import lock_file, write_atomically
+from fedepth.files import NOT_JSON, lock_file, write_atomically
 
 T = TypeVar("T")
 
@@ -74,5 +74,5 @@ def recall(path: Path, kind: type[T]) -> T | None:
     """What `remember` kept; None if there is nothing, or it is damaged: such values can be learnt again."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *NOT_JSON):
         return None

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from fedepth.errors import StateError
-from fedepth.files import file_digest, sync_folder, write_atomically
+from fedepth.files import NOT_JSON, file_digest, sync_folder, write_atomically
 from fedepth.task import PartInfo, Result
 
 _log = structlog.get_logger()
@@ -146,7 +146,7 @@ def _read_sealed(path: Path) -> _Sealed:
         return msgspec.json.decode(path.read_bytes(), type=_Sealed)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise StateError(f"{path} is damaged: {error}") from None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from fedepth.errors import ChildError
+from fedepth.files import NOT_JSON
 
 LINE_LIMIT_BYTES = 4 << 20
 
@@ -77,7 +78,7 @@ class Child:
             raise await self._gone()
         try:
             return msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             raise ChildError(f"{self.name} (pid {self.pid}) wrote {line[:80]!r}, which is not JSON: {error}") from None
 
     async def messages(self) -> AsyncIterator[Any]:

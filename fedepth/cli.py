@@ -19,6 +19,7 @@ from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, FedepthError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
+from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
@@ -125,7 +126,7 @@ def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
 def _calibration(path: Path) -> Calibration:
     try:
         return msgspec.convert(msgspec.json.decode(path.read_bytes())["calibration"], Calibration)
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
+    except (OSError, *NOT_JSON, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no calibration ({error}); write it with: fedepth-client calibrate --json > {path}"
         ) from None

@@ -112,6 +112,11 @@ class UnitCost:
         """All its tensors."""
         return self.parameter_bytes + self.fixed_bytes + self.buffer_bytes
 
+    @property
+    def is_frozen(self) -> bool:
+        """Training changes none of its tensors."""
+        return self.fixed_bytes > 0 and self.parameter_bytes + self.buffer_bytes == 0
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -161,6 +166,11 @@ class ModelCosts:
     raw_input_bytes: int
     smallest_micro_batch: int
     calibration: Calibration = Calibration()
+
+    @property
+    def first_trained(self) -> int:
+        """The first unit that training changes; what the model's author froze in front of it is only run."""
+        return next((at for at, unit in enumerate(self.units) if not unit.is_frozen), len(self.units) - 1)
 
     @property
     def head(self) -> UnitCost:

@@ -14,9 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import msgspec
+
 from fedepth.errors import LockedError
 
 PIECE_BYTES = 1 << 20
+# What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end, are
+# Python's own errors.
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

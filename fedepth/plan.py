@@ -102,7 +102,8 @@ class Plan:
 
     Attributes:
         stages: in the order of training; together a contiguous range of units.
-        untrained: indices of units that keep their global value.
+        untrained: indices of units that keep their global value; without those that the model's author froze in front
+            of all others.
         policy: what chose it.
         budget_bytes: what it was made for.
     """

@@ -34,12 +34,17 @@ units = st.builds(
 
 @st.composite
 def models(draw: st.DrawFn, calibration: Calibration) -> ModelCosts:
-    """A model of one to six units on a device with this calibration; not every unit has an exit or runs frozen."""
+    """A model of one to six units on a device with this calibration; not every unit has an exit or may be a frozen
+    suffix, and the model's author may have frozen the first ones."""
     count = draw(st.integers(1, 6))
     head = draw(units)
     drawn = [
         replace(draw(units), frozen=draw(st.none() | steps), exit=draw(st.none() | units)) for _ in range(count - 1)
     ]
+    for index in range(min(draw(st.sampled_from((0, 0, 0, 1, 2))), len(drawn))):
+        drawn[index] = replace(
+            drawn[index], parameter_bytes=0, buffer_bytes=0, largest_parameter_bytes=0, fixed_bytes=10_000
+        )
     return ModelCosts(
         "drawn",
         (*drawn, replace(draw(units), frozen=draw(st.none() | steps), exit=head)),

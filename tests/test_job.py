@@ -73,7 +73,7 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
         "model": {
             "name": ('""', "3"),
             "classes": ("1", '["a"]', '["a", "a"]', '"ten"'),
-            "input_shape": ("[8, 8]", "[0, 8, 8]", "8"),
+            "input_shape": ("[]", "[1, 2, 3, 4]", "[0, 8, 8]", "8"),
             "mean": ("[0.1, 0.2]", "[nan]", '["x"]'),
             "std": ("[0]", "[1, 1]", "[inf]"),
         },

@@ -19,7 +19,7 @@ from sqlalchemy.dialects.sqlite import insert
 from coordinator.store.files import Files, lock_state
 from coordinator.store.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
 from fedepth.errors import StateError
-from fedepth.files import file_digest
+from fedepth.files import NOT_JSON, file_digest
 from fedepth.layout import ModelLayout
 from fedepth.plan import Plan
 from fedepth.task import DeviceReport, ModelSpec, Result, TrainingSpec
@@ -160,7 +160,7 @@ class Store:
         text = self._require(sa.select(job))["prepared"]
         try:
             found = msgspec.json.decode(text, type=Prepared) if text else None
-        except msgspec.ValidationError:
+        except NOT_JSON:
             return None
         path = self.files.graph()
         return found if found and path.is_file() and file_digest(path) == found.graph_digest else None

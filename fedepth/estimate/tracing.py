@@ -18,6 +18,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedepth.costs import Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.estimate.peak import FLOAT_BYTES
-from fedepth.models.graph import Graph
+from fedepth.models.graph import Graph, Scalar, Tensor, Unit, with_scalars
 from fedepth.models.run import DTYPES, Model, RunnableUnit
 from fedepth.models.skip import skip
 
@@ -67,8 +68,7 @@ class StepTrace:
         saves_output: autograd keeps the output.
         forward: the peak of the forward pass above what lives after it.
         backward: the peak of the backward pass above `saved`, gradients of input and output counted.
-        inference: the peak of a forward pass without autograd above its output.
-        convolving: the convolutions of the forward pass, of the backward pass, and of a forward pass without autograd.
+        convolving: the convolutions of the forward pass, and of the backward pass.
     """
 
     saved: int
@@ -76,8 +76,7 @@ class StepTrace:
     saves_output: bool
     forward: int
     backward: int
-    inference: int
-    convolving: tuple[tuple[Convolving, ...], tuple[Convolving, ...], tuple[Convolving, ...]]
+    convolving: tuple[tuple[Convolving, ...], tuple[Convolving, ...]]
 
 
 def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
@@ -95,12 +94,16 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     batches = (SMALL_BATCH, max(batch, SMALLEST_LARGE_BATCH))
     units: list[UnitCost] = []
     exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
+    unit_by_kind: dict[bytes, UnitCost] = {}
     with FakeTensorMode():
         model = _filled(graph)
         for unit, shape, exits in zip(model.units, graph.output_shapes, graph.exits, strict=True):
             if exits and shape not in exit_by_shape:
                 exit_by_shape[shape] = _exit_cost(model, shape, batches)
-            units.append(replace(_unit_cost(graph, unit, shape, batches), exit=exit_by_shape[shape] if exits else None))
+            kind = _kind(graph, unit.unit)
+            if kind not in unit_by_kind:
+                unit_by_kind[kind] = _unit_cost(graph, unit, shape, batches)
+            units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_shape[shape] if exits else None))
     values = prod(graph.input_shape)
     return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch)
 
@@ -121,6 +124,24 @@ def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
             return exit_step(x)
 
         return _trace(step, (*units, model.head), _inputs(graph, first, samples, input_grad=False))
+
+
+def _kind(graph: Graph, unit: Unit) -> bytes:
+    """What a unit's costs follow from: its programs, and the types and shapes of its tensors, whatever their names.
+
+    Most models repeat a few kinds of units: a Vision Transformer has two, whatever its depth.
+    """
+    places = {name: Tensor(str(place)) for place, name in enumerate(unit.tensor_names)}
+
+    def placed(each: Scalar) -> Scalar:
+        return places[each.name] if isinstance(each, Tensor) else each
+
+    programs = [
+        (program.output, [with_scalars(each, placed, each.results) for each in program.operations])
+        for program in (unit.training, unit.evaluation)
+    ]
+    tensors = [[graph.tensors[each] for each in names] for names in (unit.parameters, unit.written, unit.fixed)]
+    return msgspec.json.encode((programs, tensors, unit.input_shape, unit is graph.units[0]))
 
 
 def _unit_cost(graph: Graph, unit: RunnableUnit, output_shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
@@ -175,6 +196,7 @@ def _cost(
     """Two traces as sizes that are linear in the batch."""
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
     training = _step_cost(batches, traces, graph.channels_last)
+    passes = [_inference(step, unit, _inputs(graph, index, samples, input_grad=False)) for samples in batches]
     inputs = _inputs(graph, index, batches[1], input_grad=False)
     return UnitCost(
         name=unit.unit.name,
@@ -185,7 +207,7 @@ def _cost(
         output_bytes=output_bytes,
         training=training,
         backward_first=training.backward,
-        inference=_pass_cost(batches, [(each.inference, each.convolving[2]) for each in traces], graph.channels_last),
+        inference=_pass_cost(batches, passes, graph.channels_last),
         flops=_flops(step, unit, inputs),
         fixed_bytes=sum(unit.tensors[name].nbytes for name in unit.unit.fixed),
     )
@@ -367,23 +389,20 @@ def _trace(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor, *, froze
     for parameter in parameters:
         parameter.grad = None
         parameter.requires_grad_(True)
-    inference, inference_convolving = _inference(step, owners, x.detach())
     return StepTrace(
         saved=saved,
         saves_input=ledger.serial(x) in kept,
         saves_output=saves_output,
         forward=forward_peak - after_forward,
         backward=max(0, backward_peak - saved),
-        inference=inference,
-        convolving=(forward_convolving, ledger.convolving(start, without=gradients), inference_convolving),
+        convolving=(forward_convolving, ledger.convolving(start, without=gradients)),
     )
 
 
-def _inference(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor) -> tuple[int, tuple[Convolving, ...]]:
-    """The peak above the output, and the convolutions."""
-    for owner in owners:
-        owner.training = False
-    ledger = _Ledger(x, *(tensor for owner in owners for tensor in owner.tensors.values()))
+def _inference(step: Step, owner: RunnableUnit, x: torch.Tensor) -> tuple[int, tuple[Convolving, ...]]:
+    """Of a forward pass without autograd, its peak above the output, and its convolutions."""
+    owner.training = False
+    ledger = _Ledger(x, *owner.tensors.values())
     with torch.no_grad(), ledger:
         output = step(x)
         return max(0, ledger.peak() - output.nbytes), ledger.convolving()

@@ -16,7 +16,6 @@ from msgspec import structs
 
 from fedepth.errors import ModelError
 from fedepth.models.graph import (
-    Argument,
     Extent,
     Operation,
     Program,
@@ -26,6 +25,7 @@ from fedepth.models.graph import (
     Value,
     scalars_of,
     values_of,
+    with_scalars,
 )
 from fedepth.models.lower import FlatProgram, Step
 
@@ -379,6 +379,10 @@ def _program(program: FlatProgram, members: Sequence[int], start: int, end: int)
         # What it changes in place must not be its input, which may be needed again.
         operations.append(Operation("clone", (Value(0),), (1,)))
         numbers[start] = 1
+
+    def renumbered(each: Scalar) -> Scalar:
+        return Value(numbers[each.number]) if isinstance(each, Value) else each
+
     following = len(operations) + 1
     used = {number for at in members for number in values_of(program.steps[at].operation)} | {end}
     for at in members:
@@ -389,23 +393,7 @@ def _program(program: FlatProgram, members: Sequence[int], start: int, end: int)
                 numbers[number] = following
                 following += 1
             results.append(numbers[number] if number in used else -1)
-        operations.append(_renumbered(operation, numbers, tuple(results)))
+        operations.append(with_scalars(operation, renumbered, tuple(results)))
     if end not in numbers:
         raise ModelError("the model's output is not computed from its input")
     return Program(tuple(operations), numbers[end])
-
-
-def _renumbered(operation: Operation, numbers: Mapping[int, int], results: tuple[int, ...]) -> Operation:
-    def scalar(each: Scalar) -> Scalar:
-        return Value(numbers[each.number]) if isinstance(each, Value) else each
-
-    def argument(each: Argument) -> Argument:
-        return tuple(map(scalar, each)) if isinstance(each, tuple) else scalar(each)
-
-    return Operation(
-        operation.name,
-        tuple(map(argument, operation.arguments)),
-        results,
-        {key: argument(each) for key, each in operation.keywords.items()},
-        operation.detached,
-    )

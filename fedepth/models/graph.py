@@ -14,11 +14,12 @@ model may branch on its mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from fedepth.errors import ModelError
+from fedepth.files import NOT_JSON
 from fedepth.layout import ITEM_BYTES, ModelLayout, TensorInfo, UnitLayout
 
 FORMAT_VERSION = 1
@@ -200,7 +201,7 @@ def decode(data: bytes) -> Graph:
         raise ModelError(f"a model's graph of {len(data)} bytes is not read; at most {MOST_BYTES} are")
     try:
         graph = msgspec.json.decode(data, type=Graph)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise ModelError(f"the model's graph cannot be read: {error}") from None
     check(graph)
     return graph
@@ -254,6 +255,21 @@ def scalars_of(operation: Operation) -> Iterator[Scalar]:
             yield from argument
         else:
             yield argument
+
+
+def with_scalars(operation: Operation, change: Callable[[Scalar], Scalar], results: tuple[int, ...]) -> Operation:
+    """The operation with every argument changed, also inside lists, and other results."""
+
+    def argument(each: Argument) -> Argument:
+        return tuple(map(change, each)) if isinstance(each, tuple) else change(each)
+
+    return Operation(
+        operation.name,
+        tuple(map(argument, operation.arguments)),
+        results,
+        {key: argument(each) for key, each in operation.keywords.items()},
+        operation.detached,
+    )
 
 
 def _check_program(unit: Unit, program: Program) -> None:

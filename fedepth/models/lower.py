@@ -30,6 +30,7 @@ from fedepth.models.graph import (
     Value,
     scalars_of,
     values_of,
+    with_scalars,
 )
 from fedepth.models.source import user_line
 
@@ -433,13 +434,4 @@ def _renamed(operation: Operation, names: Mapping[int, int]) -> Operation:
             each = Value(names[each.number])
         return each
 
-    def argument(each: Argument) -> Argument:
-        return tuple(map(scalar, each)) if isinstance(each, tuple) else scalar(each)
-
-    return Operation(
-        operation.name,
-        tuple(map(argument, operation.arguments)),
-        operation.results,
-        {key: argument(each) for key, each in operation.keywords.items()},
-        operation.detached,
-    )
+    return with_scalars(operation, scalar, operation.results)

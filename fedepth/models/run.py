@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fedepth.errors import ModelError
+from fedepth.errors import DataError, ModelError
 from fedepth.models.graph import (
     Argument,
     DType,
@@ -76,9 +76,18 @@ class RunnableUnit:
         Args:
             x: (B, *unit.input_shape).
             written: used in place of the buffers that it writes, which then stay as they are.
+
+        Raises:
+            DataError: an input holds an id that an embedding has not.
         """
         tensors = {**self.tensors, **written} if written else self.tensors
-        return _run(self._programs[self.training], x, tensors)
+        try:
+            return _run(self._programs[self.training], x, tensors)
+        except IndexError as error:
+            raise DataError(
+                f"unit {self.unit.name}: an input holds an id that the model has no row for "
+                f"({str(error).splitlines()[0]}); ids have to be below the size of the model's vocabulary"
+            ) from error
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
         """Names and trainable parameters, as loaded."""

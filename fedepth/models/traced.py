@@ -9,7 +9,7 @@ import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
-from fedepth.files import write_atomically
+from fedepth.files import NOT_JSON, write_atomically
 from fedepth.models.graph import MOST_BYTES, Graph, check
 
 T = TypeVar("T")
@@ -67,5 +67,5 @@ def _decode(path: Path, kind: type[T]) -> T:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise ModelError(f"{path} does not hold a model's graph: {error}") from None

@@ -1,6 +1,7 @@
 """From unit costs and a budget to a block plan: exact dynamic programming over contiguous blocks. Pure; no torch.
 
-The units that are trained are one contiguous range. A plan whose last block ends with the model's last unit leaves
+The units that are trained are one contiguous range. Units that the model's author froze come before it, unless others
+that are trained come first. A plan whose last block ends with the model's last unit leaves
 only first units untrained, and comes before any other. Where none fits, the units behind the last block are untrained:
 its loss is computed through them, frozen (`Stage.frozen_suffix`), since a block that was trained for the skip
 connection while they were not would harm the model. Within either form the objective is lexicographic: fewest units
@@ -64,14 +65,15 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     budget_bytes = needed_bytes(max(trained.total, slowest_build.total))
     limit = raw_limit(budget_bytes, costs.calibration)
     stage = planner.stage(None, found, limit)
-    others = tuple(other for other in range(len(costs.units)) if other != unit)
+    others = tuple(other for other in range(costs.first_trained, len(costs.units)) if other != unit)
     return Plan((stage,), others, policy, budget_bytes)
 
 
 def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> PeakComponents:
-    """The predicted peak of training all units at once with the job's batch, inputs on disk."""
+    """The predicted peak of training all units that are not frozen at once with the job's batch, inputs on disk."""
     batch = effective_batch(costs, training, sample_count)
-    return training_step(costs, training, 0, len(costs.units) - 1, batch, accumulates=False, cache_bytes=0).peak
+    first, last = costs.first_trained, len(costs.units) - 1
+    return training_step(costs, training, first, last, batch, accumulates=False, cache_bytes=0).peak
 
 
 def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> int:
@@ -114,7 +116,7 @@ class Planner:
         self._sample_count = sample_count
         self._policy = policy
         self._done = done
-        self._search = Search(self.ways, [unit.loaded_bytes for unit in costs.units], done)
+        self._search = Search(self.ways, [unit.loaded_bytes for unit in costs.units], costs.first_trained, done)
 
     def plan(self, budget_bytes: int) -> Plan:
         """The best plan for a budget.
@@ -129,7 +131,7 @@ class Planner:
         stages: list[Stage] = []
         for each in found:
             stages.append(self.stage(stages[-1] if stages else self._done, each, limit))
-        start = self._done.last + 1 if self._done else 0
+        start = self._done.last + 1 if self._done else self._costs.first_trained
         untrained = (*range(start, found[0].first), *range(found[-1].last + 1, len(self._costs.units)))
         return Plan(tuple(stages), untrained, self._policy, budget_bytes)
 

@@ -53,11 +53,11 @@ class _Choice:
 class Search:
     """Plans for the units behind `done`, or for all of them. A limit is in raw bytes (fedepth.planning.needs)."""
 
-    def __init__(self, ways: Ways, loaded_bytes: list[int], done: Stage | None) -> None:
-        """`loaded_bytes`: what each unit takes when it is only run."""
+    def __init__(self, ways: Ways, loaded_bytes: list[int], first_trained: int, done: Stage | None) -> None:
+        """`loaded_bytes`: what each unit takes when it is only run; no plan begins before `first_trained`."""
         self._ways = ways
         self._done = done
-        self._start = done.last + 1 if done else 0
+        self._start = done.last + 1 if done else first_trained
         self._end = len(loaded_bytes) - 1
         # What computing inputs takes at least: one unit at a time, loaded alone, run on single samples.
         self._passing = [loaded + run for loaded, run in zip(loaded_bytes, ways.needs.runs(1), strict=True)]
@@ -111,7 +111,7 @@ class Search:
     def _best_starts(self, rests: list[_Rest | None], limit: int) -> list[int]:
         """First units of the plans with the fewest units untrained, and then the fewest stages."""
         found: dict[tuple[int, int], list[int]] = {}
-        for first in [self._start] if self._done else range(self._end + 1):
+        for first in [self._start] if self._done else range(self._start, self._end + 1):
             rest = rests[first]
             if rest is not None and self._first_build(first) <= limit:
                 untrained = first - self._start + self._end - rest.target
@@ -136,7 +136,7 @@ class Search:
             passing = accumulate(self._passing[first : self._end], max)
             inner = zip(self._ways.least(first, frozen_suffix=False), passing, least[first + 1 :], strict=False)
             least[first] = min([best, *map(max, inner)])
-        starts = [self._start] if self._done else range(self._end + 1)
+        starts = [self._start] if self._done else range(self._start, self._end + 1)
         return min(max(least[first], self._first_build(first)) for first in starts)
 
     # --- how to spend the least time

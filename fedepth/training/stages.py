@@ -184,7 +184,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
 def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
     """The task's plan with other stages."""
     plan = replace(context.plan, stages=tuple(stages))
-    untrained = sorted({*range(len(context.model.units))} - {*plan.trained_units})
+    untrained = sorted({*context.plan.trained_units, *context.plan.untrained} - {*plan.trained_units})
     return replace(plan, untrained=tuple(untrained))
 
 

@@ -216,12 +216,22 @@ def with_plan(kit: Any, result: Result, plan: Any) -> Result:
 def test_results_that_do_not_fit_their_task_are_refused(kit: Any, case: str) -> None:
     reason, change = BAD[case]
     good = kit.result(kit.task(), {0: DATA})
-    check_result(good, kit.task(), 3, PARTS)
+    check_result(good, kit.task(), kit.layout, PARTS)
     with pytest.raises(UpdateError) as caught:
-        check_result(change(kit, good), kit.task(), 3, PARTS)
+        check_result(change(kit, good), kit.task(), kit.layout, PARTS)
     assert caught.value.reason == reason
+
+
+def test_a_plan_may_leave_out_what_the_models_author_froze_at_the_front(kit: Any) -> None:
+    frozen = replace(kit.layout, units=(UnitLayout("frozen", ()), *kit.layout.units[1:]))
+    result = kit.result(kit.task(), {0: DATA}, plan=kit.plan((1, 1), (2, 2)))
+    check_result(result, kit.task(), frozen, PARTS)
+    with pytest.raises(UpdateError, match=r"plan 1 \| 2 does not cover units 0 to 2"):
+        check_result(result, kit.task(), kit.layout, PARTS)
+    with pytest.raises(UpdateError, match="does not cover units 1 to 2"):
+        check_result(kit.result(kit.task(), {0: DATA}, plan=kit.plan((1, 1))), kit.task(), frozen, PARTS)
 
 
 def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
     plan = kit.plan((1, 1), (2, 2), untrained=(0,))
-    check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), 3, PARTS)
+    check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), kit.layout, PARTS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import custom_models
 from fedepth.errors import ModelError
@@ -25,8 +25,9 @@ from fedepth.models.graph import (
     decode,
     encode,
 )
-from fedepth.models.run import Model, RunnableUnit
+from fedepth.models.run import RunnableUnit
 from fedepth.models.verify import verify
+from tests.models.module_and_graph import difference_of_steps
 
 KEPT = (
     *("mlp", "batch_norm_cnn", "TextEncoder", "Gpt", "LstmClassifier", "FunctionalDropout", "ModeBranch"),
@@ -62,37 +63,28 @@ def test_a_graph_is_its_module(name: str) -> None:
 def test_it_is_so_with_other_weights_and_batches(name: str, training: bool) -> None:
     """Judged without the code of the proof."""
     both = pair(name)
-    graph, module = decode(encode(both.exported.graph)), both.module
-    generator = torch.Generator().manual_seed(5)
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for each in module.parameters():
-            each.add_(0.1 * torch.randn(each.shape, generator=generator))
-    weights = {each: own.get(each, tensor).detach().clone() for each, tensor in both.exported.tensors.items()}
     for batch in (2, 7):
-        shape = (batch, *graph.input_shape)
-        tokens = graph.input_type == "I64"
-        x = torch.randint(0, 8, shape, generator=generator) if tokens else torch.randn(shape, generator=generator)
-        start = {each: tensor.detach().clone() for each, tensor in own.items()}
-        fresh = {each: start.get(each, tensor).clone() for each, tensor in weights.items()}
-        model = Model(graph)
-        model.load(fresh.__getitem__, trainable=True)
-        model.train(training)
-        module.train(training)
-        module.zero_grad()
-        torch.manual_seed(3)
-        expected = next(leaf for leaf in tree_leaves(module(x.clone())) if isinstance(leaf, torch.Tensor))
-        torch.autograd.backward(expected.square().sum())
-        torch.manual_seed(3)
-        found = model(x.clone())
-        torch.autograd.backward(found.square().sum())
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        for each, parameter in module.named_parameters():
-            if each in fresh and parameter.grad is not None:
-                torch.testing.assert_close(fresh[each].grad, parameter.grad, rtol=1e-6, atol=1e-6)
-        for each, buffer in module.named_buffers():
-            if each in fresh:
-                torch.testing.assert_close(fresh[each], buffer, rtol=0, atol=0)
+        assert difference_of_steps(both.module, both.exported, batch, training=training) < 1e-5
+
+
+class Chance(nn.Module):
+    """Its results differ from run to run by about `size`, as those of some kernels do on several threads."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+        self.linear = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (1 + self.size * random.random())  # type: ignore[no-any-return]
+
+
+def test_rounding_that_differs_from_run_to_run_is_no_disagreement() -> None:
+    module = Chance(1e-6)
+    assert verify(module, export_model(module, "rounding", (6,), "F32", 10), "rounding") < 1e-5
+    module = Chance(1e-2)
+    with pytest.raises(ModelError, match="does not agree with itself"):
+        verify(module, export_model(module, "chance", (6,), "F32", 10), "chance")
 
 
 @pytest.mark.parametrize("name", custom_models.REFUSED)

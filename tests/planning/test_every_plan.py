@@ -42,7 +42,7 @@ class AllPlans:
     def __iter__(self) -> Iterator[tuple[Key, int]]:
         """Its key and its budget, of every plan."""
         units = len(self.costs.units)
-        start = self.done.last + 1 if self.done else 0
+        start = self.done.last + 1 if self.done else self.costs.first_trained
         for first, last in itertools.combinations_with_replacement(range(start, units), 2):
             if self.done and first > start:
                 continue

@@ -19,7 +19,7 @@ from fedepth.estimate.peak import (
     training_step,
 )
 from fedepth.plan import CachePlace, PeakComponents, Policy
-from fedepth.planning.planner import estimated_work, make_plan
+from fedepth.planning.planner import estimated_work, full_training_peak, make_plan
 from fedepth.planning.ways import micro_batches
 from fedepth.task import TrainingSpec
 from tests.drawn_costs import models
@@ -207,6 +207,21 @@ def test_a_unit_that_cannot_fit_is_left_untrained_and_the_others_are_trained() -
     found = plan(costs, 32000 * KIB)
     assert found.untrained == (0,)
     assert [(s.first, s.last) for s in found.stages] == [(1, 3)]
+
+
+def test_what_its_author_froze_at_the_front_is_run_and_not_trained() -> None:
+    """Fine-tuning the last units costs what these cost."""
+    costs = model()
+    frozen = [replace(one, fixed_bytes=50 * KIB) for one in costs.units[:2]]
+    costs = replace(costs, units=(*frozen, *costs.units[2:]))
+    found = plan(costs, 32000 * KIB)
+    assert (found.blocks, found.untrained) == ("2-3", ())
+    # Eight samples: the block's input, what two units save, and their outputs. Sixteen are cached.
+    assert found.stages[0].predicted.total == SCRATCH + 8 * (10 + 2 * (1000 + 10)) * KIB + 16 * 10 * KIB
+    assert full_training_peak(costs, TRAINING, 16).total == SCRATCH + 8 * (10 + 2 * (1000 + 10)) * KIB
+    # A frozen unit behind a trained one is part of the block: gradients pass through it.
+    behind = replace(costs, units=(costs.units[2], *frozen, costs.units[3]))
+    assert plan(behind, 64000 * KIB).blocks == "0-3"
 
 
 def with_a_large_end(count: int = 4, *, through: bool = True) -> ModelCosts:
@@ -413,7 +428,7 @@ def test_every_plan_fits_and_names_every_unit_once(
         assert error.needed_bytes > budget or samples < costs.smallest_micro_batch
         return
     named = [u for s in found.stages for u in range(s.first, s.last + 1)] + list(found.untrained)
-    assert sorted(named) == list(range(len(costs.units)))
+    assert sorted(named) == list(range(costs.first_trained, len(costs.units)))
     batch = effective_batch(costs, training, samples)
     previous = None
     for stage in found.stages:

@@ -167,7 +167,9 @@ def context(
     write_data(folder, spec, count)
     for each in ("out", "cache"):
         (folder / each).mkdir(exist_ok=True)
-    plan = Plan(tuple(stages), (), Policy.PAPER, 1 << 40)
+    trained = {unit for stage in stages for unit in range(stage.first, stage.last + 1)}
+    units = range(len(exported(spec).graph.units))
+    plan = Plan(tuple(stages), tuple(unit for unit in units if unit not in trained), Policy.PAPER, 1 << 40)
     task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, plan, "", 0, "", 0, 0)
     return TrainingContext(
         task=task, plan=plan, model=Model(exported(spec).graph), costs=COSTS, weights=open_weights(weights),
