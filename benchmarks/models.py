@@ -109,7 +109,7 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     from fedepth.models.traced import TracedModel, write_traced
     from fedepth.models.verify import verify
     from fedepth.plan import Policy
-    from fedepth.planning.planner import full_training_peak, make_plan
+    from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
     from fedepth.training.trial_step import try_one_step
     from fedepth.weights import save
 
@@ -136,7 +136,8 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
         row["seconds"] = time.monotonic() - started
         return row
     costs = trace_costs(graph, name, TRAINING.batch)
-    budget = full_training_peak(costs, TRAINING, 1000).total // 2
+    least = smallest_peak(costs, TRAINING, 1000, Policy.AUTO)
+    budget = max(least, full_training_peak(costs, TRAINING, 1000).total // 2)
     before = time.process_time()
     try:
         make_plan(costs, budget_bytes=budget, training=TRAINING, sample_count=1000, policy=Policy.AUTO)
