@@ -7,6 +7,7 @@ must not, with a word of the reason.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,12 +67,12 @@ def series_cnn() -> nn.Module:
 
 
 class LstmClassifier(nn.Module):
-    """Series (time, 8) to the last hidden state."""
+    """Series (time, inputs) to the last hidden state."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 8, width: int = 16) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(8, 16, num_layers=2, batch_first=True)
-        self.classifier = nn.Linear(16, CLASSES)
+        self.lstm = nn.LSTM(inputs, width, num_layers=2, batch_first=True)
+        self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden, _ = self.lstm(x)
@@ -92,13 +93,13 @@ class GruClassifier(nn.Module):
 class TextEncoder(nn.Module):
     """nn.TransformerEncoder on token ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 16, width: int = 32, layers: int = 3) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(64, 32)
-        self.position = nn.Parameter(torch.randn(16, 32) * 0.1)
-        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.classifier = nn.Linear(32, CLASSES)
+        self.embedding = nn.Embedding(2 * width, width)
+        self.position = nn.Parameter(torch.randn(length, width) * 0.1)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(ids) + self.position
@@ -479,6 +480,34 @@ class BooleanMask(Small):
         return x + x[x > 0].sum()
 
 
+def wide_group_norm_cnn() -> nn.Module:
+    widths = (3, 32, 64, 64, 128, 128)
+    layers = [
+        layer
+        for inputs, outputs in pairwise(widths)
+        for layer in (*_conv(inputs, outputs, nn.GroupNorm(8, outputs)), *([nn.MaxPool2d(2)] if inputs != 64 else []))
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, CLASSES))
+
+
+def wide_series_cnn() -> nn.Module:
+    widths = (4, 64, 64, 128, 128)
+    layers = [
+        layer
+        for inputs, outputs in pairwise(widths)
+        for layer in (nn.Conv1d(inputs, outputs, 7, padding=3), nn.BatchNorm1d(outputs), nn.ReLU(), nn.MaxPool1d(2))
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, CLASSES))
+
+
+def wide_lstm() -> nn.Module:
+    return LstmClassifier(32, 192)
+
+
+def wide_text_encoder() -> nn.Module:
+    return TextEncoder(length=64, width=192, layers=4)
+
+
 _IMAGE, _IDS, _VECTOR = ((3, 16, 16), "float"), ((16,), "tokens"), ((20,), "float")
 
 # Name of the function, the input's shape, and its type.
@@ -517,6 +546,14 @@ KEPT: dict[str, tuple[tuple[int, ...], str]] = {
     "pre_hooked": _IMAGE,
     "replaced_forward": _IMAGE,
     "adapters": _IMAGE,
+}
+
+# The same of those in which memory is worth a look.
+WIDE: dict[str, tuple[tuple[int, ...], str]] = {
+    "wide_group_norm_cnn": ((3, 32, 32), "float"),
+    "wide_series_cnn": ((4, 512), "float"),
+    "wide_lstm": ((48, 32), "float"),
+    "wide_text_encoder": ((64,), "tokens"),
 }
 
 # Name of the function, and words that its refusal has to hold.

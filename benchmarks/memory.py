@@ -30,10 +30,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import custom_models
 from benchmarks.bench_task import prepare, write_digits
 from edge_client.config import TrainerConfig
 from edge_client.measure.calibration import calibrated
-from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer
+from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer, write_noise
 from edge_client.task_run import SMALLER_PLANS, smaller_limit
 from edge_client.trainer.protocol import Done, Failed
 from fedepth.costs import Calibration
@@ -41,17 +42,26 @@ from fedepth.errors import PlanError
 from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Outcome, TrainingSpec
+from fedepth.task import InputType, ModelSpec, Outcome, TrainingSpec
 
 TRIALS, QUICK_TRIALS = 200, 24
 UNENFORCED_EVERY = 5
-# Name, side of the image in pixels, batches; what a trial costs decides how large they may be.
-MODELS = (
-    ("digits-cnn", 1, 40, (32, 64, 128, 256)),
-    ("preresnet20", 3, 32, (16, 32, 64, 128)),
-    ("resnet18", 3, 64, (16, 32, 64)),
-    ("mobilenet-v3-small", 3, 64, (16, 32, 64)),
-    ("vit-tiny", 3, 64, (8, 16, 32)),
+# Name, shape of an input, batches; what a trial costs decides how large they may be.
+MODELS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    ("digits-cnn", (1, 40, 40), (32, 64, 128, 256)),
+    ("preresnet20", (3, 32, 32), (16, 32, 64, 128)),
+    ("resnet18", (3, 64, 64), (16, 32, 64)),
+    ("mobilenet-v3-small", (3, 64, 64), (16, 32, 64)),
+    ("vit-tiny", (3, 64, 64), (8, 16, 32)),
+    ("timm:edgenext_xx_small", (3, 64, 64), (16, 32)),
+    ("timm:mobilenetv4_conv_small", (3, 64, 64), (16, 32, 64)),
+    ("timm:levit_128s", (3, 224, 224), (4, 8)),
+    ("torchvision:convnext_tiny", (3, 64, 64), (8, 16)),
+    ("torchvision:googlenet", (3, 64, 64), (16, 32)),
+    ("torchvision:efficientnet_b0", (3, 64, 64), (8, 16, 32)),
+    ("torchvision:mobilenet_v2", (3, 64, 64), (16, 32)),
+    ("torchvision:regnet_y_400mf", (3, 64, 64), (16, 32)),
+    *((f"benchmarks.custom_models:{name}", shape, (16, 32, 64)) for name, (shape, _) in custom_models.WIDE.items()),
 )
 
 app = typer.Typer(add_completion=False)
@@ -128,8 +138,10 @@ class Drawn:
 
 
 def draw(chance: random.Random) -> Drawn:
-    name, channels, side, batches = chance.choice(MODELS)
-    spec = ModelSpec(name, tuple("0123456789"), (channels, side, side), (0.3,) * channels, (0.35,) * channels)
+    name, shape, batches = chance.choice(MODELS)
+    tokens = custom_models.WIDE.get(name.partition(":")[2], ((), "float"))[1] == "tokens"
+    kind = InputType.TOKENS if tokens else InputType.FLOAT
+    spec = ModelSpec(name, tuple("0123456789"), shape, (0.3,) * shape[0], (0.35,) * shape[0], kind)
     optimizer = chance.choice(["sgd", "adamw"])
     training = TrainingSpec(chance.choice(batches), 1, optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
     return Drawn(spec, training, chance.choice(list(Policy)), chance.random())
@@ -174,7 +186,12 @@ async def _train(
     folder: Path, prepared: TrialModel, policy: Policy, budget: int, samples: int, enforce: bool
 ) -> tuple[Plan, int, Any]:
     """Trains with smaller and smaller plans, as the agent does, each in a trainer of its own."""
-    data = write_digits(folder / "data", samples)
+    data = folder / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    if len(prepared.spec.input_shape) == 3:
+        write_digits(data, samples)
+    else:
+        write_noise(data, prepared.spec, samples)
     limit, tries = budget, 0
     while True:
         plan = make_plan(
