@@ -90,7 +90,7 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
                 unit.training = False
             source = Recomputed(context, prefix)
             micro_batch = MicroBatch(traced.costs, task.training, stage, len(images))
-            block = BlockTraining(context, stage, source, labels, index, micro_batch)
+            block = BlockTraining(context, stage, source, labels, index, micro_batch, trains_head=True)
             for _ in range(task.training.local_epochs):
                 for indices in block.epoch_batches():
                     block.step(indices)

@@ -62,7 +62,7 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
         raise UpdateError(
             "plan", f"trained units {list(units)[:20]} of a model with the units 0 to {len(layout.units) - 1}"
         )
-    expected = {tensor.name: tensor for tensor in layout.trained_tensors(units)}
+    expected = {tensor.name: tensor for tensor in layout.trained_tensors(units, head=result.plan.trains_head)}
     holders = _holders(parts, expected)
     missing = [name for name in expected if name not in holders]
     if missing:

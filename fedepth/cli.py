@@ -21,12 +21,17 @@ from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
 from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
-from fedepth.plan import Plan, Policy
+from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
+_ENDINGS = {
+    Ending.LAST_UNIT: "the last units are trained",
+    Ending.FROZEN_SUFFIX: "the last units are untrained",
+    Ending.FROZEN_HEAD: "the last units and the head are untrained",
+}
 
 app = typer.Typer(
     name="fedepth",
@@ -201,8 +206,10 @@ def _stages(plan: Plan, title: str) -> Table:
             *(f"{size / (1 << 20):.1f}" for size in sizes),
         )
     notes = [f"Units left untrained: {plan.untrained_ranges}."] if plan.untrained else []
-    if plan.stages[-1].frozen_suffix:
+    if plan.ending is Ending.FROZEN_SUFFIX:
         notes.append("The last block is trained through the untrained units behind it.")
+    if plan.ending is Ending.FROZEN_HEAD:
+        notes.append("The head stays at its global value: the units in front of it are untrained.")
     table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
     return table
 
@@ -243,9 +250,8 @@ def _neighbours(found: Explanation, budget_bytes: int) -> list[str]:
 
 def _difference(found: Explanation, other: Alternative) -> str:
     """The first thing, in the planner's order, by which another plan is better or worse."""
-    through = other.plan.stages[-1].frozen_suffix
-    if through != found.plan.stages[-1].frozen_suffix:
-        return f"the last units are {'un' if through else ''}trained"
+    if other.plan.ending != found.plan.ending:
+        return _ENDINGS[other.plan.ending]
     untrained, now = len(other.plan.untrained), len(found.plan.untrained)
     if untrained != now:
         return f"units untrained: {untrained} instead of {now}"

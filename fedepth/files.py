@@ -19,8 +19,8 @@ import msgspec
 from fedepth.errors import LockedError
 
 PIECE_BYTES = 1 << 20
-# What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end, are
-# Python's own errors.
+# What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
+# are Python's own errors.
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 

@@ -65,7 +65,7 @@ class ModelLayout:
 
     Attributes:
         units: in the order of the forward pass.
-        head: the tensors of the head, which every update carries.
+        head: the tensors of the head.
     """
 
     units: tuple[UnitLayout, ...]
@@ -84,6 +84,7 @@ class ModelLayout:
     def size_bytes(self) -> int:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
-    def trained_tensors(self, trained_units: tuple[int, ...]) -> tuple[TensorInfo, ...]:
-        """The tensors of an update: those of the trained units, by index, and the head's."""
-        return tuple(tensor for index in trained_units for tensor in self.units[index].tensors) + self.head
+    def trained_tensors(self, trained_units: tuple[int, ...], *, head: bool) -> tuple[TensorInfo, ...]:
+        """The tensors of an update: those of the trained units, by index, and the head's where it is trained."""
+        units = tuple(tensor for index in trained_units for tensor in self.units[index].tensors)
+        return units + self.head if head else units

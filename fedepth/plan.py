@@ -6,7 +6,7 @@ Sizes are bytes. No torch, no numpy: an idle agent loads this module.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 
 class Policy(str, Enum):
@@ -96,6 +96,20 @@ class Stage:
         return _range_text(self.first, self.last)
 
 
+class Ending(IntEnum):
+    """Where a plan's last block leads; the smaller the better.
+
+    LAST_UNIT: it ends with the model's last unit, so that the head is trained on what it will see.
+    FROZEN_SUFFIX: its loss is computed through the untrained units behind it (`Stage.frozen_suffix`).
+    FROZEN_HEAD: it leads to the head by a skip connection, past untrained units. The head keeps its global value in all
+        of the plan's stages: trained on such features it would be a worse one for everybody.
+    """
+
+    LAST_UNIT = 0
+    FROZEN_SUFFIX = 1
+    FROZEN_HEAD = 2
+
+
 @dataclass(frozen=True)
 class Plan:
     """The block plan of one client for one round.
@@ -123,12 +137,27 @@ class Plan:
         return tuple(unit for stage in self.stages for unit in range(stage.first, stage.last + 1))
 
     @property
+    def ending(self) -> Ending:
+        last = self.stages[-1]
+        if last.frozen_suffix:
+            return Ending.FROZEN_SUFFIX
+        return Ending.FROZEN_HEAD if self.untrained and self.untrained[-1] > last.last else Ending.LAST_UNIT
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained and part of the update."""
+        return self.ending is not Ending.FROZEN_HEAD
+
+    @property
     def blocks(self) -> str:
-        """For people: "1-3 | 4-6 (untrained: 0)", or "0-3 | 4-6 through 7-9 (untrained: 7-9)" with a frozen suffix."""
+        """For people: "1-3 | 4-6 (untrained: 0)", with a frozen suffix "0-3 | 4-6 through 7-9 (untrained: 7-9)", or
+        "0-3 (untrained: 4-9, head)"."""
         text = " | ".join(stage.block for stage in self.stages)
-        if self.stages and self.stages[-1].frozen_suffix:
+        if not self.stages or not self.untrained:
+            return text
+        if self.ending is Ending.FROZEN_SUFFIX:
             text += f" through {_range_text(self.stages[-1].last + 1, self.untrained[-1])}"
-        return text + (f" (untrained: {self.untrained_ranges})" if self.untrained else "")
+        return f"{text} (untrained: {self.untrained_ranges}{'' if self.trains_head else ', head'})"
 
     @property
     def untrained_ranges(self) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import needed_bytes
-from fedepth.plan import Plan, Policy
+from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.planner import Planner, estimated_work, full_training_peak
 from fedepth.task import TrainingSpec
 
@@ -83,7 +83,7 @@ def explain(
         return not _better(planner.alternative(0, plan), planner.alternative(0, other))
 
     def in_at_most(stages: int) -> Callable[[Plan], bool]:
-        return lambda other: _rank(other) <= (False, 0, stages)
+        return lambda other: _rank(other) <= (Ending.LAST_UNIT, 0, stages)
 
     coarser: list[Alternative] = []
     stages = len(costs.units) if plan.untrained else len(plan.stages) - 1
@@ -141,9 +141,9 @@ def _better(other: Alternative, than: Alternative) -> bool:
     return other.work < CLEARLY_LESS * than.work
 
 
-def _rank(plan: Plan) -> tuple[bool, int, int]:
-    """What the planner looks at before the time: a frozen suffix, then units left untrained, then stages."""
-    return plan.stages[-1].frozen_suffix, len(plan.untrained), len(plan.stages)
+def _rank(plan: Plan) -> tuple[Ending, int, int]:
+    """What the planner looks at before the time: where the last block leads, then units left untrained, then stages."""
+    return plan.ending, len(plan.untrained), len(plan.stages)
 
 
 @dataclass(frozen=True)

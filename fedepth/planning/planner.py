@@ -1,10 +1,10 @@
 """From unit costs and a budget to a block plan: exact dynamic programming over contiguous blocks. Pure; no torch.
 
 The units that are trained are one contiguous range. Units that the model's author froze come before it, unless others
-that are trained come first. A plan whose last block ends with the model's last unit leaves
-only first units untrained, and comes before any other. Where none fits, the units behind the last block are untrained:
-its loss is computed through them, frozen (`Stage.frozen_suffix`), since a block that was trained for the skip
-connection while they were not would harm the model. Within either form the objective is lexicographic: fewest units
+that are trained come first. A plan whose last block ends with the model's last unit leaves only first units untrained,
+and comes before any other. Where none fits, the units behind the last block are untrained: its loss is computed through
+them, frozen (`Stage.frozen_suffix`). Where that does not fit either, the block is trained for the skip connection, and
+the head keeps its global value. Within each of these endings (`Ending`) the objective is lexicographic: fewest units
 untrained, then fewest stages (depth splits), then least estimated time. The two policies differ only in what a stage
 may choose:
 
@@ -14,12 +14,12 @@ may choose:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import build_peak, effective_batch, needed_bytes, training_step
-from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.plan import CachePlace, Ending, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.needs import raw_limit, with_kept
 from fedepth.planning.search import Found, Search
 from fedepth.planning.ways import Way, Ways, Work
@@ -35,23 +35,26 @@ def make_plan(
     sample_count: int,
     policy: Policy,
     done: Stage | None = None,
+    endings: Sequence[Ending] = tuple(Ending),
 ) -> Plan:
     """The best plan whose every stage is predicted to stay inside `budget_bytes`.
 
     Args:
         done: a stage that has been trained already; the plan then goes on behind it, and counts the inputs that stage
             has cached. Its `untrained` names units behind it only.
+        endings: those to choose from, the better first.
 
     Raises:
         PlanError: no plan fits; carries what the smallest plan needs.
     """
-    return Planner(costs, training, sample_count, policy, done).plan(budget_bytes)
+    return Planner(costs, training, sample_count, policy, done, endings).plan(budget_bytes)
 
 
 def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_count: int, policy: Policy) -> Plan:
-    """Only this unit is trained, with the job's batch in one piece and its inputs on disk.
+    """A trial of this unit alone with the head, with the job's batch in one piece and its inputs on disk.
 
-    The plan's budget is what that needs at least; the inputs are computed as fast as they can be inside it.
+    The plan says nothing of other units. Its budget is what that needs at least; the inputs are computed as fast as they
+    can be inside it.
 
     Raises:
         PlanError: see `Planner`.
@@ -65,8 +68,8 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     budget_bytes = needed_bytes(max(trained.total, slowest_build.total))
     limit = raw_limit(budget_bytes, costs.calibration)
     stage = planner.stage(None, found, limit)
-    others = tuple(other for other in range(costs.first_trained, len(costs.units)) if other != unit)
-    return Plan((stage,), others, policy, budget_bytes)
+    behind = tuple(range(unit + 1, len(costs.units))) if frozen_suffix else ()
+    return Plan((stage,), behind, policy, budget_bytes)
 
 
 def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> PeakComponents:
@@ -97,6 +100,7 @@ class Planner:
         sample_count: int,
         policy: Policy,
         done: Stage | None = None,
+        endings: Sequence[Ending] = tuple(Ending),
     ) -> None:
         """Arguments as for `make_plan`.
 
@@ -116,7 +120,9 @@ class Planner:
         self._sample_count = sample_count
         self._policy = policy
         self._done = done
-        self._search = Search(self.ways, [unit.loaded_bytes for unit in costs.units], costs.first_trained, done)
+        self._search = Search(
+            self.ways, [unit.loaded_bytes for unit in costs.units], costs.first_trained, done, endings
+        )
 
     def plan(self, budget_bytes: int) -> Plan:
         """The best plan for a budget.

@@ -7,11 +7,11 @@ over the blocks tells which of them can be in a plan at all; only these are look
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fedepth.plan import CachePlace, Stage
+from fedepth.plan import CachePlace, Ending, Stage
 from fedepth.planning.needs import IMPOSSIBLE
 from fedepth.planning.ways import Way, Ways
 
@@ -53,8 +53,16 @@ class _Choice:
 class Search:
     """Plans for the units behind `done`, or for all of them. A limit is in raw bytes (fedepth.planning.needs)."""
 
-    def __init__(self, ways: Ways, loaded_bytes: list[int], first_trained: int, done: Stage | None) -> None:
+    def __init__(
+        self,
+        ways: Ways,
+        loaded_bytes: list[int],
+        first_trained: int,
+        done: Stage | None,
+        endings: Sequence[Ending],
+    ) -> None:
         """`loaded_bytes`: what each unit takes when it is only run; no plan begins before `first_trained`."""
+        self._endings = endings
         self._ways = ways
         self._done = done
         self._start = done.last + 1 if done else first_trained
@@ -64,25 +72,25 @@ class Search:
 
     def best(self, limit: int) -> list[Found]:
         """The stages of the best plan; none where nothing fits."""
-        for frozen_suffix in (False, True):
-            rests = self._rests(limit, frozen_suffix)
+        for ending in self._endings:
+            rests = self._rests(limit, ending)
             starts = self._best_starts(rests, limit)
             if starts:
-                return self._cheapest(starts, rests, limit, frozen_suffix)
+                return self._cheapest(starts, rests, limit, ending)
         return []
 
     def least(self) -> int:
         """The smallest limit within which there is a plan."""
-        return min(self._least(frozen_suffix=False), self._least(frozen_suffix=True))
+        return min(map(self._least, self._endings))
 
     # --- how few stages
 
-    def _rests(self, limit: int, frozen_suffix: bool) -> list[_Rest | None]:
+    def _rests(self, limit: int, ending: Ending) -> list[_Rest | None]:
         """For every unit the best that can be done from it on; None where nothing can."""
         rests: list[_Rest | None] = [None] * (self._end + 2)
         for first in range(self._end, self._start - 1, -1):
             best = (-1, 0)  # the last unit that is trained, and stages, negative, so that more is better
-            for last in self._final_lasts(first, limit, frozen_suffix):
+            for last in self._final_lasts(first, limit, ending):
                 best = max(best, (last, -1))
             for last in self._inner_lasts(first, limit):
                 rest = rests[last + 1]
@@ -92,12 +100,12 @@ class Search:
                 rests[first] = _Rest(best[0], -best[1])
         return rests
 
-    def _final_lasts(self, first: int, limit: int, frozen_suffix: bool) -> Iterator[int]:
+    def _final_lasts(self, first: int, limit: int, ending: Ending) -> Iterator[int]:
         """Where a plan's last block may end that begins with unit `first`."""
-        least = self._ways.least(first, frozen_suffix=frozen_suffix)
-        if frozen_suffix:
-            return (last for last in range(first, self._end) if least[last - first] <= limit)
-        return iter([self._end] if least[-1] <= limit else [])
+        least = self._ways.least(first, frozen_suffix=ending is Ending.FROZEN_SUFFIX)
+        if ending is Ending.LAST_UNIT:
+            return iter([self._end] if least[-1] <= limit else [])
+        return (last for last in range(first, self._end) if least[last - first] <= limit)
 
     def _inner_lasts(self, first: int, limit: int) -> Iterator[int]:
         """Where a block may end that another one follows, for which its units have to run without autograd."""
@@ -127,12 +135,12 @@ class Search:
             return self._ways.needs.building(first, first, 1, streamed=False)
         return source_bytes + max(self._passing[source:first])
 
-    def _least(self, *, frozen_suffix: bool) -> int:
-        """The smallest limit within which there is a plan of this form."""
+    def _least(self, ending: Ending) -> int:
+        """The smallest limit within which there is a plan that ends so."""
         least = [IMPOSSIBLE] * (self._end + 2)
         for first in range(self._end, self._start - 1, -1):
-            ends = self._ways.least(first, frozen_suffix=frozen_suffix)
-            best = min(ends[:-1], default=IMPOSSIBLE) if frozen_suffix else ends[-1]
+            ends = self._ways.least(first, frozen_suffix=ending is Ending.FROZEN_SUFFIX)
+            best = ends[-1] if ending is Ending.LAST_UNIT else min(ends[:-1], default=IMPOSSIBLE)
             passing = accumulate(self._passing[first : self._end], max)
             inner = zip(self._ways.least(first, frozen_suffix=False), passing, least[first + 1 :], strict=False)
             least[first] = min([best, *map(max, inner)])
@@ -141,13 +149,14 @@ class Search:
 
     # --- how to spend the least time
 
-    def _cheapest(self, starts: list[int], rests: list[_Rest | None], limit: int, frozen_suffix: bool) -> list[Found]:
+    def _cheapest(self, starts: list[int], rests: list[_Rest | None], limit: int, ending: Ending) -> list[Found]:
         """The plan with the least work among those that begin with one of these units and keep to `rests`.
 
         A stage's way and the stages behind it do not depend on what comes before, except that the inputs of the next
         stage are computed while both caches may lie in RAM.
         """
-        lasts = self._lasts_from(starts, rests, limit, frozen_suffix)
+        frozen_suffix = ending is Ending.FROZEN_SUFFIX
+        lasts = self._lasts_from(starts, rests, limit, ending)
         chosen: dict[tuple[int, CachePlace], _Choice] = {}
         for first in sorted(lasts, reverse=True):
             final = _known(rests[first]).stages == 1
@@ -187,7 +196,7 @@ class Search:
         return stages
 
     def _lasts_from(
-        self, starts: list[int], rests: list[_Rest | None], limit: int, frozen_suffix: bool
+        self, starts: list[int], rests: list[_Rest | None], limit: int, ending: Ending
     ) -> dict[int, list[int]]:
         """By first unit, where blocks may end in plans that begin at `starts` and have the fewest stages."""
         found: dict[int, list[int]] = {}
@@ -198,7 +207,7 @@ class Search:
                 continue
             rest = _known(rests[first])
             if rest.stages == 1:
-                found[first] = [last for last in self._final_lasts(first, limit, frozen_suffix) if last == rest.target]
+                found[first] = [last for last in self._final_lasts(first, limit, ending) if last == rest.target]
                 continue
             following = _Rest(rest.target, rest.stages - 1)
             found[first] = [last for last in self._inner_lasts(first, limit) if rests[last + 1] == following]

@@ -34,6 +34,8 @@ class BlockTraining:
         labels: torch.Tensor,
         index: int,
         micro_batch: MicroBatch,
+        *,
+        trains_head: bool,
     ) -> None:
         """`index`: the place of the stage in its task."""
         self.smallest_micro_batch = micro_batch.now
@@ -57,12 +59,15 @@ class BlockTraining:
             unit.training = False
         self._head = model.head
         self._head.training = True
+        self._trained = [*self._units, *([self._head] if trains_head else [])]
+        for _, parameter in self._head.parameters():
+            parameter.requires_grad_(trains_head)
         # Behind a skip connection the head sees zeros for channels; such statistics must not reach its BatchNorm.
         true_features = stage.last == len(model.units) - 1 or stage.frozen_suffix
         self._head_written = {} if true_features else self._head.copies_of_written()
         self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
-        named = [pair for unit in (*self._units, self._head) for pair in unit.parameters()]
+        named = [pair for unit in self._trained for pair in unit.parameters()]
         self._parameters = [parameter for _, parameter in named]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
@@ -98,8 +103,6 @@ class BlockTraining:
         for parameter in self._parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for _, parameter in self._head.parameters():
-            parameter.requires_grad_(True)
         for unit in self._suffix:
             unit.release()
         self._hooks.clear()
@@ -121,7 +124,8 @@ class BlockTraining:
             x = unit(x)
         loss = loss_of(x)
         del x
-        torch.autograd.backward(loss)
+        if loss.requires_grad:  # not where the model's author froze the whole block, and the head stays
+            torch.autograd.backward(loss)
         return float(loss.detach())
 
     def _updater(self, name: str, parameter: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -24,7 +24,7 @@ from fedepth.memory import allocator
 from fedepth.memory.device import held_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
 from fedepth.models.run import RunnableUnit
-from fedepth.plan import Plan, Stage
+from fedepth.plan import Ending, Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
 from fedepth.task import PartInfo, StageResult
@@ -44,6 +44,7 @@ from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch, building_fits
 from fedepth.weights import write_tensors
 
+_WITH_HEAD = tuple(ending for ending in Ending if ending is not Ending.FROZEN_HEAD)
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
 LONGEST_PAUSE_S = 600.0
 
@@ -117,6 +118,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
             if cache is not None:
                 cache.close()
             raise
+        plan = _of_stages(context, [*done, *waiting])
         stage = waiting.pop(0)
         rehearsed_bytes = (rehearsed or {}).get(stage, 0)
         count = len(done) + 1 + len(waiting)
@@ -139,7 +141,9 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 # What the inputs took says nothing of what training them takes, so this look is at what is expected.
                 micro_batch = MicroBatch(context.costs, context.task.training, stage, context.cached_samples)
                 yield_memory(micro_batch.fits, expected_bytes(context, stage, rehearsed_bytes, budget))
-                block = BlockTraining(context, stage, cache, labels, len(done), micro_batch)
+                block = BlockTraining(
+                    context, stage, cache, labels, len(done), micro_batch, trains_head=plan.trains_head
+                )
                 check = partial(check_first_step, meter, context, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
                 losses = _epochs(context, block, meter, check, partial(yield_memory, micro_batch.fits), report)
@@ -176,9 +180,10 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         done.append(stage)
     if cache is not None:
         cache.close()
-    _write(context, [model.head], parts, infos)
+    if plan.trains_head:
+        _write(context, [model.head], parts, infos)
     model.head.release()
-    return Trained(_of_stages(context, done), tuple(results), tuple(parts), tuple(infos))
+    return Trained(plan, tuple(results), tuple(parts), tuple(infos))
 
 
 def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
@@ -192,11 +197,12 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
     """The stages still to train, planned anew if memory has shrunk below what they need.
 
     Raises:
-        PlanError: no plan for all that is left fits. A block that was trained while the units behind it were not is
-            harmful, so nothing of the task is delivered then.
+        PlanError: no plan for all that is left fits. Once a block is trained, the head stays what it was for that:
+            trained, or at its global value.
     """
     if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
         return waiting
+    before = _of_stages(context, [*done, *waiting])
     plan = make_plan(
         context.costs,
         budget_bytes=budget,
@@ -204,6 +210,7 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
         sample_count=context.cached_samples,
         policy=context.task.policy,
         done=done[-1] if done else None,
+        endings=tuple(Ending) if not done else _WITH_HEAD if before.trains_head else (Ending.FROZEN_HEAD,),
     )
     return list(plan.stages)
 

@@ -15,7 +15,7 @@ import pytest
 from coordinator.admission import check_result, check_update
 from fedepth.errors import UpdateError
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.plan import Plan, Policy
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import Result
 from fedepth.weights import save, write_tensors
 
@@ -40,8 +40,9 @@ def head() -> dict[str, Any]:
     return {"head.w": np.ones(3, np.float32)}
 
 
-def result(*units: int) -> Result:
-    return Result("t", 1, "d", 1, 10, Plan((), (), Policy.AUTO, 0), units, (), (), 1.0, "malloc", 0)
+def result(*units: int, untrained: tuple[int, ...] = ()) -> Result:
+    stage = Stage(0, 1, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+    return Result("t", 1, "d", 1, 10, Plan((stage,), untrained, Policy.AUTO, 0), units, (), (), 1.0, "malloc", 0)
 
 
 def saved(folder: Path, *parts: dict[str, Any]) -> list[Path]:
@@ -64,6 +65,14 @@ def test_an_update_of_all_units_in_any_parts_is_accepted(tmp_path: Path) -> None
 
 def test_an_update_of_some_units_and_the_head_is_accepted(tmp_path: Path) -> None:
     check_update(saved(tmp_path, body(), head()), LAYOUT, result(1))
+
+
+def test_a_head_that_was_not_trained_is_not_in_the_update(tmp_path: Path) -> None:
+    """Units behind the last block are untrained, and nothing was trained through them."""
+    small = result(0, untrained=(2,))
+    check_update(saved(tmp_path, stem()), LAYOUT, small)
+    with pytest.raises(UpdateError, match=r"head\.w"):
+        check_update(saved(tmp_path, stem(), head()), LAYOUT, small)
 
 
 @pytest.mark.parametrize("units", [(2,), (-1,), (0, 0)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedepth.costs import Calibration, ModelCosts, PassCost, Size
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
-from fedepth.plan import CachePlace, Plan, Policy, Stage
+from fedepth.plan import CachePlace, Ending, Plan, Policy, Stage
 from fedepth.planning.needs import Needs, raw_limit, with_kept
 from fedepth.planning.planner import estimated_work, make_plan
 from fedepth.task import TrainingSpec
@@ -25,7 +25,7 @@ DEVICES = [
     Calibration(fixed_bytes=20_000, kept=0.7, kernel_share=2.0, depthwise_share=9.5, reordered_share=0.95),
 ]
 
-Key = tuple[bool, int, int, float]  # with a frozen suffix, units untrained, stages, work: less is better
+Key = tuple[Ending, int, int, float]  # with units untrained, stages, work: less is better
 
 
 class AllPlans:
@@ -46,14 +46,14 @@ class AllPlans:
         for first, last in itertools.combinations_with_replacement(range(start, units), 2):
             if self.done and first > start:
                 continue
-            frozen_suffix = last < units - 1
-            for count in range(last - first + 1):
+            endings = (Ending.FROZEN_SUFFIX, Ending.FROZEN_HEAD) if last < units - 1 else (Ending.LAST_UNIT,)
+            untrained = first - start + units - 1 - last
+            for ending, count in itertools.product(endings, range(last - first + 1)):
                 for cuts in itertools.combinations(range(first + 1, last + 1), count):
                     blocks = list(zip((first, *cuts), (*(cut - 1 for cut in cuts), last), strict=True))
                     for places in itertools.product(CachePlace, repeat=len(blocks)):
-                        for work, budget in self.of(blocks, places, frozen_suffix):
-                            untrained = first - start + units - 1 - last
-                            yield (frozen_suffix, untrained, len(blocks), work), budget
+                        for work, budget in self.of(blocks, places, ending is Ending.FROZEN_SUFFIX):
+                            yield (ending, untrained, len(blocks), work), budget
 
     def of(
         self, blocks: list[tuple[int, int]], places: tuple[CachePlace, ...], frozen_suffix: bool
@@ -158,7 +158,7 @@ def test_no_plan_is_better(data: st.DataObject, device: Calibration, policy: Pol
     for key, needed in every:
         if not thresholds or key < min(thresholds):
             thresholds[key] = needed
-    rare = [needed for key, needed in thresholds.items() if key[0] or key[2] > 1]
+    rare = [needed for key, needed in thresholds.items() if key[0] is not Ending.LAST_UNIT or key[2] > 1]
     often = st.sampled_from(list(thresholds.values()))
     budget = data.draw(st.sampled_from(rare) | often if rare else often) - data.draw(st.integers(0, 1))
     fitting = [key for key, needed in every if needed <= budget]
@@ -169,7 +169,7 @@ def test_no_plan_is_better(data: st.DataObject, device: Calibration, policy: Pol
         assert (error.needed_bytes, error.budget_bytes) == (every[0][1], budget)
         return
     best = min(fitting)
-    key = found.stages[-1].frozen_suffix, len(found.untrained), len(found.stages)
+    key = found.ending, len(found.untrained), len(found.stages)
     assert key == best[:3]
     assert estimated_work(costs, training, samples, found) == pytest.approx(best[3], rel=1e-9)
     assert needed_bytes(found.predicted_peak_bytes) <= budget

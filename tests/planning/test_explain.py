@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedepth.costs import Calibration, ModelCosts, Size, UnitCost
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import needed_bytes
-from fedepth.plan import Policy
+from fedepth.plan import Ending, Policy
 from fedepth.planning.explain import CLEARLY_LESS, Explanation, explain
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan, smallest_peak
 from fedepth.task import TrainingSpec
@@ -108,15 +108,15 @@ def test_nothing_fits() -> None:
 @settings(max_examples=60, deadline=None)
 @given(models(Calibration()), st.floats(0, 1.1), st.sampled_from(Policy))
 def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, policy: Policy) -> None:
-    def key(bytes_: int) -> tuple[bool, float, int, float]:
+    def key(bytes_: int) -> tuple[int, float, int, float]:
         try:
             plan = make_plan(costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=policy)
         except PlanError:
-            return (True, float("inf"), 0, 0.0)
-        rank = plan.stages[-1].frozen_suffix, len(plan.untrained), len(plan.stages)
+            return (len(Ending), 0, 0, 0.0)
+        rank = plan.ending, len(plan.untrained), len(plan.stages)
         return (*rank, estimated_work(costs, TRAINING, 20, plan))
 
-    def better(one: tuple[bool, float, int, float], other: tuple[bool, float, int, float]) -> bool:
+    def better(one: tuple[int, float, int, float], other: tuple[int, float, int, float]) -> bool:
         return one[:3] < other[:3] or (one[:3] == other[:3] and one[3] < CLEARLY_LESS * other[3])
 
     least = smallest_peak(costs, TRAINING, 20, policy)
@@ -133,8 +133,8 @@ def test_thresholds_are_exact_to_the_byte(costs: ModelCosts, share: float, polic
     assert found.least_bytes <= budget
     assert not better(chosen, key(found.least_bytes))
     assert better(chosen, key(found.least_bytes - 1))
-    assert (found.smaller is None) == (key(found.least_bytes - 1)[1] == float("inf"))
+    assert (found.smaller is None) == (key(found.least_bytes - 1)[0] == len(Ending))
     for each in found.coarser:
-        assert key(each.budget_bytes) == (False, 0, len(each.plan.stages), each.work)
-        assert key(each.budget_bytes - 1)[:3] > (False, 0, len(each.plan.stages))
-    assert found.coarser or chosen[:3] == (False, 0, 1)
+        assert key(each.budget_bytes) == (Ending.LAST_UNIT, 0, len(each.plan.stages), each.work)
+        assert key(each.budget_bytes - 1)[:3] > (Ending.LAST_UNIT, 0, len(each.plan.stages))
+    assert found.coarser or chosen[:3] == (Ending.LAST_UNIT, 0, 1)

@@ -18,7 +18,7 @@ from fedepth.estimate.peak import (
     pieces_of,
     training_step,
 )
-from fedepth.plan import CachePlace, PeakComponents, Policy
+from fedepth.plan import CachePlace, Ending, PeakComponents, Policy
 from fedepth.planning.planner import estimated_work, full_training_peak, make_plan
 from fedepth.planning.ways import micro_batches
 from fedepth.task import TrainingSpec
@@ -250,15 +250,17 @@ def test_where_the_last_units_cannot_be_trained_the_last_block_is_trained_throug
     assert [stage.frozen_suffix for stage in split.stages] == [False, True]
 
 
-def test_units_that_nothing_can_be_trained_through_leave_no_plan() -> None:
-    costs = with_a_large_end(through=False)
+def test_where_nothing_can_be_trained_through_them_the_head_keeps_its_global_value() -> None:
+    found = plan(with_a_large_end(through=False), 32000 * KIB)
+    assert found.blocks == "0-2 (untrained: 3, head)"
+    assert (found.ending, found.trains_head) == (Ending.FROZEN_HEAD, False)
+    assert not found.stages[0].frozen_suffix
+    # As little as one unit needs is enough.
     with pytest.raises(PlanError) as caught:
-        plan(costs, 32000 * KIB)
-    assert caught.value.needed_bytes == needed_bytes((80 + 72000 + 80) * KIB + SCRATCH)  # the last unit alone
-    # Through the others, a plan needs no more than one of the others.
-    with pytest.raises(PlanError) as caught:
-        plan(with_a_large_end(), MIB)
-    assert caught.value.needed_bytes < needed_bytes(10000 * KIB + SCRATCH)
+        plan(with_a_large_end(through=False), MIB)
+    assert caught.value.needed_bytes == needed_bytes((10 + 1000 + 10) * 8 * KIB + SCRATCH)
+    # A frozen suffix comes first, however few units it leaves.
+    assert plan(with_a_large_end(), 14000 * KIB).ending is Ending.FROZEN_SUFFIX
 
 
 def test_a_plan_to_the_end_comes_before_one_that_trains_more_units() -> None:
@@ -300,8 +302,8 @@ def test_two_caches_lie_in_memory_while_the_second_is_filled() -> None:
 def test_a_unit_that_cannot_be_run_has_no_block_behind_it() -> None:
     two_units = needed_bytes((80 + 16000 + 160 + 200) * KIB + SCRATCH)
     assert plan(with_a_large_run(14), two_units).blocks == "0-1 | 2-3"
-    with pytest.raises(PlanError):  # nor can the units in front be passed by
-        plan(with_a_large_run(30), two_units)
+    # Nor can the units in front be passed by.
+    assert plan(with_a_large_run(30), two_units).blocks == "0 | 1-2 (untrained: 3, head)"
 
 
 def test_parameters_that_the_author_froze_are_loaded_and_nothing_else() -> None:
@@ -404,8 +406,9 @@ def test_going_on_after_a_stage_trains_all_that_is_left_or_through_it() -> None:
     arguments = {"training": TRAINING, "sample_count": 16, "policy": Policy.PAPER, "done": first}
     rest = make_plan(costs, budget_bytes=21800 * KIB, **arguments)  # type: ignore[arg-type]
     assert rest.blocks == "2 through 3 (untrained: 3)"
+    trained = (Ending.LAST_UNIT, Ending.FROZEN_SUFFIX)
     with pytest.raises(PlanError):
-        make_plan(costs, budget_bytes=9000 * KIB, **arguments)  # type: ignore[arg-type]
+        make_plan(costs, budget_bytes=9000 * KIB, endings=trained, **arguments)  # type: ignore[arg-type]
 
 
 @settings(max_examples=150, deadline=None)
@@ -452,11 +455,11 @@ def test_every_plan_fits_and_names_every_unit_once(
 @settings(max_examples=60, deadline=None)
 @given(models(DEVICE), st.integers(LEAST, LEAST + 1_000_000), st.integers(0, 1_000_000))
 def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int) -> None:
-    def untrained(bytes_: int) -> tuple[bool, int, int]:
+    def untrained(bytes_: int) -> tuple[int, int, int]:
         try:
             found = make_plan(costs, budget_bytes=bytes_, training=TRAINING, sample_count=20, policy=Policy.PAPER)
         except PlanError:
-            return (True, len(costs.units) + 1, 0)
-        return (found.stages[-1].frozen_suffix, len(found.untrained), len(found.stages))
+            return (len(Ending), 0, 0)
+        return (found.ending, len(found.untrained), len(found.stages))
 
     assert untrained(budget + more) <= untrained(budget)

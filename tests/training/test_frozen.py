@@ -55,7 +55,7 @@ def one_step(job: TrainingContext, planned: Stage) -> BlockTraining:
     inputs = build_inputs(job, planned, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels)
     micro_batch = MicroBatch(job.costs, job.task.training, planned, COUNT)
-    block = BlockTraining(job, planned, inputs, labels, 0, micro_batch)
+    block = BlockTraining(job, planned, inputs, labels, 0, micro_batch, trains_head=True)
     block.step(torch.arange(COUNT))
     inputs.close()
     return block
@@ -162,7 +162,15 @@ def test_parameters_that_the_author_has_frozen_stay_and_do_not_travel(tmp_path: 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
 def test_a_block_without_anything_to_train_still_trains_the_head(tmp_path: Path, checkpoint: bool) -> None:
-    job = context(tmp_path, [replace(stage(1, 1), checkpoint=checkpoint)], FROZEN, TRAINING, COUNT)
-    block, head = train(job, Meter(), Quiet()).parts
+    stages = [replace(stage(1, 1), checkpoint=checkpoint), replace(stage(2, 3), checkpoint=checkpoint)]
+    job = context(tmp_path, stages, FROZEN, TRAINING, COUNT)
+    block, _, head = train(job, Meter(), Quiet()).parts
     assert load_numpy(block) == {}
     assert all((tensor != job.weights.read(name)).any() for name, tensor in load_numpy(head).items())
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_a_task_that_trains_nothing_delivers_nothing(tmp_path: Path, checkpoint: bool) -> None:
+    job = context(tmp_path, [replace(stage(1, 1), checkpoint=checkpoint)], FROZEN, TRAINING, COUNT)
+    (block,) = train(job, Meter(), Quiet()).parts
+    assert load_numpy(block) == {}

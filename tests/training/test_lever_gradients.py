@@ -59,7 +59,7 @@ def by_lever(
     inputs = build_inputs(job, stage, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels.astype(np.int64))
     micro_batch = MicroBatch(job.costs, job.task.training, stage, COUNT)
-    block = BlockTraining(job, stage, inputs, labels, 0, micro_batch)
+    block = BlockTraining(job, stage, inputs, labels, 0, micro_batch, trains_head=True)
     for _ in range(steps):
         block.step(torch.arange(COUNT))
     inputs.close()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory.meter import Meter
 from fedepth.models.skip import skip
-from fedepth.plan import CachePlace, Stage
+from fedepth.plan import CachePlace, Ending, Stage
 from fedepth.task import ModelSpec
 from fedepth.training import limits, pressure, stages
 from fedepth.training.block import BlockTraining, _seed, epoch_batches
@@ -55,7 +55,9 @@ def order(job: TrainingContext, index: int, count: int) -> list[torch.Tensor]:
     return [b for _ in range(training.local_epochs) for b in epoch_batches(count, batches, generator)]
 
 
-def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int) -> Tensors:
+def by_hand(
+    job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int, *, trains_head: bool = True
+) -> Tensors:
     """The algorithm of the paper, written as plainly as possible with torch.optim, on the module itself."""
     module = fresh(job.task.model)
     parts, head = parts_of(module)
@@ -64,7 +66,7 @@ def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int)
     start = {parameter: parameter.detach().clone() for parameter in module.parameters()}
     for index, (first, last) in enumerate(blocks):
         block = nn.Sequential(*parts[first : last + 1])
-        parameters = [*block.parameters(), *head.parameters()]
+        parameters = [*block.parameters(), *(head.parameters() if trains_head else ())]
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
         block.train()
         head.train()
@@ -85,6 +87,19 @@ def by_hand(job: TrainingContext, blocks: Sequence[tuple[int, int]], count: int)
 def test_one_stage_is_plain_training(tmp_path: Path) -> None:
     job = context(tmp_path, [stage(0, 5)])
     assert_equal(trained_tensors(job), by_hand(job, [(0, 5)], 16))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_where_the_units_behind_are_untrained_the_head_keeps_its_global_value(tmp_path: Path, checkpoint: bool) -> None:
+    blocks = [(0, 1), (2, 3)]
+    job = context(tmp_path, [replace(stage(*block), checkpoint=checkpoint) for block in blocks])
+    outcome = train(job, Meter(), Quiet())
+    assert outcome.plan.ending is Ending.FROZEN_HEAD
+    got = {name: tensor for part in outcome.parts for name, tensor in load_numpy(part).items()}
+    layout = exported(SPEC).graph.layout()
+    assert got.keys() == {tensor.name for unit in layout.units[:4] for tensor in unit.tensors}
+    expected = by_hand(job, blocks, 16, trains_head=False)
+    assert_equal(got, {name: expected[name] for name in got})
 
 
 @pytest.mark.parametrize("place", CachePlace)
