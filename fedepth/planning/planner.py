@@ -53,8 +53,8 @@ def make_plan(
 def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_count: int, policy: Policy) -> Plan:
     """A trial of this unit alone with the head, with the job's batch in one piece and its inputs on disk.
 
-    The plan says nothing of other units. Its budget is what that needs at least; the inputs are computed as fast as they
-    can be inside it.
+    The plan says nothing of other units. Its budget is what that needs at least; the inputs are computed as fast as
+    they can be inside it.
 
     Raises:
         PlanError: see `Planner`.

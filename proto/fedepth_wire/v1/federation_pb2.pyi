@@ -452,7 +452,9 @@ class Plan(_message.Message):
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
     @_builtins.property
-    def untrained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def untrained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """behind the last stage, and it has no frozen suffix: neither is the head trained"""
+
     def __init__(
         self,
         *,
