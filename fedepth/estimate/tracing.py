@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,13 +49,15 @@ class Convolving:
         living: what lives then, without the unit's input, parameters and their gradients.
         weights: its weights.
         maps: its input and output.
-        wide_depthwise: it is depth-wise and wider than 3.
+        channels_last: it runs in this memory format, which its input or its weights decide.
+        pads_gradient: it computes the gradient of depth-wise weights wider than 3, which oneDNN pads in channels_last.
     """
 
     living: int
     weights: int
     maps: int
-    wide_depthwise: bool
+    channels_last: bool
+    pads_gradient: bool
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,18 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     """
     batches = (SMALL_BATCH, max(batch, SMALLEST_LARGE_BATCH))
     units: list[UnitCost] = []
-    exit_by_shape: dict[tuple[int, ...], UnitCost] = {}
+    exit_by_input: dict[_Input, UnitCost] = {}
     unit_by_kind: dict[bytes, UnitCost] = {}
     with FakeTensorMode():
         model = _filled(graph)
-        for unit, shape, exits in zip(model.units, graph.output_shapes, graph.exits, strict=True):
-            if exits and shape not in exit_by_shape:
-                exit_by_shape[shape] = _exit_cost(model, shape, batches)
-            kind = _kind(graph, unit.unit)
+        inputs = _inputs_inside(model)
+        for unit, x, y, exits in zip(model.units, inputs, inputs[1:], graph.exits, strict=False):
+            if exits and y not in exit_by_input:
+                exit_by_input[y] = _exit_cost(model, y, batches)
+            kind = _kind(graph, unit.unit, x)
             if kind not in unit_by_kind:
-                unit_by_kind[kind] = _unit_cost(graph, unit, shape, batches)
-            units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_shape[shape] if exits else None))
+                unit_by_kind[kind] = _unit_cost(model, unit, x, y, batches)
+            units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_input[y] if exits else None))
     values = prod(graph.input_shape)
     return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch)
 
@@ -123,10 +127,57 @@ def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
                 x = unit(x)
             return exit_step(x)
 
-        return _trace(step, (*units, model.head), _inputs(graph, first, samples, input_grad=False))
+        return _trace(step, (*units, model.head), _at_a_start(model, first).make(samples))
 
 
-def _kind(graph: Graph, unit: Unit) -> bytes:
+@dataclass(frozen=True)
+class _Input:
+    """What a unit, or an exit, is given.
+
+    Attributes:
+        shape: without the batch.
+        order: the dimensions, the batch first, as they lie in memory. A unit behind a permutation gets maps in
+            channels_last, whatever the rest of the model trains in, and so do the convolutions in it.
+        dtype: its element type.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def make(self, samples: int, *, grad: bool = False) -> torch.Tensor:
+        """A fake one. A copy of the leaf, so that a step may change it in place; copying saves nothing for backward."""
+        x = torch.empty_permuted((samples, *self.shape), self.order, dtype=self.dtype)
+        return x.requires_grad_(grad).clone()
+
+
+def _inputs_inside(model: Model) -> list[_Input]:
+    """What every unit is given in the middle of a model, and the head behind the last."""
+    x = _at_a_start(model, 0).make(SMALL_BATCH)
+    found = []
+    with torch.no_grad():
+        for unit in model.units:
+            found.append(_input_like(x))
+            x = unit(x)
+    return [*found, _input_like(x)]
+
+
+def _input_like(x: torch.Tensor) -> _Input:
+    strides = x.stride()
+    order = sorted(range(1, x.dim()), key=lambda dimension: -strides[dimension])  # of equals, the first stays first
+    return _Input(tuple(x.shape[1:]), (0, *order), x.dtype)
+
+
+def _at_a_start(model: Model, index: int) -> _Input:
+    """What unit `index` is given at the start of a block: the data, or a cache, in the memory format of the model."""
+    graph = model.graph
+    shape = (*(unit.input_shape for unit in graph.units), graph.head_shape)[index]
+    order = (0, 2, 3, 1) if graph.channels_last and len(shape) == 3 else tuple(range(len(shape) + 1))
+    dtype = DTYPES[graph.input_type] if index == 0 else torch.float32
+    return _Input(shape, order, dtype)
+
+
+def _kind(graph: Graph, unit: Unit, x: _Input) -> bytes:
     """What a unit's costs follow from: its programs, and the types and shapes of its tensors, whatever their names.
 
     Most models repeat a few kinds of units: a Vision Transformer has two, whatever its depth.
@@ -141,30 +192,29 @@ def _kind(graph: Graph, unit: Unit) -> bytes:
         for program in (unit.training, unit.evaluation)
     ]
     tensors = [[graph.tensors[each] for each in names] for names in (unit.parameters, unit.written, unit.fixed)]
-    return msgspec.json.encode((programs, tensors, unit.input_shape, unit is graph.units[0]))
+    return msgspec.json.encode((programs, tensors, x.shape, x.order, unit is graph.units[0]))
 
 
-def _unit_cost(graph: Graph, unit: RunnableUnit, output_shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
-    index = graph.units.index(unit.unit)
+def _unit_cost(model: Model, unit: RunnableUnit, x: _Input, y: _Input, batches: tuple[int, int]) -> UnitCost:
+    index = model.units.index(unit)
+    start = _at_a_start(model, index)
+    has_gradient = x.dtype.is_floating_point
     inside, first, frozen = (
-        [_trace(unit, (unit,), _inputs(graph, index, samples, input_grad=grad), frozen=frozen) for samples in batches]
-        for grad, frozen in ((True, False), (False, False), (True, True))
+        [_trace(unit, (unit,), each.make(samples, grad=grad), frozen=frozen) for samples in batches]
+        for each, grad, frozen in ((x, has_gradient, False), (start, False, False), (x, has_gradient, True))
     )
-    cost = _cost(graph, unit, unit, index, prod(output_shape) * FLOAT_BYTES, batches, inside)
+    cost = _cost(unit, unit, x, prod(y.shape) * FLOAT_BYTES, batches, inside)
     return replace(
         cost,
-        backward_first=_step_cost(batches, first, graph.channels_last).backward,
-        frozen=_step_cost(batches, frozen, graph.channels_last) if index else None,
+        backward_first=_step_cost(batches, first).backward,
+        frozen=_step_cost(batches, frozen) if index else None,
     )
 
 
-def _exit_cost(model: Model, shape: tuple[int, ...], batches: tuple[int, int]) -> UnitCost:
+def _exit_cost(model: Model, y: _Input, batches: tuple[int, int]) -> UnitCost:
     step = _exit_step(model)
-    index = model.graph.output_shapes.index(shape) + 1
-    traces = [
-        _trace(step, (model.head,), torch.empty((samples, *shape)).requires_grad_().clone()) for samples in batches
-    ]
-    return _cost(model.graph, model.head, step, index, 0, batches, traces)
+    traces = [_trace(step, (model.head,), y.make(samples, grad=True)) for samples in batches]
+    return _cost(model.head, step, y, 0, batches, traces)
 
 
 def _exit_step(model: Model) -> Step:
@@ -175,74 +225,59 @@ def _exit_step(model: Model) -> Step:
     return step
 
 
-def _inputs(graph: Graph, index: int, samples: int, *, input_grad: bool) -> torch.Tensor:
-    """An input of unit `index`, or of the exit behind the unit before it."""
-    shapes = (*(unit.input_shape for unit in graph.units), graph.head_shape)
-    if index == 0 and graph.input_type != "F32":
-        return torch.zeros((samples, *shapes[0]), dtype=DTYPES[graph.input_type])
-    # A copy of the leaf, so that a step may change its input in place; copying saves nothing for backward.
-    return torch.empty((samples, *shapes[index])).requires_grad_(input_grad).clone()
-
-
 def _cost(
-    graph: Graph,
     unit: RunnableUnit,
     step: Step,
-    index: int,
+    x: _Input,
     output_bytes: int,
     batches: tuple[int, int],
     traces: list[StepTrace],
 ) -> UnitCost:
     """Two traces as sizes that are linear in the batch."""
     parameters = [parameter.nbytes for _, parameter in unit.parameters()]
-    training = _step_cost(batches, traces, graph.channels_last)
-    passes = [_inference(step, unit, _inputs(graph, index, samples, input_grad=False)) for samples in batches]
-    inputs = _inputs(graph, index, batches[1], input_grad=False)
+    training = _step_cost(batches, traces)
+    passes = [_inference(step, unit, x.make(samples)) for samples in batches]
     return UnitCost(
         name=unit.unit.name,
         parameter_bytes=sum(parameters),
         buffer_bytes=sum(unit.tensors[name].nbytes for name in unit.unit.written),
         largest_parameter_bytes=max(parameters, default=0),
-        input_bytes=prod(inputs.shape[1:]) * FLOAT_BYTES,
+        input_bytes=prod(x.shape) * FLOAT_BYTES,
         output_bytes=output_bytes,
         training=training,
         backward_first=training.backward,
-        inference=_pass_cost(batches, passes, graph.channels_last),
-        flops=_flops(step, unit, inputs),
+        inference=_pass_cost(batches, passes),
+        flops=_flops(step, unit, x.make(batches[1])),
         fixed_bytes=sum(unit.tensors[name].nbytes for name in unit.unit.fixed),
     )
 
 
-def _step_cost(batches: tuple[int, int], traces: list[StepTrace], channels_last: bool) -> StepCost:
+def _step_cost(batches: tuple[int, int], traces: list[StepTrace]) -> StepCost:
     small, large = traces
     return StepCost(
         saved=line(batches, (small.saved, large.saved)),
         saves_input=small.saves_input,
         saves_output=small.saves_output,
-        forward=_pass_cost(batches, [(each.forward, each.convolving[0]) for each in traces], channels_last),
-        backward=_pass_cost(batches, [(each.backward, each.convolving[1]) for each in traces], channels_last),
+        forward=_pass_cost(batches, [(each.forward, each.convolving[0]) for each in traces]),
+        backward=_pass_cost(batches, [(each.backward, each.convolving[1]) for each in traces]),
     )
 
 
-def _pass_cost(
-    batches: tuple[int, int], traces: Sequence[tuple[int, tuple[Convolving, ...]]], channels_last: bool
-) -> PassCost:
+def _pass_cost(batches: tuple[int, int], traces: Sequence[tuple[int, tuple[Convolving, ...]]]) -> PassCost:
     """One pass, as its peak and its convolutions, seen at two batch sizes."""
     (small, small_convolving), (large, large_convolving) = traces
-    return PassCost(
-        line(batches, (small, large)), _convolutions(batches, (small_convolving, large_convolving), channels_last)
-    )
+    return PassCost(line(batches, (small, large)), _convolutions(batches, (small_convolving, large_convolving)))
 
 
 def _convolutions(
-    batches: tuple[int, int], traces: tuple[tuple[Convolving, ...], tuple[Convolving, ...]], channels_last: bool
+    batches: tuple[int, int], traces: tuple[tuple[Convolving, ...], tuple[Convolving, ...]]
 ) -> tuple[Convolution, ...]:
     """One pass's convolutions, seen at two batch sizes."""
     found = [
         Convolution(
-            weight_bytes=large.weights if channels_last else 0,
-            depthwise_bytes=large.weights if channels_last and large.wide_depthwise else 0,
-            reordered=Size(0, 0) if channels_last else Size(large.weights, -(-large.maps // batches[1])),
+            weight_bytes=large.weights if large.channels_last else 0,
+            depthwise_bytes=large.weights if large.channels_last and large.pads_gradient else 0,
+            reordered=Size(0, 0) if large.channels_last else Size(large.weights, -(-large.maps // batches[1])),
             living=line(batches, (small.living, large.living)),
         )
         for small, large in zip(*traces, strict=True)
@@ -298,17 +333,22 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.convolutions: list[tuple[int, Convolving]] = []
         self._serials: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._next = 0
-        self._foreign = {self._register(tensor.untyped_storage()) for tensor in foreign}
+        self._foreign = {self._register(tensor.untyped_storage(), 0) for tensor in foreign}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in self._serials:
-                    self.events.append((self._register(storage), storage.nbytes()))
+        kept, scratch = _beside(func, args, result)
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for leaf in leaves:
+            storage = leaf.untyped_storage()
+            if id(storage) not in self._serials:
+                size = storage.nbytes() + (kept if leaf is leaves[-1] else 0)
+                self.events.append((self._register(storage, size), size))
+        if scratch:
+            serial, self._next = self._next, self._next + 1
+            self.events += [(serial, scratch), (serial, -scratch)]
         if func.overloadpacket in _CONVOLUTIONS:
             self.convolutions.append((len(self.events), _running(func, args, result)))
         return result
@@ -334,9 +374,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What lives after every event."""
         return list(accumulate(0 if serial in without else size for serial, size in self.events))
 
-    def _register(self, storage: torch.UntypedStorage) -> int:
+    def _register(self, storage: torch.UntypedStorage, size: int) -> int:
         serial, self._next = self._next, self._next + 1
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
 
         def ended(_: weakref.ref[torch.UntypedStorage]) -> None:
             del self._serials[key]
@@ -352,8 +392,34 @@ def _running(func: Any, args: tuple[Any, ...], result: Any) -> Convolving:
     backward = func.overloadpacket == torch.ops.aten.convolution_backward
     output, (x, weight) = (args[0], args[1:3]) if backward else (result, args[:2])
     groups = args[9] if backward else args[8]
-    depthwise = groups == x.shape[1] > 1
-    return Convolving(0, weight.nbytes, x.nbytes + output.nbytes, depthwise and max(weight.shape[2:]) > 3)
+    wide_depthwise = groups == x.shape[1] > 1 and max(weight.shape[2:]) > 3
+    return Convolving(
+        living=0,
+        weights=weight.nbytes,
+        maps=x.nbytes + output.nbytes,
+        channels_last=any(suggest_memory_format(each) is torch.channels_last for each in (x, weight)),
+        pads_gradient=wide_depthwise and backward and bool(args[10][1]),
+    )
+
+
+def _beside(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, int]:
+    """What an LSTM of oneDNN takes that fake tensors do not show, in bytes: the workspace that a forward pass in
+    training keeps for the backward pass, and scratch while either runs.
+
+    Measured with torch 2.14, per layer and direction: of the workspace, which is three times as large, the gates of
+    every step are written to, and one state. Scratch holds such gates as well, half of them more in a backward pass,
+    and the weights in another order.
+    """
+    forward = func.overloadpacket == torch.ops.aten.mkldnn_rnn_layer
+    if not forward and func.overloadpacket != torch.ops.aten.mkldnn_rnn_layer_backward:
+        return 0, 0
+    steps, samples, width = (result[0] if forward else args[7]).shape
+    gates = 4 * width * steps * samples * FLOAT_BYTES
+    training = bool(args[15 if forward else 18])
+    weights = sum(each.nbytes for each in args[1:5])
+    if forward:
+        return (gates + gates // 4 if training else 0), gates + weights
+    return 0, gates + gates // 2 + weights
 
 
 def _trace(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor, *, frozen: bool = False) -> StepTrace:
@@ -422,7 +488,10 @@ def _filled(graph: Graph) -> Model:
 
     def fake(name: str) -> torch.Tensor:
         dtype, shape = graph.tensors[name]
-        return torch.empty(shape, dtype=DTYPES[dtype])
+        # In the memory format of a trainer (fedepth.training.context.load): it decides how a convolution runs.
+        last = graph.channels_last and len(shape) == 4
+        order = (0, 2, 3, 1) if last else tuple(range(len(shape)))
+        return torch.empty_permuted(shape, order, dtype=DTYPES[dtype])
 
     model.load(fake, trainable=True)
     return model

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedepth.costs import Convolution, ModelCosts, PassCost, Size, UnitCost
-from fedepth.estimate.tracing import Convolving, _convolutions, line, trace_block, trace_costs
+from fedepth.estimate.tracing import Convolving, _beside, _convolutions, line, trace_block, trace_costs
 from fedepth.models import zoo
 from fedepth.models.export import export_model
 from fedepth.models.graph import Graph
@@ -109,6 +109,58 @@ def depthwise() -> nn.Module:
     )
 
 
+class BehindANorm(nn.Module):
+    """A wide depth-wise convolution that gets maps in channels_last, in a model that does not train in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 2, stride=2)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.Linear(4, 4)
+        self.wide = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mix(self.norm(self.patches(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.head(self.wide(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_convolution_runs_in_the_layout_that_its_input_has() -> None:
+    costs = costs_of(f"{__name__}:BehindANorm", SIDE)
+    wide = costs.units[-1]
+    inside, first = wide.training.backward.convolutions, wide.backward_first.convolutions
+    assert [each.depthwise_bytes for each in inside] == [4 * 25 * FLOAT]
+    assert [each.reordered for each in inside] == [Size(0, 0)]
+    # At a block's start the input comes from a cache, in the memory format of the model.
+    assert [each.depthwise_bytes for each in first] == [0]
+
+
+def test_an_lstm_keeps_its_gates_and_one_state_of_every_step() -> None:
+    steps, samples, width = 7, 5, 24
+    lstm = nn.LSTM(8, width)
+    states = torch.zeros(1, samples, width), torch.zeros(1, samples, width)
+    weights = lstm._flat_weights
+    for training in (True, False):
+        arguments = (
+            torch.zeros(steps, samples, 8),
+            *weights,
+            *states,
+            False,
+            [],
+            2,
+            width,
+            1,
+            True,
+            False,
+            False,
+            training,
+        )
+        result = torch.ops.aten.mkldnn_rnn_layer(*arguments)
+        kept, scratch = _beside(torch.ops.aten.mkldnn_rnn_layer.default, arguments, result)
+        assert kept == (5 * width * steps * samples * FLOAT if training else 0)
+        assert scratch == 4 * width * (steps * samples + 8 + width + 2) * FLOAT  # two biases
+
+
 def passes(unit: UnitCost) -> tuple[PassCost, ...]:
     return unit.training.forward, unit.training.backward, unit.inference
 
@@ -121,20 +173,21 @@ def test_what_kernels_copy_is_counted_by_hand() -> None:
     assert patches.reordered == Size(4 * 3 * 4 * FLOAT, map_bytes(3) + half)
     assert narrow.reordered == Size(4 * 9 * FLOAT, 2 * half)
     units = costs_of(f"{__name__}:depthwise", SIDE).units
-    for narrow_pass, wide_pass in zip(*(passes(each) for each in units), strict=True):
+    # Only the gradient of the weights is padded.
+    for narrow_pass, wide_pass, padded in zip(*(passes(each) for each in units), (False, True, False), strict=True):
         ((narrow,), (wide,)) = narrow_pass.convolutions, wide_pass.convolutions
         assert [each.weight_bytes for each in (narrow, wide)] == [3 * 9 * FLOAT, 3 * 25 * FLOAT]
-        assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT]
+        assert [each.depthwise_bytes for each in (narrow, wide)] == [0, 3 * 25 * FLOAT if padded else 0]
         assert narrow.reordered == wide.reordered == Size(0, 0)
 
 
 def test_a_convolution_that_another_outweighs_is_left_out() -> None:
     def traced(samples: int, *sizes: tuple[int, int]) -> tuple[Convolving, ...]:
-        return tuple(Convolving(living * samples, weights, 0, False) for living, weights in sizes)
+        return tuple(Convolving(living * samples, weights, 0, True, False) for living, weights in sizes)
 
     small, large = (traced(batch, (100, 8), (50, 9), (40, 8), (100, 8)) for batch in (2, 16))
     # Of four the first lives with most, the second copies most; the others do neither.
-    found = _convolutions((2, 16), (small, large), channels_last=True)
+    found = _convolutions((2, 16), (small, large))
     assert [(each.weight_bytes, each.living) for each in found] == [(8, Size(0, 100)), (9, Size(0, 50))]
 
 
