@@ -508,6 +508,211 @@ def wide_text_encoder() -> nn.Module:
     return TextEncoder(length=64, width=192, layers=4)
 
 
+class SliceStatistics(Small):
+    """A buffer that is written through a slice of it."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, 8))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean[0].mul_(0.5).add_(x.detach().mean((0, 2, 3)), alpha=0.5)
+        return F.relu(x - self.mean[0].view(-1, 1, 1))
+
+
+class AssignedStatistics(Small):
+    """A buffer that is assigned anew."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        return F.relu(x - self.mean.view(-1, 1, 1))
+
+
+class LinearProbe(Small):
+    """A backbone that runs without gradients, whatever its parameters say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = F.relu(self.second(F.relu(self.first(x))))
+        return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class SmallVocabulary(nn.Module):
+    """Four letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 16)
+        self.mix = nn.Linear(16, 16)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.tanh(self.mix(self.embedding(ids))).mean(1))  # type: ignore[no-any-return]
+
+
+class ModeConstants(Small):
+    """Constants of its own in each mode."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = x + torch.tensor([0.1]) * torch.randn_like(x)
+        return F.relu(x - torch.linspace(0.0, 0.1, 8).view(1, 8, 1, 1) * torch.tensor([[[[2.0]]]]))
+
+
+class DoubleBuffer(Small):
+    """float32 plus float64 in place stays float32; out of place it would not."""
+
+    offset: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.from_numpy(np.linspace(0.0, 1.0, 8)).view(1, 8, 1, 1))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.offset
+        return F.relu(x)
+
+
+class SpreadMask(Small):
+    """A buffer that is one value in many places."""
+
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.linspace(0.5, 1.5, 8).view(1, 8, 1, 1).expand(1, 8, 16, 16))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x * self.mask)
+
+
+class NoAutocast(Small):
+    """Says that it does not want autocast."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.relu(x * 2)
+
+
+class AuxiliaryFirst(Small):
+    """Trained for one output, used for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = F.relu(self.first(x))
+        auxiliary = self.auxiliary(x.mean((2, 3)))
+        logits = self.classifier(F.relu(self.second(x)).mean((2, 3)))
+        return {"auxiliary": auxiliary, "logits": logits} if self.training else {"logits": logits}
+
+
+class MergedAdapter(Small):
+    """An adapter that is merged into the weights for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(CLASSES, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Any:
+        if mode == self.merged:
+            sign = -1 if mode else 1
+            self.classifier.weight.data += sign * (self.up @ self.down).data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
+        found: torch.Tensor = self.classifier(x)
+        return found if self.merged else found + x @ self.down.T @ self.up.T
+
+
+class LayerDrop(Small):
+    """Leaves a layer out, but seldom."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training and random.random() < 0.01 else F.relu(x)
+
+
+def clipped() -> nn.Module:
+    """A hook that changes large gradients only."""
+    module = Small()
+    module.first.weight.register_hook(lambda gradient: gradient.clamp(-5, 5))  # type: ignore[no-untyped-call]
+    return module
+
+
+class ClippedInside(Small):
+    """The same of an activation."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))  # type: ignore[no-untyped-call]
+        return F.relu(x)
+
+
+class FlatAlias(Small):
+    """Writes to a view of its maps, which is a copy in another memory format."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(1)
+        flat[:, :500] *= 3
+        return x.tanh()
+
+
+class Squeezed(Small):
+    """Without a batch where that is 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.second(F.relu(self.first(x))))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).squeeze())  # type: ignore[no-any-return]
+
+
+class GradientMode(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x) if torch.is_grad_enabled() else F.relu(x) * 3
+
+
+class Annealed(Small):
+    """A number that changes a little with every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.temperature *= 0.999999
+        return torch.tanh(x / self.temperature)
+
+
+def sparse_embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(8, 16, sparse=True), nn.Flatten(), nn.Linear(256, CLASSES))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+
+def all_frozen() -> nn.Module:
+    return Small().requires_grad_(False)
+
+
+class UnknownOperator(Small):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)  # type: ignore[no-any-return]
+
+
 _IMAGE, _IDS, _VECTOR = ((3, 16, 16), "float"), ((16,), "tokens"), ((20,), "float")
 
 # Name of the function, the input's shape, and its type.
@@ -546,6 +751,14 @@ KEPT: dict[str, tuple[tuple[int, ...], str]] = {
     "pre_hooked": _IMAGE,
     "replaced_forward": _IMAGE,
     "adapters": _IMAGE,
+    "SliceStatistics": _IMAGE,
+    "AssignedStatistics": _IMAGE,
+    "LinearProbe": _IMAGE,
+    "SmallVocabulary": _IDS,
+    "ModeConstants": _IMAGE,
+    "DoubleBuffer": _IMAGE,
+    "SpreadMask": _IMAGE,
+    "NoAutocast": _IMAGE,
 }
 
 # The same of those in which memory is worth a look.
@@ -571,4 +784,17 @@ REFUSED: dict[str, str] = {
     "LengthAsBatch": "custom_models.py",
     "NoLogits": "logits",
     "BooleanMask": "custom_models.py",
+    "AuxiliaryFirst": "classifier.bias",
+    "MergedAdapter": "changes classifier.weight when it is put into",
+    "LayerDrop": "random numbers of Python",
+    "clipped": "hook on the gradient of first.weight",
+    "ClippedInside": "gradient",
+    "FlatAlias": "channels_last",
+    "Squeezed": "squeeze()",
+    "GradientMode": "torch.no_grad()",
+    "Annealed": "changes temperature whenever it runs",
+    "sparse_embedding": "sparse=True",
+    "lazy": "not initialised",
+    "all_frozen": "nothing to train",
+    "UnknownOperator": "custom_models.py",
 }

@@ -105,7 +105,7 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     from fedepth.errors import ModelError
     from fedepth.estimate.tracing import trace_costs
     from fedepth.models import zoo
-    from fedepth.models.export import example_inputs, export_model
+    from fedepth.models.export import export_model
     from fedepth.models.traced import TracedModel, write_traced
     from fedepth.models.verify import verify
     from fedepth.plan import Policy
@@ -128,8 +128,7 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
         row["head_share"] = sizes[-1] / max(1, sum(sizes))
         row["difference"] = verify(module, exported, name)
         row["exact"] = row["difference"] <= DIFFERENCE
-        samples = max(2, graph.smallest_micro_batch)
-        try_one_step(graph, exported.tensors, example_inputs(graph.input_shape, graph.input_type, samples))
+        try_one_step(graph, exported.tensors, exported.examples(max(2, graph.smallest_micro_batch)))
         row["trained"] = True
     except ModelError as error:
         row["refused_because"] = str(error)

@@ -5,16 +5,19 @@ torch, and the model's own code: at the coordinator's model worker, or in a trac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
-from fedepth.models.export import Exported, example_inputs, export_model
+from fedepth.models.export import Exported, export_model
 from fedepth.models.initial_weights import load_initial_weights
+from fedepth.models.source import error_line, first_line
 from fedepth.models.traced import TracedModel
 from fedepth.models.verify import verify
 from fedepth.task import ModelSpec, TrainingSpec
@@ -45,10 +48,11 @@ def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int) -> Prepar
     Raises:
         ModelError: it cannot be built, exported or cut.
     """
-    torch.manual_seed(seed)
-    module = zoo.build(spec)
-    exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
-    return _with_costs(exported, spec, training)
+    with _told(spec):
+        torch.manual_seed(seed)
+        module = zoo.build(spec)
+        exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
+        return _with_costs(exported, spec, training)
 
 
 def prepare_model(
@@ -70,20 +74,35 @@ def prepare_model(
         ModelError: it cannot be built, exported or cut, or its graph differs from it.
     """
     classes = len(spec.classes)
-    progress("building the model")
-    torch.manual_seed(seed)
-    module = zoo.build(spec)
-    notes = load_initial_weights(module, weights, classes) if weights else ()
-    progress("exporting it as a graph")
-    exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
-    graph = exported.graph
-    progress(f"comparing {len(graph.units)} units with the model")
-    verify(module, exported, spec.name)
-    progress("trying one training step")
-    inputs = example_inputs(graph.input_shape, graph.input_type, max(2, graph.smallest_micro_batch))
-    try_one_step(graph, exported.tensors, inputs)
-    progress("measuring what its units cost")
-    return _with_costs(exported, spec, training, notes)
+    with _told(spec):
+        progress("building the model")
+        torch.manual_seed(seed)
+        module = zoo.build(spec)
+        notes = load_initial_weights(module, weights, classes) if weights else ()
+        progress("exporting it as a graph")
+        exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
+        graph = exported.graph
+        progress(f"comparing {len(graph.units)} units with the model")
+        verify(module, exported, spec.name)
+        progress("trying one training step")
+        try_one_step(graph, exported.tensors, exported.examples(max(2, graph.smallest_micro_batch)))
+        progress("measuring what its units cost")
+        return _with_costs(exported, spec, training, notes)
+
+
+@contextmanager
+def _told(spec: ModelSpec) -> Iterator[None]:
+    """Whatever a model's own code, or torch with it, does that nobody expected is told in one sentence."""
+    try:
+        yield
+    except (FedepthError, MemoryError):
+        raise
+    except Exception as error:
+        where = error_line(error)
+        raise ModelError(
+            f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
+            f"{first_line(error)}; write that part with other functions of torch"
+        ) from error
 
 
 def _with_costs(

@@ -23,6 +23,7 @@ from fedepth.errors import ModelError
 from fedepth.models.cut import cut
 from fedepth.models.exits import find_exits
 from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
+from fedepth.models.holdable import check_module, largest_id
 from fedepth.models.lower import FlatProgram, lower
 from fedepth.models.run import Model
 from fedepth.models.source import error_line, first_line, guard_lines
@@ -34,10 +35,15 @@ HINT = "devices run models as graphs, without Python code"
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph, and the tensors that it names."""
+    """A graph, the tensors that it names, and the largest token id that every vocabulary of the model has."""
 
     graph: Graph
     tensors: Mapping[str, torch.Tensor]
+    largest_id: int
+
+    def examples(self, count: int, scale: float = 1.0) -> torch.Tensor:
+        """See `example_inputs`."""
+        return example_inputs(self.graph.input_shape, self.graph.input_type, self.largest_id, count, scale)
 
 
 def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input_type: str, classes: int) -> Exported:
@@ -54,8 +60,10 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     Raises:
         ModelError: it cannot be exported or cut; with the user's line, the reason, and what to change.
     """
+    check_module(module, name)
+    ids = largest_id(module)
     names, tensors = _tensors(module, name)
-    example = example_inputs(input_shape, input_type, _EXAMPLES)
+    example = example_inputs(input_shape, input_type, ids, _EXAMPLES)
     programs: list[FlatProgram] = []
     notes: set[str] = set()
     was_training = module.training
@@ -64,17 +72,18 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
             module.train(training)
             exported = _export(module, name, example)
             output = _logits(exported, name, classes, notes)
-            for target, tensor in exported.constants.items():
-                if isinstance(tensor, torch.Tensor):
-                    tensors.setdefault(target, tensor.detach())
-                    names.setdefault(target, target)
-            programs.append(_lowered(exported, output, names, name))
+            programs.append(_lowered(exported, output, _with_constants(exported, names, tensors), name))
     finally:
         module.train(was_training)
     trainable = frozenset(names[each] for each, parameter in module.named_parameters() if parameter.requires_grad)
     parameters = {names[each]: tuple(p.shape) for each, p in module.named_parameters()}
     units, head = cut(programs[0], programs[1], parameters, trainable)
     used = {each for unit in (*units, head) for each in unit.tensor_names}
+    if forgotten := sorted((_read(programs[1]) - _read(programs[0])) & trainable):
+        raise ModelError(
+            f"what the model {name} returns in evaluation depends on {', '.join(forgotten[:5])}, what it returns first "
+            "in training does not, so that these would never be trained; return the same logits first in both modes"
+        )
     if unused := sorted(trainable - used):
         notes.add(f"parameters that the output does not depend on are left out: {', '.join(unused[:5])}")
     graph = Graph(
@@ -93,16 +102,42 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     model = Model(graph)
     model.load(perturbed(kept, trainable & used).__getitem__)
     model.train(False)
-    found = find_exits(model, example_inputs(input_shape, input_type, 4))
-    return Exported(structs.replace(graph, exits=found), kept)
+    found = find_exits(model, example_inputs(input_shape, input_type, ids, 4))
+    return Exported(structs.replace(graph, exits=found), kept, ids)
 
 
-def example_inputs(input_shape: Sequence[int], input_type: str, count: int, scale: float = 1.0) -> torch.Tensor:
-    """Random inputs (count, *input_shape), always the same. Token ids are small, so that any vocabulary has them."""
+def example_inputs(
+    input_shape: Sequence[int], input_type: str, largest_id: int, count: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Random inputs (count, *input_shape), always the same: token ids up to `largest_id`, or values of this scale."""
     generator = torch.Generator().manual_seed(count)
     if input_type == "I64":
-        return torch.randint(0, 8, (count, *input_shape), generator=generator)
-    return torch.randn((count, *input_shape), generator=generator) * scale
+        return torch.randint(0, largest_id + 1, (count, *input_shape), generator=generator)
+    return torch.randn((count, *input_shape), generator=generator, dtype=torch.float32) * scale
+
+
+def _with_constants(
+    program: torch.export.ExportedProgram, names: Mapping[str, str], tensors: dict[str, torch.Tensor]
+) -> dict[str, str]:
+    """`names` with those of a program's constants, which are added to `tensors`. Both modes number theirs from 0: equal
+    ones are one."""
+    found = dict(names)
+    for target, tensor in program.constants.items():
+        if isinstance(tensor, torch.Tensor) and target not in names:
+            unique, number = target, 1
+            while unique in tensors and not _same(tensors[unique], tensor):
+                unique, number = f"{target}.{number}", number + 1
+            tensors.setdefault(unique, tensor.detach())
+            found[target] = unique
+    return found
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _read(program: FlatProgram) -> frozenset[str]:
+    return frozenset().union(*(step.tensors for step in program.steps))
 
 
 def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -111,7 +146,9 @@ def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict
     moved = {each: tensor.clone() for each, tensor in tensors.items()}
     for each in sorted(names):
         tensor = moved[each]
-        if tensor.is_floating_point():
+        given = tensors[each]
+        spread = any(step == 0 and extent > 1 for extent, step in zip(given.shape, given.stride(), strict=True))
+        if tensor.is_floating_point() and not spread:  # one value in many places cannot be written to
             noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
             tensor.mul_(1 + 0.1 * noise).add_(0.02 * noise)
     return moved
@@ -126,8 +163,6 @@ def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, to
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ):
-        if tensor.is_meta:
-            raise ModelError(f"the model {name} has no weights: {each} lies on the meta device; initialise it")
         names[each] = first.setdefault(id(tensor), each)
         tensors[names[each]] = tensor.detach()
     _refuse_shared_memory(module, name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from fedepth.errors import ModelError, StateError
 from fedepth.weights import open_weights
 
 # Where training scripts put the weights in what they save.
-_NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "ema")
+_NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "state_dict_ema", "params", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _NAMED = 5  # names in a message
 
@@ -72,7 +70,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             raise ModelError(f"the initial weights cannot be read: {error}") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # noqa: BLE001 - damaged files make torch.load raise anything
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{path} cannot be read as a checkpoint of tensors: {text}; save model.state_dict(), best as safetensors"
@@ -95,7 +93,9 @@ def _tensors(found: Any) -> dict[str, torch.Tensor]:
 def _without_prefix(given: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
     """Names as the module has them: wrappers for training on several GPUs put something in front of all of them."""
     own = set(module.state_dict())
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in given) and not any(name in own for name in given):
-            return {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+    while not any(name in own for name in given):
+        prefix = next((each for each in _PREFIXES if all(name.startswith(each) for name in given)), "")
+        if not prefix:
+            break
+        given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
     return given

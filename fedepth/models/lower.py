@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from fedepth.models.graph import (
     values_of,
     with_scalars,
 )
+from fedepth.models.operators import OPERATORS
 from fedepth.models.source import user_line
 
 # Checks that torch.export adds; a device checks sizes where it matters.
@@ -72,6 +73,7 @@ class Step:
         writes: tensors of the model that it writes.
         mutates: the value that it changes in place; None for most.
         random: draws random numbers.
+        mixes: its tensors have several types, so that its result would have another one if it worked out of place.
         module: path of the module that it belongs to.
         line: of the user's code, for messages.
     """
@@ -82,6 +84,7 @@ class Step:
     random: bool
     module: str
     line: str
+    mixes: bool = False
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -111,11 +114,21 @@ def lower(program: torch.export.ExportedProgram, output: int, names: Mapping[str
     """
     lowering = _Lowering(program, names)
     outputs = lowering.add_graph(program.graph_module, {})
+    for spec, value in zip(program.graph_signature.output_specs, outputs, strict=True):
+        if spec.kind is torch.export.graph_signature.OutputKind.BUFFER_MUTATION:
+            lowering.assign(names[spec.target or ""], value)
     chosen = outputs[output]
     if not isinstance(chosen, Value):
         raise ModelError("the model's output does not depend on its input")
     steps = _without_unused(lowering.steps, lowering.values, chosen.number)
-    return _functional(steps, lowering.values, chosen.number)
+    flat = _functional(steps, lowering.values, chosen.number)
+    for step in flat.steps:
+        if step.operation.name not in OPERATORS:
+            raise ModelError(
+                f"torch's operator {step.operation.name} at {step.line} is not one that devices run; write that line "
+                "with other functions of torch"
+            )
+    return flat
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,11 @@ class _Lowering:
                 raise ModelError(f"the model's graph holds a {node.op}, which cannot be run on a device")
         raise AssertionError("a graph ends with its output")
 
+    def assign(self, name: str, value: Scalar) -> None:
+        """A buffer is another tensor from here on, as after `self.mean = 0.9 * self.mean + …`."""
+        operation = Operation("copy_", (Tensor(name), value), (-1,), detached=True)
+        self.steps.append(Step(operation, frozenset((name,)), None, False, "", f"the assignment of {name}"))
+
     def _placeholder(self, node: fx.Node) -> Scalar:
         if node.name in self._given:
             return self._given[node.name]
@@ -178,16 +196,20 @@ class _Lowering:
         if any(name.startswith(prefix) for prefix in _ASSERTIONS):
             return None
         if name == "wrap_with_set_grad_enabled":
-            given_: list[Any] = [known[each] if isinstance(each, fx.Node) else each for each in node.args]
-            enabled, inner, *operands = given_
-            placeholders = [each.name for each in inner.graph.nodes if each.op == "placeholder"]
-            given = dict(zip(placeholders, operands, strict=True))
-            return self.add_graph(inner, given, detached=detached or not enabled)
+            enabled, inner, *operands = _given(node, known)
+            return self._add_inner(inner, operands, detached=detached or not enabled)
         if name == "wrap_with_autocast":
+            _, _, enabled, _, inner, *operands = _given(node, known)
+            if not enabled:
+                return self._add_inner(inner, operands, detached=detached)
             raise ModelError(f"it runs under autocast at {user_line(node)}; devices train in float32: leave that out")
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise ModelError(f"the operator {target} at {user_line(node)} is not one that devices can run")
         return self._operator(node, target, known, detached)
+
+    def _add_inner(self, inner: fx.GraphModule, operands: list[Any], *, detached: bool) -> tuple[Scalar, ...]:
+        placeholders = [each.name for each in inner.graph.nodes if each.op == "placeholder"]
+        return self.add_graph(inner, dict(zip(placeholders, operands, strict=True)), detached=detached)
 
     def _operator(
         self, node: fx.Node, target: torch._ops.OpOverload, known: Mapping[fx.Node, Any], detached: bool
@@ -204,6 +226,8 @@ class _Lowering:
             name, arguments = _without_device(target._overloadname, arguments, keywords)
         operation = Operation(name, arguments, (), keywords, detached)
         writes, mutates = _written(target, operation)
+        if mutates is not None and self.values[mutates].storage < 0:  # a slice or view of a tensor of the model
+            writes.update(each for each, storage in self._storages.items() if storage == self.values[mutates].storage)
         read = [self.values[number] for number in values_of(operation)]
         depends = any(each.depends for each in read)
         value = node.meta.get("val")
@@ -218,7 +242,8 @@ class _Lowering:
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed([path for path, _ in stack.values()]), "")
         operation = Operation(name, arguments, numbers, keywords, detached)
-        self.steps.append(Step(operation, frozenset(writes), mutates, random, module, user_line(node)))
+        mixes = len(set(_types(node))) > 1
+        self.steps.append(Step(operation, frozenset(writes), mutates, random, module, user_line(node), mixes))
         if not several and isinstance(alias, str):  # a written parameter or buffer goes on under its own name
             return Tensor(alias) if mutates is None and writes else results[0]
         return results if several else results[0]
@@ -248,6 +273,18 @@ class _Lowering:
         dtype = DTYPE_OF_TORCH.get(str(value.dtype).removeprefix("torch."), "")
         self.values[number] = ValueInfo(shape, dtype, depends, number if storage is None else storage)
         return Value(number)
+
+
+def _given(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[Any]:
+    return [known[each] if isinstance(each, fx.Node) else each for each in node.args]
+
+
+def _types(node: fx.Node) -> Iterator[torch.dtype]:
+    """Of the tensors, but single numbers, that an operator takes."""
+    for each in node.all_input_nodes:
+        value = each.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim():
+            yield value.dtype
 
 
 def _without_device(
@@ -390,7 +427,7 @@ def _functional(steps: list[Step], values: dict[int, ValueInfo], output: int) ->
             others = [n for n in before if last_use.get(n, -1) > at]
             name = operation.name.replace(functional, functional[:-1], 1)
             random_fill = step.random and functional[:-1] not in _RANDOM
-            if not others and storage >= 0 and not random_fill and _exists(name):
+            if not others and storage >= 0 and not random_fill and not step.mixes and _exists(name):
                 result = step.operation.results[0]
                 names[target] = result
                 values[result] = replace(values[result], storage=result)

@@ -84,9 +84,11 @@ class RunnableUnit:
         try:
             return _run(self._programs[self.training], x, tensors)
         except IndexError as error:
+            if "index out of range" not in str(error):  # what torch says of an embedding
+                raise
             raise DataError(
-                f"unit {self.unit.name}: an input holds an id that the model has no row for "
-                f"({str(error).splitlines()[0]}); ids have to be below the size of the model's vocabulary"
+                f"unit {self.unit.name}: an input holds an id that the model has no row for; ids have to be below the "
+                "size of the model's vocabulary"
             ) from error
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:

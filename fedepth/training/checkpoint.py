@@ -37,6 +37,8 @@ def forward_backward(
     loss = finish(_Capture.apply(inputs.pop().detach().requires_grad_(), gradients))
     torch.autograd.backward(loss)
     for unit in reversed(units):
+        if not gradients:  # what comes behind is detached from it
+            break
         x = inputs.pop().detach()
         if inputs:  # nobody wants the first unit's input gradient
             x = _Capture.apply(x.requires_grad_(), gradients)

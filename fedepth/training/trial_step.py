@@ -12,6 +12,7 @@ import torch
 from fedepth.errors import ModelError
 from fedepth.models.graph import Graph
 from fedepth.models.run import Model, RunnableUnit
+from fedepth.models.source import first_line
 from fedepth.training import checkpoint
 from fedepth.training.objective import any_output, shared_head
 
@@ -71,8 +72,10 @@ def _alone(
 def _guarded(what: str, call: Callable[[], T]) -> T:
     try:
         return call()
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
+    except ModelError:
+        raise
+    except Exception as error:  # whatever an operator does with this model's sizes
+        text = first_line(error)
         raise ModelError(
             f"{what} of the model fails in one training step as devices run it: {text}; change that part of the model"
         ) from error

@@ -30,7 +30,8 @@ def difference_of_steps(module: nn.Module, exported: Exported, batch: int, *, tr
     module.zero_grad()
     shape = (batch, *graph.input_shape)
     tokens = graph.input_type == "I64"
-    x = torch.randint(0, 8, shape, generator=generator) if tokens else torch.randn(shape, generator=generator)
+    largest = exported.largest_id + 1
+    x = torch.randint(0, largest, shape, generator=generator) if tokens else torch.randn(shape, generator=generator)
     torch.manual_seed(3)
     expected = next(leaf for leaf in tree_leaves(module(x.clone())) if isinstance(leaf, torch.Tensor))
     torch.autograd.backward(expected.square().sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import random
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -25,6 +25,7 @@ from fedepth.models.graph import (
     decode,
     encode,
 )
+from fedepth.models.operators import CREATION, OPERATORS
 from fedepth.models.run import RunnableUnit
 from fedepth.models.verify import verify
 from tests.models.module_and_graph import difference_of_steps
@@ -32,7 +33,8 @@ from tests.models.module_and_graph import difference_of_steps
 KEPT = (
     *("mlp", "batch_norm_cnn", "TextEncoder", "Gpt", "LstmClassifier", "FunctionalDropout", "ModeBranch"),
     *("InPlaceSlices", "StochasticDepth", "InPlaceActivations", "spectral", "Tied", "frozen_backbone"),
-    *("PlainTensor", "Counter", "replaced_forward", "Viewing"),
+    *("PlainTensor", "Counter", "replaced_forward", "Viewing", "SliceStatistics", "AssignedStatistics", "LinearProbe"),
+    *("SmallVocabulary", "ModeConstants", "DoubleBuffer", "SpreadMask", "NoAutocast"),
 )
 
 
@@ -67,6 +69,9 @@ def test_it_is_so_with_other_weights_and_batches(name: str, training: bool) -> N
         assert difference_of_steps(both.module, both.exported, batch, training=training) < 1e-5
 
 
+COUNTER = itertools.count()
+
+
 class Chance(nn.Module):
     """Its results differ from run to run by about `size`, as those of some kernels do on several threads."""
 
@@ -76,7 +81,7 @@ class Chance(nn.Module):
         self.linear = nn.Linear(6, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * (1 + self.size * random.random())  # type: ignore[no-any-return]
+        return self.linear(x) * (1 + self.size * (next(COUNTER) % 3))  # type: ignore[no-any-return]
 
 
 def test_rounding_that_differs_from_run_to_run_is_no_disagreement() -> None:
@@ -159,6 +164,15 @@ def test_an_argument_that_does_not_exist_is_refused(argument: Argument) -> None:
     unit = Unit("odd", (), (), (), (3,), program, program)
     with pytest.raises(ModelError, match="unit odd has an argument that does not exist"):
         RunnableUnit(unit)
+
+
+def test_every_listed_operator_exists_and_is_told_where_to_make_tensors() -> None:
+    for name in OPERATORS:
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.aten, packet), overload or "default")._schema
+        takes_device = any(argument.name == "device" for argument in schema.arguments)
+        makes = not any("Tensor" in str(argument.type) for argument in schema.arguments)
+        assert (packet in CREATION) == (takes_device and makes), name
 
 
 def test_an_operator_that_is_not_listed_is_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedepth.models.export import example_inputs, export_model
+from fedepth.models.export import export_model
 from fedepth.models.graph import decode, encode
 from fedepth.models.verify import TOLERANCE, verify
 from fedepth.training.trial_step import try_one_step
@@ -162,4 +162,4 @@ def test_any_module_is_exact_as_a_graph(recipe: Recipe) -> None:
         for batch in (2, 7):
             assert difference_of_steps(module, exported, batch, training=training) <= TOLERANCE / 10
     # Unit by unit, with and without checkpointing, in the layout of a trainer: raises ModelError where it differs.
-    try_one_step(exported.graph, exported.tensors, example_inputs((2, SIDE, SIDE), "F32", 3))
+    try_one_step(exported.graph, exported.tensors, exported.examples(3))

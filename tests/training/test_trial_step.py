@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fedepth.errors import ModelError
-from fedepth.models.export import example_inputs
 from fedepth.models.graph import Extent, Graph, Operation, Program, Tensor, Unit, Value, check
 from fedepth.task import ModelSpec
 from fedepth.training.trial_step import try_one_step
@@ -19,7 +18,7 @@ from tests.training.jobs import FROZEN, PRERESNET, SPEC, TOKENS, TRANSFORMER, VE
 def test_ordinary_models_pass_and_stay_as_they_are(spec: ModelSpec) -> None:
     found = exported(spec)
     before = {name: tensor.clone() for name, tensor in found.tensors.items()}
-    try_one_step(found.graph, found.tensors, example_inputs(spec.input_shape, spec.input_type.dtype, 2))
+    try_one_step(found.graph, found.tensors, found.examples(2))
     for name, tensor in found.tensors.items():
         assert torch.equal(tensor, before[name]), name
         assert not tensor.requires_grad
@@ -52,7 +51,7 @@ def two_units(*second: Operation) -> Graph:
 
 
 def tried(graph: Graph, weights: Mapping[str, torch.Tensor] = WEIGHTS) -> None:
-    try_one_step(graph, weights, example_inputs((WIDTH,), "F32", 2))
+    try_one_step(graph, weights, torch.randn(2, WIDTH))
 
 
 SQUARE = Operation("square", (Value(1),), (2,))
