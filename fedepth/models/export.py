@@ -141,7 +141,11 @@ def _read(program: FlatProgram) -> frozenset[str]:
 
 
 def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they do."""
+    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they do.
+
+    What has several dimensions is moved to both sides, by little of what its inputs add up to: in a hundred layers, a
+    shift to one side would make numbers that nobody can compare.
+    """
     generator = torch.Generator().manual_seed(len(tensors))
     moved = {each: tensor.clone() for each, tensor in tensors.items()}
     for each in sorted(names):
@@ -150,7 +154,10 @@ def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict
         spread = any(step == 0 and extent > 1 for extent, step in zip(given.shape, given.stride(), strict=True))
         if tensor.is_floating_point() and not spread:  # one value in many places cannot be written to
             noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor.mul_(1 + 0.1 * noise).add_(0.02 * noise)
+            if tensor.dim() > 1:
+                tensor.add_((noise - 0.5) * 0.2 / max(1, prod(tensor.shape[1:])) ** 0.5)
+            else:
+                tensor.mul_(1 + 0.1 * noise).add_(0.02 * noise)
     return moved
 
 

@@ -23,8 +23,8 @@ from fedepth.models.source import error_line, first_line
 # Kernels may sum in another order on several threads, even from run to run: gradients of one SqueezeNet differed by
 # 1.3e-6. A wrong graph, or a random number, is off by far more.
 TOLERANCE = 1e-4
-# In another memory format other kernels run. A view that has become a copy is off by more than this.
-LAYOUT_TOLERANCE = 1e-2
+# In another memory format other kernels run: logits are compared, for gradients of a hundred layers differ by percents.
+LAYOUT_TOLERANCE = 1e-3
 _SEED = 7
 _SIMPLE = bool | int | float | str | None
 
@@ -80,7 +80,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
             if trial.channels_last and original.draws(start, inputs, trial, again):
                 continue  # random numbers come in the order in which values lie in memory
             found = _run_graph(exported, inputs, trial, start)
-            difference, what = _difference(again, found, floor=0.01 if trial.channels_last else 0.0)
+            difference, what = _difference(again, found, gradients=not trial.channels_last)
             if not difference <= (LAYOUT_TOLERANCE if trial.channels_last else TOLERANCE):
                 raise ModelError(
                     f"the graph of the model {name} differs from the model by {difference:.3g} in {what} ({trial}); "
@@ -205,7 +205,7 @@ class _Original:
         torch.manual_seed(_SEED)
         with torch.no_grad():
             logits = self._logits(inputs, trial)
-        if not _relative(logits, known.logits, 0.0) <= TOLERANCE:
+        if not _relative(logits, known.logits) <= TOLERANCE:
             raise ModelError(
                 f"the model {self._name} gives other logits under torch.no_grad(), as with torch.is_grad_enabled(); "
                 "branch on self.training instead"
@@ -277,26 +277,20 @@ def _backward(logits: torch.Tensor, scale: float) -> None:
         torch.autograd.backward((logits * weights).sum())
 
 
-def _difference(one: _Outcome, other: _Outcome, floor: float = 0.0) -> tuple[float, str]:
-    """The largest relative difference, and where it is.
-
-    Args:
-        floor: nothing counts as smaller than this share of the largest of its kind: of a gradient that is zero but for
-            rounding, every digit differs.
-    """
-    pairs = [("the logits", one.logits, other.logits, 0.0)]
-    largest = max((float(each.abs().max()) for each in one.gradients.values() if each.numel()), default=0.0)
-    for each in one.gradients.keys() | other.gradients.keys():
+def _difference(one: _Outcome, other: _Outcome, *, gradients: bool = True) -> tuple[float, str]:
+    """The largest relative difference, and where it is."""
+    pairs = [("the logits", one.logits, other.logits)]
+    for each in one.gradients.keys() | other.gradients.keys() if gradients else ():
         known = one.gradients.get(each, other.gradients.get(each))
         assert known is not None
         zeros = torch.zeros_like(known)
         mine, theirs = one.gradients.get(each, zeros), other.gradients.get(each, zeros)
-        pairs.append((f"the gradient of {each}", mine, theirs, floor * largest))
-    pairs += [(each, one.tensors[each], other.tensors[each], 0.0) for each in one.tensors]
-    return max(((_relative(a, b, least), what) for what, a, b, least in pairs), key=lambda each: each[0])
+        pairs.append((f"the gradient of {each}", mine, theirs))
+    pairs += [(each, one.tensors[each], other.tensors[each]) for each in one.tensors]
+    return max(((_relative(a, b), what) for what, a, b in pairs), key=lambda each: each[0])
 
 
-def _relative(one: torch.Tensor, other: torch.Tensor, least: float) -> float:
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     """Of the larger; what is no number in both is the same."""
     if one.shape != other.shape:
         return float("inf")
@@ -307,6 +301,6 @@ def _relative(one: torch.Tensor, other: torch.Tensor, least: float) -> float:
     one, other = one[both], other[both]
     if one.numel() == 0:
         return 0.0
-    size = max(float(one.abs().max()), float(other.abs().max()), 1e-6, least)
+    size = max(float(one.abs().max()), float(other.abs().max()), 1e-6)
     difference = float((one - other).abs().max()) / size
     return difference if difference == difference else float("inf")
