@@ -265,7 +265,8 @@ def draw_errors(trials: Sequence[Trial], path: Path) -> None:
     scatter, spread = figure.subplots(1, 2)
     errors = []
     for name in dict.fromkeys(trial.model for trial in trials):
-        stages = [each for trial in trials if trial.model == name for each in trial.stages]
+        # A peak of 0, hidden below pages that others gave up meanwhile, tells nothing.
+        stages = [each for trial in trials if trial.model == name for each in trial.stages if each.measured_bytes]
         predicted = [each.planned.predicted_peak_bytes / mib for each in stages]
         measured = [each.measured_bytes / mib for each in stages]
         scatter.loglog(measured, predicted, ".", alpha=0.6, label=name)
