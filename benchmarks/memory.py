@@ -269,12 +269,12 @@ def draw_errors(trials: Sequence[Trial], path: Path) -> None:
         stages = [each for trial in trials if trial.model == name for each in trial.stages if each.measured_bytes]
         predicted = [each.planned.predicted_peak_bytes / mib for each in stages]
         measured = [each.measured_bytes / mib for each in stages]
-        scatter.loglog(measured, predicted, ".", alpha=0.6, label=name)
+        scatter.loglog(measured, predicted, ".", alpha=0.6, label=name.rpartition(":")[2])
         errors += [100 * (one / other - 1) for one, other in zip(predicted, measured, strict=True)]
     ends = scatter.get_xlim()
     scatter.loglog(ends, ends, color="gray", linewidth=1)
     scatter.set(xlabel="measured peak of a stage, MiB", ylabel="predicted peak, MiB", title="every trained stage")
-    scatter.legend()
+    scatter.legend(fontsize="x-small", ncols=2)
     spread.hist(errors, bins=40, range=(-30, 30), color="tab:blue")
     spread.set(xlabel="(predicted − measured) / measured, %", ylabel="stages", title="error of the estimate")
     figure.savefig(path, dpi=110)
