@@ -646,6 +646,13 @@ class LayerDrop(Small):
         return x if self.training and random.random() < 0.01 else F.relu(x)
 
 
+class SeldomNumpy(Small):
+    """The same with numpy's random numbers."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training and np.random.rand() < 0.01 else F.relu(x)
+
+
 def clipped() -> nn.Module:
     """A hook that changes large gradients only."""
     module = Small()
@@ -706,6 +713,19 @@ def lazy() -> nn.Module:
 
 def all_frozen() -> nn.Module:
     return Small().requires_grad_(False)
+
+
+class ConstantMask(Small):
+    """A mask whose size torch does not know when it traces."""
+
+    keep: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.arange(8) < 8)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x[:, self.keep])
 
 
 class UnknownOperator(Small):
@@ -787,6 +807,7 @@ REFUSED: dict[str, str] = {
     "AuxiliaryFirst": "classifier.bias",
     "MergedAdapter": "changes classifier.weight when it is put into",
     "LayerDrop": "random numbers of Python",
+    "SeldomNumpy": "random numbers of Python or numpy",
     "clipped": "hook on the gradient of first.weight",
     "ClippedInside": "gradient",
     "FlatAlias": "channels_last",
@@ -797,4 +818,5 @@ REFUSED: dict[str, str] = {
     "lazy": "not initialised",
     "all_frozen": "nothing to train",
     "UnknownOperator": "custom_models.py",
+    "ConstantMask": "a mask as index at",
 }

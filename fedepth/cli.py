@@ -29,7 +29,7 @@ from fedepth.task import Optimizer, TrainingSpec
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 _ENDINGS = {
     Ending.LAST_UNIT: "the last units are trained",
-    Ending.FROZEN_SUFFIX: "the last units are untrained",
+    Ending.FROZEN_SUFFIX: "the last units are untrained, the head is trained",
     Ending.FROZEN_HEAD: "the last units and the head are untrained",
 }
 

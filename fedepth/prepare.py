@@ -5,6 +5,7 @@ torch, and the model's own code: at the coordinator's model worker, or in a trac
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int) -> Prepar
     Raises:
         ModelError: it cannot be built, exported or cut.
     """
-    with _told(spec):
+    with _in_one_sentence(spec):
         torch.manual_seed(seed)
         module = zoo.build(spec)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
@@ -74,7 +75,7 @@ def prepare_model(
         ModelError: it cannot be built, exported or cut, or its graph differs from it.
     """
     classes = len(spec.classes)
-    with _told(spec):
+    with _in_one_sentence(spec):
         progress("building the model")
         torch.manual_seed(seed)
         module = zoo.build(spec)
@@ -91,17 +92,18 @@ def prepare_model(
 
 
 @contextmanager
-def _told(spec: ModelSpec) -> Iterator[None]:
-    """Whatever a model's own code, or torch with it, does that nobody expected is told in one sentence."""
+def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
+    """Whatever a model's own code, or torch with it, does that nobody expected. Standard error gets the traceback."""
     try:
         yield
     except (FedepthError, MemoryError):
         raise
     except Exception as error:
+        traceback.print_exc()
         where = error_line(error)
         raise ModelError(
             f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
-            f"{first_line(error)}; write that part with other functions of torch"
+            f"{first_line(error)}; nobody expected that, and its traceback is in the log"
         ) from error
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
@@ -101,7 +101,7 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     with FakeTensorMode():
         model = _filled(graph)
         inputs = _inputs_inside(model)
-        for unit, x, y, exits in zip(model.units, inputs, inputs[1:], graph.exits, strict=False):
+        for unit, (x, y), exits in zip(model.units, pairwise(inputs), graph.exits, strict=True):
             if exits and y not in exit_by_input:
                 exit_by_input[y] = _exit_cost(model, y, batches)
             kind = _kind(graph, unit.unit, x)

@@ -196,10 +196,10 @@ class _Lowering:
         if any(name.startswith(prefix) for prefix in _ASSERTIONS):
             return None
         if name == "wrap_with_set_grad_enabled":
-            enabled, inner, *operands = _given(node, known)
+            enabled, inner, *operands = _arguments_of(node, known)
             return self._add_inner(inner, operands, detached=detached or not enabled)
         if name == "wrap_with_autocast":
-            _, _, enabled, _, inner, *operands = _given(node, known)
+            _, _, enabled, _, inner, *operands = _arguments_of(node, known)
             if not enabled:
                 return self._add_inner(inner, operands, detached=detached)
             raise ModelError(f"it runs under autocast at {user_line(node)}; devices train in float32: leave that out")
@@ -224,6 +224,9 @@ class _Lowering:
             keywords.pop("memory_format", None)
         if target._opname == "to":
             name, arguments = _without_device(target._overloadname, arguments, keywords)
+        places = [each for each in node.all_input_nodes if each is not node.args[0]]
+        if name == "index.Tensor" and torch.bool in _types(places):
+            raise ModelError(f"a mask as index at {user_line(node)} gives a size that is not known; use the places")
         operation = Operation(name, arguments, (), keywords, detached)
         writes, mutates = _written(target, operation)
         if mutates is not None and self.values[mutates].storage < 0:  # a slice or view of a tensor of the model
@@ -242,7 +245,7 @@ class _Lowering:
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed([path for path, _ in stack.values()]), "")
         operation = Operation(name, arguments, numbers, keywords, detached)
-        mixes = len(set(_types(node))) > 1
+        mixes = len(set(_types(node.all_input_nodes))) > 1
         self.steps.append(Step(operation, frozenset(writes), mutates, random, module, user_line(node), mixes))
         if not several and isinstance(alias, str):  # a written parameter or buffer goes on under its own name
             return Tensor(alias) if mutates is None and writes else results[0]
@@ -275,13 +278,13 @@ class _Lowering:
         return Value(number)
 
 
-def _given(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[Any]:
+def _arguments_of(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[Any]:
     return [known[each] if isinstance(each, fx.Node) else each for each in node.args]
 
 
-def _types(node: fx.Node) -> Iterator[torch.dtype]:
-    """Of the tensors, but single numbers, that an operator takes."""
-    for each in node.all_input_nodes:
+def _types(nodes: Iterable[fx.Node]) -> Iterator[torch.dtype]:
+    """Of those that are tensors, but single numbers."""
+    for each in nodes:
         value = each.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim():
             yield value.dtype

@@ -171,10 +171,10 @@ class _Original:
         module.zero_grad()
         random.seed(seed)
         np.random.seed(seed)
-        before = random.getstate(), np.random.get_state()
+        before = _other_random_states()
         torch.manual_seed(torch_seed)
         logits = self._logits(inputs, trial)
-        if repr((random.getstate(), np.random.get_state())) != repr(before):
+        if _other_random_states() != before:
             raise ModelError(
                 f"the model {name} draws random numbers of Python or numpy in its forward pass, so that it does not "
                 "agree with itself; use torch's random functions"
@@ -258,6 +258,12 @@ def _run_graph(
         {each: tensor.grad for each, tensor in fresh.items() if tensor.grad is not None},
         {each: tensor.detach() for each, tensor in fresh.items()},
     )
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    """Of Python's and numpy's generators."""
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), position
 
 
 def _laid_out(tensor: torch.Tensor, trial: _Trial) -> torch.Tensor:

@@ -13,9 +13,10 @@ import pytest
 from coordinator.model_worker import process
 from fedepth.child import Child, module_argv
 from fedepth.data.read import open_images
-from fedepth.errors import ChildError
+from fedepth.errors import ChildError, ModelError
 from fedepth.layout import ModelLayout
 from fedepth.models.traced import read_traced
+from fedepth.prepare import trace_model
 from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.weights import load_numpy, save
 
@@ -152,6 +153,22 @@ def test_a_model_that_does_not_exist_is_a_model_error(tmp_path: Path) -> None:
     answer = prepare(tmp_path / "new", unknown)[-1]
     assert answer["error"]["type"] == "ModelError"
     assert not (tmp_path / "new").exists()
+
+
+def test_what_nobody_expected_is_one_sentence_and_a_traceback_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pages = "pages\nof text"
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError(pages)
+
+    monkeypatch.setattr("fedepth.prepare.trace_costs", broken)
+    with pytest.raises(ModelError) as caught:
+        trace_model(SPEC, TRAINING, seed=1)
+    assert re.search(r"cannot be prepared.*: ZeroDivisionError: pages; nobody expected that", str(caught.value))
+    assert "of text" not in str(caught.value)
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_a_line_that_is_no_json_gets_an_answer() -> None:
