@@ -213,23 +213,22 @@ def _plain(shape: tuple[int | Extent, ...]) -> tuple[int, ...]:
 def _without_shared(
     training: FlatProgram, evaluation: FlatProgram, cuts: list[_Cut], trainable: frozenset[str]
 ) -> list[_Cut]:
-    """Drops cuts between two users of one trainable tensor, written buffer, or random value."""
-    forbidden: set[int] = set()
+    """Drops cuts between two users of one trainable tensor, written buffer, or random value, in one mode or in both."""
+    steps = (*training.steps, *evaluation.steps)
+    owned = trainable | {name for step in steps for name in step.writes}
+    users: dict[object, set[int]] = {}
     for program, places in (
         (training, [each.training for each in cuts]),
         (evaluation, [each.evaluation for each in cuts]),
     ):
-        owned = trainable | {name for step in program.steps for name in step.writes}
-        users: dict[object, set[int]] = {}
         for piece, members in enumerate(_members(program, places)):
             for at in members:
                 step = program.steps[at]
                 for name in step.tensors & owned:
                     users.setdefault(name, set()).add(piece)
                 if step.random and not _depends(program, step):
-                    users.setdefault(at, set()).add(piece)
-        for pieces in users.values():
-            forbidden.update(range(min(pieces), max(pieces)))
+                    users.setdefault((id(program), at), set()).add(piece)
+    forbidden = {cut for pieces in users.values() for cut in range(min(pieces), max(pieces))}
     return [each for index, each in enumerate(cuts) if index not in forbidden]
 
 

@@ -98,7 +98,7 @@ def _load(graph: Graph, unit: RunnableUnit, tensors: Mapping[str, torch.Tensor])
 
 def _compare(plain: Model, checkpointed: Model) -> None:
     for one, other in zip((*plain.units, plain.head), (*checkpointed.units, checkpointed.head), strict=True):
-        for name in one.unit.trained_names:
+        for name in one.unit.tensor_names:  # also those that nothing should have written
             mine, theirs = one.tensors[name], other.tensors[name]
             if name in one.unit.parameters:
                 mine, theirs = (each if each.grad is None else each.grad for each in (mine, theirs))

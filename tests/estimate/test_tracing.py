@@ -135,6 +135,29 @@ def test_a_convolution_runs_in_the_layout_that_its_input_has() -> None:
     assert [each.depthwise_bytes for each in first] == [0]
 
 
+class TwoAlike(nn.Module):
+    """Two units of one program: the second gets maps in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 2, stride=2)
+        self.one = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        self.mix = nn.Linear(4, 4)
+        self.other = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mix(self.one(self.patches(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(self.other(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_units_of_one_program_are_of_two_kinds_if_their_inputs_lie_otherwise() -> None:
+    units = {unit.name: unit for unit in costs_of(f"{__name__}:TwoAlike", SIDE).units}
+    assert len(units) == 4
+    padded = [units[name].training.backward.convolutions[0].depthwise_bytes for name in ("one", "other")]
+    assert padded == [0, 4 * 25 * FLOAT]
+
+
 def test_an_lstm_keeps_its_gates_and_one_state_of_every_step() -> None:
     steps, samples, width = 7, 5, 24
     lstm = nn.LSTM(8, width)

@@ -28,6 +28,7 @@ from fedepth.models.graph import (
 from fedepth.models.operators import CREATION, OPERATORS
 from fedepth.models.run import RunnableUnit
 from fedepth.models.verify import verify
+from fedepth.training.trial_step import try_one_step
 from tests.models.module_and_graph import difference_of_steps
 
 KEPT = (
@@ -70,6 +71,24 @@ def test_it_is_so_with_other_weights_and_batches(name: str, training: bool) -> N
 
 
 COUNTER = itertools.count()
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_its_units_train_one_by_one_and_checkpointed(name: str) -> None:
+    exported = pair(name).exported
+    samples = max(3, exported.graph.smallest_micro_batch)
+    try_one_step(exported.graph, exported.tensors, exported.examples(samples))
+
+
+@pytest.mark.parametrize("name", ["SliceStatistics", "AssignedStatistics", "Counter"])
+def test_a_buffer_that_training_writes_in_any_way_is_in_the_update(name: str) -> None:
+    exported = pair(name).exported
+    buffers = {each for each, _ in pair(name).module.named_buffers()}
+    pieces = (*exported.graph.units, exported.graph.head)
+    assert {each for piece in pieces for each in piece.written} == buffers
+    # No other piece has a copy of its own, be it in one mode only.
+    assert not buffers & {each for piece in pieces for each in piece.fixed}
+    assert buffers <= exported.graph.layout().by_name.keys()
 
 
 class Chance(nn.Module):

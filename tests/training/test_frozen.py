@@ -49,13 +49,13 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
     return found
 
 
-def one_step(job: TrainingContext, planned: Stage) -> BlockTraining:
+def one_step(job: TrainingContext, planned: Stage, *, trains_head: bool = True) -> BlockTraining:
     """The stage after one step on all samples, not closed yet."""
     load(job, job.model.head, trainable=True)
     inputs = build_inputs(job, planned, None, None, lambda: None)
     labels = torch.from_numpy(job.images.labels)
     micro_batch = MicroBatch(job.costs, job.task.training, planned, COUNT)
-    block = BlockTraining(job, planned, inputs, labels, 0, micro_batch, trains_head=True)
+    block = BlockTraining(job, planned, inputs, labels, 0, micro_batch, trains_head=trains_head)
     block.step(torch.arange(COUNT))
     inputs.close()
     return block
@@ -167,6 +167,16 @@ def test_a_block_without_anything_to_train_still_trains_the_head(tmp_path: Path,
     block, _, head = train(job, Meter(), Quiet()).parts
     assert load_numpy(block) == {}
     assert all((tensor != job.weights.read(name)).any() for name, tensor in load_numpy(head).items())
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+def test_a_head_that_keeps_its_global_value_has_no_gradients(tmp_path: Path, checkpoint: bool) -> None:
+    planned = replace(stage(0, 2), checkpoint=checkpoint)
+    job = context(tmp_path, [planned], PRERESNET, count=COUNT)
+    one_step(job, planned, trains_head=False)
+    assert all(parameter.grad is None for _, parameter in job.model.head.parameters())
+    assert in_file(job, job.model.head)
+    assert not in_file(job, job.model.units[0])
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
