@@ -13,6 +13,7 @@ from fedepth.errors import ModelError
 from fedepth.models.graph import Graph
 from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.source import first_line
+from fedepth.models.verify import one_thread
 from fedepth.training import checkpoint
 from fedepth.training.objective import any_output, shared_head
 
@@ -22,6 +23,7 @@ _SEED = 11
 T = TypeVar("T")
 
 
+@one_thread()
 def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> None:
     """Trains every unit alone for one step, and all of them at once, with and without checkpointing.
 

@@ -27,7 +27,7 @@ from fedepth.models.graph import (
 )
 from fedepth.models.operators import CREATION, OPERATORS
 from fedepth.models.run import RunnableUnit
-from fedepth.models.verify import verify
+from fedepth.models.verify import one_thread, verify
 from fedepth.training.trial_step import try_one_step
 from tests.models.module_and_graph import difference_of_steps
 
@@ -101,6 +101,32 @@ class Chance(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) * (1 + self.size * (next(COUNTER) % 3))  # type: ignore[no-any-return]
+
+
+class Threads(nn.Module):
+    """What it gives depends on torch's number of threads, as the order of a sum does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(x)
+        return found if torch.get_num_threads() == 1 else found * (1 + next(COUNTER) % 3)
+
+
+def test_a_model_is_compared_on_one_thread_and_the_others_come_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        module = Threads()
+        with one_thread():
+            exported = export_model(module, "threads", (6,), "F32", 10)
+        assert verify(module, exported, "threads") == 0.0
+        try_one_step(exported.graph, exported.tensors, exported.examples(3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rounding_that_differs_from_run_to_run_is_no_disagreement() -> None:
