@@ -29,6 +29,7 @@ from fedepth.task import InputType, ModelSpec, TrainingSpec
 
 LONGEST_S = 600
 DIFFERENCE = 1e-4
+MODES = {"training": 3, "evaluation": 6}  # with the samples of a batch
 TRAINING = TrainingSpec(32, 1, "sgd", 0.01, 0.9, 5e-4, 0.0, "none", 1)
 _LARGE = ("vit_h", "vit_l", "regnet_y_128", "regnet_y_32", "regnet_x_32", "convnext_large", "efficientnet_v2_l")
 # Sides in pixels of those that do not take 64.
@@ -145,13 +146,14 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     write_traced(folder / "graph.json", TracedModel(graph, costs))
     _write_truth(module, exported.tensors, spec, folder)
     save(folder / "weights.safetensors", {each: tensor.detach().numpy() for each, tensor in exported.tensors.items()})
+    del module, exported  # a large model does not fit into two processes
     row["silently_different"] = _differs_elsewhere(folder)
     row["seconds"] = time.monotonic() - started
     return row
 
 
 def _write_truth(module: Any, tensors: Any, spec: ModelSpec, folder: Path) -> None:
-    """Moves the module's weights, and writes inputs, logits and gradients of it, in both modes."""
+    """Moves the module's weights, and writes inputs, logits and gradients of it, a file for each mode."""
     import torch
 
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -163,8 +165,7 @@ def _write_truth(module: Any, tensors: Any, spec: ModelSpec, folder: Path) -> No
                 inputs = max(1, own[each][:1].numel() if own[each].dim() > 1 else 100)
                 noise = torch.rand(own[each].shape, generator=generator) - (0.5 if own[each].dim() > 1 else 0.0)
                 own[each].add_(noise * 0.2 / inputs**0.5)
-    truth: dict[str, Any] = {}
-    for mode, batch in (("training", 3), ("evaluation", 6)):
+    for mode, batch in MODES.items():
         module.train(mode == "training")
         state = {each: tensor.detach().clone() for each, tensor in own.items()}
         shape = (batch, *spec.input_shape)
@@ -175,12 +176,11 @@ def _write_truth(module: Any, tensors: Any, spec: ModelSpec, folder: Path) -> No
         output = module(x.clone())
         logits = next(leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
         torch.autograd.backward(torch.sin(logits).sum())
-        gradients = {e: p.grad.clone() for e, p in module.named_parameters() if p.grad is not None and e in tensors}
-        truth[mode] = {"x": x, "logits": logits.detach(), "gradients": gradients}
+        gradients = {e: p.grad for e, p in module.named_parameters() if p.grad is not None and e in tensors}
+        torch.save({"x": x, "logits": logits.detach(), "gradients": gradients}, folder / f"{mode}.pt")
         with torch.no_grad():
             for each, tensor in own.items():
                 tensor.copy_(state[each])
-    torch.save(truth, folder / "truth.pt")
 
 
 def _differs_elsewhere(folder: Path) -> bool:
@@ -198,11 +198,12 @@ def run_elsewhere(folder: Path) -> float:
     from fedepth.models.traced import read_traced
     from fedepth.weights import load_numpy
 
-    weights = load_numpy(folder / "weights.safetensors")
     worst = 0.0
-    for mode, truth in torch.load(folder / "truth.pt", weights_only=True).items():
+    for mode in MODES:
+        truth = torch.load(folder / f"{mode}.pt", weights_only=True)
         model = Model(read_traced(folder / "graph.json").graph)
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+        weights = load_numpy(folder / "weights.safetensors")
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
         model.load(tensors.__getitem__, trainable=True)
         model.train(mode == "training")
         torch.manual_seed(1234)
@@ -237,9 +238,8 @@ def run_all(names: tuple[str, ...], folder: Path, console: Console) -> list[dict
                     ended = subprocess.run(command, stdout=log, stderr=log, timeout=LONGEST_S, check=False).returncode
                 except subprocess.TimeoutExpired:
                     ended = -1
-            for heavy in place.glob("*.safetensors"):
+            for heavy in (*place.glob("*.safetensors"), *place.glob("*.pt")):
                 heavy.unlink()
-            (place / "truth.pt").unlink(missing_ok=True)
             if not result.exists():
                 row: dict[str, Any] = {"name": name, "units": 0, "largest_unit_share": 0.0}
                 row.update(

@@ -99,8 +99,9 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     )
     check(graph)
     kept = {each: tensors[each] for each in graph.tensors}
+    moved = perturbed(kept, trainable & used)
     model = Model(graph)
-    model.load(perturbed(kept, trainable & used).__getitem__)
+    model.load(lambda each: moved[each] if each in moved else kept[each].clone())
     model.train(False)
     found = find_exits(model, example_inputs(input_shape, input_type, ids, 4))
     return Exported(structs.replace(graph, exits=found), kept, ids)
@@ -141,24 +142,26 @@ def _read(program: FlatProgram) -> frozenset[str]:
 
 
 def perturbed(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Copies, those of `names` moved away from what they were initialised with: zeros and ones hide what they do.
+    """Copies of `names`, moved away from what they were initialised with: zeros and ones hide what they do.
 
     What has several dimensions is moved to both sides, by little of what its inputs add up to: in a hundred layers, a
     shift to one side would make numbers that nobody can compare.
     """
     generator = torch.Generator().manual_seed(len(tensors))
-    moved = {each: tensor.clone() for each, tensor in tensors.items()}
-    for each in sorted(names):
-        tensor = moved[each]
-        given = tensors[each]
-        spread = any(step == 0 and extent > 1 for extent, step in zip(given.shape, given.stride(), strict=True))
-        if tensor.is_floating_point() and not spread:  # one value in many places cannot be written to
+    moved = {each: tensors[each].clone() for each in sorted(names)}
+    for tensor in moved.values():
+        if tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
             if tensor.dim() > 1:
                 tensor.add_((noise - 0.5) * 0.2 / max(1, prod(tensor.shape[1:])) ** 0.5)
             else:
                 tensor.mul_(1 + 0.1 * noise).add_(0.02 * noise)
     return moved
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether it holds one value in many places, which cannot be written to."""
+    return any(step == 0 and extent > 1 for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

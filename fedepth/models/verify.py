@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedepth.errors import ModelError
-from fedepth.models.export import Exported, perturbed
+from fedepth.models.export import Exported, is_spread, perturbed
 from fedepth.models.run import Model
 from fedepth.models.source import error_line, first_line
 
@@ -53,7 +53,7 @@ class _Trial:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of one step. `tensors`: parameters, buffers and constants as they are behind it."""
+    """Of one step. `tensors`: parameters, buffers and constants as they are behind it; the unchanged are no copies."""
 
     logits: torch.Tensor
     gradients: Mapping[str, torch.Tensor]
@@ -86,8 +86,8 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
     original = _Original(module, exported, name)
     try:
         for trial in _trials(graph.smallest_micro_batch, graph.channels_last):
-            moved = original.registered & exported.tensors.keys() if trial.perturbed else ()
-            start = {**original.start, **perturbed(exported.tensors, moved)}
+            moved = original.writable if trial.perturbed else ()
+            start = {**original.start, **perturbed(original.start, moved)}
             inputs = exported.examples(trial.samples, trial.scale)
             again = original.step(start, inputs, trial)
             if trial.channels_last and original.draws(start, inputs, trial, again):
@@ -121,16 +121,17 @@ class _Original:
 
     Attributes:
         start: its tensors as they were, by name.
-        registered: names of its parameters and buffers.
+        writable: names of its parameters and buffers, but for those that hold one value in many places.
     """
 
     def __init__(self, module: nn.Module, exported: Exported, name: str) -> None:
         self._module = module
         self._name = name
         self._names = exported.tensors.keys()
-        self.registered = frozenset(each for each, _ in self._registered())
+        registered = dict(self._registered())
+        self.writable = frozenset(each for each in registered.keys() & self._names if not is_spread(registered[each]))
         # Those that are plain attributes, as it holds them, and what its code makes of numbers.
-        self._constants = {each: tensor for each, tensor in exported.tensors.items() if each not in self.registered}
+        self._constants = {each: tensor for each, tensor in exported.tensors.items() if each not in registered}
         self.start = {each: tensor.detach().clone() for each, tensor in self._tensors().items()}
         self._was_training = module.training
 
@@ -194,10 +195,13 @@ class _Original:
             )
         self._guarded(lambda: _backward(logits, trial.gradient), trial)
         parameters = dict(module.named_parameters(remove_duplicate=False))
+        gradients = {each: p.grad for each, p in parameters.items() if p.grad is not None and each in start}
+        module.zero_grad()  # lets go of them: copies of a large model's would not fit beside its weights
+        tensors = {each: tensor.detach() for each, tensor in self._tensors().items() if each in self._names}
         return _Outcome(
             logits.detach(),
-            {each: p.grad.clone() for each, p in parameters.items() if p.grad is not None and each in start},
-            {each: tensor.detach().clone() for each, tensor in self._tensors().items() if each in self._names},
+            gradients,
+            {each: start[each] if _same(tensor, start[each]) else tensor.clone() for each, tensor in tensors.items()},
         )
 
     def _logits(self, inputs: torch.Tensor, trial: _Trial) -> torch.Tensor:
@@ -244,7 +248,7 @@ class _Original:
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for each, tensor in self._tensors().items():
-                if not torch.equal(tensor, values[each]):  # one value in many places cannot be written to
+                if not _same(tensor, values[each]):  # one value in many places cannot be written to
                     tensor.copy_(values[each])
 
     def _attributes(self) -> dict[str, Any]:
@@ -307,6 +311,10 @@ def _difference(one: _Outcome, other: _Outcome, *, gradients: bool = True) -> tu
         pairs.append((f"the gradient of {each}", mine, theirs))
     pairs += [(each, one.tensors[each], other.tensors[each]) for each in one.tensors]
     return max(((_relative(a, b), what) for what, a, b in pairs), key=lambda each: each[0])
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
