@@ -24,7 +24,7 @@ class Counting(process.Lines):
     """Grants the request's budget, and notes when the rehearsal begins."""
 
     def __init__(self, budget_bytes: int) -> None:
-        super().__init__(sys.stdin, io.StringIO(), torch.device("cpu"))
+        super().__init__(sys.stdin, io.StringIO())
         self.budget_bytes = budget_bytes
         self.began, self.faults = 0.0, 0
 

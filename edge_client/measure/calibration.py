@@ -181,7 +181,8 @@ def _fingerprint(config: TrainerConfig) -> str:
     )
     return (
         f"fedepth {__version__}, torch {torch_version()}, {' '.join(platform.libc_ver())}, {libraries}, "
-        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, allocator {config.allocator}, "
+        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, GPU {', '.join(measure().cuda)}, "
+        f"allocator {config.allocator}, "
         f"allowance {KEPT_SHARE} and {KEPT_BYTES}"
     )
 

@@ -19,7 +19,6 @@ from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
 from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.memory import allocator
-from fedepth.memory.device import bounded
 from fedepth.memory.meter import Baseline, status_bytes
 from fedepth.plan import Stage
 from fedepth.task import Outcome, PartInfo, StageResult
@@ -39,10 +38,9 @@ _LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
 class Lines:
     """The agent's end of the standard streams, as the trainer's hooks."""
 
-    def __init__(self, source: TextIO, sink: TextIO, device: torch.device) -> None:
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
         self._source = source
         self._sink = sink
-        self._device = device
         self.epochs = 0
         self.baseline = Baseline(0, 0, 0, 0)
 
@@ -70,7 +68,7 @@ class Lines:
             baseline_bytes=self.baseline.resident_bytes,
             baseline_anonymous_bytes=self.baseline.anonymous_bytes,
         )
-        return bounded(msgspec.convert(self.receive()["budget"], Budget).budget_bytes, self._device)
+        return msgspec.convert(self.receive()["budget"], Budget).budget_bytes
 
     def stage_started(self, index: int, count: int, stage: Stage) -> None:
         self.send(
@@ -103,8 +101,9 @@ class Lines:
 
 def main() -> None:
     # The protocol keeps the real standard output; whatever a library prints goes to standard error.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"), device)
+    # By its number: the allocator's limit is set for a numbered device only.
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    lines = Lines(sys.stdin, os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     start(device)
     gc.freeze()  # what was imported stays, and need not be looked through again and again

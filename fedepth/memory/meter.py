@@ -33,22 +33,26 @@ class Baseline:
         anonymous_bytes: RssAnon.
         data_bytes: VmData, what RLIMIT_DATA counts.
         heap_bytes: what the allocator's own limit counts; 0 where it has none.
+        reserved_bytes: what a GPU's caching allocator had reserved; 0 on a CPU.
     """
 
     resident_bytes: int
     anonymous_bytes: int
     data_bytes: int
     heap_bytes: int
+    reserved_bytes: int = 0
 
 
 class Meter:
     """Peaks above one baseline. Reset it at the start of every stage; sample it between batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, reserved_bytes: int = 0) -> None:
+        """See `fedepth.memory.device.new_meter`, which knows what a GPU has reserved."""
         # Free pages in the baseline would be room that a stage fills unseen: its peak would come out too low.
         allocator.release()
         heap = allocator.heap_bytes()
-        self.baseline = Baseline(status_bytes("VmRSS"), status_bytes("RssAnon"), status_bytes("VmData"), heap)
+        resident, anonymous, data = (status_bytes(field) for field in ("VmRSS", "RssAnon", "VmData"))
+        self.baseline = Baseline(resident, anonymous, data, heap, reserved_bytes)
         self._anonymous = 0
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from fedepth.errors import OverBudgetError
 from fedepth.estimate.peak import may_keep_bytes, needed_bytes
 from fedepth.memory import allocator
-from fedepth.memory.device import peak_bytes
+from fedepth.memory.device import kernels_bytes, peak_bytes
 from fedepth.memory.meter import Meter
 from fedepth.plan import Stage
 from fedepth.sizes import format_size
@@ -25,7 +25,10 @@ _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
     re.I,
 )
-_WANTED = re.compile(r"tried to allocate (\d+) bytes")
+# A CPU's allocator says "you tried to allocate 4096 bytes", CUDA's "Tried to allocate 2.00 MiB".
+_WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SENTENCES = re.compile(r"(?:.*?\. ){2}")  # CUDA's allocator goes on for a page
 
 Peaks = Mapping[Stage, int]  # of stages in their rehearsal
 
@@ -41,7 +44,7 @@ def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: St
     # not the whole budget: what an allocator keeps is then bounded, and the peak can be told in advance.
     if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
-        cap = min(cap, need + may_keep_bytes(need))
+        cap = min(cap, need + may_keep_bytes(need) + kernels_bytes(context.device))
     # What lies outside the heap is off every cap, also off one that is lowered later.
     return allocator.HeapCap(meter.baseline.heap_bytes - meter.outside_heap_bytes, cap)
 
@@ -61,7 +64,8 @@ def whole_heap(context: TrainingContext, budget: int) -> int:
     # The cap counts what is asked for, the budget what is written to. oneDNN asks for 20 MB for the gradient of a patch
     # embedding and leaves most of it untouched. Where freed pages are released at once, the heap follows what is in
     # use, so it may ask for that much more; the first step is held against the budget instead.
-    return budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
+    asked_for = budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
+    return asked_for + kernels_bytes(context.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -88,24 +92,31 @@ def check_first_step(meter: Meter, context: TrainingContext, budget: int, index:
 
 
 def over_budget(
-    error: BaseException, index: int, stage: Stage, budget: int, meter: Meter, *, capped: bool
+    error: BaseException, index: int, stage: Stage, budget: int, peak: int, *, capped: bool
 ) -> BaseException:
     """An allocator's error as OverBudgetError; any other error as it is.
 
     Args:
+        peak: what the stage had taken by then, in bytes.
         capped: a cap on the heap held, which counts what is asked for, and not what is written to.
     """
     if not is_out_of_memory(error):
         return error
     text = str(error)
     wanted = _WANTED.search(text)
-    # The stage's tensors are gone by now; the high-water mark still tells what it held when the request failed.
-    needed = meter.peak_bytes + (int(wanted.group(1)) if wanted else 0)
+    needed = peak + (int(float(wanted[1]) * _UNITS[wanted[2]]) if wanted else 0)
     met = "the cap on its heap" if capped else "its limit"
     return OverBudgetError(
         f"stage {index} (units {stage.first}-{stage.last}, micro-batch {stage.micro_batch}) met {met} in "
-        f"a budget of {format_size(budget)}: {text.splitlines()[0] if text else type(error).__name__}",
+        f"a budget of {format_size(budget)}: {_shortened(text) or type(error).__name__}",
         stage=index,
         miss_bytes=max(0, needed - budget),
         capped=capped,
     )
+
+
+def _shortened(text: str) -> str:
+    """The first two sentences of the first line."""
+    line = text.partition("\n")[0]
+    found = _SENTENCES.match(line)
+    return found[0].strip() if found else line

@@ -12,6 +12,7 @@ import torch
 from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
 from fedepth.memory import allocator
+from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
 from fedepth.models.run import Model
 from fedepth.models.traced import read_traced
@@ -121,7 +122,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         if not warm.issuperset(plan.trained_units):
             warm_up(context, set(plan.trained_units) - warm)
             warm.update(plan.trained_units)
-        meter = Meter()
+        meter = new_meter(device)
         hooks.begin(task.training.local_epochs, meter.baseline)
         context = fitted(context, meter, hooks)
         peaks = _rehearsed(context, meter, hooks, known)

@@ -21,7 +21,7 @@ import torch
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.memory import allocator
-from fedepth.memory.device import held_bytes, peak_bytes, reset
+from fedepth.memory.device import bounded, held_bytes, host_overhead_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
 from fedepth.models.run import RunnableUnit
 from fedepth.plan import Ending, Plan, Stage
@@ -87,7 +87,7 @@ def fitted(context: TrainingContext, meter: Meter, hooks: Hooks) -> TrainingCont
     Raises:
         PlanError: nothing fits.
     """
-    stages = _fit(context, list(context.plan.stages), [], hooks.measure(0, held_bytes(meter, context.device)))
+    stages = _fit(context, list(context.plan.stages), [], _budget_bytes(context, meter, hooks, 0))
     return replace(context, plan=_of_stages(context, stages))
 
 
@@ -111,7 +111,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     labels = torch.from_numpy(np.asarray(context.images.labels, np.int64))[: context.first_samples or None]
     load(context, model.head, trainable=True)
     while waiting:
-        budget = hooks.measure(len(done), held_bytes(meter, context.device))
+        budget = _budget_bytes(context, meter, hooks, len(done))
         try:
             waiting = _fit(context, waiting, done, budget)
         except PlanError:
@@ -127,9 +127,8 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         started = time.monotonic()
         with ExitStack() as limits:
             if context.enforce:
-                limits.enter_context(
-                    DataLimit(meter.baseline.data_bytes, budget, allocator.data_overhead_bytes(budget))
-                )
+                overhead = host_overhead_bytes(budget, context.device)
+                limits.enter_context(DataLimit(meter.baseline.data_bytes, budget, overhead))
             if context.release_freed:
                 limits.enter_context(allocator.release_freed())
             cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
@@ -152,7 +151,9 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
                     capped = not context.release_freed and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
-                    raise over_budget(error, len(done), stage, budget, meter, capped=capped) from error
+                    # Its tensors are gone by now; the high-water mark still tells what it held then.
+                    peak = peak_bytes(meter, context.device)
+                    raise over_budget(error, len(done), stage, budget, peak, capped=capped) from error
                 raise
             units = list(model.units[stage.first : stage.last + 1])
             _write(context, units, parts, infos)
@@ -184,6 +185,12 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         _write(context, [model.head], parts, infos)
     model.head.release()
     return Trained(plan, tuple(results), tuple(parts), tuple(infos))
+
+
+def _budget_bytes(context: TrainingContext, meter: Meter, hooks: Hooks, index: int) -> int:
+    """What a stage may take as of now, of the host's memory and of the GPU's, whose allocator is held to it."""
+    budget = hooks.measure(index, held_bytes(meter, context.device))
+    return bounded(budget, meter, context.device, enforce=context.enforce)
 
 
 def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
@@ -287,7 +294,7 @@ def _yield_memory(
         return
     waited = 0.0
     while True:
-        budget = hooks.measure(index, held_bytes(meter, context.device))
+        budget = _budget_bytes(context, meter, hooks, index)
         if max(peak_bytes(meter, context.device), expected_bytes) <= budget:
             cap.resize(UNBOUNDED)
             fits(None)

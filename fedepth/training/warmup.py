@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import replace
 
-from fedepth.memory.meter import Meter
+from fedepth.memory.device import new_meter
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.training.context import TrainingContext
 from fedepth.training.objective import any_output
@@ -42,7 +42,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
         replace(
             context, objective=any_output, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False
         ),
-        Meter(),
+        new_meter(context.device),
         Unheard(),
     )
     shutil.rmtree(folder)
