@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from rich.table import Table
 
 from benchmarks import custom_models
 from fedepth.task import InputType, ModelSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from fedepth.models.export import Exported
 
 LONGEST_S = 600
 DIFFERENCE = 1e-4
@@ -144,7 +147,7 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     finally:
         row["plan_seconds"] = time.process_time() - before
     write_traced(folder / "graph.json", TracedModel(graph, costs))
-    _write_truth(module, exported.tensors, spec, folder)
+    _write_truth(module, exported, spec, folder)
     save(folder / "weights.safetensors", {each: tensor.detach().numpy() for each, tensor in exported.tensors.items()})
     del module, exported  # a large model does not fit into two processes
     row["silently_different"] = _differs_elsewhere(folder)
@@ -152,25 +155,32 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _write_truth(module: Any, tensors: Any, spec: ModelSpec, folder: Path) -> None:
+def _write_truth(module: Any, exported: Exported, spec: ModelSpec, folder: Path) -> None:
     """Moves the module's weights, and writes inputs, logits and gradients of it, a file for each mode."""
     import torch
 
+    from fedepth.models.export import is_spread
+
+    tensors = exported.tensors
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     generator = torch.Generator().manual_seed(99)
     with torch.no_grad():
         for each in sorted(own):
-            if own[each].is_floating_point() and each in tensors:
+            if own[each].is_floating_point() and each in tensors and not is_spread(own[each]):
                 # To both sides and by little of each sum: in a hundred layers numbers would grow beyond all measure.
                 inputs = max(1, own[each][:1].numel() if own[each].dim() > 1 else 100)
                 noise = torch.rand(own[each].shape, generator=generator) - (0.5 if own[each].dim() > 1 else 0.0)
                 own[each].add_(noise * 0.2 / inputs**0.5)
     for mode, batch in MODES.items():
         module.train(mode == "training")
-        state = {each: tensor.detach().clone() for each, tensor in own.items()}
+        state = {each: tensor.detach().clone() for each, tensor in own.items() if not is_spread(tensor)}
         shape = (batch, *spec.input_shape)
         tokens = spec.input_type is InputType.TOKENS
-        x = torch.randint(0, 8, shape, generator=generator) if tokens else torch.randn(shape, generator=generator) * 3
+        x = (
+            torch.randint(0, exported.largest_id + 1, shape, generator=generator)
+            if tokens
+            else torch.randn(shape, generator=generator) * 3
+        )
         torch.manual_seed(1234)
         module.zero_grad()
         output = module(x.clone())
@@ -179,8 +189,8 @@ def _write_truth(module: Any, tensors: Any, spec: ModelSpec, folder: Path) -> No
         gradients = {e: p.grad for e, p in module.named_parameters() if p.grad is not None and e in tensors}
         torch.save({"x": x, "logits": logits.detach(), "gradients": gradients}, folder / f"{mode}.pt")
         with torch.no_grad():
-            for each, tensor in own.items():
-                tensor.copy_(state[each])
+            for each, before in state.items():
+                own[each].copy_(before)
 
 
 def _differs_elsewhere(folder: Path) -> bool:

@@ -132,6 +132,7 @@ def test_torchs_chatter_stays_away(tmp_path: Path, capfd: pytest.CaptureFixture[
     [
         ([2e-4, 0, 0], r"0\.0002 in a logit \(limit 0\.0001\)"),
         ([0, float("nan"), 0], "nan in a logit"),
+        ([0, float("inf"), 0], "inf in a logit"),
     ],
 )
 def test_an_export_that_differs_is_refused_and_not_written(
@@ -145,6 +146,17 @@ def test_an_export_that_differs_is_refused_and_not_written(
     with pytest.raises(ExportError, match=message):
         run_export(DIGITS, tmp_path, inputs_for(DIGITS, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.safetensors"]
+
+
+def test_large_logits_are_compared_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # float32 has no number between 500 and 500.00003, and a hundred layers round.
+    expected = np.float32([[500, -300, 0], [3, 1, 0]])
+    monkeypatch.setattr(module, "compare", lambda *_: (expected, expected + np.float32([[4e-3, 0, 0], [0, 0, 0]])))
+    report = run_export(DIGITS, tmp_path, inputs_for(DIGITS, 2))
+    assert report.parity_max_abs == pytest.approx(4e-3, rel=0.01)
+    monkeypatch.setattr(module, "compare", lambda *_: (expected, expected + np.float32([[0, 0, 0], [4e-3, 0, 0]])))
+    with pytest.raises(ExportError, match=r"0\.004 in a logit \(limit 0\.0001\)"):  # the other input's is no excuse
+        run_export(DIGITS, tmp_path, inputs_for(DIGITS, 2))
 
 
 def logits_that_swap(gap: float) -> Any:
@@ -161,8 +173,9 @@ def test_close_logits_are_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_another_class_is_refused_unless_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PARITY_LIMIT", 1.0)  # so that only the classes can be the reason
-    monkeypatch.setattr(module, "compare", lambda *_: logits_that_swap(4e-4))
+    # Each logit is off by less than the limit, and yet they were further apart than that can explain.
+    swapped = np.float32([[1 + 2.1e-4, 1, 0]]), np.float32([[1 + 1.1e-4, 1 + 1e-4 + 1.5e-5, 0]])
+    monkeypatch.setattr(module, "compare", lambda *_: swapped)
     with pytest.raises(ExportError, match="first class of 1 of 1 inputs"):
         run_export(DIGITS, tmp_path, inputs_for(DIGITS, 1))
 
