@@ -50,7 +50,7 @@ class Convolving:
         weights: its weights.
         maps: its input and output.
         channels_last: it runs in this memory format, which its input or its weights decide.
-        pads_gradient: it computes the gradient of depth-wise weights wider than 3, which oneDNN pads in channels_last.
+        pads_gradient: it computes the gradient of depth-wise weights that oneDNN pads in channels_last.
     """
 
     living: int
@@ -392,14 +392,26 @@ def _running(func: Any, args: tuple[Any, ...], result: Any) -> Convolving:
     backward = func.overloadpacket == torch.ops.aten.convolution_backward
     output, (x, weight) = (args[0], args[1:3]) if backward else (result, args[:2])
     groups = args[9] if backward else args[8]
-    wide_depthwise = groups == x.shape[1] > 1 and max(weight.shape[2:]) > 3
     return Convolving(
         living=0,
         weights=weight.nbytes,
         maps=x.nbytes + output.nbytes,
         channels_last=any(suggest_memory_format(each) is torch.channels_last for each in (x, weight)),
-        pads_gradient=wide_depthwise and backward and bool(args[10][1]),
+        pads_gradient=backward and bool(args[10][1]) and groups == x.shape[1] > 1 and _pads(x, weight, *args[4:6]),
     )
+
+
+def _pads(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether the gradient of these depth-wise weights is padded.
+
+    oneDNN has a kernel for windows of up to 3 values that needs maps as large as the window, and with a stride larger;
+    for all others it pads (torch 2.14, AVX-512: 246 to 254 times the weights for windows of 3, 5 and 7, none for 3 on
+    maps of 3 and more, or of 4 with a stride of 2).
+    """
+    places = [each[index % len(each)] for each in (stride, padding) for index in range(2)]
+    window = weight.shape[2:]
+    smallest = (width + pad % step for width, step, pad in zip(window, places[:2], places[2:], strict=False))
+    return max(window) > 3 or any(side < least for side, least in zip(x.shape[2:], smallest, strict=True))
 
 
 def _beside(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedepth.costs import Convolution, ModelCosts, PassCost, Size, UnitCost
-from fedepth.estimate.tracing import Convolving, _beside, _convolutions, line, trace_block, trace_costs
+from fedepth.estimate.tracing import Convolving, _beside, _convolutions, _running, line, trace_block, trace_costs
 from fedepth.models import zoo
 from fedepth.models.export import export_model
 from fedepth.models.graph import Graph
@@ -182,6 +182,29 @@ def test_an_lstm_keeps_its_gates_and_one_state_of_every_step() -> None:
         kept, scratch = _beside(torch.ops.aten.mkldnn_rnn_layer.default, arguments, result)
         assert kept == (5 * width * steps * samples * FLOAT if training else 0)
         assert scratch == 4 * width * (steps * samples + 8 + width + 2) * FLOAT  # two biases
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "side", "padded"),
+    [
+        *((3, 1, 3, False), (3, 1, 2, True), (3, 1, 1, True)),
+        *((3, 2, 4, False), (3, 2, 3, True), (3, 2, 2, True)),
+        *((5, 1, 14, True), (5, 2, 3, True), (7, 1, 8, True)),
+    ],
+)
+def test_the_gradient_of_depthwise_weights_is_padded_for_wide_windows_and_for_small_maps(
+    window: int, stride: int, side: int, padded: bool
+) -> None:
+    x = torch.zeros(2, 8, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 1, window, window)
+    parameters = [stride] * 2, [window // 2] * 2, [1, 1], False, [0, 0], 8
+    y = torch.ops.aten.convolution(x, weight, None, *parameters)
+    for wanted in ([True, True, False], [True, False, False]):
+        arguments = (y, x, weight, [0], *parameters, wanted)
+        found = _running(torch.ops.aten.convolution_backward.default, arguments, None)
+        assert found.pads_gradient == (padded and wanted[1])
+    forward = _running(torch.ops.aten.convolution.default, (x, weight, None, *parameters), y)
+    assert not forward.pads_gradient
 
 
 def passes(unit: UnitCost) -> tuple[PassCost, ...]:
