@@ -89,6 +89,7 @@ class UnitCost:
         flops: floating point operations of one forward pass, per sample.
         frozen: one step of the unit frozen and in evaluation mode, when only the gradient of its input is wanted; None
             where no block can be trained through it.
+        unwritten: what its kernels ask for and never write to, when it is trained.
         exit: the skip connection from the unit's output and the head behind it; None where no block can end behind the
             unit. Its parameters are the head's, the same behind every unit. An exit has neither `frozen` nor `exit`.
     """
@@ -105,6 +106,7 @@ class UnitCost:
     flops: int
     fixed_bytes: int = 0
     frozen: StepCost | None = None
+    unwritten: Size = Size(0, 0)
     exit: UnitCost | None = None
 
     @property

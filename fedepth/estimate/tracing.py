@@ -72,6 +72,7 @@ class StepTrace:
         forward: the peak of the forward pass above what lives after it.
         backward: the peak of the backward pass above `saved`, gradients of input and output counted.
         convolving: the convolutions of the forward pass, and of the backward pass.
+        unwritten: what its kernels ask for and never write to.
     """
 
     saved: int
@@ -80,6 +81,7 @@ class StepTrace:
     forward: int
     backward: int
     convolving: tuple[tuple[Convolving, ...], tuple[Convolving, ...]]
+    unwritten: int
 
 
 def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
@@ -208,6 +210,7 @@ def _unit_cost(model: Model, unit: RunnableUnit, x: _Input, y: _Input, batches: 
         cost,
         backward_first=_step_cost(batches, first).backward,
         frozen=_step_cost(batches, frozen) if index else None,
+        unwritten=line(batches, (inside[0].unwritten, inside[1].unwritten)),
     )
 
 
@@ -324,6 +327,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         events: (serial number of the storage, bytes), negative bytes where it ends.
         convolutions: every convolution, or its backward pass, and how many events there were when it was through.
+        unwritten: what kernels have asked for and never write to, in bytes.
     """
 
     def __init__(self, *foreign: torch.Tensor) -> None:
@@ -331,6 +335,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
         self.convolutions: list[tuple[int, Convolving]] = []
+        self.unwritten = 0
         self._serials: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._next = 0
         self._foreign = {self._register(tensor.untyped_storage(), 0) for tensor in foreign}
@@ -340,6 +345,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         kept, scratch = _beside(func, args, result)
+        self.unwritten += 2 * kept  # of an LSTM's workspace, a third is written to
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for leaf in leaves:
             storage = leaf.untyped_storage()
@@ -474,6 +480,7 @@ def _trace(step: Step, owners: Sequence[RunnableUnit], x: torch.Tensor, *, froze
         forward=forward_peak - after_forward,
         backward=max(0, backward_peak - saved),
         convolving=(forward_convolving, ledger.convolving(start, without=gradients)),
+        unwritten=ledger.unwritten,
     )
 
 

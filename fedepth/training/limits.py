@@ -20,7 +20,8 @@ from fedepth.training.context import TrainingContext
 
 UNBOUNDED = 1 << 50
 OUTSIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
-UNWRITTEN_BYTES = 16 << 20  # that kernels ask for and never write to; they count on the heap, and take no memory
+# What kernels ask for and never write to counts on the heap, and takes no memory: beyond what cost tables tell of it.
+UNWRITTEN_BYTES = 16 << 20
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
     re.I,
@@ -33,16 +34,30 @@ _SENTENCES = re.compile(r"(?:.*?\. ){2}")  # CUDA's allocator goes on for a page
 Peaks = Mapping[Stage, int]  # of stages in their rehearsal
 
 
+def releases(context: TrainingContext, stage: Stage) -> bool:
+    """Whether a stage gives back what it frees at once, as in its rehearsal.
+
+    An LSTM asks for three times what it writes to. A cap that lets it have that would let others keep as much.
+    """
+    return context.release_freed or unwritten_bytes(context, stage) > 0
+
+
+def unwritten_bytes(context: TrainingContext, stage: Stage) -> int:
+    """What a stage's kernels are known to ask for and never write to."""
+    last = len(context.costs.units) if stage.frozen_suffix else stage.last + 1
+    return sum(unit.unwritten.at(stage.micro_batch) for unit in context.costs.units[stage.first : last])
+
+
 def heap_cap(context: TrainingContext, meter: Meter, rehearsed: Peaks, stage: Stage, budget: int) -> allocator.HeapCap:
     """What the plan's worst stage needed in its rehearsal, and a little for pages that are worth keeping.
 
     At most the budget, and all of it where the stage was not rehearsed. Stages that need less than the worst keep what
     they like up to its need.
     """
-    cap = whole_heap(context, budget)
+    cap = whole_heap(context, stage, budget)
     # The rehearsal released freed pages at once, so its peak is the need itself. The cap is the need and a margin and
     # not the whole budget: what an allocator keeps is then bounded, and the peak can be told in advance.
-    if not context.release_freed and stage in rehearsed and allocator.can_be_capped():
+    if not releases(context, stage) and stage in rehearsed and allocator.can_be_capped():
         need = max(rehearsed.values())
         cap = min(cap, need + may_keep_bytes(need) + kernels_bytes(context.device))
     # What lies outside the heap is off every cap, also off one that is lowered later.
@@ -53,19 +68,19 @@ def expected_bytes(context: TrainingContext, stage: Stage, rehearsed_bytes: int,
     """What a stage is going to take: with the pages that it keeps, and no more than the budget that it is held to."""
     if not rehearsed_bytes:
         return needed_bytes(stage.predicted_peak_bytes)
-    kept = 0 if context.release_freed else may_keep_bytes(rehearsed_bytes)
+    kept = 0 if releases(context, stage) else may_keep_bytes(rehearsed_bytes)
     return min(budget, rehearsed_bytes + kept)
 
 
-def whole_heap(context: TrainingContext, budget: int) -> int:
-    """What the heap may come to in a budget."""
+def whole_heap(context: TrainingContext, stage: Stage, budget: int) -> int:
+    """What the heap of a stage may come to in a budget."""
     if not context.enforce:
         return UNBOUNDED
     # The cap counts what is asked for, the budget what is written to. oneDNN asks for 20 MB for the gradient of a patch
     # embedding and leaves most of it untouched. Where freed pages are released at once, the heap follows what is in
     # use, so it may ask for that much more; the first step is held against the budget instead.
-    asked_for = budget + UNWRITTEN_BYTES if context.release_freed else budget - OUTSIDE_HEAP_BYTES
-    return asked_for + kernels_bytes(context.device)
+    unwritten = UNWRITTEN_BYTES + unwritten_bytes(context, stage)
+    return kernels_bytes(context.device) + budget + (unwritten if releases(context, stage) else -OUTSIDE_HEAP_BYTES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,6 +38,8 @@ from fedepth.training.limits import (
     expected_bytes,
     heap_cap,
     over_budget,
+    releases,
+    unwritten_bytes,
     whole_heap,
 )
 from fedepth.training.prefix import build_inputs
@@ -127,9 +129,9 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         started = time.monotonic()
         with ExitStack() as limits:
             if context.enforce:
-                overhead = host_overhead_bytes(budget, context.device)
+                overhead = host_overhead_bytes(budget, context.device) + unwritten_bytes(context, stage)
                 limits.enter_context(DataLimit(meter.baseline.data_bytes, budget, overhead))
-            if context.release_freed:
+            if releases(context, stage):
                 limits.enter_context(allocator.release_freed())
             cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
             previous = done[-1] if done else None
@@ -150,7 +152,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
                 if isinstance(error, (RuntimeError, MemoryError)):
-                    capped = not context.release_freed and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
+                    capped = not releases(context, stage) and cap.cap_bytes < UNBOUNDED and allocator.can_be_capped()
                     # Its tensors are gone by now; the high-water mark still tells what it held then.
                     peak = peak_bytes(meter, context.device)
                     raise over_budget(error, len(done), stage, budget, peak, capped=capped) from error
@@ -299,7 +301,7 @@ def _yield_memory(
             cap.resize(UNBOUNDED)
             fits(None)
             return
-        cap.resize(whole_heap(context, budget))
+        cap.resize(whole_heap(context, stage, budget))
         if fits(budget):
             return
         hooks.waiting(index, stage, budget)

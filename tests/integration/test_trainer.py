@@ -16,8 +16,10 @@ from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from edge_client.trainer.client import TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
+from fedepth.estimate.peak import needed_bytes
 from fedepth.models.traced import TracedModel, write_traced
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.prepare import PreparedModel, trace_model
 from fedepth.task import ModelSpec, Outcome, TrainingSpec
 from fedepth.weights import save
@@ -89,6 +91,35 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
             assert done.result.trained_units == (4, 5)
             (stage,) = done.result.stages
             assert 0 < stage.rehearsed_peak_bytes <= stage.measured_peak_bytes <= ENOUGH
+
+    play(scene())
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_an_lstm_is_trained_in_what_it_writes_to(tmp_path: Path, allocator: str) -> None:
+    """It asks for three times as much, which a cap on the heap counts."""
+    spec = ModelSpec("benchmarks.custom_models:wide_lstm", SPEC.classes, (48, 32), (0.3,) * 48, (0.35,) * 48)
+    training = TrainingSpec(BATCH, 1, "sgd", 0.01, 0.9, 0.0, 0.0, "none", 1)
+    prepared = trace_model(spec, training, seed=1)
+    weights, graph = tmp_path / "weights.safetensors", tmp_path / "graph.json"
+    save(weights, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
+    write_traced(graph, prepared.traced)
+    costs = prepared.traced.costs
+    samples = 2 * BATCH
+    budget = needed_bytes(full_training_peak(costs, training, samples).total)
+    plan = make_plan(costs, budget_bytes=budget, training=training, sample_count=samples, policy=Policy.AUTO)
+    (only,) = plan.stages
+    assert sum(unit.unwritten.at(only.micro_batch) for unit in costs.units) > budget / 4
+    trial = TrialModel(spec, training, costs, graph, weights)
+    request = trial_request(
+        trial, plan, budget, write_noise(tmp_path / "data", spec, samples), tmp_path / "run", enforce=True
+    )
+
+    async def scene() -> None:
+        async with running(allocator) as trainer:
+            end = await try_training(trainer, request)
+            assert isinstance(end, Done), end
+            assert end.result.stages[0].measured_peak_bytes <= budget
 
     play(scene())
 

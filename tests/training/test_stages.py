@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedepth.costs import Size
 from fedepth.errors import OverBudgetError, PlanError
 from fedepth.memory.meter import Meter
 from fedepth.models.skip import skip
@@ -395,3 +396,18 @@ def test_what_lies_outside_the_heap_is_off_the_cap_and_off_a_lowered_one(
         cap.resize(30 << 20)
     # Of 50 MiB, 2 are left to what may still come outside the heap.
     assert caps == [(100 + 48 - 5) << 20, (100 + 30 - 5) << 20]
+
+
+def test_what_is_known_to_be_left_unwritten_is_no_part_of_the_budget(tmp_path: Path) -> None:
+    job = replace(context(tmp_path, [stage(0, 5)]), enforce=True)
+    modest, asking = unit_cost(), replace(unit_cost(), unwritten=Size(100, 10))
+    job = replace(job, costs=replace(job.costs, units=(modest, asking, *[modest] * 4)))
+    assert limits.unwritten_bytes(job, stage(1, 5, micro_batch=4)) == 140
+    assert limits.releases(job, stage(1, 5)) and not limits.releases(job, stage(2, 5))
+    assert limits.releases(replace(job, release_freed=True), stage(2, 5))
+    # The heap gives back what is freed at once there, so that it may ask for more than the budget.
+    budget = 50 << 20
+    assert limits.whole_heap(job, stage(1, 5, micro_batch=4), budget) == budget + (16 << 20) + 140
+    assert limits.whole_heap(job, stage(2, 5), budget) == budget - (2 << 20)
+    assert limits.expected_bytes(job, stage(1, 5), 10 << 20, budget) == 10 << 20
+    assert limits.expected_bytes(job, stage(2, 5), 10 << 20, budget) == 12 << 20
