@@ -3,9 +3,9 @@
     python -m benchmarks.running_graphs --json FILE
 
 Forward and backward passes of the same batch, with the same weights, in the memory format and with the allocator of a
-trainer, by turns in one process: module, graph, graph, module, and so on, since a shared machine is faster at one time than at another. A ratio
-is the median over these rounds; it compares seconds of processor time, which other programs take less from than from
-seconds on the clock.
+trainer, by turns in one process: module, graph, graph, module, and so on, since a shared machine is faster at one time
+than at another. A ratio is the median over these rounds. It compares seconds of processor time, which other programs
+take less from than from seconds on the clock.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def ratio_of(name: str, rounds: int) -> dict[str, Any]:
     tensors = {each: laid_out(tensor.detach().clone()) for each, tensor in exported.tensors.items()}
     model.load(tensors.__getitem__, trainable=True)
     if graph.channels_last:
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = module.to(memory_format=torch.channels_last)
     module.train()
     inputs = laid_out(exported.examples(BATCH))
     own, loaded = list(module.parameters()), list(tensors.values())
@@ -79,12 +80,13 @@ def ratio_of(name: str, rounds: int) -> dict[str, Any]:
     return {"model": name, "module_ms": in_ms[0], "graph_ms": in_ms[1], "ratio": statistics.median(ratios)}
 
 
-def _step(model: nn.Module | Model, inputs: torch.Tensor, parameters: list[torch.Tensor]) -> float:
+def _step(model: nn.Module | Model, inputs: torch.Tensor, parameters: Sequence[torch.Tensor]) -> float:
     """Seconds of processor time for one forward and backward pass."""
     for parameter in parameters:
         parameter.grad = None
     started = time.process_time()
-    torch.autograd.backward(model(inputs).sum())
+    logits: torch.Tensor = model(inputs)
+    torch.autograd.backward(logits.sum())
     return time.process_time() - started
 
 
