@@ -460,6 +460,52 @@ class Autocast(Small):
             return F.conv2d(x, self.second.weight, padding=1).float()
 
 
+class AuxiliaryDropout(Small):
+    """An auxiliary output, for training only, whose dropout draws random numbers before the logits' own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, CLASSES))
+        self.dropout = nn.Dropout(0.3)
+
+    def extra(self, x: torch.Tensor) -> torch.Tensor:
+        return self.auxiliary(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = F.relu(self.first(x))
+        extra = self.extra(x) if self.training else None
+        x = F.relu(self.second(x))
+        logits = self.classifier(self.dropout(x.mean((2, 3))))
+        return logits if extra is None else (logits, extra)
+
+
+class AuxiliaryFunctionalDropout(AuxiliaryDropout):
+    def extra(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(F.dropout(x.mean((2, 3)), 0.5))  # type: ignore[no-any-return]
+
+
+class DataAssignment(Small):
+    """Holds the norm of its weights down, as models of brain signals do."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.second.weight.data = torch.renorm(self.second.weight.data, 2, 0, 1.0)
+        return F.relu(x)
+
+
+class NormHeldDown(Small):
+    """The same in a way that a graph can hold."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.second.weight.copy_(torch.renorm(self.second.weight, 2, 0, 0.5))
+        return F.relu(x)
+
+
+def cumulative_norm() -> nn.Module:
+    norm = nn.BatchNorm2d(8, momentum=None)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
 class StaticBatch(Small):
     def between(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(int(x.shape[0]), -1).view(3, 8, 16, 16)
@@ -779,6 +825,7 @@ KEPT: dict[str, tuple[tuple[int, ...], str]] = {
     "DoubleBuffer": _IMAGE,
     "SpreadMask": _IMAGE,
     "NoAutocast": _IMAGE,
+    "NormHeldDown": _IMAGE,
 }
 
 # The same of those in which memory is worth a look.
@@ -819,4 +866,7 @@ REFUSED: dict[str, str] = {
     "all_frozen": "nothing to train",
     "UnknownOperator": "custom_models.py",
     "ConstantMask": "a mask as index at",
+    "AuxiliaryFunctionalDropout": "for an output that is left out",
+    "DataAssignment": "copy_(...) under torch.no_grad()",
+    "cumulative_norm": "momentum=None in 1",
 }

@@ -35,11 +35,19 @@ HINT = "devices run models as graphs, without Python code"
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph, the tensors that it names, and the largest token id that every vocabulary of the model has."""
+    """A graph, and what it takes to compare it with its module.
+
+    Attributes:
+        tensors: those that it names.
+        largest_id: the largest token id that every vocabulary of the model has.
+        left_out: the modules that draw random numbers for outputs that are left out, such as an auxiliary head's
+            dropout, with the line of the user's code.
+    """
 
     graph: Graph
     tensors: Mapping[str, torch.Tensor]
     largest_id: int
+    left_out: Mapping[str, str]
 
     def examples(self, count: int, scale: float = 1.0) -> torch.Tensor:
         """See `example_inputs`."""
@@ -104,7 +112,8 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     model.load(lambda each: moved[each] if each in moved else kept[each].clone())
     model.train(False)
     found = find_exits(model, example_inputs(input_shape, input_type, ids, 4))
-    return Exported(structs.replace(graph, exits=found), kept, ids)
+    left_out = {step.module: step.line for program in programs for step in program.left_out}
+    return Exported(structs.replace(graph, exits=found), kept, ids, left_out)
 
 
 def example_inputs(
@@ -199,7 +208,7 @@ def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export
     except Exception as error:  # whatever torch.export, or the model's own code, does
         where = error_line(error) or (_fixed_batch(module, example) if _is_fixed_batch(error) else "")
         place = f" at {where}" if where else ""
-        raise ModelError(f"the model {name} cannot be exported{place}: {_reason(error)}; {HINT}") from error
+        raise ModelError(f"the model {name} cannot be exported{place}: {_reason(error, where)}; {HINT}") from error
 
 
 def _recorded(module: nn.Module, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
@@ -246,7 +255,7 @@ def _lowered(program: torch.export.ExportedProgram, output: int, names: Mapping[
         raise ModelError(f"the model {name} cannot be turned into a graph: {error}; {HINT}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, where: str) -> str:
     text = str(error)
     kind = type(error).__name__
     if "DataDependent" in kind or "data-dependent" in text.lower() or "GuardOnDataDependent" in text:
@@ -255,9 +264,15 @@ def _reason(error: Exception) -> str:
             "use torch.where, or sizes that are known before"
         )
     if _is_fixed_batch(error):
+        what = "that line" if where else "something in it, which torch does not name,"
         return (
-            "it works for one batch size only: that line takes the batch for a constant, as len(x) and int(x.shape[0]) "
+            f"it works for one batch size only: {what} takes the batch for a constant, as len(x) and int(x.shape[0]) "
             "do; write x.shape[0], or -1 in a reshape"
+        )
+    if "fake tensor in the exported program constant" in text:
+        return (
+            "it assigns to the .data of a parameter, or keeps a tensor that it has made in an attribute; change a "
+            "parameter by parameter.copy_(...) under torch.no_grad(), and keep what stays in a buffer"
         )
     if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
         return "it leaves torch for numpy; write it with torch's functions"

@@ -24,6 +24,11 @@ def check_module(module: nn.Module, name: str) -> None:
                 f"the model {name} has a hook on the gradient of its module {path or 'as a whole'}, which devices "
                 "would not run; leave it out, or write what it does into forward()"
             )
+        if isinstance(each, nn.modules.batchnorm._NormBase) and each.momentum is None and each.track_running_stats:
+            raise ModelError(
+                f"the model {name} has momentum=None in {path}, which averages by a count that a graph cannot read; "
+                "give it a number, such as 0.1"
+            )
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse:
             raise ModelError(f"the model {name} has sparse gradients in {path}; leave sparse=True out")
     tensors = [*module.named_parameters(), *module.named_buffers()]

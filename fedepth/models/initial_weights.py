@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from fedepth.errors import ModelError, StateError
-from fedepth.weights import open_weights
+from fedepth.errors import ModelError
+from fedepth.models.source import first_line
 
 # Where training scripts put the weights in what they save.
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "state_dict_ema", "params", "weights")
@@ -64,10 +66,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"there is no weights file {path}; correct [model] weights")
     if path.suffix == ".safetensors":
         try:
-            with open_weights(path) as reader:
-                return {name: torch.from_numpy(reader.read(name)) for name in reader.names}
-        except StateError as error:
-            raise ModelError(f"the initial weights cannot be read: {error}") from None
+            return load_file(path)  # which knows types that numpy has not, such as bfloat16
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"the initial weights {path} cannot be read: {first_line(error)}") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - damaged files make torch.load raise anything

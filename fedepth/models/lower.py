@@ -93,11 +93,16 @@ class Step:
 
 @dataclass(frozen=True)
 class FlatProgram:
-    """A whole model in one mode; value 0 is its input."""
+    """A whole model in one mode; value 0 is its input.
+
+    Attributes:
+        left_out: the steps that draw random numbers for outputs that are left out.
+    """
 
     steps: tuple[Step, ...]
     values: Mapping[int, ValueInfo]
     output: int
+    left_out: tuple[Step, ...] = ()
 
 
 def lower(program: torch.export.ExportedProgram, output: int, names: Mapping[str, str]) -> FlatProgram:
@@ -122,6 +127,8 @@ def lower(program: torch.export.ExportedProgram, output: int, names: Mapping[str
         raise ModelError("the model's output does not depend on its input")
     steps = _without_unused(lowering.steps, lowering.values, chosen.number)
     flat = _functional(steps, lowering.values, chosen.number)
+    kept = set(map(id, steps))
+    flat = replace(flat, left_out=tuple(each for each in lowering.steps if each.random and id(each) not in kept))
     for step in flat.steps:
         if step.operation.name not in OPERATORS:
             raise ModelError(

@@ -85,6 +85,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
     graph = exported.graph
     original = _Original(module, exported, name)
     try:
+        original.draw_only_for_logits(exported.left_out)
         for trial in _trials(graph.smallest_micro_batch, graph.channels_last):
             moved = original.writable if trial.perturbed else ()
             start = {**original.start, **perturbed(original.start, moved)}
@@ -97,8 +98,8 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
             if not difference <= (LAYOUT_TOLERANCE if trial.channels_last else TOLERANCE):
                 raise ModelError(
                     f"the graph of the model {name} differs from the model by {difference:.3g} in {what} ({trial}); "
-                    "it does something that torch.export does not record, such as a hook, a custom backward pass, or "
-                    "writing to what may be a view or a copy"
+                    "it does something that torch.export does not record, such as a hook, a custom backward pass, "
+                    "torch.utils.checkpoint with use_reentrant=True, or writing to what may be a view or a copy"
                 )
             if not trial.channels_last:
                 worst = max(worst, difference)
@@ -134,9 +135,28 @@ class _Original:
         self._constants = {each: tensor for each, tensor in exported.tensors.items() if each not in registered}
         self.start = {each: tensor.detach().clone() for each, tensor in self._tensors().items()}
         self._was_training = module.training
+        self._rates: dict[nn.Module, float] = {}
+
+    def draw_only_for_logits(self, left_out: Mapping[str, str]) -> None:
+        """Switches dropout off where it serves outputs that are left out: the graph does not draw for them.
+
+        Raises:
+            ModelError: something else draws random numbers for them.
+        """
+        for path, line in left_out.items():
+            found = self._module.get_submodule(path)
+            if not isinstance(found, nn.modules.dropout._DropoutNd):
+                raise ModelError(
+                    f"the model {self._name} draws random numbers at {line} for an output that is left out, so that "
+                    "its graph cannot be compared with it; use an nn.Dropout module there, or return the logits only"
+                )
+            self._rates[found] = found.p
+            found.p = 0.0
 
     def restore(self) -> None:
         """Makes it as it was."""
+        for dropout, rate in self._rates.items():
+            dropout.p = rate  # type: ignore[assignment]
         self._set(self.start)
         self._module.zero_grad()
         self._module.train(self._was_training)

@@ -35,7 +35,7 @@ KEPT = (
     *("mlp", "batch_norm_cnn", "TextEncoder", "Gpt", "LstmClassifier", "FunctionalDropout", "ModeBranch"),
     *("InPlaceSlices", "StochasticDepth", "InPlaceActivations", "spectral", "Tied", "frozen_backbone"),
     *("PlainTensor", "Counter", "replaced_forward", "Viewing", "SliceStatistics", "AssignedStatistics", "LinearProbe"),
-    *("SmallVocabulary", "ModeConstants", "DoubleBuffer", "SpreadMask", "NoAutocast"),
+    *("SmallVocabulary", "ModeConstants", "DoubleBuffer", "SpreadMask", "NoAutocast", "NormHeldDown"),
 )
 
 
@@ -127,6 +127,16 @@ def test_a_model_is_compared_on_one_thread_and_the_others_come_back() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_auxiliary_output_and_its_dropout_are_left_out() -> None:
+    torch.manual_seed(0)
+    module = custom_models.AuxiliaryDropout()
+    exported = export_model(module, "auxiliary", (3, 16, 16), "F32", custom_models.CLASSES)
+    assert verify(module, exported, "auxiliary") == 0.0
+    assert [each.p for each in module.modules() if isinstance(each, nn.Dropout)] == [0.5, 0.3]  # as its author wrote it
+    assert not any(name.startswith("auxiliary") for name in exported.graph.tensors)
+    assert any("first is taken" in note for note in exported.graph.notes)
 
 
 def test_rounding_that_differs_from_run_to_run_is_no_disagreement() -> None:

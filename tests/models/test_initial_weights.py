@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fedepth.errors import ModelError
@@ -17,6 +18,23 @@ from fedepth.weights import save
 def model(classes: int = 3) -> nn.Module:
     torch.manual_seed(classes)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, classes))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_of_another_precision_become_float32(tmp_path: Path, suffix: str, kind: str) -> None:
+    dtype = getattr(torch, kind)
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model().state_dict().items()
+    }
+    path = tmp_path / f"weights.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    fresh = model()
+    load_initial_weights(fresh, path, 3)
+    for name, tensor in fresh.state_dict().items():
+        assert tensor.dtype == (torch.float32 if tensor.is_floating_point() else torch.int64)
+        assert torch.equal(tensor.to(state[name].dtype), state[name])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "plain", "nested", "wrapped"])
