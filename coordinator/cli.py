@@ -25,7 +25,7 @@ CALL_S = 10.0
 
 app = typer.Typer(
     name="fedepth-coordinator",
-    help="Runs a federated training job and shows how it goes.",
+    help="Run and monitor a federated training job.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,10 +48,10 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = 8970,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
-    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End after the last round.")] = False,
+    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
 ) -> None:
-    """Serve a job to devices. Start it again on the same state to go on after a stop or a crash."""
+    """Serve a job to devices. To resume after a stop or a crash, run it again with the same --state."""
     from coordinator.model_worker.client import ModelWorker
     from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
@@ -69,7 +69,7 @@ def serve_command(
 
 @app.command("status", epilog="Example: fedepth-coordinator status --coordinator 127.0.0.1:8970 --json")
 def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
-    """Show how a running job stands."""
+    """Show the status of a running job."""
     reply = asyncio.run(_status(coordinator))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
@@ -89,9 +89,9 @@ def export_command(
     state: StateOption,
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; the latest if left out.")] = None,
+    round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
 ) -> None:
-    """Export a round's weights to ONNX and compare both models' answers. No coordinator need run."""
+    """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed."""
     from fedepth.job import load_config
 
     answer = asyncio.run(_export(load_config(config), state, round_number, output))
@@ -118,7 +118,7 @@ def watch_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOp
 
 @app.command("record", epilog="Example: fedepth-coordinator record --state runs/job --json")
 def record_command(state: StateOption, as_json: JsonOption = False) -> None:
-    """Show rounds, accuracy, and what every stage on every device was predicted to need and needed."""
+    """Show rounds, accuracy, and the predicted and measured memory of every stage on every device."""
     record = read_record(state)
     if as_json:
         print(msgspec.json.encode(record).decode())

@@ -284,7 +284,7 @@ def _train(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     state, said = _complain(
         state,
         now,
-        f"{len(accepted)} of {rules.quorum} needed updates are here (they are kept) and no device waits",
+        f"{len(accepted)} of the {rules.quorum} updates needed are here (and kept), but no device is waiting",
     )
     return state, actions + said
 

@@ -191,7 +191,7 @@ class Agent:
         try:
             await asyncio.to_thread(self._count_samples)  # the next task is asked for with what is there by then
         except (DataError, OSError) as error:
-            _log.error("the data cannot be counted; what was counted last stands", error=str(error))
+            _log.error("the training samples cannot be counted; using the last count", error=str(error))
         if isinstance(end, Result):
             self._failed = ("", 0)
             _log.info("task trained", task=end.task_id, blocks=end.plan.blocks, seconds=round(end.seconds, 1))

@@ -45,29 +45,29 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The device's side of fedepth: trains on local data within the memory that is free.",
+    help="Train on this device's data within its free memory.",
 )
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
-_State = Annotated[Path | None, typer.Option(help="Where identity and kept updates live.")]
-_Threads = Annotated[int | None, typer.Option(help="Threads of torch; 0: its choice.")]
-_Cap = Annotated[str | None, typer.Option(help="The most that training may add, as 300MiB.")]
+_State = Annotated[Path | None, typer.Option(help="Folder for the device's identity and undelivered updates.")]
+_Threads = Annotated[int | None, typer.Option(help="Number of torch threads; 0 lets torch choose.")]
+_Cap = Annotated[str | None, typer.Option(help="Upper limit on training memory, such as 300MiB.")]
 
 
-@app.command(epilog="Example: fedepth-client run --coordinator 192.168.1.10:50051 --data ./photos --budget-cap 300MiB")
+@app.command(epilog="Example: fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB")
 def run(
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the training data.")] = None,
     config: _ConfigFile = None,
     state: _State = None,
-    name: Annotated[str | None, typer.Option(help="The device's name for people.")] = None,
+    name: Annotated[str | None, typer.Option(help="Human-readable name of the device.")] = None,
     budget_cap: _Cap = None,
-    linger: Annotated[float | None, typer.Option(help="Seconds that an idle trainer stays.")] = None,
+    linger: Annotated[float | None, typer.Option(help="Seconds to keep an idle trainer running.")] = None,
     threads: _Threads = None,
-    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when the job is finished.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
+    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit when the job is finished.")] = False,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object per line.")] = False,
 ) -> None:
-    """Takes part in a job: waits for tasks, trains, delivers. Runs until it is stopped."""
+    """Take part in a job: wait for tasks, train, and deliver updates. Runs until stopped."""
     overrides = {
         "coordinator": coordinator,
         "data": str(data) if data else None,
@@ -93,7 +93,7 @@ def probe(
     budget_cap: _Cap = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
-    """Shows how much memory is free here, what bounds it, and what training may add."""
+    """Show how much memory is free, what limits it, and how much training may use."""
     overrides = {"state": str(state) if state else None, "memory.cap": budget_cap}
     chosen = settings.load(config, _given(overrides))
     memory = measure()
@@ -111,9 +111,9 @@ def calibrate(
     threads: _Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
-    """Measures anew which allocator suits this device, and what its backend takes beside the tensors.
+    """Measure which allocator suits this device and what its backend takes outside the tensors, even if already known.
 
-    An agent does this by itself at its first start, and when torch or the allocator has changed.
+    An agent does this automatically when it first starts and when torch or the allocator has changed.
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
     with Console(stderr=True).status("starting") as status:
@@ -129,12 +129,12 @@ def calibrate(
 def report(
     model: Annotated[str, typer.Argument(help="A model of the zoo, torchvision:NAME, timm:NAME, or module:function.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
-    optimizer: Annotated[Optimizer, typer.Option(help="Decides how much state a weight has.")] = Optimizer.SGD,
+    optimizer: Annotated[Optimizer, typer.Option(help="Sets how much state a weight has.")] = Optimizer.SGD,
     policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
         Policy.AUTO
     ),
     input_shape: Annotated[
-        str | None, typer.Option("--input", help="CxHxW, as 3x32x32; models of the zoo have a default.")
+        str | None, typer.Option("--input", help="CxHxW, such as 3x32x32; zoo models have a default.")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
     samples: Annotated[int | None, typer.Option(min=2, help="Samples to train on; enough for a few steps.")] = None,
@@ -146,9 +146,9 @@ def report(
     plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
-    """Measures what this device can train: each unit alone, and the best plans for a ladder of budgets.
+    """Measure what this device can train: each unit alone, and the best plan for each of several budgets.
 
-    Trains on images of noise, under the limits that a job would have. Takes a minute for a small model on a desktop.
+    Trains on noise images under the limits that a job would have. Takes a minute for a small model on a desktop.
     """
     overrides = {
         "state": str(state) if state else None,
@@ -216,13 +216,13 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
         peak = format_size(trial.peak_bytes)
         allocators.add_row(trial.allocator, trial.name, peak, f"{trial.seconds_per_step:.3f}", chosen)
     calibration = found.calibration
-    beside = Table(show_header=False, title="What training takes beside its tensors")
-    beside.add_row("whatever the block", format_size(calibration.fixed_bytes))
-    beside.add_row("kept by the allocator, of what it may", f"{calibration.kept:.0%}")
-    beside.add_row("of a convolution's weights", f"{calibration.kernel_share:.0%}")
-    beside.add_row("of a wide depth-wise convolution's weights", f"{calibration.depthwise_share:.0%}")
-    beside.add_row("of its weights, input and output outside channels_last", f"{calibration.reordered_share:.0%}")
-    beside.add_row("error of the need that follows", f"{found.median_error:.1%} in the middle of {found.stages} stages")
+    beside = Table(show_header=False, title="Memory that training takes outside its tensors")
+    beside.add_row("for any block", format_size(calibration.fixed_bytes))
+    beside.add_row("of the memory it may keep, the allocator keeps", f"{calibration.kept:.0%}")
+    beside.add_row("share of a convolution's weights", f"{calibration.kernel_share:.0%}")
+    beside.add_row("share of a depth-wise convolution's padded weights", f"{calibration.depthwise_share:.0%}")
+    beside.add_row("share of weights, input, output if not channels_last", f"{calibration.reordered_share:.0%}")
+    beside.add_row("median error of the predicted need", f"{found.median_error:.1%} over {found.stages} stages")
     return allocators, beside
 
 

@@ -1,6 +1,6 @@
 """The agent's settings: one TOML file, a few of them overridden on the command line.
 
-coordinator = "192.168.1.10:50051"
+coordinator = "192.168.1.10:8970"
 data = "/srv/fedepth/data"
 state = "/var/lib/fedepth"
 name = "kitchen"
@@ -12,7 +12,7 @@ fraction = 0.9        # part of the available memory that may be used at all
 linger_s = 60         # how long an idle trainer stays in memory
 threads = 0           # 0 leaves the choice to torch
 enforce = true        # stop a stage that goes over its budget
-allocator = "auto"    # tcmalloc where it is installed, else glibc; or one of them by name
+allocator = "auto"    # the one that calibration chooses; or "tcmalloc" or "glibc" by name
 [retry]
 first_s = 1
 longest_s = 300
@@ -52,7 +52,7 @@ class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             except ConfigError as error:
                 raise ValueError(f"{field}: {error}") from None
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}, allowed is above 0 up to 1")
+            raise ValueError(f"fraction is {self.fraction}, but must be above 0 and at most 1")
 
     @property
     def cap_bytes(self) -> int:
@@ -73,9 +73,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 0 <= self.linger_s <= _LONGEST_LINGER_S:
-            raise ValueError(f"linger_s is {self.linger_s}, allowed is 0 to {_LONGEST_LINGER_S} (a year)")
+            raise ValueError(f"linger_s is {self.linger_s}, but must be between 0 and {_LONGEST_LINGER_S} (a year)")
         if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}, allowed is 0 (torch decides) and more")
+            raise ValueError(f"threads is {self.threads}, but must be at least 0 (0 lets torch choose)")
 
 
 class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,9 +87,9 @@ class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 0 < self.first_s <= self.longest_s:
-            raise ValueError(f"first_s is {self.first_s}, allowed is above 0 up to longest_s ({self.longest_s})")
+            raise ValueError(f"first_s is {self.first_s}, but must be above 0 and at most longest_s ({self.longest_s})")
         if self.remind_s <= 0:
-            raise ValueError(f"remind_s is {self.remind_s}, allowed is above 0")
+            raise ValueError(f"remind_s is {self.remind_s}, but must be above 0")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +107,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.coordinator:
             match = _ADDRESS.fullmatch(self.coordinator)
             if match is None or not 0 < int(match["port"]) < 65536:
-                raise ValueError(f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:50051')
+                raise ValueError(f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:8970')
 
     @property
     def state_dir(self) -> Path:

@@ -91,7 +91,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
         except (PlanError, ChildError, ModelError, StateError) as error:
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
-            structlog.get_logger().warning("not measured; planning with a desktop's figures", error=str(error))
+            structlog.get_logger().warning("calibration failed; planning with default figures", error=str(error))
         agent = Agent(
             settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings
         )

@@ -35,7 +35,7 @@ _ENDINGS = {
 
 app = typer.Typer(
     name="fedepth",
-    help="Answers questions about training within little memory.",
+    help="Plan training within a memory budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,35 +45,35 @@ app = typer.Typer(
 
 @app.callback()
 def commands() -> None:
-    """Answers questions about training within little memory."""
+    """Plan training within a memory budget."""
 
 
 @app.command("plan", epilog="Example: fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png")
 def plan_command(
-    model: Annotated[str, typer.Argument(help="A model of the zoo, or your own as module:function.")],
-    budget: Annotated[str, typer.Option(help="What training may add to a device's memory, as 300MiB.")],
+    model: Annotated[str, typer.Argument(help="A zoo model, torchvision:NAME, timm:NAME, or module:function.")],
+    budget: Annotated[str, typer.Option(help="Memory that training may use, such as 300MiB.")],
     policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
         Policy.AUTO
     ),
     batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
-    optimizer: Annotated[Optimizer, typer.Option(help="Decides how much state a weight has.")] = Optimizer.SGD,
-    momentum: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sgd; 0 saves its state.")] = 0.9,
+    optimizer: Annotated[Optimizer, typer.Option(help="Sets how much state a weight has.")] = Optimizer.SGD,
+    momentum: Annotated[float, typer.Option(min=0.0, max=1.0, help="For sgd; 0 keeps no state.")] = 0.9,
     input_shape: Annotated[
-        str | None, typer.Option("--input", help="CxHxW, as 3x32x32; models of the zoo have a default.")
+        str | None, typer.Option("--input", help="CxHxW, such as 3x32x32; zoo models have a default.")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
-    samples: Annotated[int, typer.Option(min=1, help="Samples on the device; decides on caches.")] = 1024,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over them in a round.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Samples on the device; determines the cache size.")] = 1024,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the samples in a round.")] = 1,
     calibration: Annotated[
-        Path | None, typer.Option(help="Of a device: what fedepth-client calibrate --json printed there.")
+        Path | None, typer.Option(help="A device's calibration: output of its fedepth-client calibrate --json.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
-    What kernels and the allocator take is counted as on a desktop with tcmalloc, unless a device's calibration is
-    given; a device that takes part in a job measures its own.
+    The memory that kernels and the allocator take is estimated for a desktop with tcmalloc unless --calibration is
+    given; a device in a job uses its own calibration.
     """
     device = _calibration(calibration) if calibration else Calibration()
     budget_bytes = parse_size(budget)
@@ -90,7 +90,7 @@ def plan_command(
             raise PlanError(
                 f"--budget {format_size(budget_bytes)} is too small for {model} at batch {batch}, policy "
                 f"{policy.value}: the smallest plan needs {format_size(error.needed_bytes, round_up=True)}. "
-                "Give that, or a lower --batch.",
+                "Raise --budget to that, or lower --batch.",
                 needed_bytes=error.needed_bytes,
                 budget_bytes=budget_bytes,
             ) from None
@@ -209,7 +209,7 @@ def _stages(plan: Plan, title: str) -> Table:
     if plan.ending is Ending.FROZEN_SUFFIX:
         notes.append("The last block is trained through the untrained units behind it.")
     if plan.ending is Ending.FROZEN_HEAD:
-        notes.append("The head stays at its global value: the units in front of it are untrained.")
+        notes.append("The head stays at its global value: the preceding units are untrained.")
     table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
     return table
 

@@ -3,7 +3,7 @@
     FedepthError
     ├── ConfigError        a setting is missing, misspelt or out of range; names the field
     ├── DataError          a data directory or a label cannot be used
-    ├── ModelError         a model cannot be built, is not allowed here, or cannot be split
+    ├── ModelError         a model cannot be built, exported or split, or its graph is not the model
     ├── PlanError          no plan fits the budget; carries the needed and the free bytes
     ├── OverBudgetError    training met its memory limit; carries the stage and the measured miss
     ├── ChildError         a child process ended or answered badly
@@ -32,14 +32,14 @@ class DataError(FedepthError):
 
 
 class ModelError(FedepthError):
-    """A model cannot be built, may not be built on this device, or cannot be split into units."""
+    """A model cannot be built, exported as a graph, or split into units, or its graph differs from it."""
 
 
 class PlanError(FedepthError):
     """No block plan fits.
 
     Attributes:
-        needed_bytes: predicted peak of the smallest plan.
+        needed_bytes: the budget that the smallest plan needs.
         budget_bytes: what is free for training.
     """
 
@@ -90,7 +90,7 @@ class UpdateError(FedepthError):
 
     Attributes:
         reason: short name for counting: "digest", "missing_tensor", "unknown_tensor", "shape", "dtype",
-            "not_finite", "size", "plan", "samples".
+            "not_finite", "size", "plan", "samples", "late", "device".
     """
 
     def __init__(self, reason: str, message: str) -> None:

@@ -257,7 +257,7 @@ def _check_classes(model: ModelSection, file: str) -> None:
         raise ConfigError(f"{file}: [model] classes: must be at least 2, is {count}")
     if not isinstance(classes, int) and len(set(classes)) != count:
         twice = sorted({name for name in classes if classes.count(name) > 1})
-        raise ConfigError(f"{file}: [model] classes: must differ, but {', '.join(twice)} stands there twice")
+        raise ConfigError(f"{file}: [model] classes: must be unique, but {', '.join(twice)} occurs more than once")
 
 
 def _with_test_path(config: JobConfig, path: Path) -> JobConfig:

@@ -103,7 +103,7 @@ def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
         where = error_line(error)
         raise ModelError(
             f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
-            f"{first_line(error)}; nobody expected that, and its traceback is in the log"
+            f"{first_line(error)}; this error is unexpected; see its traceback in the log"
         ) from error
 
 

@@ -156,8 +156,8 @@ async def calibrated(
             if error.errno not in _UNWRITABLE:
                 raise
             raise StateError(
-                f"the small models that are measured cannot be kept in {folder} for a moment ({error.strerror}); "
-                "they take about 100 MiB. Free some space, or set XDG_CACHE_HOME to a folder that has it"
+                f"calibration cannot write its temporary files to {folder} ({error.strerror}); they take about "
+                "100 MiB. Free some space there, or set XDG_CACHE_HOME to a folder that has enough"
             ) from None
         return found
 
@@ -225,8 +225,8 @@ def fitting(plans: Mapping[Probe, Plan], free_bytes: int) -> list[Probe]:
 
 def _too_little(needed: int, free: int) -> PlanError:
     return PlanError(
-        f"to measure what training takes here, {format_size(needed, round_up=True)} have to be free beside the "
-        f"trainer, {format_size(free)} are. Free memory, or lower memory.reserve.",
+        f"measuring what training takes here needs {format_size(needed, round_up=True)} of free memory in addition to "
+        f"the trainer, but only {format_size(free)} is free. Free some memory, or lower memory.reserve.",
         needed_bytes=needed,
         budget_bytes=free,
     )

@@ -130,7 +130,7 @@ def main() -> None:
             # out of memory is neither: that is a death, and the agent plans smaller.
             if not is_out_of_memory(error):
                 what = f"{type(error).__name__}: {error}"
-                text = f"the trainer ended on an error that nobody expected: {what}; the agent's log has its traceback"
+                text = f"the trainer stopped on an unexpected error: {what}; see its traceback in the agent's log"
                 lines.send(event="failed", outcome=Outcome.ERROR, message=text)
             raise
         else:

@@ -115,8 +115,8 @@ def export(
     if not within.all() or other:
         raise ExportError(
             f"The ONNX export of {spec.name} differs from the trained model: by up to {differences[worst]:.3g} in a "
-            f"logit (limit {limits[worst]:.1g}), and in the first class of {other} of {len(inputs)} inputs. "
-            "Nothing was written. If the weights are sound (finite, logits of ordinary size), report this "
+            f"logit (limit {limits[worst]:.1g}), and in the top class for {other} of {len(inputs)} inputs. "
+            "Nothing was written. If the weights are sound (finite, with logits of normal size), report this as a bug "
             "with the model's name."
         )
     write_atomically(output, data)

@@ -260,14 +260,14 @@ def _reason(error: Exception, where: str) -> str:
     kind = type(error).__name__
     if "DataDependent" in kind or "data-dependent" in text.lower() or "GuardOnDataDependent" in text:
         return (
-            "what it does there depends on values of a tensor (an if, a loop, .item(), .tolist() or a mask as index); "
-            "use torch.where, or sizes that are known before"
+            "what it does depends on the values of a tensor (an if, a loop, .item(), .tolist() or indexing with a "
+            "mask); use torch.where, or sizes that are known in advance"
         )
     if _is_fixed_batch(error):
-        what = "that line" if where else "something in it, which torch does not name,"
+        what = "it" if where else "something in it, which torch does not name,"
         return (
-            f"it works for one batch size only: {what} takes the batch for a constant, as len(x) and int(x.shape[0]) "
-            "do; write x.shape[0], or -1 in a reshape"
+            f"it works for one batch size only, because {what} treats the batch size as a constant, as len(x) and "
+            "int(x.shape[0]) do; write x.shape[0], or -1 in a reshape"
         )
     if "fake tensor in the exported program constant" in text:
         return (
@@ -275,7 +275,7 @@ def _reason(error: Exception, where: str) -> str:
             "parameter by parameter.copy_(...) under torch.no_grad(), and keep what stays in a buffer"
         )
     if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
-        return "it leaves torch for numpy; write it with torch's functions"
+        return "it converts a tensor to numpy; use torch's functions instead"
     return first_line(error)
 
 

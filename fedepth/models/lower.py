@@ -322,7 +322,7 @@ def _scalar(argument: Any, known: Mapping[fx.Node, Any], node: fx.Node) -> Scala
         found = known[argument]
         if isinstance(found, _Unknown):
             raise ModelError(
-                f"a number computed from the batch size or from values of a tensor is no whole number, at "
+                f"a number computed from the batch size or from a tensor's values is not an integer, at "
                 f"{user_line(found.node)}; compute with tensors instead"
             )
         if not isinstance(found, Value | Tensor | Extent | int):
@@ -372,10 +372,10 @@ def _extent_or_int(value: Any) -> int | Extent:
         raise ModelError("a size depends on the values of a tensor, as with a mask as index; use torch.where")
     polynomial = sympy.Poly(expression, *symbols) if expression.is_polynomial(*symbols) else None
     if polynomial is None or len(symbols) != 1 or polynomial.degree() != 1:
-        raise ModelError(f"a size of the model is {expression} of the batch size; it can only be a multiple and a rest")
+        raise ModelError(f"a size in the model is {expression}; it must be a · batch + b with integers a and b")
     per_sample, fixed = polynomial.coeff_monomial(symbols[0]), polynomial.coeff_monomial(1)
     if not (per_sample.is_Integer and fixed.is_Integer):
-        raise ModelError(f"a size of the model is {expression} of the batch size; it can only be a multiple and a rest")
+        raise ModelError(f"a size in the model is {expression}; it must be a · batch + b with integers a and b")
     return Extent(int(per_sample), int(fixed))
 
 

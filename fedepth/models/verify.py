@@ -179,9 +179,9 @@ class _Original:
         difference, what = _difference(first, again)
         if not difference <= TOLERANCE:
             raise ModelError(
-                f"the model {name} does not agree with itself: with the same torch seed {what} comes out otherwise "
-                f"each time it runs ({trial}; a counter, a global, or random numbers that torch does not draw); use "
-                "torch's random functions, and buffers"
+                f"the model {name} is not deterministic: with the same torch seed, {what} differs from run to run "
+                f"({trial}; look for a counter, a global, or random numbers that torch does not draw); use torch's "
+                "random functions and buffers"
             )
         if not trial.training:
             self._without_gradients(start, inputs, trial, again)
@@ -210,8 +210,8 @@ class _Original:
         logits = self._logits(inputs, trial)
         if _other_random_states() != before:
             raise ModelError(
-                f"the model {name} draws random numbers of Python or numpy in its forward pass, so that it does not "
-                "agree with itself; use torch's random functions"
+                f"the model {name} draws random numbers from Python or numpy in its forward pass, so that it is not "
+                "deterministic; use torch's random functions"
             )
         self._guarded(lambda: _backward(logits, trial.gradient), trial)
         parameters = dict(module.named_parameters(remove_duplicate=False))

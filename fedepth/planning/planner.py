@@ -109,8 +109,8 @@ class Planner:
         """
         if sample_count < costs.smallest_micro_batch:
             raise PlanError(
-                f"the device has {sample_count} of the {costs.smallest_micro_batch} samples that BatchNorm in "
-                f"{costs.model} needs at once. Give it more data.",
+                f"BatchNorm in {costs.model} needs at least {costs.smallest_micro_batch} samples at once, but the "
+                f"device has {sample_count}. Give the device more data.",
                 needed_bytes=0,
                 budget_bytes=0,
             )
@@ -196,9 +196,10 @@ class Planner:
         needed = self.least_bytes()
         paper = self._policy is Policy.PAPER
         return PlanError(
-            f"the smallest plan needs {format_size(needed, round_up=True)}, {format_size(budget_bytes)} are free "
-            f"({self._costs.model}, policy {self._policy.value}, batch {self.ways.batch}). Free memory on the device, "
-            f"raise its cap, or {'ask for policy auto, which may use micro-batches' if paper else 'lower the batch'}.",
+            f"the smallest plan needs {format_size(needed, round_up=True)}, but only {format_size(budget_bytes)} is "
+            f"free ({self._costs.model}, policy {self._policy.value}, batch {self.ways.batch}). Free memory on the "
+            "device, raise its cap, or "
+            f"{'set the policy to auto, which allows micro-batches' if paper else 'lower the batch size'}.",
             needed_bytes=needed,
             budget_bytes=budget_bytes,
         )

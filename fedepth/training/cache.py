@@ -160,9 +160,9 @@ class DiskCache:
         if wanted > disk.f_bavail * disk.f_frsize:
             self.close()
             raise StateError(
-                f"the cached inputs of {count} samples take another {format_size(wanted)} in {folder}, where "
-                f"{format_size(disk.f_bavail * disk.f_frsize)} are free; free some space there, or let the job keep "
-                "them in fewer bytes (cache_type: float16 or uint8)"
+                f"the cached inputs of {count} samples need another {format_size(wanted)} in {folder}, where only "
+                f"{format_size(disk.f_bavail * disk.f_frsize)} is free; free some space there, or set cache_type to "
+                "float16 or uint8 in the job file"
             )
 
     def share(self) -> int:

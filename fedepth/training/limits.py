@@ -99,8 +99,8 @@ def check_first_step(meter: Meter, context: TrainingContext, budget: int, index:
     peak = peak_bytes(meter, context.device)
     if peak > budget:
         raise OverBudgetError(
-            f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first step, "
-            f"predicted were {format_size(stage.predicted_peak_bytes)}, the budget is {format_size(budget)}",
+            f"stage {index} (units {stage.first}-{stage.last}) took {format_size(peak)} in its first step; the "
+            f"prediction was {format_size(stage.predicted_peak_bytes)} and the budget is {format_size(budget)}",
             stage=index,
             miss_bytes=peak - budget,
         )

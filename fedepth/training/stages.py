@@ -307,8 +307,8 @@ def _yield_memory(
         hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(
-                f"stage {index} (units {stage.first}-{stage.last}) paused for {waited:.0f} s because only "
-                f"{format_size(budget)} were free for it; others on this device hold the memory",
+                f"stage {index} (units {stage.first}-{stage.last}) gave up after pausing for {waited:.0f} s: only "
+                f"{format_size(budget)} was free for it; stop other programs on this device that hold memory",
                 stage=index,
                 miss_bytes=max(0, stage.predicted_peak_bytes - budget),
             )

@@ -365,7 +365,7 @@ def test_data_that_cannot_be_counted_any_more_is_told(
             return await super().fetch_weights(task)
 
     bench.run(Losing(transport.weights, [make_task()]), OK)
-    (line,) = bench.said("the data cannot be counted; what was counted last stands")
+    (line,) = bench.said("the training samples cannot be counted; using the last count")
     assert str(bench.data) in line["error"]
 
 
@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_declined_with_numbers(
     assert failure.outcome is Outcome.DECLINED
     assert failure.budget_bytes == MIB
     needed = format_size(failure.needed_bytes, round_up=True)
-    assert f"the smallest plan needs {needed}, 1.0 MiB are free" in failure.message
+    assert f"the smallest plan needs {needed}, but only 1.0 MiB is free" in failure.message
 
 
 def test_over_budget_means_a_plan_that_is_smaller_by_the_miss(

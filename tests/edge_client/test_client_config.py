@@ -47,7 +47,7 @@ def test_defaults() -> None:
         ("[memory]\nfraction = 1.5", "memory.fraction is 1.5"),
         ('[memory]\nreserve = "3M"', 'memory.reserve: "3M" is not a size'),
         ('[trainer]\nthreads = "many"', "trainer.threads: Expected `int`"),
-        ("[trainer]\nlinger_s = inf", "trainer.linger_s is inf, allowed is 0 to 31536000"),
+        ("[trainer]\nlinger_s = inf", "trainer.linger_s is inf, but must be between 0 and 31536000"),
         ('coordinator = "nowhere"', 'coordinator is "nowhere", expected HOST:PORT'),
         ('coordinator = "host:70000"', "expected HOST:PORT"),
         ("[retry]\nfirst_s = 500", "retry.first_s is 500"),

@@ -176,7 +176,7 @@ def test_another_class_is_refused_unless_tied(tmp_path: Path, monkeypatch: pytes
     # Each logit is off by less than the limit, and yet they were further apart than that can explain.
     swapped = np.float32([[1 + 2.1e-4, 1, 0]]), np.float32([[1 + 1.1e-4, 1 + 1e-4 + 1.5e-5, 0]])
     monkeypatch.setattr(module, "compare", lambda *_: swapped)
-    with pytest.raises(ExportError, match="first class of 1 of 1 inputs"):
+    with pytest.raises(ExportError, match="top class for 1 of 1 inputs"):
         run_export(DIGITS, tmp_path, inputs_for(DIGITS, 1))
 
 

@@ -177,7 +177,7 @@ def test_a_budget_that_no_plan_fits_is_told_with_its_numbers(rig: Any) -> None:
     rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
     rig.agent(0, cap=5 * MIB)
     line = rig.wait("device-0", lambda line: "the smallest plan needs" in json.dumps(line))
-    assert re.search(r"the smallest plan needs \d+\.\d MiB, 5\.0 MiB are free", json.dumps(line))
+    assert re.search(r"the smallest plan needs \d+\.\d MiB, but only 5\.0 MiB is free", json.dumps(line))
     assert rig.lab.processes["device-0"].poll() is None
 
 
@@ -189,8 +189,8 @@ def test_an_agent_without_memory_to_measure_itself_says_so_and_stays(
     config.write_text('[memory]\nreserve = "1000GiB"\n')
     rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
     rig.agent(0, "--config", str(config))
-    told = rig.event("device-0", "not measured; planning with a desktop's figures")
-    assert re.search(r"\d+\.\d MiB have to be free beside the trainer, 0 B are", told["error"])
+    told = rig.event("device-0", "calibration failed; planning with default figures")
+    assert re.search(r"\d+\.\d MiB of free memory in addition to the trainer, but only 0 B is free", told["error"])
     rig.wait("device-0", lambda line: "the smallest plan needs" in json.dumps(line))
     assert rig.lab.processes["device-0"].poll() is None
     assert not list(tmp_path.rglob("calibration-*.json"))

@@ -81,7 +81,7 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_anything_is_wri
     free = os.statvfs(tmp_path)
     samples = free.f_blocks * free.f_frsize // 4_000_000 + 1
     with pytest.raises(
-        StateError, match=f"cached inputs of {samples} samples take another .* are free; free some space"
+        StateError, match=f"cached inputs of {samples} samples need another .* is free; free some space"
     ):
         open_cache(CachePlace.DISK, tmp_path, samples, RowFormat((1_000_000,), CacheType.FLOAT32))
     assert open_files(tmp_path) == []

@@ -166,7 +166,7 @@ def test_what_nobody_expected_is_one_sentence_and_a_traceback_in_the_log(
     monkeypatch.setattr("fedepth.prepare.trace_costs", broken)
     with pytest.raises(ModelError) as caught:
         trace_model(SPEC, TRAINING, seed=1)
-    assert re.search(r"cannot be prepared.*: ZeroDivisionError: pages; nobody expected that", str(caught.value))
+    assert re.search(r"cannot be prepared.*: ZeroDivisionError: pages; this error is unexpected", str(caught.value))
     assert "of text" not in str(caught.value)
     assert "Traceback" in capfd.readouterr().err
 

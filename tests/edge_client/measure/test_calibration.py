@@ -102,7 +102,9 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(calibration, "_measure", full)
-    with pytest.raises(StateError, match=r"cannot be kept in .* \(No space left on device\).*XDG_CACHE_HOME"):
+    with pytest.raises(
+        StateError, match=r"cannot write its temporary files .* \(No space left on device\).*XDG_CACHE_HOME"
+    ):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
     assert not list(tmp_path.glob("calibration-*.json"))
 
@@ -113,7 +115,9 @@ def test_nothing_is_traced_where_the_tracer_itself_has_no_room(tmp_path: Path, m
 
     monkeypatch.setattr(calibration, "_free_bytes", free)
     monkeypatch.setattr(calibration, "tracer", None)
-    with pytest.raises(PlanError, match=r"256\.0 MiB have to be free beside the trainer, 255\.0 MiB are"):
+    with pytest.raises(
+        PlanError, match=r"256\.0 MiB of free memory in addition to the trainer, but only 255\.0 MiB is"
+    ):
         asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
 
 
@@ -207,5 +211,5 @@ def test_a_small_device_runs_only_the_probes_that_it_can_bear() -> None:
     second = int(ROOM * needed_bytes(20 * MIB))
     assert fitting(plans, second) == list(PROBES[:2])
     assert fitting(plans, second - 1) == list(PROBES[:1])
-    with pytest.raises(PlanError, match=r"to measure what training takes here, 20\.7 MiB have to be free"):
+    with pytest.raises(PlanError, match=r"measuring what training takes here needs 20\.7 MiB of free memory"):
         fitting(plans, MIB)
