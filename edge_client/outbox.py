@@ -77,7 +77,7 @@ class Outbox:
         except OSError as error:
             raise StateError(
                 f"the update of task {result.task_id} cannot be kept in {self._folder}: {error.strerror}; "
-                "free some space there"
+                "free some space there, or make it writable"
             ) from error
         return Entry(final, result)
 

@@ -178,7 +178,9 @@ class DiskCache:
             try:
                 written = os.pwrite(self._file, data[:_PIECE_BYTES], offset)
             except OSError as error:
-                raise StateError(f"cached inputs cannot be written in {self._folder}: {error.strerror}") from error
+                raise StateError(
+                    f"cached inputs cannot be written in {self._folder}: {error.strerror}; check that disk"
+                ) from error
             data = data[written:]
             offset += written
 
@@ -191,10 +193,17 @@ class DiskCache:
             try:
                 got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
             except OSError as error:
-                raise StateError(f"cached inputs cannot be read in {self._folder}: {error.strerror}") from error
+                raise StateError(
+                    f"cached inputs cannot be read in {self._folder}: {error.strerror}; check that disk"
+                ) from error
             if got != size:
-                raise StateError(f"cached inputs in {self._folder}: {got} of {size} bytes at row {index}")
+                raise StateError(
+                    f"cached inputs in {self._folder} are damaged: {got} of {size} bytes at row {index}; check that disk"
+                )
         return self.rows.decode(values)
+
+    def _broken(self, how: str) -> StateError:
+        return StateError(f"the cached inputs in {self._folder} {how}; check that disk")
 
     def close(self) -> None:
         if self._file is not None:
@@ -207,4 +216,6 @@ def _nameless_file(folder: Path) -> int:
         with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
             return os.dup(file.fileno())
     except OSError as error:
-        raise StateError(f"no file for cached inputs can be made in {folder}: {error.strerror}") from error
+        raise StateError(
+            f"no file for cached inputs can be made in {folder}: {error.strerror}; make it writable"
+        ) from error

@@ -226,9 +226,7 @@ def test_a_model_that_this_device_does_not_allow_is_refused(tmp_path: Path) -> N
 def test_nothing_is_traced_where_a_tracer_has_no_room(tmp_path: Path) -> None:
     wanted = CapabilityRequest(TOY, TRAINING, Policy.AUTO, 8)
     config = Config(state=str(tmp_path), memory=MemoryConfig(reserve="1000GiB"))
-    with pytest.raises(
-        PlanError, match=r"256\.0 MiB of free memory in addition to the trainer, but only 0 B is"
-    ):
+    with pytest.raises(PlanError, match=r"256\.0 MiB of free memory in addition to the trainer, but only 0 B is"):
         asyncio.run(measure_capability(wanted, config))
     assert list(tmp_path.iterdir()) == []
 
