@@ -178,9 +178,7 @@ class DiskCache:
             try:
                 written = os.pwrite(self._file, data[:_PIECE_BYTES], offset)
             except OSError as error:
-                raise StateError(
-                    f"cached inputs cannot be written in {self._folder}: {error.strerror}; check that disk"
-                ) from error
+                raise self._broken(f"cannot be written: {error.strerror}") from error
             data = data[written:]
             offset += written
 
@@ -193,13 +191,9 @@ class DiskCache:
             try:
                 got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
             except OSError as error:
-                raise StateError(
-                    f"cached inputs cannot be read in {self._folder}: {error.strerror}; check that disk"
-                ) from error
+                raise self._broken(f"cannot be read: {error.strerror}") from error
             if got != size:
-                raise StateError(
-                    f"cached inputs in {self._folder} are damaged: {got} of {size} bytes at row {index}; check that disk"
-                )
+                raise self._broken(f"are damaged: {got} of {size} bytes at row {index}")
         return self.rows.decode(values)
 
     def _broken(self, how: str) -> StateError:
