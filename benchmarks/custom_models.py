@@ -501,6 +501,99 @@ class NormHeldDown(Small):
         return F.relu(x)
 
 
+class CountingObject(Small):
+    """Counts in a dictionary, and behaves otherwise much later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"steps": 0}
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.state["steps"] += 1
+        return F.relu(x) if self.state["steps"] < 100 else torch.tanh(x)
+
+
+class CountingClass(Small):
+    calls = np.int64(0)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        CountingClass.calls += 1
+        return F.relu(x) if CountingClass.calls < 100 else torch.tanh(x)
+
+
+class CountingHook(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        calls = [0]
+
+        def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            calls[0] += 1
+            return None if calls[0] < 100 else torch.tanh(output)
+
+        self.first.register_forward_hook(count)
+
+
+class OwnGenerator(Small):
+    """Skips an activation seldom, by numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(5)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training and self.generator.random() < 0.01 else F.relu(x)
+
+
+class ActivationHook(Small):
+    """Clips a gradient at a value that trials do not reach."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.clamp(-1e6, 1e6))  # type: ignore[no-untyped-call]
+        return F.relu(x)
+
+
+class PlainCounter(Small):
+    """Steps in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = torch.zeros(())
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.step += 1
+        return F.relu(x) / (1 + 0.1 * self.step)
+
+
+class TwinStatistics(Small):
+    """Two tensors that are equal at first. Training writes one; evaluation reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = [torch.zeros(8), torch.zeros(8)]
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.means[0 if self.training else 1]
+        if self.training:
+            mean.mul_(0.5).add_(x.detach().mean((0, 2, 3)), alpha=0.5)
+        return F.relu(x - mean.view(-1, 1, 1))
+
+
+class BlurredStem(Small):
+    """A convolution with a fixed filter, and masks that are joined."""
+
+    blur: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("blur", torch.ones(8, 1, 3, 3) / 9)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        mask = (x > -2) & (x < 2) | (x > 3)
+        return F.conv2d(torch.where(mask, x, 0.5 * x), self.blur, padding=1, groups=8)
+
+
 def cumulative_norm() -> nn.Module:
     norm = nn.BatchNorm2d(8, momentum=None)
     return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
@@ -826,6 +919,9 @@ KEPT: dict[str, tuple[tuple[int, ...], str]] = {
     "SpreadMask": _IMAGE,
     "NoAutocast": _IMAGE,
     "NormHeldDown": _IMAGE,
+    "PlainCounter": _IMAGE,
+    "TwinStatistics": _IMAGE,
+    "BlurredStem": _IMAGE,
 }
 
 # The same of those in which memory is worth a look.
@@ -869,4 +965,9 @@ REFUSED: dict[str, str] = {
     "AuxiliaryFunctionalDropout": "for an output that is left out",
     "DataAssignment": "copy_(...) under torch.no_grad()",
     "cumulative_norm": "momentum=None in 1",
+    "CountingObject": "changes state['steps'] whenever it runs",
+    "CountingClass": "changes CountingClass.calls whenever it runs",
+    "CountingHook": "whenever it runs",
+    "OwnGenerator": "changes generator whenever it runs",
+    "ActivationHook": "hooks into the gradient of an activation at",
 }

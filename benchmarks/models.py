@@ -147,30 +147,43 @@ def try_model(name: str, folder: Path) -> dict[str, Any]:
     finally:
         row["plan_seconds"] = time.process_time() - before
     write_traced(folder / "graph.json", TracedModel(graph, costs))
+    save(folder / "weights.safetensors", _moved(module, exported))
     _write_truth(module, exported, spec, folder)
-    save(folder / "weights.safetensors", {each: tensor.detach().numpy() for each, tensor in exported.tensors.items()})
     del module, exported  # a large model does not fit into two processes
     row["silently_different"] = _differs_elsewhere(folder)
     row["seconds"] = time.monotonic() - started
     return row
 
 
+def _moved(module: Any, exported: Exported) -> dict[str, Any]:
+    """Moves the module's weights; returns all that the graph names."""
+    import torch
+
+    from fedepth.models.export import is_spread
+
+    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    generator = torch.Generator().manual_seed(99)
+    with torch.no_grad():
+        for each in sorted(exported.tensors):
+            tensor = own.get(each)
+            if tensor is not None and tensor.is_floating_point() and not is_spread(tensor):
+                # To both sides and by little of each sum: in a hundred layers numbers would grow beyond all measure.
+                inputs = max(1, tensor[:1].numel() if tensor.dim() > 1 else 100)
+                noise = torch.rand(tensor.shape, generator=generator) - (0.5 if tensor.dim() > 1 else 0.0)
+                tensor.add_(noise * 0.2 / inputs**0.5)
+    # From the module itself: by now a buffer may be another tensor than when it was exported.
+    return {each: own.get(each, tensor).detach().numpy() for each, tensor in exported.tensors.items()}
+
+
 def _write_truth(module: Any, exported: Exported, spec: ModelSpec, folder: Path) -> None:
-    """Moves the module's weights, and writes inputs, logits and gradients of it, a file for each mode."""
+    """Writes inputs, logits and gradients of the module, a file for each mode."""
     import torch
 
     from fedepth.models.export import is_spread
 
     tensors = exported.tensors
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    generator = torch.Generator().manual_seed(99)
-    with torch.no_grad():
-        for each in sorted(own):
-            if own[each].is_floating_point() and each in tensors and not is_spread(own[each]):
-                # To both sides and by little of each sum: in a hundred layers numbers would grow beyond all measure.
-                inputs = max(1, own[each][:1].numel() if own[each].dim() > 1 else 100)
-                noise = torch.rand(own[each].shape, generator=generator) - (0.5 if own[each].dim() > 1 else 0.0)
-                own[each].add_(noise * 0.2 / inputs**0.5)
+    generator = torch.Generator().manual_seed(98)
     for mode, batch in MODES.items():
         module.train(mode == "training")
         state = {each: tensor.detach().clone() for each, tensor in own.items() if not is_spread(tensor)}

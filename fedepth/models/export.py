@@ -10,6 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from fedepth.errors import ModelError
 from fedepth.models.cut import cut
 from fedepth.models.exits import find_exits
 from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
+from fedepth.models.hidden_state import hidden_tensors, tensors_kept
 from fedepth.models.holdable import check_module, largest_id
 from fedepth.models.lower import FlatProgram, lower
 from fedepth.models.run import Model
@@ -71,6 +73,7 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     check_module(module, name)
     ids = largest_id(module)
     names, tensors = _tensors(module, name)
+    kept_by_module = {tensor.data_ptr() for tensor in hidden_tensors(module).values()}
     example = example_inputs(input_shape, input_type, ids, _EXAMPLES)
     programs: list[FlatProgram] = []
     notes: set[str] = set()
@@ -78,9 +81,10 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     try:
         for training in (True, False):
             module.train(training)
-            exported = _export(module, name, example)
+            with tensors_kept(module):
+                exported = _export(module, name, example)
             output = _logits(exported, name, classes, notes)
-            programs.append(_lowered(exported, output, _with_constants(exported, names, tensors), name))
+            programs.append(_lowered(exported, output, _with_constants(exported, names, tensors, kept_by_module), name))
     finally:
         module.train(was_training)
     trainable = frozenset(names[each] for each, parameter in module.named_parameters() if parameter.requires_grad)
@@ -102,7 +106,7 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
         tensors={each: (_dtype(tensors[each], each, name), tuple(tensors[each].shape)) for each in sorted(used)},
         input_type=input_type,
         smallest_micro_batch=_smallest_micro_batch(programs[0]),
-        channels_last=_prefers_channels_last(programs[0], parameters),
+        channels_last=_prefers_channels_last(programs[0], {each: tuple(t.shape) for each, t in tensors.items()}),
         notes=tuple(sorted(notes)),
     )
     check(graph)
@@ -127,22 +131,27 @@ def example_inputs(
 
 
 def _with_constants(
-    program: torch.export.ExportedProgram, names: Mapping[str, str], tensors: dict[str, torch.Tensor]
+    program: torch.export.ExportedProgram,
+    names: Mapping[str, str],
+    tensors: dict[str, torch.Tensor],
+    kept_by_module: AbstractSet[int],
 ) -> dict[str, str]:
     """`names` with those of a program's constants, which are added to `tensors`. Both modes number theirs from 0: equal
-    ones are one."""
+    ones are one, unless the module keeps them (`kept_by_module`: their addresses), for it may write to one of two."""
     found = dict(names)
     for target, tensor in program.constants.items():
         if isinstance(tensor, torch.Tensor) and target not in names:
             unique, number = target, 1
-            while unique in tensors and not _same(tensors[unique], tensor):
+            while unique in tensors and not _same(tensors[unique], tensor, kept_by_module):
                 unique, number = f"{target}.{number}", number + 1
             tensors.setdefault(unique, tensor.detach())
             found[target] = unique
     return found
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same(one: torch.Tensor, other: torch.Tensor, kept_by_module: AbstractSet[int]) -> bool:
+    if one.data_ptr() != other.data_ptr() and not kept_by_module.isdisjoint((one.data_ptr(), other.data_ptr())):
+        return False
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
@@ -344,7 +353,7 @@ def _prefers_channels_last(program: FlatProgram, shapes: Mapping[str, tuple[int,
         if not operation.name.startswith("conv2d") or not isinstance(operation.arguments[1], Tensor):
             continue
         found = True
-        kernel = shapes[operation.arguments[1].name][2:]
+        kernel = shapes[operation.arguments[1].name][2:]  # a parameter's, or a fixed filter's
         stride = _pair(operation)
         if stride != (1, 1) and kernel in ((1, 1), stride):
             return False

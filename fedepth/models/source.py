@@ -55,6 +55,11 @@ def error_line(error: BaseException) -> str:
     return _told(frame.filename, str(frame.lineno), frame.name, frame.line or "")
 
 
+def is_users(file: str) -> bool:
+    """Whether code in this file is neither torch's nor this package's."""
+    return not file.startswith(_NOT_THE_USERS)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without torch's pages of text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

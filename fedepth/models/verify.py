@@ -7,6 +7,7 @@ every model, also one of the zoo, is compared before a job starts, and once more
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ from torch import nn
 
 from fedepth.errors import ModelError
 from fedepth.models.export import Exported, is_spread, perturbed
+from fedepth.models.hidden_state import hidden_values
 from fedepth.models.run import Model
-from fedepth.models.source import error_line, first_line
+from fedepth.models.source import error_line, first_line, is_users
 
 # On one thread kernels sum in the same order every time. A wrong graph, or a random number, is off by far more.
 TOLERANCE = 1e-4
 # In another memory format other kernels run: logits are compared, for gradients of a hundred layers differ by percents.
 LAYOUT_TOLERANCE = 1e-3
 _SEED = 7
-_SIMPLE = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
     original = _Original(module, exported, name)
     try:
         original.draw_only_for_logits(exported.left_out)
+        trained: Mapping[str, torch.Tensor] = {}  # as a step has left them: evaluation has to see what training wrote
         for trial in _trials(graph.smallest_micro_batch, graph.channels_last):
             moved = original.writable if trial.perturbed else ()
-            start = {**original.start, **perturbed(original.start, moved)}
+            start = {**original.start, **(perturbed(original.start, moved) if trial.training else trained)}
             inputs = exported.examples(trial.samples, trial.scale)
             again = original.step(start, inputs, trial)
             if trial.channels_last and original.draws(start, inputs, trial, again):
@@ -103,6 +105,8 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
                 )
             if not trial.channels_last:
                 worst = max(worst, difference)
+            if trial.training and trial.perturbed:
+                trained = found.tensors
     finally:
         original.restore()
     return worst
@@ -169,12 +173,13 @@ class _Original:
         """
         name = self._name
         first = self._run(start, inputs, trial, seed=0)
-        attributes = self._attributes()
+        before = hidden_values(self._module)
         again = self._run(start, inputs, trial, seed=1)
-        now = self._attributes()
-        if changed := sorted(each for each in attributes.keys() & now.keys() if attributes[each] != now[each]):
+        now = hidden_values(self._module)
+        if changed := sorted(each for each in before.keys() | now.keys() if before.get(each) != now.get(each)):
             raise ModelError(
-                f"the model {name} changes {changed[0]} whenever it runs, which devices cannot follow; use a buffer"
+                f"the model {name} changes {changed[0]} whenever it runs, which devices cannot follow; use a buffer, "
+                "or torch's random functions"
             )
         difference, what = _difference(first, again)
         if not difference <= TOLERANCE:
@@ -226,7 +231,8 @@ class _Original:
 
     def _logits(self, inputs: torch.Tensor, trial: _Trial) -> torch.Tensor:
         self._module.train(trial.training)
-        logits: torch.Tensor = self._guarded(lambda: _first_tensor(self._module(inputs.clone())), trial)
+        with _no_hooks(self._name):
+            logits: torch.Tensor = self._guarded(lambda: _first_tensor(self._module(inputs.clone())), trial)
         if logits.dim() != 2 or len(logits) != len(inputs):
             raise ModelError(
                 f"the model {self._name} returns logits of shape {tuple(logits.shape)} for a batch of {len(inputs)}; "
@@ -251,6 +257,8 @@ class _Original:
     def _guarded(self, call: Any, trial: _Trial) -> Any:
         try:
             return call()
+        except ModelError:
+            raise
         except Exception as error:  # whatever the model's own code does
             where = error_line(error)
             raise ModelError(
@@ -271,13 +279,25 @@ class _Original:
                 if not _same(tensor, values[each]):  # one value in many places cannot be written to
                     tensor.copy_(values[each])
 
-    def _attributes(self) -> dict[str, Any]:
-        return {
-            f"{path}.{key}".lstrip("."): value
-            for path, each in self._module.named_modules()
-            for key, value in vars(each).items()
-            if isinstance(value, _SIMPLE)
-        }
+
+@contextmanager
+def _no_hooks(name: str) -> Iterator[None]:
+    """Refuses hooks on gradients of activations: they may do nothing in all trials, as one that clips at 10 does."""
+    before = torch.Tensor.register_hook
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        lines = [frame for frame in traceback.extract_stack()[:-1] if is_users(frame.filename)]
+        where = f" at {lines[-1].filename}:{lines[-1].lineno}" if lines else ""
+        raise ModelError(
+            f"the model {name} hooks into the gradient of an activation{where}, which devices would not run; leave it "
+            "out, or write what it does into forward()"
+        )
+
+    torch.Tensor.register_hook = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_hook = before  # type: ignore[method-assign]
 
 
 def _run_graph(

@@ -36,6 +36,7 @@ KEPT = (
     *("InPlaceSlices", "StochasticDepth", "InPlaceActivations", "spectral", "Tied", "frozen_backbone"),
     *("PlainTensor", "Counter", "replaced_forward", "Viewing", "SliceStatistics", "AssignedStatistics", "LinearProbe"),
     *("SmallVocabulary", "ModeConstants", "DoubleBuffer", "SpreadMask", "NoAutocast", "NormHeldDown"),
+    *("PlainCounter", "TwinStatistics", "BlurredStem"),
 )
 
 
@@ -201,6 +202,18 @@ def test_a_head_is_small_where_a_later_cut_exists() -> None:
     graph = export_model(module, "wide", (3, 16, 16), "F32", 10).graph
     assert graph.head.parameters == ("5.bias", "5.weight") or graph.head.parameters == ("5.weight", "5.bias")
     assert [unit.name for unit in graph.units] == ["0", "3"]
+
+
+def test_to_export_a_model_leaves_its_tensors_as_they_were() -> None:
+    module = custom_models.PlainCounter()
+    exported = export_model(module, "counter", (3, 16, 16), "F32", custom_models.CLASSES)
+    assert float(module.step) == 0.0
+    assert [float(tensor) for tensor in exported.tensors.values() if tensor.dim() == 0] == [0.0]
+
+
+def test_tensors_that_are_equal_at_first_stay_two() -> None:
+    graph = pair("TwinStatistics").exported.graph
+    assert sum(name not in dict(pair("TwinStatistics").module.named_parameters()) for name in graph.tensors) == 2
 
 
 def test_two_parameters_in_one_storage_are_refused() -> None:
