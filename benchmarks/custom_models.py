@@ -544,15 +544,6 @@ class OwnGenerator(Small):
         return x if self.training and self.generator.random() < 0.01 else F.relu(x)
 
 
-class ActivationHook(Small):
-    """Clips a gradient at a value that trials do not reach."""
-
-    def between(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad:
-            x.register_hook(lambda gradient: gradient.clamp(-1e6, 1e6))  # type: ignore[no-untyped-call]
-        return F.relu(x)
-
-
 class PlainCounter(Small):
     """Steps in a tensor that is no buffer."""
 
@@ -802,10 +793,18 @@ def clipped() -> nn.Module:
 class ClippedInside(Small):
     """The same of an activation."""
 
+    most = 0.1
+
     def between(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad:
-            x.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))  # type: ignore[no-untyped-call]
+            x.register_hook(lambda gradient: gradient.clamp(-self.most, self.most))  # type: ignore[no-untyped-call]
         return F.relu(x)
+
+
+class ClippedFarOff(ClippedInside):
+    """At a value that no trial reaches."""
+
+    most = 1e6
 
 
 class FlatAlias(Small):
@@ -969,5 +968,5 @@ REFUSED: dict[str, str] = {
     "CountingClass": "changes CountingClass.calls whenever it runs",
     "CountingHook": "whenever it runs",
     "OwnGenerator": "changes generator whenever it runs",
-    "ActivationHook": "hooks into the gradient of an activation at",
+    "ClippedFarOff": "hooks into the gradient of an activation at",
 }

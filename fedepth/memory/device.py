@@ -19,7 +19,7 @@ from fedepth.memory.meter import Meter
 
 _CUDA_FRACTION = 0.9  # of what is free; the driver and fragmentation take some
 # CUDA's driver and libraries load kernels at their first use, into memory of the host that no warm-up tells: other
-# sizes take other kernels. It is bounded by no limit, so that none of them fails for it; the peak counts it.
+# sizes take other kernels. Limits leave so much room for them, so that none fails; the peak counts them.
 _KERNELS_BYTES = 1 << 30
 
 

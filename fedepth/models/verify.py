@@ -90,7 +90,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
         trained: Mapping[str, torch.Tensor] = {}  # as a step has left them: evaluation has to see what training wrote
         for trial in _trials(graph.smallest_micro_batch, graph.channels_last):
             moved = original.writable if trial.perturbed else ()
-            start = {**original.start, **(perturbed(original.start, moved) if trial.training else trained)}
+            start = {**original.start, **(perturbed(original.start, moved) if trial.training or not moved else trained)}
             inputs = exported.examples(trial.samples, trial.scale)
             again = original.step(start, inputs, trial)
             if trial.channels_last and original.draws(start, inputs, trial, again):
