@@ -53,7 +53,10 @@ _EVERYTHING = 1 << 50
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to try. `rate` trains it from scratch; the client's round has a tenth of it, as late rounds have."""
+    """A model to try. `rate` trains it from scratch; the client's round has a tenth of it, as late rounds have.
+
+    Transformers do not learn from so few images without a warm-up: `warm_up` epochs in which the rate grows.
+    """
 
     name: str
     input_shape: tuple[int, int, int]
@@ -61,15 +64,16 @@ class Subject:
     epochs: int
     optimizer: str
     rate: float
+    warm_up: int = 0
 
 
 SUBJECTS = (
     Subject("digits-cnn", (1, 8, 8), 32, 20, "adamw", 4e-3),
     Subject("preresnet20", (1, 16, 16), 32, 8, "sgd", 0.05),
     Subject("mobilenet-v3-small", (1, 32, 32), 32, 40, "adamw", 1e-3),
-    Subject("vit-tiny", (1, 16, 16), 32, 20, "adamw", 5e-4),
+    Subject("vit-tiny", (1, 16, 16), 32, 110, "adamw", 1e-3, warm_up=5),
     Subject("resnet18", (1, 32, 32), 32, 6, "sgd", 0.02),
-    Subject("vit-b-16", (1, 32, 32), 32, 10, "adamw", 1e-4),
+    Subject("vit-b-16", (1, 32, 32), 32, 30, "adamw", 2e-4, warm_up=3),
 )
 QUICK = ("digits-cnn", "preresnet20")
 
@@ -121,7 +125,7 @@ def measured(subject: Subject, policies: Sequence[Policy], rungs: int, folder: P
     write_traced(graph, prepared.traced)
     everything = open_images("digits", spec, "train")
     mine, client = np.arange(0, len(everything), 2), np.arange(1, len(everything), 2)
-    pretrain(prepared, spec, training, everything, mine, subject.epochs, weights)
+    pretrain(prepared, spec, training, everything, mine, subject, weights)
     before = accuracy(prepared, spec, weights)
     console.print(f"{subject.name}: {before:.1%} after {subject.epochs} epochs on {len(mine)} images")
     if before < GOOD:
@@ -147,10 +151,10 @@ def pretrain(
     training: TrainingSpec,
     images: Images,
     indices: npt.NDArray[np.int64],
-    epochs: int,
+    subject: Subject,
     output: Path,
 ) -> None:
-    """Trains the whole model with a cosine schedule, and writes its weights."""
+    """Trains the whole model with a warm-up and a cosine schedule, and writes its weights."""
     model = Model(prepared.traced.graph)
     tensors = {name: tensor.detach().clone() for name, tensor in prepared.tensors.items()}
     model.load(tensors.__getitem__, trainable=True)
@@ -159,8 +163,9 @@ def pretrain(
     update = optimizer_step(training.optimizer)
     rng, steps = np.random.default_rng(_SEED), 0
     torch.manual_seed(_SEED)
-    for epoch in range(epochs):
-        rate = training.learning_rate * (1 + float(np.cos(np.pi * epoch / epochs))) / 2
+    for epoch in range(subject.epochs):
+        rate = training.learning_rate * (1 + float(np.cos(np.pi * epoch / subject.epochs))) / 2
+        rate *= min(1.0, (epoch + 1) / (subject.warm_up + 1))
         now = replace(training, learning_rate=rate)
         for batch in np.array_split(rng.permutation(indices), -(-len(indices) // training.batch)):
             x = torch.from_numpy(model_inputs(images.read(batch), spec))
