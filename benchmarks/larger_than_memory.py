@@ -122,7 +122,8 @@ def run(folder: Path, optimizer: str, data: Path | None) -> dict[str, Any]:
     )
     (update,) = federation.updates
     (device,) = federation.devices
-    initial = folder / "federation" / "coordinator" / "weights" / "round-0000.safetensors"
+    state = folder / "federation" / "coordinator"
+    initial = state / "weights" / "round-0000.safetensors"
     return {
         "optimizer": optimizer,
         "images": IMAGES,
@@ -134,7 +135,7 @@ def run(folder: Path, optimizer: str, data: Path | None) -> dict[str, Any]:
         "full_training_predicted_bytes": needed,
         "blocks": device.blocks,
         "seconds": update["seconds"],
-        "loss_before": asyncio.run(loss_of(job, initial)),
+        "loss_before": asyncio.run(loss_of(job, state / "model" / "graph.json", initial)),
         "loss_after": federation.losses[-1],
         "update_bytes": update["bytes"],
         "coordinator_peak_rss_bytes": federation.peak_rss_bytes["coordinator"],
@@ -165,13 +166,17 @@ async def try_in_full(folder: Path, job: Path, budget: int, images: Path) -> tup
     return needed, failure
 
 
-async def loss_of(job: Path, weights: Path) -> float:
+async def loss_of(job: Path, graph: Path, weights: Path) -> float:
     """Over the job's test images, as its coordinator computes it after every round."""
     config = load_config(job)
     worker = ModelWorker()
     try:
         answer = await worker.request(
-            "evaluate", model=model_spec(config), weights=str(weights), test_data=config.test.data
+            "evaluate",
+            model=model_spec(config),
+            graph=str(graph),
+            weights=str(weights),
+            test_data=config.test.data,
         )
     finally:
         await worker.stop()
