@@ -1,0 +1,80 @@
+"""What the proof has to see though outputs, and gradients of ordinary size, do not show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedepth.errors import ModelError
+from fedepth.models.export import export_model
+from fedepth.models.verify import verify
+
+Gradient = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Custom(nn.Module):
+    """A backward pass of its own between two layers."""
+
+    def __init__(self, backward: Gradient) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 10)
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x * 1.0
+
+            @staticmethod
+            def backward(ctx: Any, *gradient: torch.Tensor) -> torch.Tensor:
+                return backward(gradient[0])
+
+        self.between = Function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between.apply(self.first(x)))  # type: ignore[no-any-return]
+
+
+class HalfPrecision(nn.Module):
+    """Gradients pass through float16, in which large ones become infinite: so they do in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).half().float())  # type: ignore[no-any-return]
+
+
+def proved(module: nn.Module) -> float:
+    return verify(module, export_model(module, "custom", (6,), "F32", 10), "custom")
+
+
+@pytest.mark.parametrize(
+    ("backward", "scale"),
+    [
+        (lambda gradient: gradient.clamp(-1e6, 1e6), "1e+09"),
+        (lambda gradient: gradient * (1e6 / gradient.norm().clamp_min(1e6)), "1e+09"),
+        (lambda gradient: torch.where(gradient.abs() < 1e-6, 0.0, gradient), "9e-10"),
+        (lambda gradient: gradient + 1e-7, "9e-10"),
+    ],
+    ids=["clipped by value", "clipped by norm", "small ones dropped", "a small bias"],
+)
+def test_a_backward_pass_that_changes_only_large_or_small_gradients_is_refused(backward: Gradient, scale: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"the gradient of first\.\w+ \(training mode.*custom backward") as caught:
+        proved(Custom(backward))
+    assert f"gradients of scale {scale}" in str(caught.value)
+
+
+def test_a_backward_pass_that_is_autograds_own_is_kept() -> None:
+    torch.manual_seed(0)
+    assert proved(Custom(lambda gradient: gradient * 1.0)) == 0.0
+
+
+def test_gradients_that_the_graph_rounds_as_the_module_does_are_no_difference() -> None:
+    torch.manual_seed(0)
+    assert proved(HalfPrecision()) == 0.0
