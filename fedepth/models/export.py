@@ -20,17 +20,19 @@ import torch
 from msgspec import structs
 from torch import nn
 
-from fedepth.errors import ModelError
+from fedepth.errors import DataError, ModelError
 from fedepth.models.cut import cut
 from fedepth.models.exits import find_exits
 from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
 from fedepth.models.hidden_state import hidden_tensors, tensors_kept
-from fedepth.models.holdable import check_module, largest_id
+from fedepth.models.holdable import check_module
 from fedepth.models.lower import FlatProgram, lower
 from fedepth.models.run import Model
 from fedepth.models.source import error_line, first_line, guard_lines
+from fedepth.models.token_ids import largest_id
 
 LARGEST_BATCH = 4096
+_SMALL_ID = 7
 _EXAMPLES = 3  # a batch of 1 or 2 might be taken for a constant
 HINT = "devices run models as graphs, without Python code"
 
@@ -71,10 +73,9 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
         ModelError: it cannot be exported or cut; with the user's line, the reason, and what to change.
     """
     check_module(module, name)
-    ids = largest_id(module)
     names, tensors = _tensors(module, name)
     kept_by_module = {tensor.data_ptr() for tensor in hidden_tensors(module).values()}
-    example = example_inputs(input_shape, input_type, ids, _EXAMPLES)
+    example = example_inputs(input_shape, input_type, 0, _EXAMPLES)  # shapes and types are all that is looked at
     programs: list[FlatProgram] = []
     notes: set[str] = set()
     was_training = module.training
@@ -115,7 +116,8 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     model = Model(graph)
     model.load(lambda each: moved[each] if each in moved else kept[each].clone())
     model.train(False)
-    found = find_exits(model, example_inputs(input_shape, input_type, ids, 4))
+    ids = largest_id(module, programs, tensors)
+    found = _exits(model, module, name, example_inputs(input_shape, input_type, ids, 4))
     left_out = {step.module: step.line for program in programs for step in program.left_out}
     return Exported(structs.replace(graph, exits=found), kept, ids, left_out)
 
@@ -123,11 +125,40 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
 def example_inputs(
     input_shape: Sequence[int], input_type: str, largest_id: int, count: int, scale: float = 1.0
 ) -> torch.Tensor:
-    """Random inputs (count, *input_shape), always the same: token ids up to `largest_id`, or values of this scale."""
+    """Random inputs (count, *input_shape), always the same: token ids up to `largest_id`, or values of this scale.
+
+    Half of the ids are small ones, which often mean something, such as padding. The largest is there.
+    """
     generator = torch.Generator().manual_seed(count)
     if input_type == "I64":
-        return torch.randint(0, largest_id + 1, (count, *input_shape), generator=generator)
+        shape = (count, *input_shape)
+        ids = torch.randint(0, largest_id + 1, shape, generator=generator)
+        small = torch.randint(0, min(largest_id, _SMALL_ID) + 1, shape, generator=generator)
+        ids = torch.where(torch.rand(shape, generator=generator) < 0.5, small, ids)
+        ids.view(-1)[-1] = largest_id
+        return ids
     return torch.randn((count, *input_shape), generator=generator, dtype=torch.float32) * scale
+
+
+def _exits(model: Model, module: nn.Module, name: str, inputs: torch.Tensor) -> tuple[bool, ...]:
+    try:
+        return find_exits(model, inputs)
+    except DataError as error:  # a table too small for the ids
+        where = _failing_line(module, inputs)
+        raise ModelError(
+            f"the model {name} has no row for an id{f' at {where}' if where else ''}: ids from 0 to "
+            f"{int(inputs.max())} were tried; a table that it looks up by an id, or by what it computes from one, "
+            "needs a row for each"
+        ) from error
+
+
+def _failing_line(module: nn.Module, inputs: torch.Tensor) -> str:
+    try:
+        with torch.no_grad():
+            module(inputs)
+    except Exception as error:  # noqa: BLE001 - only where it fails is of interest
+        return error_line(error)
+    return ""
 
 
 def _with_constants(

@@ -9,9 +9,6 @@ from torch import nn
 
 from fedepth.errors import ModelError
 
-# Token ids of example inputs are below this, or below the smallest vocabulary.
-_IDS = 8
-
 
 def check_module(module: nn.Module, name: str) -> None:
     """Raises ModelError, with what to change, for hooks on gradients, weights that are not there yet or lie in a way
@@ -67,9 +64,3 @@ def _check_modes(module: nn.Module, name: str) -> None:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def largest_id(module: nn.Module) -> int:
-    """Token ids up to this one suit every embedding of the model."""
-    sizes = [each.num_embeddings for each in module.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)]
-    return min([_IDS, *sizes]) - 1

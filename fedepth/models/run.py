@@ -51,6 +51,9 @@ _MEMORY_FORMATS = {
     "preserve_format": torch.preserve_format,
 }
 
+# What torch says of an embedding, of a table that is indexed, and of one_hot.
+_NO_ROW = ("index out of range", "out of bounds for dimension", "Class values must be smaller than num_classes")
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -83,8 +86,8 @@ class RunnableUnit:
         tensors = {**self.tensors, **written} if written else self.tensors
         try:
             return _run(self._programs[self.training], x, tensors)
-        except IndexError as error:
-            if "index out of range" not in str(error):  # what torch says of an embedding
+        except (IndexError, RuntimeError) as error:
+            if not any(words in str(error) for words in _NO_ROW):
                 raise
             raise DataError(
                 f"unit {self.unit.name}: an input holds an id that the model has no row for; ids have to be below the "
