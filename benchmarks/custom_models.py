@@ -745,7 +745,7 @@ class AuxiliaryFirst(Small):
         x = F.relu(self.first(x))
         auxiliary = self.auxiliary(x.mean((2, 3)))
         logits = self.classifier(F.relu(self.second(x)).mean((2, 3)))
-        return {"auxiliary": auxiliary, "logits": logits} if self.training else {"logits": logits}
+        return (auxiliary, logits) if self.training else logits
 
 
 class MergedAdapter(Small):

@@ -27,8 +27,10 @@ from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, 
 from fedepth.models.hidden_state import hidden_tensors, tensors_kept
 from fedepth.models.holdable import check_module
 from fedepth.models.lower import FlatProgram, lower
+from fedepth.models.outputs import NAMES, logits_of, plain
+from fedepth.models.reasons import is_fixed_batch, reason
 from fedepth.models.run import Model
-from fedepth.models.source import error_line, first_line, guard_lines
+from fedepth.models.source import error_line, guard_lines
 from fedepth.models.token_ids import largest_id
 
 LARGEST_BATCH = 4096
@@ -63,7 +65,7 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
 
     Args:
         module: its forward takes one tensor (B, *input_shape), and gives logits (B, classes); of several outputs the
-            first is taken.
+            one named logits is taken, or the first.
         name: for messages.
         input_shape: without the batch.
         input_type: "F32" or "I64".
@@ -246,15 +248,19 @@ def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export
     try:
         return _recorded(module, example, torch.export.Dim("batch", min=1, max=LARGEST_BATCH))
     except Exception as error:  # whatever torch.export, or the model's own code, does
-        where = error_line(error) or (_fixed_batch(module, example) if _is_fixed_batch(error) else "")
+        where = error_line(error) or (_fixed_batch(module, example) if is_fixed_batch(error) else "")
         place = f" at {where}" if where else ""
-        raise ModelError(f"the model {name} cannot be exported{place}: {_reason(error, where)}; {HINT}") from error
+        raise ModelError(f"the model {name} cannot be exported{place}: {reason(error, where)}; {HINT}") from error
 
 
 def _recorded(module: nn.Module, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing that a user could act on
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+    hook = module.register_forward_hook(lambda _module, _inputs, output: plain(output))
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing that a user could act on
+            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -267,10 +273,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _is_fixed_batch(error: Exception) -> bool:
-    return "Constraints violated" in str(error) or "specialized" in str(error)
 
 
 def _fixed_batch(module: nn.Module, example: torch.Tensor) -> str:
@@ -295,54 +297,31 @@ def _lowered(program: torch.export.ExportedProgram, output: int, names: Mapping[
         raise ModelError(f"the model {name} cannot be turned into a graph: {error}; {HINT}") from error
 
 
-def _reason(error: Exception, where: str) -> str:
-    text = str(error)
-    kind = type(error).__name__
-    if "DataDependent" in kind or "data-dependent" in text.lower() or "GuardOnDataDependent" in text:
-        return (
-            "what it does depends on the values of a tensor (an if, a loop, .item(), .tolist() or indexing with a "
-            "mask); use torch.where, or sizes that are known in advance"
-        )
-    if _is_fixed_batch(error):
-        what = "it" if where else "something in it, which torch does not name,"
-        return (
-            f"it works for one batch size only, because {what} treats the batch size as a constant, as len(x) and "
-            "int(x.shape[0]) do; write x.shape[0], or -1 in a reshape"
-        )
-    if "fake tensor in the exported program constant" in text:
-        return (
-            "it assigns to the .data of a parameter, or keeps a tensor that it has made in an attribute; change a "
-            "parameter by parameter.copy_(...) under torch.no_grad(), and keep what stays in a buffer"
-        )
-    if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
-        return "it converts a tensor to numpy; use torch's functions instead"
-    return first_line(error)
-
-
 def _logits(program: torch.export.ExportedProgram, name: str, classes: int, notes: set[str]) -> int:
     """Which output holds the logits."""
     output = next(node for node in program.graph.nodes if node.op == "output")
     kinds = torch.export.graph_signature.OutputKind
     places = [i for i, spec in enumerate(program.graph_signature.output_specs) if spec.kind is kinds.USER_OUTPUT]
-    if not places:
-        raise ModelError(f"the model {name} returns nothing; its forward() has to return logits")
-    if len(places) > 1:
-        notes.add(f"of the {len(places)} outputs of the model the first is taken; the others are left out")
-    value = output.args[0][places[0]].meta["val"] if isinstance(output.args[0][places[0]], torch.fx.Node) else None
-    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    values = {at: each.meta["val"] for at in places if isinstance(each := output.args[0][at], torch.fx.Node)}
+    tensors = [at for at, value in values.items() if isinstance(value, torch.Tensor)]
+    if not tensors:
+        raise ModelError(f"the model {name} returns no tensor; its forward() has to return logits")
+    # Its output with the place of each leaf instead of that leaf.
+    structure = torch.utils._pytree.tree_unflatten(places, program.call_spec.out_spec)
+    chosen: int = logits_of(structure, is_tensor=lambda each: isinstance(each, int) and each in tensors)
+    if len(tensors) > 1:
+        which = "first" if chosen == tensors[0] else f"one named {' or '.join(NAMES)}"
+        notes.add(f"of the {len(tensors)} outputs of the model the {which} is taken; the others are left out")
+    shape = tuple(values[chosen].shape)
     if len(shape) != 2 or not isinstance(shape[0], torch.SymInt):
         raise ModelError(f"the model {name} returns {_told(shape)}; it has to return logits (batch, classes)")
     if int(shape[1]) != classes:
         raise ModelError(f"the model {name} returns {int(shape[1])} logits, the job has {classes} classes")
-    return places[0]
+    return chosen
 
 
 def _told(shape: tuple[Any, ...]) -> str:
-    return (
-        f"a tensor of shape ({', '.join(str(n) if isinstance(n, int) else 'batch' for n in shape)})"
-        if shape
-        else "no tensor"
-    )
+    return f"a tensor of shape ({', '.join(str(n) if isinstance(n, int) else 'batch' for n in shape)})"
 
 
 def _dtype(tensor: torch.Tensor, each: str, name: str) -> str:

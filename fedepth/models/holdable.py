@@ -16,6 +16,12 @@ def check_module(module: nn.Module, name: str) -> None:
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
         raise ModelError(f"the model {name} is wrapped in a {type(module).__name__}; return the module inside it")
     for path, each in module.named_modules():
+        # One that was traced runs as a part of another module, though not alone.
+        if isinstance(each, torch.jit.ScriptModule) and not (path and isinstance(each, torch.jit._trace.TracedModule)):
+            raise ModelError(
+                f"the model {name} has been compiled by torch.jit{f' in {path}' if path else ''}, so that its code is "
+                "not there to be exported; return the nn.Module that it was compiled from"
+            )
         if each._backward_hooks or getattr(each, "_backward_pre_hooks", None):
             raise ModelError(
                 f"the model {name} has a hook on the gradient of its module {path or 'as a whole'}, which devices "

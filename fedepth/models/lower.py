@@ -210,6 +210,11 @@ class _Lowering:
             if not enabled:
                 return self._add_inner(inner, operands, detached=detached)
             raise ModelError(f"it runs under autocast at {user_line(node)}; devices train in float32: leave that out")
+        if "functorch" in str(getattr(target, "__module__", "")):
+            raise ModelError(
+                f"it uses torch.vmap or torch.func at {user_line(node)}; compute on the whole batch at once, with "
+                "torch's ordinary functions"
+            )
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise ModelError(f"the operator {target} at {user_line(node)} is not one that devices can run")
         return self._operator(node, target, known, detached)

@@ -16,6 +16,7 @@ from fedepth.errors import ModelError
 from fedepth.models.comparison import SEED, TOLERANCE, Outcome, Trial, backward, difference, gradients, relative, same
 from fedepth.models.export import Exported, is_spread
 from fedepth.models.hidden_state import hidden_values
+from fedepth.models.outputs import logits_of
 from fedepth.models.source import error_line, first_line, is_users
 
 
@@ -134,7 +135,7 @@ class Original:
     def _logits(self, inputs: torch.Tensor, trial: Trial) -> torch.Tensor:
         self._module.train(trial.training)
         with _no_hooks(self._name):
-            logits: torch.Tensor = self._guarded(lambda: _first_tensor(self._module(inputs.clone())), trial)
+            logits: torch.Tensor = self._guarded(lambda: logits_of(self._module(inputs.clone())), trial)
         if logits.dim() != 2 or len(logits) != len(inputs):
             raise ModelError(
                 f"the model {self._name} returns logits of shape {tuple(logits.shape)} for a batch of {len(inputs)}; "
@@ -206,8 +207,3 @@ def _other_random_states() -> tuple[Any, ...]:
     """Of Python's and numpy's generators."""
     _, keys, position, *_ = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), position
-
-
-def _first_tensor(output: object) -> torch.Tensor:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
