@@ -24,13 +24,13 @@ from fedepth.errors import DataError, ModelError
 from fedepth.models.cut import cut
 from fedepth.models.exits import find_exits
 from fedepth.models.graph import DTYPE_OF_TORCH, FORMAT_VERSION, Extent, Graph, Operation, Tensor, Value, check
-from fedepth.models.hidden_state import hidden_tensors, tensors_kept
+from fedepth.models.hidden_state import hidden_tensors, undone
 from fedepth.models.holdable import check_module
 from fedepth.models.lower import FlatProgram, lower
 from fedepth.models.outputs import NAMES, logits_of, plain
 from fedepth.models.reasons import is_fixed_batch, reason
 from fedepth.models.run import Model
-from fedepth.models.source import error_line, guard_lines
+from fedepth.models.source import error_line, guard_lines, own_frames_kept
 from fedepth.models.token_ids import largest_id
 
 LARGEST_BATCH = 4096
@@ -84,7 +84,7 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     try:
         for training in (True, False):
             module.train(training)
-            with tensors_kept(module):
+            with undone(module):
                 exported = _export(module, name, example)
             output = _logits(exported, name, classes, notes)
             programs.append(_lowered(exported, output, _with_constants(exported, names, tensors, kept_by_module), name))
@@ -245,18 +245,29 @@ def _refuse_shared_memory(module: nn.Module, name: str) -> None:
 
 
 def _export(module: nn.Module, name: str, example: torch.Tensor) -> torch.export.ExportedProgram:
+    buffers = {each for each, _ in module.named_buffers()}
+    program, failure = None, None
     try:
-        return _recorded(module, example, torch.export.Dim("batch", min=1, max=LARGEST_BATCH))
-    except Exception as error:  # whatever torch.export, or the model's own code, does
-        where = error_line(error) or (_fixed_batch(module, example) if is_fixed_batch(error) else "")
-        place = f" at {where}" if where else ""
-        raise ModelError(f"the model {name} cannot be exported{place}: {reason(error, where)}; {HINT}") from error
+        program = _recorded(module, example, torch.export.Dim("batch", min=1, max=LARGEST_BATCH))
+    except Exception as error:  # noqa: BLE001 - whatever torch.export, or the model's own code, does
+        failure = error
+    if made := [each for each, _ in module.named_buffers() if each not in buffers]:
+        # torch.export fails, or takes one buffer for another.
+        raise ModelError(
+            f"the model {name} makes its buffer {made[0]} in its first run; compute it in __init__(); {HINT}"
+        ) from failure
+    if program is not None:
+        return program
+    assert failure is not None
+    where = error_line(failure) or (_fixed_batch(module, example) if is_fixed_batch(failure) else "")
+    place = f" at {where}" if where else ""
+    raise ModelError(f"the model {name} cannot be exported{place}: {reason(failure, where)}; {HINT}") from failure
 
 
 def _recorded(module: nn.Module, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
     hook = module.register_forward_hook(lambda _module, _inputs, output: plain(output))
     try:
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), _quiet(), own_frames_kept():
             warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing that a user could act on
             return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
     finally:

@@ -42,12 +42,20 @@ def hidden_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def tensors_kept(module: nn.Module) -> Iterator[None]:
-    """Within the block, what is written to such tensors is undone at its end: to export a model runs it."""
+def undone(module: nn.Module) -> Iterator[None]:
+    """What happens in the block to such tensors, to attributes and buffers, and to containers in them, is undone at its
+    end.
+
+    To export a model runs it, with tensors that hold nothing: one that it keeps must not be found by later runs.
+    """
     before = [(tensor, tensor.detach().clone()) for tensor in hidden_tensors(module).values()]
+    containers = [pair for each in module.modules() for pair in _containers(vars(each), set())]
     try:
         yield
     finally:
+        for container, content in containers:
+            container.clear()
+            (container.update if isinstance(container, dict | set) else container.extend)(content)
         with torch.no_grad():
             for tensor, value in before:
                 if not torch.equal(tensor, value):
@@ -64,6 +72,16 @@ def _reachable(module: nn.Module) -> Iterator[tuple[str, object]]:
         for kind in type(each).__mro__:
             if not _is_foreign(kind):
                 yield from _of_class(kind, seen)
+
+
+def _containers(value: Any, seen: set[int]) -> Iterator[tuple[Any, Any]]:
+    """A container that can be changed, and those in it, each with a copy."""
+    if id(value) in seen or not isinstance(value, dict | list | set | deque):
+        return
+    seen.add(id(value))
+    yield value, value.copy()
+    for each in itertools.islice(value.values() if isinstance(value, dict) else value, _LONGEST):
+        yield from _containers(each, seen)
 
 
 def _of_class(kind: type, seen: set[int]) -> Iterator[tuple[str, object]]:

@@ -15,7 +15,7 @@ from torch import nn
 from fedepth.errors import ModelError
 from fedepth.models.comparison import SEED, TOLERANCE, Outcome, Trial, backward, difference, gradients, relative, same
 from fedepth.models.export import Exported, is_spread
-from fedepth.models.hidden_state import hidden_values
+from fedepth.models.hidden_state import hidden_tensors, hidden_values
 from fedepth.models.outputs import logits_of
 from fedepth.models.source import error_line, first_line, is_users
 
@@ -24,13 +24,14 @@ class Original:
     """The module itself, not a copy: hooks on parameters, and functions that know the module, are not copied.
 
     Attributes:
+        name: for messages.
         start: its tensors as they were, by name.
         writable: names of its parameters and buffers, but for those that hold one value in many places.
     """
 
     def __init__(self, module: nn.Module, exported: Exported, name: str) -> None:
         self._module = module
-        self._name = name
+        self.name = name
         self._names = exported.tensors.keys()
         registered = dict(self._registered())
         self.writable = frozenset(each for each in registered.keys() & self._names if not is_spread(registered[each]))
@@ -39,6 +40,7 @@ class Original:
         self.start = {each: tensor.detach().clone() for each, tensor in self._tensors().items()}
         self._was_training = module.training
         self._rates: dict[nn.Module, float] = {}
+        self._before = {id(tensor): tensor for tensor in self._reachable().values()}
 
     def draw_only_for_logits(self, left_out: Mapping[str, str]) -> None:
         """Switches dropout off where it serves outputs that are left out: the graph does not draw for them.
@@ -50,7 +52,7 @@ class Original:
             found = self._module.get_submodule(path)
             if not isinstance(found, nn.modules.dropout._DropoutNd):
                 raise ModelError(
-                    f"the model {self._name} draws random numbers at {line} for an output that is left out, so that "
+                    f"the model {self.name} draws random numbers at {line} for an output that is left out, so that "
                     "its graph cannot be compared with it; use an nn.Dropout module there, or return the logits only"
                 )
             self._rates[found] = found.p
@@ -70,7 +72,7 @@ class Original:
         Raises:
             ModelError: it fails, or what it gives depends on more than its tensors and torch's random numbers.
         """
-        name = self._name
+        name = self.name
         first = self._run(start, inputs, trial, seed=0)
         before = hidden_values(self._module)
         again = self._run(start, inputs, trial, seed=1)
@@ -95,6 +97,13 @@ class Original:
         """Whether another trial with the same inputs has a known outcome."""
         return difference(self._run(start, inputs, trial, seed=1), known)[0] <= TOLERANCE
 
+    def caches(self, start: Mapping[str, torch.Tensor], inputs: torch.Tensor, trial: Trial) -> list[str]:
+        """Where it keeps tensors that it made in an earlier run, and has not replaced in another one."""
+        made = {path: tensor for path, tensor in self._reachable().items() if id(tensor) not in self._before}
+        self._run(start, inputs, trial, seed=1)
+        now = self._reachable()
+        return [path for path, tensor in made.items() if now.get(path) is tensor]
+
     def draws(self, start: Mapping[str, torch.Tensor], inputs: torch.Tensor, trial: Trial, known: Outcome) -> bool:
         """Whether the seed of torch's random numbers makes a difference."""
         return difference(self._run(start, inputs, trial, seed=1, torch_seed=SEED + 1), known)[0] > TOLERANCE
@@ -108,7 +117,7 @@ class Original:
         seed: int,
         torch_seed: int = SEED,
     ) -> Outcome:
-        module, name = self._module, self._name
+        module, name = self._module, self.name
         self._set(start)
         module.zero_grad()
         random.seed(seed)
@@ -134,11 +143,11 @@ class Original:
 
     def _logits(self, inputs: torch.Tensor, trial: Trial) -> torch.Tensor:
         self._module.train(trial.training)
-        with _no_hooks(self._name):
+        with _no_hooks(self.name):
             logits: torch.Tensor = self._guarded(lambda: logits_of(self._module(inputs.clone())), trial)
         if logits.dim() != 2 or len(logits) != len(inputs):
             raise ModelError(
-                f"the model {self._name} returns logits of shape {tuple(logits.shape)} for a batch of {len(inputs)}; "
+                f"the model {self.name} returns logits of shape {tuple(logits.shape)} for a batch of {len(inputs)}; "
                 "return (batch, classes), also for a batch of 1: squeeze() without a dimension drops that one, "
                 "flatten(1) does not"
             )
@@ -153,7 +162,7 @@ class Original:
             logits = self._logits(inputs, trial)
         if not relative(logits, known.logits) <= TOLERANCE:
             raise ModelError(
-                f"the model {self._name} gives other logits under torch.no_grad(), as with torch.is_grad_enabled(); "
+                f"the model {self.name} gives other logits under torch.no_grad(), as with torch.is_grad_enabled(); "
                 "branch on self.training instead"
             )
 
@@ -165,12 +174,15 @@ class Original:
         except Exception as error:  # whatever the model's own code does
             where = error_line(error)
             raise ModelError(
-                f"the model {self._name} fails in {trial}{f' at {where}' if where else ''}: {first_line(error)}"
+                f"the model {self.name} fails in {trial}{f' at {where}' if where else ''}: {first_line(error)}"
             ) from error
 
     def _registered(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._module.named_parameters()
         yield from self._module.named_buffers()
+
+    def _reachable(self) -> dict[str, torch.Tensor]:
+        return {**dict(self._module.named_buffers()), **hidden_tensors(self._module)}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Looked up anew each time: a buffer may be assigned another tensor."""
@@ -179,7 +191,7 @@ class Original:
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for each, tensor in self._tensors().items():
-                if not same(tensor, values[each]):  # one value in many places cannot be written to
+                if each in values and not same(tensor, values[each]):  # one value in many places cannot be written to
                     tensor.copy_(values[each])
 
 

@@ -41,8 +41,9 @@ def reason(error: Exception, where: str) -> str:
         )
     if "fake tensor in the exported program constant" in text:
         return (
-            "it assigns to the .data of a parameter, or keeps a tensor that it has made in an attribute; change a "
-            "parameter by parameter.copy_(...) under torch.no_grad(), and keep what stays in a buffer"
+            "it assigns to the .data of a parameter, or keeps a tensor that it has made, be it in an attribute or in "
+            "the cache of a function; change a parameter by parameter.copy_(...) under torch.no_grad(), and compute "
+            "what stays in __init__(), as a buffer"
         )
     if ".numpy()" in text or "can't call numpy" in text.lower() or "numpy() on" in text:
         return "it converts a tensor to numpy; use torch's functions instead"

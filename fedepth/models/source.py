@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(\S[^\n]*))?')
 _NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "<frozen", "<string>", "<eval")
 
 
+def _is_own(file: str) -> bool:
+    """Whether code in this file is the user's own, rather than of torch, this package, Python, or an installed one."""
+    installed = "/site-packages/" in file or "/lib/python" in file
+    return not file.startswith(_NOT_THE_USERS) and not installed
+
+
+@contextmanager
+def own_frames_kept() -> Iterator[None]:
+    """Within the block, what torch.export records of where an operator came from has every frame outside torch from the
+    first forward() on; left alone it keeps those of functions that are named forward, and no helper's."""
+
+    def outside_torch(_: fx.Tracer, summary: traceback.StackSummary) -> traceback.StackSummary:
+        start = next((at for at, frame in enumerate(summary) if frame.name == "forward"), len(summary))
+        frames = summary[start:]
+        return traceback.StackSummary.from_list([frame for frame in frames if is_users(frame.filename)])
+
+    before = PythonKeyTracer._filter_traceback_frames
+    PythonKeyTracer._filter_traceback_frames = outside_torch  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        PythonKeyTracer._filter_traceback_frames = before  # type: ignore[method-assign]
+
+
 def user_line(node: fx.Node) -> str:
-    """The innermost line outside torch that a node of a graph comes from."""
+    """The innermost line of the user's own code that a node of a graph comes from, or of an installed package's."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or _inner_trace(node))
-    theirs = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
-    return _told(*theirs[-1]) if theirs else f"operator {node.name}"
+    theirs = [frame for frame in frames if is_users(frame[0])]
+    own = [frame for frame in theirs if _is_own(frame[0])]
+    return _told(*(own or theirs)[-1]) if theirs else f"operator {node.name}"
 
 
 def _inner_trace(node: fx.Node) -> str:
@@ -42,16 +70,14 @@ def guard_lines(guard: Any) -> list[str]:
 
 
 def error_line(error: BaseException) -> str:
-    """The innermost line outside torch and this package that an error went through; empty if there is none."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_NOT_THE_USERS) and "/importlib/" not in frame.filename
-    ]
-    own = [frame for frame in frames if "/lib/python" not in frame.filename or "site-packages" in frame.filename]
-    if not own:
+    """The innermost line of the user's own code that an error went through, or of an installed package's; empty if
+    there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+    own = [frame for frame in frames if _is_own(frame.filename)]
+    installed = [frame for frame in frames if "/site-packages/" in frame.filename]
+    if not (own or installed):
         return ""
-    frame = own[-1]
+    frame = (own or installed)[-1]
     return _told(frame.filename, str(frame.lineno), frame.name, frame.line or "")
 
 

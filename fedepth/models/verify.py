@@ -61,7 +61,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
             if trial.channels_last and original.draws(start, inputs, trial, again):
                 continue  # random numbers come in the order in which values lie in memory
             found = _run_graph(exported, inputs, trial, start)
-            apart = _compared(again, found, trial, name)
+            apart = _compared(original, again, found, start, inputs, trial)
             if not trial.channels_last:
                 worst = max(worst, apart)
             if trial.training and trial.perturbed:
@@ -69,21 +69,36 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
                 for scaled in (replace(trial, factor=factor) for factor in FACTORS):
                     if not original.repeats(start, inputs, scaled, again):
                         outcome = original.step(start, inputs, scaled)
-                        _compared(outcome, _run_graph(exported, inputs, scaled, start), scaled, name)
+                        followed = _run_graph(exported, inputs, scaled, start)
+                        _compared(original, outcome, followed, start, inputs, scaled)
     finally:
         original.restore()
     return worst
 
 
-def _compared(module: Outcome, graph: Outcome, trial: Trial, name: str) -> float:
+def _compared(
+    original: Original,
+    module: Outcome,
+    graph: Outcome,
+    start: Mapping[str, torch.Tensor],
+    inputs: torch.Tensor,
+    trial: Trial,
+) -> float:
     apart, what = difference(module, graph, with_gradients=not trial.channels_last)
-    if not apart <= (LAYOUT_TOLERANCE if trial.channels_last else TOLERANCE):
-        raise ModelError(
-            f"the graph of the model {name} differs from the model by {apart:.3g} in {what} ({trial}); "
-            "it does something that torch.export does not record, such as a hook, a custom backward pass, "
-            "torch.utils.checkpoint with use_reentrant=True, or writing to what may be a view or a copy"
+    if apart <= (LAYOUT_TOLERANCE if trial.channels_last else TOLERANCE):
+        return apart
+    reason = (
+        "it does something that torch.export does not record, such as a hook, a custom backward pass, "
+        "torch.utils.checkpoint with use_reentrant=True, or writing to what may be a view or a copy"
+    )
+    if caches := original.caches(start, inputs, trial):
+        reason = (
+            f"it keeps {caches[0]}, a tensor that it makes in its first run, for later ones, though they would make "
+            "another; compute it in __init__() and register it as a buffer, or compute it in every run"
         )
-    return apart
+    raise ModelError(
+        f"the graph of the model {original.name} differs from the model by {apart:.3g} in {what} ({trial}); {reason}"
+    )
 
 
 def _trials(smallest: int, channels_last: bool) -> Iterator[Trial]:
