@@ -6,11 +6,14 @@ at memory that was not written before.
 
 from __future__ import annotations
 
-# They make a tensor from sizes alone, and need to be told where.
+from fedepth.models.further_operators import FURTHER_OPERATORS
+
+# They make a tensor from sizes alone, and need to be told where; all overloads of an operator, or the one that does.
 CREATION = frozenset(
     {
         *("arange", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm"),
-        *("scalar_tensor", "tril_indices", "triu_indices", "zeros"),
+        *("scalar_tensor", "tril_indices", "triu_indices", "zeros", "hamming_window", "hann_window"),
+        "normal.float_float",
     }
 )
 
@@ -477,6 +480,6 @@ _FROM_NOTHING_AND_RANDOM = (
     "zeros_like",
 )
 
-OPERATORS = frozenset(
+OPERATORS = FURTHER_OPERATORS | frozenset(
     (*_LAYERS, *_ARITHMETIC, *_COMPARISON_AND_SELECTION, *_SHAPE_AND_PLACE, *_FROM_NOTHING_AND_RANDOM)
 )

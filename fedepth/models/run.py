@@ -197,7 +197,7 @@ def _ready(operation: Operation, dead: tuple[int, ...]) -> _Instruction:
         results=operation.results,
         dead=dead,
         detached=operation.detached,
-        creates=packet in CREATION,
+        creates=not CREATION.isdisjoint((packet, operation.name)),
     )
 
 
