@@ -121,6 +121,12 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     ids = largest_id(module, programs, tensors)
     found = _exits(model, module, name, example_inputs(input_shape, input_type, ids, 4))
     left_out = {step.module: step.line for program in programs for step in program.left_out}
+    drawing = {step.module for program in programs for step in program.steps if step.random}
+    if twice := sorted(each for each in left_out.keys() & drawing if each):
+        raise ModelError(
+            f"the model {name} uses {twice[0]} both for the logits and, at {left_out[twice[0]]}, for an output that is "
+            "left out, so that its graph cannot be compared with it; use an nn.Dropout module of its own for each"
+        )
     return Exported(structs.replace(graph, exits=found), kept, ids, left_out)
 
 
@@ -231,16 +237,18 @@ def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, to
 
 
 def _refuse_shared_memory(module: nn.Module, name: str) -> None:
-    """One parameter under two names is fine. Two parameters in one storage are not: each step of one would change the
-    other, which no gradient shows, and a graph would lose it without a word."""
-    owner: dict[int, str] = {}
-    for each, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.numel():
-            other = owner.setdefault(parameter.untyped_storage().data_ptr(), each)
-            if other != each:
+    """One parameter under two names is fine. A trained parameter in one storage with another one, or with a buffer, is
+    not: each step of it would change the other, which no gradient shows, and a graph would lose it without a word."""
+    owner: dict[int, tuple[str, bool]] = {}
+    for each, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.numel():
+            address = tensor.untyped_storage().data_ptr()
+            other, other_trained = owner.setdefault(address, (each, tensor.requires_grad))
+            if other != each and (tensor.requires_grad or other_trained):
                 raise ModelError(
-                    f"the parameters {other} and {each} of the model {name} share memory, but are two; assign one "
-                    "nn.Parameter to both places to tie them, or give each memory of its own"
+                    f"{other} and {each} of the model {name} share memory, but are two, so that to train one changes "
+                    "the other; assign one nn.Parameter to both places to tie them, or give each memory of its own, "
+                    "as with clone()"
                 )
 
 

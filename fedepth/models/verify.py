@@ -60,8 +60,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
             again = original.step(start, inputs, trial)
             if trial.channels_last and original.draws(start, inputs, trial, again):
                 continue  # random numbers come in the order in which values lie in memory
-            found = _run_graph(exported, inputs, trial, start)
-            apart = _compared(original, again, found, start, inputs, trial)
+            apart, found = _compared(original, exported, again, start, inputs, trial)
             if not trial.channels_last:
                 worst = max(worst, apart)
             if trial.training and trial.perturbed:
@@ -69,8 +68,7 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
                 for scaled in (replace(trial, factor=factor) for factor in FACTORS):
                     if not original.repeats(start, inputs, scaled, again):
                         outcome = original.step(start, inputs, scaled)
-                        followed = _run_graph(exported, inputs, scaled, start)
-                        _compared(original, outcome, followed, start, inputs, scaled)
+                        _compared(original, exported, outcome, start, inputs, scaled)
     finally:
         original.restore()
     return worst
@@ -78,26 +76,52 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
 
 def _compared(
     original: Original,
-    module: Outcome,
-    graph: Outcome,
+    exported: Exported,
+    known: Outcome,
     start: Mapping[str, torch.Tensor],
     inputs: torch.Tensor,
     trial: Trial,
-) -> float:
-    apart, what = difference(module, graph, with_gradients=not trial.channels_last)
+) -> tuple[float, Outcome]:
+    """How far the graph is from the module's known outcome, and the graph's own; refuses what is too far."""
+    found = _run_graph(exported, inputs, trial, start)
+    apart, what = difference(known, found, with_gradients=not trial.channels_last)
     if apart <= (LAYOUT_TOLERANCE if trial.channels_last else TOLERANCE):
-        return apart
-    reason = (
-        "it does something that torch.export does not record, such as a hook, a custom backward pass, "
-        "torch.utils.checkpoint with use_reentrant=True, or writing to what may be a view or a copy"
+        return apart, found
+    reason = _reason(original, exported, what, start, inputs, trial)
+    raise ModelError(
+        f"the graph of the model {original.name} differs from the model by {apart:.3g} in {what} ({trial}); {reason}"
     )
+
+
+def _reason(
+    original: Original,
+    exported: Exported,
+    what: str,
+    start: Mapping[str, torch.Tensor],
+    inputs: torch.Tensor,
+    trial: Trial,
+) -> str:
+    """Of a difference in `what`, as far as it can be found out."""
     if caches := original.caches(start, inputs, trial):
-        reason = (
+        return (
             f"it keeps {caches[0]}, a tensor that it makes in its first run, for later ones, though they would make "
             "another; compute it in __init__() and register it as a buffer, or compute it in every run"
         )
-    raise ModelError(
-        f"the graph of the model {original.name} differs from the model by {apart:.3g} in {what} ({trial}); {reason}"
+    if trial.samples == 1:
+        two, pair = replace(trial, samples=2), exported.examples(2, trial.scale)
+        if difference(original.step(start, pair, two), _run_graph(exported, pair, two, start))[0] <= TOLERANCE:
+            return (
+                "it does not treat a batch of 1 as it treats others, as with an if on x.shape[0]; let it do the same "
+                "whatever the batch size"
+            )
+    if what in exported.tensors:
+        return (
+            "it writes that in a way that torch.export does not record, as torch.utils.checkpoint does with a "
+            "BatchNorm, which it runs twice; leave checkpointing to devices, which do it where memory asks for it"
+        )
+    return (
+        "it does something that torch.export does not record, such as a hook, a custom backward pass, "
+        "torch.utils.checkpoint with use_reentrant=True, or writing to what may be a view or a copy"
     )
 
 

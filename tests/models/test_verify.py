@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fedepth.errors import ModelError
 from fedepth.models.export import export_model
@@ -78,3 +79,61 @@ def test_a_backward_pass_that_is_autograds_own_is_kept() -> None:
 def test_gradients_that_the_graph_rounds_as_the_module_does_are_no_difference() -> None:
     torch.manual_seed(0)
     assert proved(HalfPrecision()) == 0.0
+
+
+class Branching(Custom):
+    """Centres a batch, but for one of 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(x - x.mean(0) if x.shape[0] > 1 else x)  # type: ignore[no-any-return]
+
+
+class Checkpointed(Custom):
+    """Runs its BatchNorm once more in the backward pass, which counts that batch twice."""
+
+    def __init__(self, backward: Gradient) -> None:
+        super().__init__(backward)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(checkpoint(self.norm, x, use_reentrant=False))  # type: ignore[no-any-return]
+
+
+class OneDropout(Custom):
+    """One dropout for the logits and for another output."""
+
+    def __init__(self, backward: Gradient) -> None:
+        super().__init__(backward)
+        self.dropout = nn.Dropout(0.4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.first(x)
+        other = self.dropout(x)
+        return self.second(self.dropout(x.tanh())), other
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Branching, r"training mode, batch 1,.*it does not treat a batch of 1 as it treats others"),
+        (Checkpointed, r"in norm\.\w+ .*torch\.utils\.checkpoint does with a BatchNorm"),
+        (OneDropout, r"uses dropout both for the logits and, at .*, in forward: other = self\.dropout\(x\)"),
+    ],
+)
+def test_a_difference_has_its_reason(kind: type[Custom], words: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=words):
+        proved(kind(lambda gradient: gradient))
+
+
+@pytest.mark.parametrize("kind", ["frozen parameter", "buffer"])
+def test_a_trained_parameter_that_shares_memory_is_refused(kind: str) -> None:
+    module = nn.Sequential(nn.Linear(6, 10))
+    if kind == "buffer":
+        module.register_buffer("copy", module[0].weight.data)
+    else:
+        module.register_parameter("copy", nn.Parameter(module[0].weight.data, requires_grad=False))
+    with pytest.raises(ModelError, match=r"copy and 0\.weight .*share memory|0\.weight and copy .*share memory"):
+        proved(module)
