@@ -25,13 +25,14 @@ def _is_own(file: str) -> bool:
 
 @contextmanager
 def own_frames_kept() -> Iterator[None]:
-    """Within the block, what torch.export records of where an operator came from has every frame outside torch from the
-    first forward() on; left alone it keeps those of functions that are named forward, and no helper's."""
+    """Within the block, torch.export records of where an operator came from the innermost frame of the user's own code,
+    or of an installed package's; left alone it keeps frames of functions that are named forward, and no helper's."""
 
     def outside_torch(_: fx.Tracer, summary: traceback.StackSummary) -> traceback.StackSummary:
         start = next((at for at, frame in enumerate(summary) if frame.name == "forward"), len(summary))
-        frames = summary[start:]
-        return traceback.StackSummary.from_list([frame for frame in frames if is_users(frame.filename)])
+        frames = [frame for frame in summary[start:] if is_users(frame.filename)]
+        own = [frame for frame in frames if _is_own(frame.filename)]
+        return traceback.StackSummary.from_list((own or frames)[-1:])
 
     before = PythonKeyTracer._filter_traceback_frames
     PythonKeyTracer._filter_traceback_frames = outside_torch  # type: ignore[method-assign,assignment]

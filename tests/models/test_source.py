@@ -13,7 +13,7 @@ from fedepth.models.export import export_model
 
 
 def transformed(x: torch.Tensor) -> torch.Tensor:
-    return torch.fft.fft(x).real
+    return torch.special.bessel_j0(x)  # type: ignore[no-any-return]
 
 
 def decided(x: torch.Tensor) -> torch.Tensor:
