@@ -73,7 +73,10 @@ class Child:
             ChildError: the child ended, or wrote something else.
         """
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
+        try:
+            line = await self._process.stdout.readline()
+        except ValueError:  # how asyncio says that the limit was passed
+            raise ChildError(f"{self.name} (pid {self.pid}) wrote a line of over {LINE_LIMIT_BYTES} bytes") from None
         if not line:
             raise await self._gone()
         try:

@@ -274,7 +274,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     # An extent of 0 must not hide others that no array can have.
     if len(shape) > _DIMENSIONS_LIMIT or math.prod(max(extent, 1) for extent in shape) >= 1 << 59:
         raise StateError(f"{path} is damaged: tensor {name[:80]!r} has the shape {str(shape)[:80]}")
-    if begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if not 0 <= begin <= end < 1 << 63:
+        raise StateError(f"{path} is damaged: tensor {name[:80]!r} lies at {str(begin)[:20]} to {str(end)[:20]}")
+    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise StateError(f"{path} is damaged: tensor {name[:80]!r} of {dtype} {shape} lies at {begin} to {end}")
     return dtype, tuple(shape), begin, end
 

@@ -26,7 +26,10 @@ class Events:
         self._lagging: deque[asyncio.Queue[str | None]] = deque()
 
     def send(self, event: str, **fields: Any) -> None:
-        """Adds `time` (seconds since 1970). `fields` are anything that msgspec can encode."""
+        """Adds `time` (seconds since 1970). `fields` are anything that msgspec can encode.
+
+        Does not fail: what it tells has happened already (fedepth.logs drops lines that cannot be written).
+        """
         level = _log.debug if event == "progress" else _log.info
         shown = {key: value for key, value in fields.items() if key != "stages"}
         level(event, **shown)

@@ -15,6 +15,7 @@ model may branch on its mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import msgspec
 
@@ -28,6 +29,8 @@ MOST_UNITS = 512
 MOST_OPERATIONS = 100_000
 MOST_TENSORS = 100_000
 MOST_BYTES = 64 << 20
+
+_RUNNING_VAR = 4  # its place among the arguments of a normalisation
 
 DTYPE_OF_TORCH = {
     "bool": "BOOL",
@@ -182,8 +185,19 @@ class Graph(msgspec.Struct, frozen=True):
 
     def layout(self) -> ModelLayout:
         """What an update consists of, unit by unit."""
-        units = tuple(UnitLayout(unit.name, tuple(map(self.info, unit.trained_names))) for unit in self.units)
-        return ModelLayout(units, tuple(map(self.info, self.head.trained_names)))
+        variances = frozenset(_variances(self))
+
+        def tensors(unit: Unit) -> tuple[TensorInfo, ...]:
+            return tuple(
+                replace(
+                    each,
+                    not_negative=_is_counter(each) or each.name in variances,
+                    parameter=each.name in unit.parameters,
+                )
+                for each in map(self.info, unit.trained_names)
+            )
+
+        return ModelLayout(tuple(UnitLayout(unit.name, tensors(unit)) for unit in self.units), tensors(self.head))
 
 
 def encode(graph: Graph) -> bytes:
@@ -270,6 +284,20 @@ def with_scalars(operation: Operation, change: Callable[[Scalar], Scalar], resul
         {key: argument(each) for key, each in operation.keywords.items()},
         operation.detached,
     )
+
+
+def _variances(graph: Graph) -> Iterator[str]:
+    """Names of the tensors that are some normalisation's running variance."""
+    for unit in (*graph.units, graph.head):
+        for operation in (*unit.training.operations, *unit.evaluation.operations):
+            if operation.name in ("batch_norm", "instance_norm"):
+                variance = operation.arguments[_RUNNING_VAR : _RUNNING_VAR + 1]
+                yield from (each.name for each in variance if isinstance(each, Tensor))
+
+
+def _is_counter(tensor: TensorInfo) -> bool:
+    """torch's name for how many batches a BatchNorm has seen."""
+    return tensor.name.endswith("num_batches_tracked") and tensor.dtype == "I64"
 
 
 def _check_program(unit: Unit, program: Program) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
 from fedepth.files import NOT_JSON, write_atomically
-from fedepth.models.graph import MOST_BYTES, Graph, check
+from fedepth.models.graph import MOST_BYTES, MOST_UNITS, Graph, check
 
+MOST_COST = 1 << 60  # bytes or floating point operations
+MOST_SHARE = 1e6
 T = TypeVar("T")
 
 
@@ -39,7 +43,7 @@ def read_traced(path: Path) -> TracedModel:
     """
     model = _decode(path, TracedModel)
     check(model.graph)
-    _with_head(model.costs, path)
+    _checked(model.costs, path)
     if len(model.costs.units) != len(model.graph.units):
         raise ModelError(f"{path} tells the costs of {len(model.costs.units)} units of {len(model.graph.units)}")
     return model
@@ -51,13 +55,34 @@ def read_costs(path: Path) -> ModelCosts:
     Raises:
         ModelError: see `read_traced`.
     """
-    return _with_head(_decode(path, _CostsOnly).costs, path)
+    return _checked(_decode(path, _CostsOnly).costs, path)
 
 
-def _with_head(costs: ModelCosts, path: Path) -> ModelCosts:
-    if not costs.units or costs.units[-1].exit is None:
+def _checked(costs: ModelCosts, path: Path) -> ModelCosts:
+    """The planner calculates with these, for every stage that it considers: they have to be numbers that it can."""
+    if not 1 <= len(costs.units) <= MOST_UNITS:
+        raise ModelError(f"{path} tells the costs of {len(costs.units)} units, allowed are 1 to {MOST_UNITS}")
+    if costs.units[-1].exit is None:
         raise ModelError(f"{path} tells the costs of {len(costs.units)} units without a head")
+    if any(unit.exit is not None and (unit.exit.exit or unit.exit.frozen) for unit in costs.units):
+        raise ModelError(f"{path} tells the costs of an exit that has an exit, or that blocks are trained through")
+    if costs.smallest_micro_batch not in (1, 2):
+        raise ModelError(f"{path} tells of a smallest micro-batch of {costs.smallest_micro_batch}; it is 1 or 2")
+    for number in _numbers(costs):
+        if not 0 <= number <= (MOST_SHARE if isinstance(number, float) else MOST_COST):
+            raise ModelError(f"{path} tells of costs of {str(number)[:20]}, which no model has")
     return costs
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _decode(path: Path, kind: type[T]) -> T:

@@ -11,8 +11,9 @@ def check_plan(costs: ModelCosts, plan: Plan) -> None:
     """Raises PlanError if a block lies beyond the model, or ends where no skip connection leads to the head."""
     odd = [stage.block for stage in plan.stages if not _possible(stage, costs.units)]
     if odd or not plan.stages:
+        shown = ", ".join(odd[:20]) + (f" and {len(odd) - 20} more" if len(odd) > 20 else "")
         raise PlanError(
-            f"the plan has the blocks {', '.join(odd) or 'none'}, which {costs.model} with its {len(costs.units)} "
+            f"the plan has the blocks {shown or 'none'}, which {costs.model} with its {len(costs.units)} "
             "units cannot be trained in; run the same version of fedepth here and on the coordinator",
             needed_bytes=0,
             budget_bytes=plan.budget_bytes,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import grpc
 
-MESSAGE_LIMIT_BYTES = 4 << 20
+from fedepth_wire.bounds import CHUNK_BYTES
+
+# From a device, the largest is a chunk in its envelope: reports and results have less than half of that. From the
+# coordinator, a task, with the names of all classes and the mean of every channel.
+DEVICE_MESSAGE_LIMIT_BYTES = CHUNK_BYTES + (64 << 10)
+COORDINATOR_MESSAGE_LIMIT_BYTES = 4 << 20
 
 # A device behind NAT must keep its path open: a ping every 30 s, dead after 20 s without an answer.
 _COMMON: list[tuple[str, int]] = [
@@ -12,17 +17,19 @@ _COMMON: list[tuple[str, int]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
 ]
 CLIENT_OPTIONS = [
     *_COMMON,
+    ("grpc.max_send_message_length", DEVICE_MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", COORDINATOR_MESSAGE_LIMIT_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 10_000),
     ("grpc.enable_http_proxy", 0),
 ]
 SERVER_OPTIONS = [
     *_COMMON,
+    ("grpc.max_receive_message_length", DEVICE_MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", COORDINATOR_MESSAGE_LIMIT_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from fedepth.errors import ProtocolError
 from fedepth.files import file_digest, make_durable
+from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.v1.federation_pb2 import Chunk
-
-CHUNK_BYTES = 1 << 20
 
 
 def file_chunks(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[Chunk]:

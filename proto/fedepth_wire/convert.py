@@ -1,6 +1,7 @@
 """Messages ↔ core types. Field names are the same on both sides, so that one rule converts all of them.
 
-Values are checked against the core types on the way in: a field of the wrong type raises ProtocolError.
+On the way in, a message is first checked against its bounds (fedepth_wire.bounds), then its values against the core
+types: a field out of bounds or of the wrong type raises ProtocolError.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
 from fedepth.plan import Plan
+from fedepth_wire.bounds import check_message
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -30,8 +32,9 @@ def from_message(message: Message, kind: type[T]) -> T:
     """A message as the core dataclass `kind`.
 
     Raises:
-        ProtocolError: a field does not fit `kind`.
+        ProtocolError: a field is out of bounds, or does not fit `kind`.
     """
+    check_message(message)
     fields = json_format.MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -61,8 +64,7 @@ def _field(item: Any, field: FieldDescriptor, to_wire: bool) -> Any:
         prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
         if to_wire:
             return prefix + item.upper()
-        # A number here is a value that only a newer side knows; the conversion then refuses it by its field.
-        return item.removeprefix(prefix).lower() if isinstance(item, str) else item
+        return item.removeprefix(prefix).lower()
     if to_wire and isinstance(item, float) and not math.isfinite(item):
         # JSON has no such numbers, and the loss of a run that diverged must still be told.
         return "NaN" if math.isnan(item) else "Infinity" if item > 0 else "-Infinity"

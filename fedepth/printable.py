@@ -1,0 +1,38 @@
+"""Text from outside, made fit to be shown: nothing in it moves a cursor, starts a line or turns a word around.
+
+Names, messages and paths come from other machines. A terminal obeys what stands in them, and a log line that one of
+them breaks in two is two log lines.
+"""
+
+from __future__ import annotations
+
+MOST_QUOTED = 200
+
+# Format characters that emoji and several scripts are written with, and that no terminal acts on.
+_JOINERS = frozenset("\u200c\u200d")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes (`\\n`, `\\x1b`, `\\u202e`) for whatever is not printable.
+
+    That is what `str.isprintable` says: control codes, bidi controls and other format characters, line separators,
+    surrogates, code points that mean nothing, and all blanks but the space. Letters, signs and emoji stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable() or character in _JOINERS
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def shortened(text: str, most: int = MOST_QUOTED) -> str:
+    """The first `most` characters of `text`, printable, for a message that says what is wrong with it."""
+    return printable(text[:most]) + ("…" if len(text) > most else "")
+
+
+def quoted(text: str, most: int = MOST_QUOTED) -> str:
+    """The same in quotes."""
+    return f"'{shortened(text, most)}'"
