@@ -1,1 +1,1 @@
-"""The durable state of a job: a SQLite record, and files beside it."""
+"""The durable state of a job: its record in a database, and files beside it."""

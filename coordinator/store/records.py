@@ -1,137 +1,142 @@
-"""The record of a job: rounds, devices, tasks, updates and failures, in SQLite (STATE/job.sqlite).
+"""The durable state of a job: its record (a database), and its files, which the record decides about.
 
-A file is made durable, with its folder, before the record that names it is committed: the record decides.
+A file is made durable, with its folder, before the record that names it is committed. What goes is recorded before it
+is deleted.
 """
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
-from coordinator.store.files import Files, lock_state
-from coordinator.store.tables import devices, failures, job, metadata, open_engine, rounds, tasks, updates
-from fedepth.errors import StateError
-from fedepth.files import NOT_JSON, file_digest
-from fedepth.layout import ModelLayout
-from fedepth.plan import Plan
-from fedepth.task import DeviceReport, ModelSpec, Result, TrainingSpec
+from coordinator.store.backup import Backup, back_up
+from coordinator.store.comparison import compare, note_missing, waiting_updates
+from coordinator.store.database import Database
+from coordinator.store.entries import (
+    EndedTask,
+    FailureKind,
+    Prepared,
+    RoundRecord,
+    Sealed,
+    Summary,
+    TaskRecord,
+    to_json,
+)
+from coordinator.store.files import GRAPH, Files, lock_state, part_name, weights_name
+from coordinator.store.retention import finish_drops
+from coordinator.store.round_store import RoundStore, new_run_id
+from coordinator.store.storage import Directory, Storage
+from coordinator.store.tables import job
+from coordinator.store.task_store import TaskStore
+from fedepth.errors import StateError, UnavailableError
+from fedepth.files import NOT_JSON
+from fedepth.task import ModelSpec
 
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """A finished round; 0 is the start, with nothing trained. Accuracy is a fraction, -1 if unknown."""
-
-    round: int
-    digest: str
-    size_bytes: int
-    closed_at: float
-    devices: int
-    samples: int
-    accuracy: float = -1.0
-    loss: float = -1.0
-    export_path: str = ""
-    parity_max_abs: float = -1.0
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """A task as it was handed out. `status` is one of given, accepted, refused, failed, lost."""
-
-    task_id: str
-    round: int
-    device_id: str
-    attempt: int
-    status: str
-    plan: Plan
-    sample_count: int
+__all__ = ["Backup", "EndedTask", "FailureKind", "Prepared", "RoundRecord", "Sealed", "Store", "Summary", "TaskRecord"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What the model worker found out about the model; its graph and costs lie in a file of this digest and size."""
+class Store(RoundStore, TaskStore):
+    """The state of one job. Methods are short transactions; those that hash or move files say so.
 
-    layout: ModelLayout
-    training: TrainingSpec
-    graph_digest: str
-    graph_bytes: int
-
-
-class Store:
-    """The record of one job. Methods are short transactions; those that hash files say so.
+    Every method may be repeated after an error. UnavailableError means that the database or a disk does not work just
+    now; any other StateError, that the call or the state is wrong.
 
     Attributes:
         directory: the state directory.
         files: what lies in it beside the record.
     """
 
-    def __init__(self, directory: Path, engine: sa.Engine, lock: IO[str] | None) -> None:
+    def __init__(self, directory: Path, database: Database, files: Files, lock: IO[str] | None) -> None:
         self.directory = directory
-        self.files = Files(directory)
-        self._engine = engine
+        self.files = files
+        self._database = database
         self._lock = lock
 
     @classmethod
-    def open(cls, directory: Path, name: str, model: ModelSpec) -> Store:
-        """Opens or creates the state of this job, and keeps others out.
+    def open(cls, directory: Path, name: str, model: ModelSpec, *, database: str = "", files: str = "") -> Store:
+        """Opens or creates the state of this job, and keeps others out. Hashes the weights in force.
+
+        Args:
+            database: URL of a PostgreSQL database; "" for SQLite in the directory.
+            files: URL of a bucket, such as s3://bucket/prefix; "" for the directory.
 
         Raises:
-            StateError: another coordinator has it, or it holds a job with another model.
+            StateError: another coordinator has it, it holds a job with another model, it is of a later version of
+                fedepth, or something in it is damaged, missing, or does not fit the rest.
         """
-        directory = directory.resolve()  # the record names files in it, for whoever reads it from elsewhere
-        Files(directory).create()
-        lock = lock_state(directory)
-        engine = open_engine(directory / "job.sqlite")
-        store = cls(directory, engine, lock)
+        store = cls._locked(directory, database, files)
         try:
-            metadata.create_all(engine)
+            compare(store._database, store.files)
             store._adopt(name, model)
-        except StateError:
+            store._finish()
+        except BaseException:
             store.close()
             raise
-        except sa.exc.DatabaseError as error:
-            store.close()
-            raise StateError(
-                f"{directory / 'job.sqlite'} cannot be read: {error.orig}; restore it or use a new --state"
-            ) from None
         return store
 
     @classmethod
-    def read(cls, directory: Path) -> Store:
+    def open_to_repair(cls, directory: Path, *, database: str = "", files: str = "") -> Store:
+        """Opens an existing state as it is, and keeps others out: for a rollback, when `open` refuses it.
+
+        Raises:
+            StateError: another coordinator has it, or there is no record that can be read.
+        """
+        Store.read(directory, database=database, files=files).close()  # nothing is created where nothing is
+        return cls._locked(directory, database, files)
+
+    @classmethod
+    def read(cls, directory: Path, *, database: str = "", files: str = "") -> Store:
         """Opens an existing state for reading, beside a running coordinator if need be.
 
         Raises:
-            StateError: there is none.
+            StateError: there is none, or it is of another version.
         """
-        path = directory / "job.sqlite"
-        if not path.is_file():
-            raise StateError(f"{directory} holds no job: {path.name} is missing; give the --state of a coordinator")
-        return cls(directory, open_engine(path), None)
+        directory = directory.resolve()
+        opened = Database(directory, database)
+        try:
+            opened.open_for_reading()
+            return cls(directory, opened, Files(directory, _storage(directory, files)), None)
+        except BaseException:
+            opened.close()
+            raise
+
+    @classmethod
+    def _locked(cls, directory: Path, database: str, files: str) -> Store:
+        directory = directory.resolve()  # the record names files in it, for whoever reads it from elsewhere
+        opened = Database(directory, database)
+        place = Files(directory, _storage(directory, files))
+        place.create()
+        lock = lock_state(directory)
+        store = cls(directory, opened, place, lock)
+        try:
+            opened.open()
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _adopt(self, name: str, model: ModelSpec) -> None:
-        row = self._one(sa.select(job))
+        row = self._database.row(sa.select(job))
         if row is None:
             values = {
                 "id": 1,
                 "name": name,
-                "run_id": uuid.uuid4().hex[:12],
-                "model": _json(model),
+                "run_id": new_run_id(),
+                "model": to_json(model),
                 "prepared": "",
+                "created_at": time.time(),
             }
-            self._write(job.insert().values({**values, "created_at": time.time()}))
+            self._database.write(job.insert().values(values))
             return
         held = msgspec.json.decode(row["model"], type=ModelSpec)
         for field in ("name", "classes", "input_shape", "mean", "std", "input_type"):
@@ -141,177 +146,87 @@ class Store:
                     f"{self.directory} holds job {row['name']} with [model] {field} {before!r}, "
                     f"this job has {now!r}; use another --state"
                 )
-        self._write(job.update().values(name=name))
+        self._database.write(job.update().values(name=name))
 
-    # --- the job and its weights
+    def _finish(self) -> None:
+        """Does what a crash may have left undone."""
+        finish_drops(self._database, self.files)
+        self.files.remove_partial()
+        latest = self.latest_round()
+        if latest is None:
+            return
+        if latest.aside_digest:
+            self._move_aside(latest)
+        self.verify_latest()
+        in_force = self.find_weights(latest.digest)
+        assert in_force is not None
+        self.files.storage.ready(weights_name(in_force.round, in_force.digest), in_force.digest)
+        for result in waiting_updates(self._database, latest.round):
+            for part in result.parts:
+                self.files.storage.ready(part_name(result.task_id, result.attempt, part.part), part.digest)
+        if self.prepared() is not None:
+            self.files.storage.keep(GRAPH)
+        note_missing(self._database, self.files, latest)
+        self.drop_spools_before(latest.round + 1)
+        self._database.checkpoint()
+
+    # --- the job
 
     @property
     def run_id(self) -> str:
-        """Names this state directory for ever: no task of another one can be mistaken for one of ours."""
-        return str(self._require(sa.select(job))["run_id"])
+        """Names this run of the job for ever: no task of another one can be mistaken for one of ours."""
+        return str(self._job()["run_id"])
 
     @property
     def job_name(self) -> str:
-        return str(self._require(sa.select(job))["name"])
+        return str(self._job()["name"])
 
     def prepared(self) -> Prepared | None:
         """What was recorded; None if nothing was, or by a version that knew no graphs, or if the graph's file is not
         the recorded one: it can be found out again."""
-        text = self._require(sa.select(job))["prepared"]
+        text = self._job()["prepared"]
         try:
             found = msgspec.json.decode(text, type=Prepared) if text else None
         except NOT_JSON:
             return None
-        path = self.files.graph()
-        return found if found and path.is_file() and file_digest(path) == found.graph_digest else None
+        if found is None or not self.files.storage.holds(GRAPH, found.graph_bytes):
+            return None
+        try:
+            self.files.storage.fetch(GRAPH, found.graph_digest)
+        except UnavailableError:
+            raise
+        except StateError:
+            return None
+        return found
 
     def record_prepared(self, prepared: Prepared) -> None:
-        self._write(job.update().values(prepared=_json(prepared)))
+        """Records what was found out about the model. The graph lies in its place."""
+        self.files.storage.keep(GRAPH)
+        self._database.write(job.update().values(prepared=to_json(prepared)))
 
-    def seal_weights(self, partial: Path, round_number: int, devices: int, samples: int) -> RoundRecord:
-        """Moves new weights to their place and makes them durable, by a hash; `record_round` is next."""
-        digest, size = self.files.seal_weights(partial, round_number)
-        return RoundRecord(round_number, digest, size, time.time(), devices, samples)
+    def backup(self, target: Path) -> Backup:
+        """Copies what the job needs to go on to an empty folder, also while a coordinator runs.
 
-    def record_round(self, record: RoundRecord) -> None:
-        self._write(insert(rounds).values(_row(record)))
-
-    def latest_round(self) -> RoundRecord | None:
-        row = self._one(sa.select(rounds).order_by(rounds.c.round.desc()).limit(1))
-        return None if row is None else RoundRecord(**row)
-
-    def rounds(self) -> list[RoundRecord]:
-        return [RoundRecord(**row) for row in self._all(sa.select(rounds).order_by(rounds.c.round))]
-
-    def find_weights(self, digest: str) -> RoundRecord | None:
-        row = self._one(sa.select(rounds).where(rounds.c.digest == digest).order_by(rounds.c.round).limit(1))
-        return None if row is None else RoundRecord(**row)
-
-    def verify_latest(self) -> None:
-        """Compares the latest weights with their record. Hashes the file.
+        The record is in the copy unless it lies in PostgreSQL.
 
         Raises:
-            StateError: they are missing or damaged.
+            StateError: the folder is not empty, or a file is damaged.
         """
-        record = self.latest_round()
-        if record is not None:
-            self.files.verify_weights(record.round, record.digest)
+        self._job()
+        return back_up(self._database, self.files, target)
 
-    def set_evaluation(self, round_number: int, accuracy: float, loss: float) -> None:
-        self._write(rounds.update().where(rounds.c.round == round_number).values(accuracy=accuracy, loss=loss))
-
-    def set_export(self, round_number: int, path: str, parity_max_abs: float) -> None:
-        change = rounds.update().where(rounds.c.round == round_number)
-        self._write(change.values(export_path=path, parity_max_abs=parity_max_abs))
-
-    # --- devices, tasks, updates
-
-    def see_device(self, report: DeviceReport) -> None:
-        now = time.time()
-        known = {"name": report.name, "report": _json(report), "last_seen": now}
-        first = {"device_id": report.device_id, "first_seen": now, **known}
-        self._write(insert(devices).values(first).on_conflict_do_update(index_elements=["device_id"], set_=known))
-
-    def device_names(self) -> dict[str, str]:
-        return {row["device_id"]: row["name"] for row in self._all(sa.select(devices))}
-
-    def record_task(self, record: TaskRecord) -> None:
-        values = {**_row(record), "plan": _json(record.plan), "given_at": time.time()}
-        again = {key: values[key] for key in ("attempt", "status", "plan", "sample_count", "given_at")}
-        self._write(insert(tasks).values(values).on_conflict_do_update(index_elements=["task_id"], set_=again))
-
-    def end_task(self, task_id: str, status: str, reason: str, message: str) -> None:
-        """Records that a task was refused, failed or lost, and counts it."""
-        with self._engine.begin() as connection:
-            connection.execute(tasks.update().where(tasks.c.task_id == task_id).values(status=status))
-            values = {"task_id": task_id, "status": status, "reason": reason, "message": message[:2000]}
-            connection.execute(failures.insert().values({**values, "at": time.time()}))
-
-    def count_refusal(self, task_id: str, reason: str, message: str) -> None:
-        """Counts a refusal that ends no task: a late update, or one that came from another device."""
-        values = {"task_id": task_id[:200], "status": "refused", "reason": reason, "message": message[:2000]}
-        self._write(failures.insert().values({**values, "at": time.time()}))
-
-    def task(self, task_id: str) -> TaskRecord | None:
-        row = self._one(sa.select(tasks).where(tasks.c.task_id == task_id))
-        return None if row is None else _task(row)
-
-    def tasks_of(self, round_number: int) -> list[TaskRecord]:
-        query = sa.select(tasks).where(tasks.c.round == round_number).order_by(tasks.c.task_id)
-        return [_task(row) for row in self._all(query)]
-
-    def record_update(self, result: Result) -> None:
-        """Accepts an update for good: after this it is part of its round. Its files are durable already."""
-        values = {
-            "task_id": result.task_id,
-            "round": result.round,
-            "device_id": result.device_id,
-            "result": _json(result),
-            "size_bytes": sum(part.size_bytes for part in result.parts),
-            "received_at": time.time(),
-        }
-        with self._engine.begin() as connection:
-            connection.execute(updates.insert().values(values))
-            connection.execute(tasks.update().where(tasks.c.task_id == result.task_id).values(status="accepted"))
-
-    def update(self, task_id: str) -> Result | None:
-        row = self._one(sa.select(updates).where(updates.c.task_id == task_id))
-        return None if row is None else msgspec.json.decode(row["result"], type=Result)
-
-    def updates_of(self, round_number: int) -> list[Result]:
-        """In the order of their task ids, whenever they came."""
-        query = sa.select(updates).where(updates.c.round == round_number).order_by(updates.c.task_id)
-        return [msgspec.json.decode(row["result"], type=Result) for row in self._all(query)]
-
-    def failure_counts(self) -> dict[str, int]:
-        """How often each "status/reason" happened."""
-        query = sa.select(failures.c.status, failures.c.reason, sa.func.count().label("times")).group_by(
-            failures.c.status, failures.c.reason
-        )
-        return {f"{row['status']}/{row['reason']}": int(row["times"]) for row in self._all(query)}
-
-    def drop_spools_before(self, round_number: int) -> None:
-        """Deletes every spool but those of tasks of this round or a later one."""
-        kept = self._all(sa.select(tasks.c.task_id).where(tasks.c.round >= round_number))
-        self.files.keep_spools({row["task_id"] for row in kept})
-
-    # --- queries
-
-    def _write(self, statement: sa.Executable) -> None:
-        with self._engine.begin() as connection:
-            connection.execute(statement)
-
-    def _all(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
-
-    def _one(self, query: sa.Select[Any]) -> dict[str, Any] | None:
-        found = self._all(query)
-        return found[0] if found else None
-
-    def _require(self, query: sa.Select[Any]) -> dict[str, Any]:
-        row = self._one(query)
+    def _job(self) -> dict[str, Any]:
+        row = self._database.row(sa.select(job))
         if row is None:
             raise StateError(f"{self.directory} holds no job yet; start the coordinator on it first")
         return row
 
 
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _row(record: RoundRecord | TaskRecord) -> dict[str, Any]:
-    return dict(vars(record))
-
-
-def _task(row: Mapping[str, Any]) -> TaskRecord:
-    plan = msgspec.json.decode(row["plan"], type=Plan)
-    return TaskRecord(
-        row["task_id"],
-        row["round"],
-        row["device_id"],
-        row["attempt"],
-        row["status"],
-        plan,
-        row["sample_count"],
-    )
+def _storage(directory: Path, url: str) -> Storage:
+    if not url:
+        return Directory(directory)
+    try:
+        from coordinator.store.bucket import Bucket  # fsspec: only where a bucket is used
+    except ModuleNotFoundError as error:
+        raise StateError(f"--files needs {error.name}, which is not installed: pip install 'fedepth[s3]'") from None
+    return Bucket(directory, url)

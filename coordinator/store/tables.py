@@ -1,12 +1,11 @@
-"""The tables of a job's record, and the connection settings that make a commit survive a power cut."""
+"""The tables of a job's record, as the newest revision in `migrations` leaves them.
+
+A column that may be unknown is NULL then: no number stands for "unknown".
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import sqlalchemy as sa
-from sqlalchemy import event
 
 metadata = sa.MetaData()
 
@@ -18,31 +17,59 @@ job = sa.Table(
     sa.Column("run_id", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("prepared", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
 )
+# A round that a rollback took back keeps its number, and the round that replaces it has the same: hence the id.
 rounds = sa.Table(
     "rounds",
     metadata,
-    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False, index=True),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    sa.Column("closed_at", sa.Float, nullable=False),
+    sa.Column("closed_at", sa.Double, nullable=False),
     sa.Column("devices", sa.Integer, nullable=False),
     sa.Column("samples", sa.BigInteger, nullable=False),
-    sa.Column("accuracy", sa.Float, nullable=False),
-    sa.Column("loss", sa.Float, nullable=False),
+    sa.Column("accuracy", sa.Double),
+    sa.Column("loss", sa.Double),
     sa.Column("export_path", sa.Text, nullable=False),
-    sa.Column("parity_max_abs", sa.Float, nullable=False),
+    sa.Column("parity_max_abs", sa.Double),
+    sa.Column("published", sa.Boolean, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("aside_digest", sa.Text, nullable=False),
+    sa.Column("epsilon", sa.Double),
+    sa.Column("superseded", sa.Boolean, nullable=False),
+    sa.Column("kept", sa.Boolean, nullable=False, index=True),
 )
+sa.Index(
+    "one_round_in_force",
+    rounds.c.round,
+    unique=True,
+    sqlite_where=~rounds.c.superseded,
+    postgresql_where=~rounds.c.superseded,
+)
+# The weights that are about to get their name: at most one row.
+sealing = sa.Table(
+    "sealing",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
+# Names of files that are about to be deleted.
+dropping = sa.Table("dropping", metadata, sa.Column("name", sa.Text, primary_key=True))
 devices = sa.Table(
     "devices",
     metadata,
     sa.Column("device_id", sa.Text, primary_key=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("report", sa.Text, nullable=False),
-    sa.Column("first_seen", sa.Float, nullable=False),
-    sa.Column("last_seen", sa.Float, nullable=False),
+    sa.Column("first_seen", sa.Double, nullable=False),
+    sa.Column("last_seen", sa.Double, nullable=False),
 )
+# `status` is what was said of a task that has no update: given, failed, refused, lost. A row in `updates` is what
+# accepts a task.
 tasks = sa.Table(
     "tasks",
     metadata,
@@ -53,8 +80,8 @@ tasks = sa.Table(
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("plan", sa.Text, nullable=False),
     sa.Column("sample_count", sa.BigInteger, nullable=False),
-    sa.Column("given_at", sa.Float, nullable=False),
-    sa.UniqueConstraint("round", "device_id"),
+    sa.Column("given_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("round", "device_id", name="one_task_a_round"),
 )
 updates = sa.Table(
     "updates",
@@ -64,28 +91,19 @@ updates = sa.Table(
     sa.Column("device_id", sa.Text, nullable=False),
     sa.Column("result", sa.Text, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    sa.Column("received_at", sa.Float, nullable=False),
-    sa.UniqueConstraint("round", "device_id"),
+    sa.Column("received_at", sa.Double, nullable=False),
+    sa.Column("norm", sa.Double),  # how far its parameters went for each step; NULL if it is not known
+    sa.Column("buffer_norm", sa.Double),
+    sa.UniqueConstraint("round", "device_id", name="one_update_a_round"),
 )
+# One row per kind of failure, with the last of its kind.
 failures = sa.Table(
     "failures",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("task_id", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, primary_key=True),
+    sa.Column("reason", sa.Text, primary_key=True),
+    sa.Column("times", sa.BigInteger, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("task_id", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
 )
-
-
-def open_engine(path: Path) -> sa.Engine:
-    """SQLite in WAL mode; every commit is on the disk when it returns."""
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 10.0})
-
-    def prepare(connection: Any, _record: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    event.listen(engine, "connect", prepare)
-    return engine

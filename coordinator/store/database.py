@@ -1,0 +1,225 @@
+"""The database that holds a record: SQLite in the state directory, or PostgreSQL. Transactions, locks and copies.
+
+A commit that has returned survives a power cut, in either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from coordinator.store.migrations import check_revision, migrate
+from fedepth.errors import StateError, UnavailableError
+from fedepth.files import make_durable
+
+BUSY_S = 10.0  # how long a SQLite transaction waits for another one
+
+_NAME = "job.sqlite"
+_LOCK_KEY = 0x66656465  # of PostgreSQL's advisory lock; one database holds one job
+
+
+class Database:
+    """One record's database. Errors of the database are raised as errors of ours.
+
+    Attributes:
+        label: names it for people, without user, password and options.
+        path: the SQLite file; None for PostgreSQL.
+    """
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.path = None if url else directory / _NAME
+        if self.path is None:
+            parsed = _parse(url)
+            self.label = f"{parsed.get_backend_name()}://{parsed.host or ''}/{parsed.database}"
+            try:
+                self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+            except ModuleNotFoundError as error:
+                raise StateError(
+                    f"--database needs {error.name}, which is not installed: pip install 'fedepth[postgres]'"
+                ) from None
+        else:
+            self.label = str(self.path)
+            self._engine = open_engine(self.path)
+        self._writing = self._engine.execution_options(fedepth_writes=True)
+        self._lock: sa.Connection | None = None
+        self._one_writer = threading.Lock()  # so that what a transaction has read holds until it ends
+
+    def open(self) -> None:
+        """Creates or migrates the tables, and with PostgreSQL keeps other coordinators out.
+
+        Raises:
+            StateError: it cannot be used; says why.
+        """
+        if self.path is None:
+            self._take_lock()
+        with self.begin() as connection:
+            self._check_sound(connection)
+            migrate(connection, self.label)
+
+    def open_for_reading(self) -> None:
+        """Whether the record can be read, beside a running coordinator if need be; changes nothing.
+
+        Raises:
+            StateError: it cannot.
+        """
+        if self.path is not None and not self.path.is_file():
+            raise StateError(
+                f"{self.path.parent} holds no job: {self.path.name} is missing; give the --state of a coordinator, "
+                "and the --database that it was given"
+            )
+        with self._connect(self._engine) as connection:
+            self._check_sound(connection)
+            check_revision(connection, self.label)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction that may write; it is durable once the block has ended.
+
+        Raises:
+            UnavailableError: the database cannot be reached or written just now; nothing of the block is recorded.
+        """
+        with self._one_writer:
+            if self._lock is not None:
+                self._hold_lock(self._lock)
+            with self._connect(self._writing) as connection:
+                yield connection
+
+    def rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        """What a query finds."""
+        with self._connect(self._engine) as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def row(self, query: sa.Select[Any]) -> dict[str, Any] | None:
+        """The first that a query finds."""
+        found = self.rows(query.limit(1))
+        return found[0] if found else None
+
+    def write(self, statement: sa.Executable) -> None:
+        """One statement in a transaction of its own."""
+        with self.begin() as connection:
+            connection.execute(statement)
+
+    def checkpoint(self) -> None:
+        """Moves SQLite's log into its file, so that the file alone is up to date.
+
+        While another process reads the record, some of the log may have to stay; the next call takes it.
+        """
+        if self.path is None:
+            return
+        with _translated(self.label):
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            finally:
+                connection.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Writes a consistent copy of a SQLite record to a new file, while others write to the record."""
+        assert self.path is not None
+        with (
+            _translated(self.label),
+            contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=BUSY_S)) as source,
+            contextlib.closing(sqlite3.connect(path)) as target,
+        ):
+            source.backup(target)
+        make_durable(path)
+
+    @contextlib.contextmanager
+    def _connect(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+        with _translated(self.label), engine.begin() as connection:
+            yield connection
+
+    def _check_sound(self, connection: sa.Connection) -> None:
+        if self.path is None:
+            return
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise StateError(f"{self.label} is damaged ({' '.join(str(found).split())}); {HOW_TO_RESTORE}")
+
+    def _hold_lock(self, lock: sa.Connection) -> None:
+        """The lock ends with its connection, such as when the server restarts: then it has to be taken again."""
+        try:
+            lock.execute(sa.select(1))
+        except sa.exc.DBAPIError:
+            lock.close()
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        with _translated(self.label):
+            lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            if not lock.execute(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))).scalar():
+                lock.close()
+                raise StateError(f"{self.label} is in use by another coordinator; stop it, or name another --database")
+            self._lock = lock
+
+
+HOW_TO_RESTORE = (
+    "stop the coordinator, move job.sqlite, job.sqlite-wal and job.sqlite-shm away and put back all of a backup made "
+    "by fedepth-coordinator backup, or use another --state"
+)
+
+
+def open_engine(path: Path) -> sa.Engine:
+    """SQLite in WAL mode; every commit is on the disk when it returns."""
+    # The driver's own handling of transactions leaves changes of tables out of them.
+    engine = sa.create_engine(
+        f"sqlite:///{path}", connect_args={"timeout": BUSY_S, "isolation_level": None}, hide_parameters=True
+    )
+
+    def prepare(connection: Any, _record: Any) -> None:
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    def begin(connection: sa.Connection) -> None:
+        # A transaction that reads before it writes would fail, not wait, if another one wrote in between.
+        writes = connection.get_execution_options().get("fedepth_writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise StateError(  # the text may hold a password
+            "--database is not a URL such as postgresql://user@host/database; give one, or none for SQLite in --state"
+        ) from None
+    if parsed.drivername not in ("postgresql", "postgresql+psycopg"):
+        raise StateError(
+            f"--database {parsed.drivername}: is not supported; give a URL such as postgresql://user@host/database, "
+            "or none for SQLite in --state"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+@contextlib.contextmanager
+def _translated(label: str) -> Iterator[None]:
+    try:
+        yield
+    except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        if getattr(cause, "sqlite_errorname", "") in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+            raise StateError(f"{label} cannot be read: {cause}; {HOW_TO_RESTORE}") from None
+        if not isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sqlite3.OperationalError)):
+            raise StateError(f"{label} does not take this: {str(cause).strip()}") from error
+        raise UnavailableError(
+            f"{label} cannot be used now: {str(cause).strip()}; see that the database runs and its disk has room"
+        ) from error
+    except sa.exc.TimeoutError as error:
+        raise UnavailableError(f"{label} gave no connection in time: {error}; try again") from error
