@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from fedepth.aggregation.mean import ClientUpdate, average
+from fedepth.aggregation.aggregate import aggregate
+from fedepth.aggregation.rules import WeightedMean
+from fedepth.aggregation.updates import ClientUpdate
 from fedepth.costs import Calibration
 from fedepth.data.idx import write_idx
 from fedepth.data.read import Images, open_images
@@ -209,7 +211,7 @@ def one_round(
     result = run(assignment, Silent(), torch.device("cpu"), Known())
     parts = tuple(sorted((folder / "output").glob("part-*.safetensors")))
     output = folder / "after.safetensors"
-    average(weights, [ClientUpdate(parts, float(result.sample_count))], output)
+    aggregate(weights, [ClientUpdate(parts, float(result.sample_count))], output, WeightedMean())
     return output
 
 

@@ -7,111 +7,31 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
 import msgspec
-from msgspec import Meta
 
+from fedepth.aggregation.rules import (
+    ENOUGH_NORMS,
+    Krum,
+    Median,
+    NormClipping,
+    PrivateMean,
+    Rule,
+    TrimmedMean,
+    WeightedMean,
+)
 from fedepth.errors import ConfigError
-from fedepth.plan import CacheType, Policy
-from fedepth.settings import read_toml, suggestion, violation
-from fedepth.task import InputType, ModelSpec, TrainingSpec
-
-DIGITS = "digits"
+from fedepth.job_sections import DIGITS, MOST_NAME, MOST_NAMES_BYTES, JobConfig, ModelSection, TestSection
+from fedepth.plan import Policy
+from fedepth.printable import printable, quoted
+from fedepth.settings import read_toml, settings_path, suggestion, violation
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MISSING = re.compile(r"missing required field `(\w+)`")
-
-AtLeastOne = Annotated[int, Meta(ge=1)]
-NotNegative = Annotated[float, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
-
-
-class JobSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[job]: the rounds.
-
-    Attributes:
-        quorum: updates a round needs before it may close; by default more than half of `devices_per_round`.
-        gather_s: how long a round waits for more devices before it draws.
-        round_deadline_s: after it a round closes with its quorum.
-        lease_s: a task without a sign of life for this long is lost.
-    """
-
-    name: str
-    rounds: AtLeastOne = 10
-    devices_per_round: AtLeastOne = 2
-    quorum: AtLeastOne | None = None
-    round_deadline_s: Positive = 3600.0
-    gather_s: NotNegative = 5.0
-    lease_s: Positive = 60.0
-    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    policy: Literal["paper", "auto"] = "auto"
-
-    @property
-    def needed(self) -> int:
-        """The quorum in force."""
-        return self.devices_per_round // 2 + 1 if self.quorum is None else self.quorum
-
-
-class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[model]: `classes` are the names in label order, or a number n for "0" to "n-1".
-
-    Attributes:
-        weights: a local file with weights to begin with, relative to the job file; empty for fresh ones.
-        input_type: what the data holds: numbers, or token ids.
-    """
-
-    name: str
-    classes: tuple[str, ...] | int
-    input_shape: tuple[AtLeastOne, ...]
-    mean: tuple[float, ...] = ()
-    std: tuple[Positive, ...] = ()
-    weights: str = ""
-    input_type: InputType = InputType.FLOAT
-
-
-class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[training]: what one device does in one round; the learning rate moves over the rounds."""
-
-    batch: AtLeastOne = 32
-    local_epochs: AtLeastOne = 1
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Positive = 0.05
-    learning_rate_end: NotNegative = 0.0
-    schedule: Literal["cosine", "constant", "linear"] = "cosine"
-    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    weight_decay: NotNegative = 0.0
-    proximal_mu: NotNegative = 0.0
-    augmentation: Literal["none", "crop-flip"] = "none"
-    cache_type: CacheType = CacheType.FLOAT32
-
-
-class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits"."""
-
-    __test__ = False  # the name is the section's, not a test's
-
-    data: str
-
-
-class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[export]: an ONNX file every so many rounds; 0 for only at the end."""
-
-    every: Annotated[int, Meta(ge=0)] = 0
-
-
-class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A job file that has passed every check.
-
-    `test.data` is absolute or "digits", `model.weights` absolute or empty.
-    """
-
-    job: JobSection
-    model: ModelSection
-    test: TestSection
-    training: TrainingSection = TrainingSection()
-    export: ExportSection = ExportSection()
 
 
 def load_config(path: Path) -> JobConfig:
@@ -144,6 +64,24 @@ def model_spec(config: JobConfig) -> ModelSpec:
         std=section.std or (1.0,) * channels,
         input_type=section.input_type,
     )
+
+
+def aggregation_rule(config: JobConfig) -> Rule:
+    """How the updates of a round become one."""
+    section, privacy = config.aggregation, config.privacy
+    if privacy is not None:
+        return PrivateMean(privacy.clip_norm, privacy.noise_multiplier, config.job.devices_per_round)
+    match section.rule:
+        case "mean":
+            return WeightedMean()
+        case "trimmed-mean":
+            return TrimmedMean(0.1 if section.trim is None else section.trim)
+        case "median":
+            return Median()
+        case "norm-clipping":
+            return NormClipping(section.max_change)
+        case "krum":
+            return Krum(1 if section.faulty is None else section.faulty)
 
 
 def policy(config: JobConfig) -> Policy:
@@ -193,16 +131,25 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
 
 
 def _refuse_unknown(tables: dict[str, Any], file: str) -> None:
-    sections = {field.name: field.type for field in msgspec.structs.fields(JobConfig)}
+    sections = {field.name: _section_type(field.type) for field in msgspec.structs.fields(JobConfig)}
     for section, content in tables.items():
         if section not in sections:
-            raise ConfigError(f"{file}: [{section}]: no such section{suggestion(section, sections)}")
+            raise ConfigError(
+                f"{file}: [{printable(section[:MOST_NAME])}]: no such section{suggestion(section, sections)}"
+            )
         if not isinstance(content, dict):
-            raise ConfigError(f"{file}: [{section}]: must be a section, is {content!r}")
+            raise ConfigError(f"{file}: [{section}]: must be a section, is {quoted(str(content))}")
         known = {field.name for field in msgspec.structs.fields(sections[section])}
         for key in content:
             if key not in known:
-                raise ConfigError(f"{file}: [{section}] {key}: no such setting{suggestion(key, known)}")
+                raise ConfigError(
+                    f"{file}: [{section}] {printable(key[:MOST_NAME])}: no such setting{suggestion(key, known)}"
+                )
+
+
+def _section_type(kind: Any) -> Any:
+    """The type of a section that may be absent."""
+    return next((part for part in get_args(kind) if part is not type(None)), kind)
 
 
 def _explain(file: str, message: str) -> str:
@@ -218,28 +165,41 @@ def _explain(file: str, message: str) -> str:
 def _check_ranges(config: JobConfig, file: str) -> None:
     """What spans several fields, and what a type cannot say."""
     job, model, training = config.job, config.model, config.training
-    for name in ("job", "training"):
-        for field, value in msgspec.structs.asdict(getattr(config, name)).items():
+    for name in ("job", "training", "aggregation", "privacy"):
+        section = getattr(config, name)
+        for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{file}: [{name}] {field}: must be a finite number, is {value}")
     if not _NAME.fullmatch(job.name):
-        raise ConfigError(f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {job.name!r}")
+        raise ConfigError(
+            f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}"
+        )
     if job.needed > job.devices_per_round:
         raise ConfigError(
             f"{file}: [job] quorum: must be at most devices_per_round ({job.devices_per_round}), is {job.needed}"
+        )
+    if job.devices_per_round > config.limits.devices:
+        raise ConfigError(
+            f"{file}: [job] devices_per_round: must be at most [limits] devices ({config.limits.devices}), "
+            f"is {job.devices_per_round}"
         )
     if training.learning_rate_end > training.learning_rate:
         raise ConfigError(
             f"{file}: [training] learning_rate_end: must be at most learning_rate, "
             f"{training.learning_rate}, is {training.learning_rate_end}"
         )
-    if not model.name:
-        raise ConfigError(f"{file}: [model] name: must not be empty")
+    _check_aggregation(config, file)
+    if not 1 <= len(model.name) <= MOST_NAME:
+        raise ConfigError(f"{file}: [model] name: must have 1 to {MOST_NAME} characters, has {len(model.name)}")
     _check_classes(model, file)
     if not 1 <= len(model.input_shape) <= 3:
         raise ConfigError(
             f"{file}: [model] input_shape: must be [channels, height, width] for images, or one or two numbers for "
             f"vectors, series and token ids; has {len(model.input_shape)} numbers"
+        )
+    if model.input_shape[0] > MOST_CHANNELS:
+        raise ConfigError(
+            f"{file}: [model] input_shape: must begin with at most {MOST_CHANNELS} channels, has {model.input_shape[0]}"
         )
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
@@ -250,29 +210,80 @@ def _check_ranges(config: JobConfig, file: str) -> None:
             raise ConfigError(f"{file}: [model] {field}: must be finite numbers, is {list(values)}")
 
 
+def _check_aggregation(config: JobConfig, file: str) -> None:
+    section, devices = config.aggregation, config.job.devices_per_round
+    for field, owner in (("trim", "trimmed-mean"), ("max_change", "norm-clipping"), ("faulty", "krum")):
+        if getattr(section, field) is not None and section.rule != owner:
+            raise ConfigError(
+                f'{file}: [aggregation] {field}: is a setting of the rule "{owner}"; the rule is "{section.rule}"'
+            )
+    if config.privacy is not None and section.rule != "mean":
+        raise ConfigError(
+            f'{file}: [aggregation] rule: must be "mean" with [privacy], which clips by itself, is "{section.rule}"'
+        )
+    needed, what = _devices_for_rule(aggregation_rule(config))
+    if devices < needed:
+        raise ConfigError(
+            f'{file}: [aggregation] rule: "{section.rule}" needs [job] devices_per_round to be at least {needed}, '
+            f"is {devices}: {what}"
+        )
+
+
+def _devices_for_rule(rule: Rule) -> tuple[int, str]:
+    """The smallest number of updates with which a rule does anything, and why."""
+    match rule:
+        case TrimmedMean():
+            return math.ceil(1 / rule.trim - 1e-9), f"of fewer, trim = {rule.trim:g} cuts off nothing"
+        case Median():
+            return 3, "the median of fewer is their mean"
+        case NormClipping(max_change=None):
+            return ENOUGH_NORMS + 1, "a bound is learned from others; with fewer, set max_change"
+        case Krum():
+            return rule.smallest_group, f"faulty = {rule.faulty} cannot be found among fewer"
+        case _:
+            return 1, ""
+
+
 def _check_classes(model: ModelSection, file: str) -> None:
     classes = model.classes
     count = classes if isinstance(classes, int) else len(classes)
-    if count < 2:
-        raise ConfigError(f"{file}: [model] classes: must be at least 2, is {count}")
-    if not isinstance(classes, int) and len(set(classes)) != count:
-        twice = sorted({name for name in classes if classes.count(name) > 1})
-        raise ConfigError(f"{file}: [model] classes: must be unique, but {', '.join(twice)} occurs more than once")
+    if not 2 <= count <= MOST_CLASSES:
+        raise ConfigError(f"{file}: [model] classes: must be 2 to {MOST_CLASSES}, is {count}")
+    if isinstance(classes, int):
+        return
+    twice = sorted(name for name, times in Counter(classes).items() if times > 1)
+    if twice:
+        raise ConfigError(
+            f"{file}: [model] classes: must be unique, but {quoted(', '.join(twice))} occurs more than once"
+        )
+    longest = max(map(len, classes))
+    if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
+        raise ConfigError(
+            f"{file}: [model] classes: names must have at most {MOST_NAME} characters, the longest has {longest}, and "
+            f"{MOST_NAMES_BYTES} bytes together"
+        )
 
 
 def _with_test_path(config: JobConfig, path: Path) -> JobConfig:
     if config.test.data == DIGITS:
         return config
-    data = (path.parent / config.test.data).resolve()
+    data = _path(path, "[test] data", config.test.data)
     if not data.exists():
         raise ConfigError(f'{path.name}: [test] data: {data} does not exist; give a folder or "{DIGITS}"')
     return msgspec.structs.replace(config, test=TestSection(data=str(data)))
 
 
+def _path(file: Path, field: str, text: str) -> Path:
+    try:
+        return settings_path(file.parent, text)
+    except ConfigError as error:
+        raise ConfigError(f"{file.name}: {field}: {error}") from None
+
+
 def _with_weights_path(config: JobConfig, path: Path) -> JobConfig:
     if not config.model.weights:
         return config
-    weights = (path.parent / config.model.weights).resolve()
+    weights = _path(path, "[model] weights", config.model.weights)
     if not weights.is_file():
         raise ConfigError(f"{path.name}: [model] weights: {weights} is not a file")
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, weights=str(weights)))

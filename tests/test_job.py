@@ -7,8 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fedepth.aggregation.rules import Krum, Median, NormClipping, PrivateMean, Rule, TrimmedMean, WeightedMean
 from fedepth.errors import ConfigError
-from fedepth.job import JobConfig, learning_rate, load_config, model_spec, training_spec
+from fedepth.job import aggregation_rule, learning_rate, load_config, model_spec, training_spec
+from fedepth.job_sections import MOST_DEVICES, MOST_SAMPLES, JobConfig
 
 GOOD = """
 [job]
@@ -91,6 +93,12 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
         },
         "test": {"data": ('"nowhere"', "7")},
         "export": {"every": ("-1", "true")},
+        "aggregation": {
+            "rule": ('"best"', '"median-of-means"'),
+            "trim": ("0", "0.5", "nan", "0.1"),  # 0.1 belongs to another rule than the default
+            "max_change": ("0", "inf", "1.5"),
+            "faulty": ("0", "1.5", "1"),
+        },
     }
     for section, fields in bad.items():
         for field, values in fields.items():
@@ -181,3 +189,121 @@ def test_the_task_carries_the_rate_and_another_seed_every_round() -> None:
     second = training_spec(config, 2)
     assert (second.learning_rate, second.seed, second.proximal_mu) == (pytest.approx(0.6), 9, 0.25)
     assert training_spec(config, 5) == training_spec(config, 4)
+
+
+def test_limits_have_defaults_and_bounds(tmp_path: Path) -> None:
+    limits = load_config(write(tmp_path, GOOD)).limits
+    assert (limits.samples_per_device, limits.devices) == (10_000_000, 10_000)
+    own = "\n[limits]\nsamples_per_device = 500\ndevices = 3\n"
+    limits = load_config(write(tmp_path, GOOD + own)).limits
+    assert (limits.samples_per_device, limits.devices) == (500, 3)
+    for field, value in (("samples_per_device", 0), ("samples_per_device", 2**41), ("devices", 0), ("devices", 2**21)):
+        with pytest.raises(ConfigError, match=rf"\[limits\] {field}: "):
+            load_config(write(tmp_path, GOOD + f"\n[limits]\n{field} = {value}\n"))
+    with pytest.raises(ConfigError, match=r"devices_per_round: must be at most \[limits\] devices \(2\), is 3"):
+        load_config(write(tmp_path, GOOD + "\n[limits]\ndevices = 2\n"))
+
+
+def test_the_samples_of_a_round_can_be_added_up() -> None:
+    assert MOST_SAMPLES * MOST_DEVICES < 2**63
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("classes = 10", "classes = 32769", r"\[model\] classes: must be 2 to 32768, is 32769"),
+        ("classes = 10", f'classes = ["a", "{"b" * 201}"]', r"at most 200 characters, the longest has 201"),
+        ("classes = 10", 'classes = ["a", "b", "a"]', r"\[model\] classes: must be unique, but 'a' occurs"),
+        ('name = "digits-cnn"', f'name = "{"x" * 201}"', r"\[model\] name: must have 1 to 200 characters, has 201"),
+        ("[1, 8, 8]", "[131073]", r"\[model\] input_shape: must begin with at most 131072 channels"),
+        ("rounds = 4", "rounds = 9223372036854775808", r"\[job\] rounds: "),
+        ("rounds = 4", f"rounds = {'9' * 5000}", "not valid TOML"),
+        ("rounds = 4", "round_deadline_s = 1e308", r"\[job\] round_deadline_s: "),
+        ('data = "digits"', 'data = "a\\u0000b"', r"\[test\] data: 'a\\x00b' is not a path"),
+        ('data = "digits"', f'data = "{"x" * 5000}"', r"is not a path: File name too long"),
+        ('data = "digits"', 'data = "~nobody-of-this-name/x"', r"is not a path: Could not determine home"),
+        ("[1, 8, 8]", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_no_job_can_have_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(write(tmp_path, GOOD.replace(old, new)))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_that_is_no_text_is_refused_and_a_byte_order_mark_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert load_config(path).job.name == "demo"
+    for data in (b"\xff\xfe[\x00j\x00", b"[job]\nname = \x00", b"\xc3\x28"):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match="is not valid TOML"):
+            load_config(path)
+    with path.open("wb") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(ConfigError, match="has more than 4194304 bytes"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read: embedded null byte"):
+        load_config(tmp_path / "a\0b")
+
+
+def with_section(section: str, devices: int = 3) -> str:
+    return GOOD.replace("devices_per_round = 3", f"devices_per_round = {devices}") + section
+
+
+@pytest.mark.parametrize(
+    ("section", "devices", "rule"),
+    [
+        ("", 1, WeightedMean()),
+        ('[aggregation]\nrule = "mean"', 1, WeightedMean()),
+        ('[aggregation]\nrule = "trimmed-mean"', 10, TrimmedMean(0.1)),
+        ('[aggregation]\nrule = "trimmed-mean"\ntrim = 0.3', 4, TrimmedMean(0.3)),
+        ('[aggregation]\nrule = "median"', 3, Median()),
+        ('[aggregation]\nrule = "norm-clipping"', 6, NormClipping(None)),
+        ('[aggregation]\nrule = "norm-clipping"\nmax_change = 0.5', 1, NormClipping(0.5)),
+        ('[aggregation]\nrule = "krum"', 5, Krum(1)),
+        ('[aggregation]\nrule = "krum"\nfaulty = 2', 7, Krum(2)),
+        ("[privacy]\nclip_norm = 2\nnoise_multiplier = 1.5", 8, PrivateMean(2.0, 1.5, 8)),
+    ],
+)
+def test_the_rule_is_what_the_file_says(tmp_path: Path, section: str, devices: int, rule: Rule) -> None:
+    config = load_config(write(tmp_path, with_section(section, devices)))
+    assert aggregation_rule(config) == rule
+    if devices > 1 and not isinstance(rule, WeightedMean | PrivateMean) and rule != NormClipping(0.5):
+        with pytest.raises(ConfigError, match=rf"devices_per_round to be at least {devices}, is {devices - 1}: "):
+            load_config(write(tmp_path, with_section(section, devices - 1)))
+
+
+def test_without_its_section_there_is_no_privacy_and_with_it_delta_has_a_default(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, GOOD)).privacy is None
+    privacy = load_config(write(tmp_path, with_section("[privacy]\nclip_norm = 2\nnoise_multiplier = 1"))).privacy
+    assert privacy is not None
+    assert privacy.delta == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("[privacy]\nclip_norm = 1", "[privacy] noise_multiplier: is missing"),
+        ("[privacy]\nclip_norm = 0\nnoise_multiplier = 1", "[privacy] clip_norm: "),
+        ("[privacy]\nclip_norm = inf\nnoise_multiplier = 1", "[privacy] clip_norm: must be a finite number"),
+        ("[privacy]\nclip_norm = 1\nnoise_multiplier = 0", "[privacy] noise_multiplier: "),
+        ("[privacy]\nclip_norm = 1\nnoise_multiplier = 1\ndelta = 1", "[privacy] delta: "),
+        ("[privacy]\nclip_nrom = 1", "[privacy] clip_nrom: no such setting; did you mean clip_norm?"),
+        (
+            '[privacy]\nclip_norm = 1\nnoise_multiplier = 1\n[aggregation]\nrule = "median"',
+            '[aggregation] rule: must be "mean" with [privacy], which clips by itself, is "median"',
+        ),
+        (
+            '[aggregation]\nrule = "median"\nfaulty = 1',
+            '[aggregation] faulty: is a setting of the rule "krum"; the rule is "median"',
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, section: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, with_section(section)))
+    assert f"job.toml: {message}" in str(caught.value)

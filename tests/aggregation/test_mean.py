@@ -1,9 +1,10 @@
-"""The mean of partial updates, by numbers worked out by hand."""
+"""The weighted mean of partial updates, by numbers worked out by hand; what every rule refuses."""
 
 from __future__ import annotations
 
 import itertools
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.aggregation.mean import ClientUpdate, average
+from fedepth.aggregation.aggregate import aggregate
+from fedepth.aggregation.rules import WeightedMean
+from fedepth.aggregation.updates import ClientUpdate
 from fedepth.errors import StateError
 from fedepth.files import file_digest
 from fedepth.weights import SLICE_BYTES, load_numpy, save, write_tensors
+from tests.aggregation.update_files import client, f4
 
 
-def f4(*values: float) -> Any:
-    return np.array(values, np.float32)
-
-
-def client(folder: Path, name: str, weight: float, *parts: dict[str, Any]) -> ClientUpdate:
-    paths = []
-    for number, tensors in enumerate(parts):
-        paths.append(folder / f"{name}-{number}.safetensors")
-        save(paths[-1], tensors)
-    return ClientUpdate(tuple(paths), weight)
+def average(base: Path, updates: Sequence[ClientUpdate], output: Path) -> str:
+    return aggregate(base, updates, output, WeightedMean()).digest
 
 
 def test_a_parameter_is_averaged_over_the_clients_that_trained_it(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Central differential privacy: the noisy mean (`rules.PrivateMean`), and what rounds of it have spent.
+
+The coordinator is trusted: it sees every update. What is private is what leaves it with the weights. Accuracies and the
+list of who took part are not covered, and what is left out of a round must not depend on other updates of it. The noise
+comes from numpy's PCG64, seeded by the operating system; it is not a cryptographic generator, and the arithmetic is
+that of floating-point numbers (Mironov, "On significance of the least significant bits for differential privacy", CCS
+2012).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fedepth.aggregation.rules import PrivateMean
+from fedepth.aggregation.updates import OpenUpdate, read_change, spans, squared_change
+from fedepth.errors import ConfigError
+from fedepth.weights import Array, Reader
+
+
+class NoisyMean:
+    """The mean of clipped changes with noise, tensor by tensor. Its generator moves on with every tensor asked for.
+
+    Args:
+        old: the weights before.
+        updates: in their fixed order.
+        names: all floating-point parameters of the model, held by an update or not.
+    """
+
+    def __init__(self, old: Reader, updates: Sequence[OpenUpdate], names: Sequence[str], rule: PrivateMean) -> None:
+        self._old = old
+        self._rule = rule
+        self._random = np.random.default_rng(rule.seed)
+        self._clipped = [(update, self._scale(update, names)) for update in updates]
+
+    def values(self, name: str) -> Iterator[Array]:
+        """The new value of a parameter, as float64 in flat slices."""
+        rule = self._rule
+        deviation = rule.noise_multiplier * rule.clip_norm / rule.updates
+        for first, length in spans(self._old, name):
+            total = np.zeros(length, np.float64)
+            for update, scale in self._clipped:
+                if name in update.tensors:
+                    total += scale * read_change(self._old, update.tensors[name], name, first, length)
+            total /= rule.updates
+            total += deviation * self._random.standard_normal(length)
+            total += self._old.read_flat(name, first, length)
+            yield total
+
+    def _scale(self, update: OpenUpdate, names: Sequence[str]) -> float:
+        held = [name for name in names if name in update.tensors]
+        norm = math.sqrt(squared_change(self._old, update.tensors, held))
+        return self._rule.clip_norm / norm if norm > self._rule.clip_norm else 1.0
+
+
+def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """The ε for which `rounds` of noise are (ε, δ)-differentially private, for the addition or removal of one device.
+
+    It holds for a device that took part in every round. Nothing is gained by sampling: devices are drawn from those
+    that wait, so that who takes part is decided by who is there, and can be seen. Gaussian noise composes without loss:
+    `rounds` times with multiplier z is once with z / √rounds (Dong et al., arXiv 1905.02383, corollary 3.3), for which
+    dp-accounting has the exact ε (Balle and Wang, arXiv 1805.06530, theorem 8). Infinite without noise.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+        ValueError: δ is not between 0 and 1, or another number is negative.
+    """
+    if not 0 < delta < 1 or rounds < 0 or noise_multiplier < 0:
+        raise ValueError(f"noise multiplier {noise_multiplier}, {rounds} rounds, delta {delta}")
+    if rounds == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    try:
+        from dp_accounting import get_epsilon_gaussian  # more than a second, with scipy: only where it is asked for
+    except ImportError:
+        raise ConfigError(
+            "[privacy] needs dp-accounting to tell what is spent: pip install 'fedepth[privacy]'"
+        ) from None
+    return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))

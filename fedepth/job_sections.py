@@ -1,0 +1,190 @@
+"""The sections of the job file, as types with their bounds. What spans several fields is checked in `job`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedepth.plan import CacheType
+from fedepth.task import InputType
+
+DIGITS = "digits"
+# Their product stays below 2^63, so that the samples of a round can be added up.
+MOST_SAMPLES = 1 << 40
+MOST_DEVICES = 1 << 20
+MOST_SECONDS = 10 * 365 * 86400
+MOST_NAME = 200  # characters in the name of a class or a model
+MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every task
+
+
+AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=MOST_SECONDS)]
+
+
+class JobSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[job]: the rounds.
+
+    Attributes:
+        quorum: updates a round needs before it may close; by default more than half of `devices_per_round`.
+        gather_s: how long a round waits for more devices before it draws.
+        round_deadline_s: after it a round closes with its quorum.
+        lease_s: a task without a sign of life for this long is lost.
+    """
+
+    name: str
+    rounds: AtLeastOne = 10
+    devices_per_round: AtLeastOne = 2
+    quorum: AtLeastOne | None = None
+    round_deadline_s: Seconds = 3600.0
+    gather_s: Annotated[float, Meta(ge=0, le=MOST_SECONDS)] = 5.0
+    lease_s: Seconds = 60.0
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    policy: Literal["paper", "auto"] = "auto"
+
+    @property
+    def needed(self) -> int:
+        """The quorum in force."""
+        return self.devices_per_round // 2 + 1 if self.quorum is None else self.quorum
+
+
+class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[model]: `classes` are the names in label order, or a number n for "0" to "n-1".
+
+    Attributes:
+        weights: a local file with weights to begin with, relative to the job file; empty for fresh ones.
+        input_type: what the data holds: numbers, or token ids.
+    """
+
+    name: str
+    classes: tuple[str, ...] | int
+    input_shape: tuple[AtLeastOne, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
+    weights: str = ""
+    input_type: InputType = InputType.FLOAT
+
+
+class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[training]: what one device does in one round; the learning rate moves over the rounds."""
+
+    batch: AtLeastOne = 32
+    local_epochs: AtLeastOne = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.05
+    learning_rate_end: NotNegative = 0.0
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 0.0
+    proximal_mu: NotNegative = 0.0
+    augmentation: Literal["none", "crop-flip"] = "none"
+    cache_type: CacheType = CacheType.FLOAT32
+
+
+class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits"."""
+
+    __test__ = False  # the name is the section's, not a test's
+
+    data: str
+
+
+class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[export]: an ONNX file every so many rounds; 0 for only at the end."""
+
+    every: Annotated[int, Meta(ge=0)] = 0
+
+
+class GuardSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[guard]: when the average of a round is not published. One that gives no finite loss never is.
+
+    Attributes:
+        largest_drop: of accuracy on the test data, as a fraction, against the model in force; 1 allows any.
+        pause_after: so many rounds in a row that are not published pause the job.
+        learn_norms: refuse an update that goes much further for each step than the others of its round, once there are
+            five of them.
+    """
+
+    largest_drop: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    pause_after: AtLeastOne = 3
+    learn_norms: bool = True
+
+
+class RetentionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[retention]: what is kept of past rounds. One row of the record stays of every round.
+
+    Attributes:
+        keep_last: the weights of so many last rounds; also so many averages that were not published, and so many
+            rounds that a rollback took back.
+        keep_best: also the weights of the round with the highest accuracy.
+        keep_every: also the weights of every n-th round; 0 for none.
+        history: of so many rounds the tasks and updates stay in the record.
+    """
+
+    keep_last: AtLeastOne = 3
+    keep_best: bool = True
+    keep_every: Annotated[int, Meta(ge=0)] = 0
+    history: AtLeastOne = 50
+
+
+class LimitsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[limits]: what a coordinator believes of devices.
+
+    Attributes:
+        samples_per_device: a device that reports more is refused, since samples are its weight in the average.
+        devices: how many different devices may take part in the job.
+    """
+
+    samples_per_device: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 10_000_000
+    devices: Annotated[int, Meta(ge=1, le=MOST_DEVICES)] = 10_000
+
+
+class AggregationSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[aggregation]: how a round's updates become the new weights (`fedepth.aggregation.rules`).
+
+    Attributes:
+        trim: of the rule trimmed-mean: the share of values cut off at each end; 0.1 by default.
+        max_change: of the rule norm-clipping: the root-mean-square change of an update's parameters, relative to that
+            of the model's parameters; by default it is learned in every round.
+        faulty: of the rule krum: how many updates of a round may be faulty; 1 by default.
+    """
+
+    rule: Literal["mean", "trimmed-mean", "median", "norm-clipping", "krum"] = "mean"
+    trim: Annotated[float, Meta(gt=0, lt=0.5)] | None = None
+    max_change: Positive | None = None
+    faulty: AtLeastOne | None = None
+
+
+class PrivacySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[privacy]: central differential privacy for whole updates; without this section there is none.
+
+    Attributes:
+        clip_norm: bound on the Euclidean norm of an update's change, over all parameters that it holds.
+        noise_multiplier: standard deviation of the noise on the sum of the updates, in units of `clip_norm`.
+        delta: δ of the (ε, δ) that is told; below 1 / number of devices that may ever take part.
+    """
+
+    clip_norm: Positive
+    noise_multiplier: Positive
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
+
+
+class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job file that has passed every check.
+
+    `test.data` is absolute or "digits", `model.weights` absolute or empty.
+    """
+
+    job: JobSection
+    model: ModelSection
+    test: TestSection
+    training: TrainingSection = TrainingSection()
+    export: ExportSection = ExportSection()
+    guard: GuardSection = GuardSection()
+    retention: RetentionSection = RetentionSection()
+    limits: LimitsSection = LimitsSection()
+    aggregation: AggregationSection = AggregationSection()
+    privacy: PrivacySection | None = None
