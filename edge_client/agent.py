@@ -8,43 +8,46 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import secrets
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import structlog
 
-from edge_client.backoff import Backoff, Clock, within
+from edge_client.backoff import Backoff, Clock, DiskWait, Reminder
 from edge_client.config import Config
+from edge_client.delivery import Delivery
+from edge_client.lease import Lease
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
-from edge_client.outbox import Entry, Outbox
+from edge_client.outbox import Outbox
 from edge_client.task_run import TaskRunner
 from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
-    Accepted,
     Answer,
     Finished,
-    Refused,
     Rejected,
     RetryLater,
     Transport,
-    UnreachableError,
 )
 from fedepth import __version__
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.scan import scan
-from fedepth.errors import DataError, ProtocolError, TransportError
+from fedepth.errors import DataError, DiskError, ProtocolError, TransportError
+from fedepth.files import disk_errors
 from fedepth.sizes import format_size
-from fedepth.task import DeviceReport, Failure, Progress, Result, Task
+from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 POLL_S = 30.0
-BEAT_S = 5.0
 AFTER_FAILURE_S = 10.0  # a device that declines is not asked again in the same breath
 LONGEST_AFTER_FAILURE_S = 3600.0
 FINISHED_POLL_S = 60.0
+LEAST_ROOM_BYTES = 64 << 20
 _SHORTEST_PAUSE_S = 0.1
+# The same task would end the same way again: whether it is worth another attempt is for the coordinator to say.
+_DETERMINISTIC = (Outcome.DIVERGED, Outcome.MODEL, Outcome.DATA)
 _log = structlog.get_logger()
 
 
@@ -83,6 +86,12 @@ class Agent:
         self._keeper = TrainerKeeper(config.trainer, around.trainer_argv)
         self._budgets = Budgets(state, config.memory, torch_version(), around.measure)
         self._backoff = Backoff(transport.address, config.retry, around.clock, device_id)
+        self._disk = DiskWait(around.clock, config.retry.remind_s)
+        self._nothing_to_do, self._rejection, self._uncounted = (
+            Reminder(around.clock, config.retry.remind_s) for _ in range(3)
+        )
+        self._lease = Lease(transport, around.on_progress, device_id)
+        self._delivery = Delivery(device_id, self._outbox, transport, self._backoff, self._lease)
         self._runner = TaskRunner(
             config,
             device_id,
@@ -91,19 +100,21 @@ class Agent:
             self._budgets,
             self._outbox,
             self._backoff,
-            self._note,
+            self._disk,
+            self._lease.note,
             self._calibration,
         )
-        self._progress = Progress("", 0, device_id, "")
-        self._nudge = asyncio.Event()
+        self._instance = secrets.token_hex(8)
         self._failed = ("", 0)  # what the last task failed of, and how often in a row
+        self._hopeless: Failure | None = None  # the last failure that is deterministic
+        self._room_bytes = LEAST_ROOM_BYTES  # what an update may take
         self._told_finished = False
 
     async def run(self) -> None:
         """Works until the job is done (with `exit_when_done`) or until it is cancelled.
 
         Raises:
-            DataError: the data directory cannot be used at the start.
+            DataError, DiskError: the data directory cannot be used at the start.
             ChildError: the trainer cannot be started at all.
         """
         try:
@@ -128,8 +139,15 @@ class Agent:
     async def _step(self) -> bool:
         """One round of the loop; False when the agent should end."""
         try:
-            await self._deliver_all()
+            await self._delivery.send_all()
+            if await asyncio.to_thread(self._runner.recover):
+                return True  # it comes before another task, too
+            await asyncio.to_thread(self._outbox.check_room, self._room_bytes)
+            self._disk.reset()
             answer = await self._transport.next_task(self._report(), POLL_S)
+        except DiskError as error:
+            await self._disk.pause("asking for no task: what is trained could not be stored", error)
+            return True
         except (TransportError, ProtocolError) as error:
             await self._backoff.pause(error)
             return True
@@ -137,10 +155,16 @@ class Agent:
         return await self._act(answer)
 
     async def _act(self, answer: Answer) -> bool:
+        if not isinstance(answer, Rejected):
+            self._rejection.over()
         if isinstance(answer, Task):
             self._told_finished = False
-            await self._work(answer)
+            self._nothing_to_do.over()
+            self._room_bytes = max(LEAST_ROOM_BYTES, answer.weights_bytes)
+            await self._take_on(answer)
         elif isinstance(answer, RetryLater):
+            if answer.reason and self._nothing_to_do.due(answer.reason):
+                _log.info("nothing to do now", reason=answer.reason)
             await self._around.clock.sleep(max(_SHORTEST_PAUSE_S, answer.after_s))
         elif isinstance(answer, Finished):
             if not self._told_finished:
@@ -155,8 +179,45 @@ class Agent:
 
     async def _rejected(self, answer: Rejected) -> None:
         pause = max(1.0, answer.after_s)
-        _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause)
+        if self._rejection.due(answer.message):
+            remedy = {}
+            if answer.reason == "clone":
+                file = self._config.state_dir / "device-id"
+                remedy = {"remedy": f"if this device is a copy of another, delete {file} to join as a new device"}
+            _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause, **remedy)
         await self._around.clock.sleep(pause)
+        before = self._samples
+        await self._count_again()
+        if self._samples != before:
+            _log.info("the training samples have changed; asking again", before=before, now=self._samples)
+
+    async def _take_on(self, task: Task) -> None:
+        """Works on a task, unless it is trained already, or is known to fail."""
+        failure = self._hopeless
+        if failure is not None and (failure.task_id, failure.attempt) == (task.task_id, task.attempt):
+            await self._finish(failure)
+            return
+        try:
+            kept = await asyncio.to_thread(self._outbox.find, task.task_id)
+        except DiskError as error:
+            await self._disk.pause("a task is left alone: whether it is trained already cannot be read", error)
+            return
+        if kept is None:
+            await self._work(task)
+            return
+        _log.warning(
+            "this task is trained already; delivering its update instead of training again",
+            task=task.task_id,
+            attempt=task.attempt,
+            trained_attempt=kept.result.attempt,
+        )
+        try:
+            refused = await self._delivery.send(kept)
+        except (TransportError, ProtocolError, DiskError):
+            return  # the update stays, so that the next step meets the same error, and says so
+        if refused:
+            what = f"the update of attempt {kept.result.attempt} was refused ({refused.reason}): {refused.message}"
+            await self._finish(Failure(task.task_id, task.attempt, self._device_id, Outcome.ERROR, what))
 
     async def _work(self, task: Task) -> None:
         _log.info(
@@ -168,40 +229,47 @@ class Agent:
             blocks=task.plan.blocks,
             predicted_peak=format_size(task.plan.predicted_peak_bytes),
         )
-        self._note(Progress(task.task_id, task.attempt, self._device_id, "downloading"))
-        work = asyncio.create_task(self._runner.run(task, self._samples))
-        beat = asyncio.create_task(self._beat())
-        try:
-            await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                beat.result()
-                _log.warning("the coordinator no longer waits for this task", task=task.task_id)
-                return
-            end = work.result()
-        finally:
-            await _end(work, beat)
-            self._around.on_progress(None)
+        self._lease.note(Progress(task.task_id, task.attempt, self._device_id, "downloading"))
+        async with self._lease.renewed() as beat:
+            work = asyncio.create_task(self._runner.run(task, self._samples))
+            try:
+                await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    beat.result()
+                    _log.warning("the coordinator no longer waits for this task", task=task.task_id)
+                    if not self._runner.is_storing:
+                        return
+                    await asyncio.wait({work})  # whether a trained update is still wanted, the delivery will tell
+                end = work.result()
+            finally:
+                work.cancel()
+                await asyncio.wait({work})  # until it has cleaned up
         await self._finish(end)
 
     def _count_samples(self) -> None:
-        summary = scan(self._config.data_dir, None)
+        with disk_errors("the training samples cannot be counted", self._config.data_dir):
+            summary = scan(self._config.data_dir, None)
         self._samples, self._class_counts = summary.sample_count, summary.class_counts
 
-    async def _finish(self, end: Result | Failure) -> None:
+    async def _count_again(self) -> None:
         try:
-            await asyncio.to_thread(self._count_samples)  # the next task is asked for with what is there by then
-        except (DataError, OSError) as error:
-            _log.error("the training samples cannot be counted; using the last count", error=str(error))
+            await asyncio.to_thread(self._count_samples)
+        except (DataError, DiskError) as error:
+            if self._uncounted.due(str(error)):
+                _log.error("the training samples cannot be counted; using the last count", error=str(error))
+        else:
+            self._uncounted.over()
+
+    async def _finish(self, end: Result | Failure) -> None:
+        await self._count_again()  # the next task is asked for with what is there by then
         if isinstance(end, Result):
             self._failed = ("", 0)
             _log.info("task trained", task=end.task_id, blocks=end.plan.blocks, seconds=round(end.seconds, 1))
             return
+        if end.outcome in _DETERMINISTIC:
+            self._hopeless = end
         _log.error("task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message)
-        try:
-            await self._transport.report_failure(end)
-        except (TransportError, ProtocolError) as error:
-            # The task's lease runs out, so the coordinator learns it all the same, only later.
-            _log.warning("the failure could not be reported", error=str(error))
+        await self._delivery.report_failure(end)
         await self._pause_after(f"{end.outcome.value}: {end.message}")
 
     async def _pause_after(self, failure: str) -> None:
@@ -213,77 +281,6 @@ class Agent:
         if self._failed[1] > 1:
             _log.warning("the same failure again", times=self._failed[1], next_task_in_s=pause)
         await self._around.clock.sleep(pause)
-
-    async def _deliver_all(self) -> None:
-        """Sends every kept update, oldest first.
-
-        Raises:
-            UnreachableError: the coordinator is away; what is not acknowledged stays.
-        """
-        for entry in await asyncio.to_thread(self._outbox.entries):
-            try:
-                answer = await self._deliver(entry)
-            except UnreachableError:
-                raise
-            except (TransportError, ProtocolError) as error:
-                # One update that cannot be sent must not hold up the others, nor the device.
-                _log.error(
-                    "an update could not be delivered; it is kept",
-                    task=entry.result.task_id,
-                    error=str(error),
-                )
-                continue
-            self._backoff.reset()
-            if isinstance(answer, Accepted):
-                _log.info("update accepted", task=entry.result.task_id, round=answer.round)
-            else:
-                _log.error(
-                    "update refused; it is dropped",
-                    task=entry.result.task_id,
-                    reason=answer.reason,
-                    message=answer.message,
-                )
-            self._outbox.remove(entry)
-
-    async def _deliver(self, entry: Entry) -> Accepted | Refused:
-        result = entry.result
-        self._note(Progress(result.task_id, result.attempt, self._device_id, "uploading"))
-        # Whether it is still wanted is for CommitUpdate to say: only that answer is final.
-        beat = asyncio.create_task(self._beat())
-        try:
-            return await self._transport.deliver(entry)
-        finally:
-            await _end(beat)
-            self._around.on_progress(None)
-
-    async def _beat(self) -> None:
-        """Renews the lease at every change and every BEAT_S; ends when the task is not wanted any more."""
-        moved_before = self._transport.moved_bytes
-        while True:
-            self._nudge.clear()
-            progress = replace(self._progress, bytes_moved=self._transport.moved_bytes - moved_before)
-            try:
-                if not await self._transport.report_progress(progress):
-                    return
-            except (TransportError, ProtocolError) as error:
-                _log.debug("progress could not be reported", error=str(error))
-            try:
-                await within(BEAT_S, self._nudge.wait())
-            except asyncio.TimeoutError:
-                continue
-
-    def _note(self, progress: Progress) -> None:
-        """Takes over where the work is. A new activity or stage is told at once."""
-        before = self._progress
-        self._progress = progress
-        self._around.on_progress(progress)
-        if (before.task_id, before.activity, before.stage, before.stage_count) != (
-            progress.task_id,
-            progress.activity,
-            progress.stage,
-            progress.stage_count,
-        ):
-            self._nudge.set()
 
     async def _learn_start(self) -> None:
         """Starts a first trainer: a budget without its start in it would promise too much."""
@@ -309,11 +306,6 @@ class Agent:
             software=f"Python {platform.python_version()}, torch {torch_version()}",
             fedepth_version=__version__,
             calibration=self._calibration,
+            instance=self._instance,
+            hostname=socket.gethostname(),
         )
-
-
-async def _end(*tasks: asyncio.Task[Result | Failure] | asyncio.Task[None]) -> None:
-    """Cancels what still runs, and waits until it has cleaned up."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)

@@ -30,7 +30,8 @@ from typing import Any, Literal
 import msgspec
 
 from fedepth.errors import ConfigError
-from fedepth.settings import read_toml, suggestion, violation
+from fedepth.printable import shortened
+from fedepth.settings import read_toml, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
 
 _LONGEST_LINGER_S = 365 * 86400
@@ -88,7 +89,7 @@ class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not 0 < self.first_s <= self.longest_s:
             raise ValueError(f"first_s is {self.first_s}, but must be above 0 and at most longest_s ({self.longest_s})")
-        if self.remind_s <= 0:
+        if not self.remind_s > 0:  # NaN, which TOML knows, is neither
             raise ValueError(f"remind_s is {self.remind_s}, but must be above 0")
 
 
@@ -107,7 +108,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.coordinator:
             match = _ADDRESS.fullmatch(self.coordinator)
             if match is None or not 0 < int(match["port"]) < 65536:
-                raise ValueError(f'coordinator is "{self.coordinator}", expected HOST:PORT, such as 192.168.1.10:8970')
+                raise ValueError(
+                    f'coordinator is "{shortened(self.coordinator)}", expected HOST:PORT, such as 192.168.1.10:8970'
+                )
 
     @property
     def state_dir(self) -> Path:
@@ -164,7 +167,10 @@ def _read(path: Path) -> dict[str, Any]:
     settings = read_toml(path)
     for field in ("data", "state"):
         if isinstance(settings.get(field), str):
-            settings[field] = str((path.parent / Path(settings[field]).expanduser()).resolve())
+            try:
+                settings[field] = str(settings_path(path.parent, settings[field]))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {field}: {error}") from None
     return settings
 
 
@@ -173,7 +179,7 @@ def _explain(message: str) -> str:
     if unknown:
         section = unknown["path"] or ""
         field = f"{section}.{unknown['field']}" if section else unknown["field"]
-        return f'unknown setting "{field}"' + suggestion(field, _fields(Config))
+        return f'unknown setting "{shortened(field)}"' + suggestion(field, _fields(Config))
     path, what = violation(message)
     if not path:
         return what

@@ -73,10 +73,10 @@ def _surroundings(json_logs: bool) -> Surroundings:
         plain = structlog.dev.ConsoleRenderer(colors=False)
         configure_logs(structlog.processors.JSONRenderer() if json_logs else plain)
         return Surroundings()
-    from edge_client.display import Bar, BarLogger  # loads rich, which only a terminal needs
+    from edge_client.display import Bar  # loads rich, which only a terminal needs
 
     bar = Bar()
-    configure_logs(structlog.dev.ConsoleRenderer(colors=True), BarLogger(bar.console))
+    configure_logs(structlog.dev.ConsoleRenderer(colors=True), bar.write_line)
     return Surroundings(on_progress=bar.show)
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from edge_client.outbox import part_name
 from edge_client.transport import Part, Transport
-from fedepth.errors import ProtocolError, TransportError
+from fedepth.errors import DiskError, ProtocolError, TransportError
 from fedepth.plan import Plan
 from fedepth.task import PartInfo, Task
 
@@ -53,7 +53,7 @@ class EarlyUpload:
             part = Part(self._task.task_id, self._task.attempt, self._device_id, self._plan, info, path)
             try:
                 refused = await self._transport.send_part(part)
-            except (TransportError, ProtocolError) as error:
+            except (TransportError, ProtocolError, DiskError) as error:
                 _log.info("a finished block waits for the whole update", part=info.part, error=str(error))
                 continue
             if refused:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import msgspec
+import structlog
 
 from fedepth.errors import LockedError, StateError
-from fedepth.files import NOT_JSON, lock_file, write_atomically
+from fedepth.files import NOT_JSON, disk_errors, lock_file, write_atomically
 
 T = TypeVar("T")
+_log = structlog.get_logger()
+
+_MOST_ID_BYTES = 100
 
 
 class StateLock:
@@ -37,7 +43,8 @@ class StateLock:
         except OSError as error:
             raise StateError(f"{state} cannot be used as state directory: {error.strerror}; give --state DIR") from None
         for leftover in state.glob(".*.tmp"):  # of a write that a crash cut short (fedepth.files.replacing)
-            leftover.unlink()
+            with contextlib.suppress(OSError):  # it takes a little space until a later start
+                leftover.unlink()
 
     def __enter__(self) -> StateLock:
         return self
@@ -53,11 +60,13 @@ def device_id(state: Path) -> str:
 
     Raises:
         StateError: the file is damaged. A new id would make this another device, so the operator decides.
+        DiskError: it cannot be read or made.
     """
     path = state / "device-id"
-    if not path.exists():
-        write_atomically(path, f"{uuid.uuid4()}\n".encode())
-    text = path.read_bytes().decode("ascii", errors="replace").strip()
+    with disk_errors("the device's id cannot be read or made", state):
+        if not os.path.lexists(path):
+            write_atomically(path, f"{uuid.uuid4()}\n".encode())
+        text = path.read_bytes()[:_MOST_ID_BYTES].decode("ascii", errors="replace").strip()
     try:
         return str(uuid.UUID(text))
     except ValueError:
@@ -66,13 +75,20 @@ def device_id(state: Path) -> str:
 
 
 def remember(path: Path, value: object) -> None:
-    """Keeps a small value as JSON."""
-    write_atomically(path, msgspec.json.encode(value) + b"\n")
+    """Keeps a small value as JSON.
+
+    Raises:
+        DiskError: it cannot be written. Such values can be learnt again, so that this need not end anything.
+    """
+    with disk_errors(f"{path.name} cannot be written", path.parent):
+        write_atomically(path, msgspec.json.encode(value) + b"\n")
 
 
 def recall(path: Path, kind: type[T]) -> T | None:
-    """What `remember` kept; None if there is nothing, or it is damaged: such values can be learnt again."""
+    """What `remember` kept; None if there is nothing that can be read: such values can be learnt again."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (FileNotFoundError, *NOT_JSON):
+    except (OSError, *NOT_JSON) as error:
+        if not isinstance(error, FileNotFoundError):
+            _log.warning("what was learnt before cannot be read; learning it again", file=str(path), error=str(error))
         return None

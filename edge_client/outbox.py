@@ -1,24 +1,40 @@
 """Trained updates on their way: kept on disk until the coordinator has recorded them or finally refused them.
 
 outbox/TASK-ATTEMPT/entry.json + part-NNNN.safetensors    appears in one rename, whole and fsynced
-outbox/.NAME                                              half made or half removed; deleted at the next start
-damaged/                                                  what could not be read, for a person to look at
+outbox/.done-NAME                                         half removed; deleted as soon as that works
+outbox/.reserve                                           given up for entry.json where the disk is full
+damaged/NAME.N                                            what could not be read, for a person to look at
+undelivered/NAME.N + reason.txt                           what the coordinator would not take, without refusing it
+
+Of damaged and of undelivered updates the last KEPT_ASIDE stay. Whatever cannot be written or removed now is a
+DiskError and changes nothing: the same call may be made again, and goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import structlog
 
-from fedepth.errors import StateError
-from fedepth.files import NOT_JSON, file_digest, sync_folder, write_atomically
+from fedepth.errors import DiskError, StateError
+from fedepth.files import NOT_JSON, disk_errors, file_digest, sync_folder, write_atomically
+from fedepth.sizes import format_size
 from fedepth.task import PartInfo, Result
 
+KEPT_ASIDE = 5
+READ_TRIES = 3  # before what a disk cannot read counts as damaged
+RESERVE_BYTES = 256 << 10  # more than an entry.json takes
+_FEWEST_FILES = 64  # of inodes: a task makes about as many files as it has blocks
+_ENTRY = "entry.json"
+_REASON = "reason.txt"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = structlog.get_logger()
 
 
@@ -47,74 +63,185 @@ class Outbox:
     """The updates in `state/outbox`. Only one process may use it at a time (see identity.StateLock)."""
 
     def __init__(self, state: Path) -> None:
-        """Opens the outbox, and deletes what a crash left half made."""
-        self._folder = state / "outbox"
-        self._damaged = state / "damaged"
-        self._verified: set[str] = set()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._folder.glob(".*"):
-            shutil.rmtree(leftover)
-
-    def put(self, result: Result, parts: Path) -> Entry:
-        """Takes the part files out of `parts` and keeps them with `result`. Durable when it returns.
+        """Opens the outbox, and deletes what a crash left half removed.
 
         Raises:
-            StateError: a part is missing or has another size, or the disk is full. Nothing is kept then.
+            DiskError: its folder cannot be made.
         """
-        name = f"{result.task_id}-{result.attempt}"
-        final, building = self._folder / name, self._folder / f".new-{name}"
-        if final.exists():  # parts are immutable on the wire, so what was kept first is what counts
-            return self._open(final)[1]
-        try:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
+        self._folder = state / "outbox"
+        self._damaged = state / "damaged"
+        self._undelivered = state / "undelivered"
+        self._reserve = self._folder / ".reserve"
+        self._verified: set[str] = set()
+        self._unread: dict[str, int] = {}  # how often an entry could not be read
+        self._stuck: set[str] = set()  # damaged, and cannot be moved
+        self._acknowledged: set[str] = set()  # but still there, since the disk did not let them go
+        with disk_errors("no outbox can be made", self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def check_room(self, wanted_bytes: int) -> None:
+        """Whether an update of `wanted_bytes` could be stored. Writes something only where the reserve is gone.
+
+        Raises:
+            DiskError: the folder cannot be written, or has too little space or too few files left.
+        """
+        with disk_errors("nothing could be stored", self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            disk = os.statvfs(self._folder)
+            if disk.f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            if not os.access(self._folder, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        free = disk.f_bavail * disk.f_frsize
+        if free < wanted_bytes:
+            raise DiskError(
+                f"{self._folder} has {format_size(free)} free, but an update may take "
+                f"{format_size(wanted_bytes, round_up=True)}; free some space there"
+            )
+        if disk.f_files and disk.f_favail < _FEWEST_FILES:  # some file systems have no bound, and say 0
+            raise DiskError(
+                f"the disk of {self._folder} has room for {disk.f_favail} more files, but a task may make "
+                f"{_FEWEST_FILES}; delete some files there"
+            )
+        if not self._reserve.exists():
+            with disk_errors("nothing could be stored", self._folder):
+                write_atomically(self._reserve, os.urandom(RESERVE_BYTES))  # which no file system makes smaller
+
+    def put(self, result: Result, parts: Path) -> Entry:
+        """Keeps `result` with the part files in the folder `parts`, which becomes the entry. Durable when it returns.
+
+        Raises:
+            StateError: a part is missing or has another size.
+            DiskError: it could not be kept. The parts are where they were, and the same call may be made again.
+        """
+        final = self._folder / f"{result.task_id}-{result.attempt}"
+        with disk_errors(f"the update of task {result.task_id} cannot be kept", self._folder):
+            if final.exists():  # parts are immutable on the wire, so what was kept first is what counts
+                sync_folder(self._folder)
+                return self._open(final)[1]
             for part in result.parts:
-                self._take(parts / part_name(part.part), building, part)
-            sealed = _Sealed(self._next_sequence(), result)
-            write_atomically(building / "entry.json", msgspec.json.encode(sealed))
-            building.rename(final)
+                _check_size(parts / part_name(part.part), part)
+            # First of all: a folder with this file in it is found by `recover`, whatever happens from here on.
+            self._seal(parts / _ENTRY, _Sealed(self._next_sequence(), result))
+            for part in result.parts:
+                _sync_file(parts / part_name(part.part))
+            parts.rename(final)
             sync_folder(self._folder)
-        except OSError as error:
-            raise StateError(
-                f"the update of task {result.task_id} cannot be kept in {self._folder}: {error.strerror}; "
-                "free some space there, or make it writable"
-            ) from error
         return Entry(final, result)
 
+    def recover(self, parts: Path) -> bool:
+        """Takes over a folder that a `put` has sealed and could not move before the agent was stopped.
+
+        Returns whether it was one.
+
+        Raises:
+            DiskError: it cannot be read or moved now.
+        """
+        sealed = parts / _ENTRY
+        if not sealed.exists():
+            return False
+        try:
+            result = _read_sealed(sealed).result
+            self.put(result, parts)
+        except DiskError:
+            raise
+        except StateError as error:
+            _log.error("a trained update cannot be recovered", error=str(error))
+            return False
+        _log.info("a trained update was recovered", task=result.task_id)
+        return True
+
     def entries(self) -> list[Entry]:
-        """Every intact update, oldest first. Damaged ones are moved aside and logged."""
+        """Every intact update that waits, oldest first. Damaged ones are moved aside and logged.
+
+        Raises:
+            DiskError: the folder cannot be read.
+        """
         found: list[tuple[int, Entry]] = []
-        for folder in self._folder.iterdir():
-            if folder.name.startswith("."):
+        with disk_errors("kept updates cannot be listed", self._folder):
+            self._sweep()
+            folders = [folder for folder in self._folder.iterdir() if not folder.name.startswith(".")]
+        for folder in folders:
+            if folder.name in self._acknowledged:
                 continue
             try:
                 found.append(self._open(folder))
+            except DiskError as error:
+                self._cannot_read(folder, error)
             except StateError as error:
-                self._set_aside(folder, error)
+                self._move_damaged(folder, error)
         return [entry for _, entry in sorted(found, key=lambda item: (item[0], item[1].folder.name))]
 
-    def remove(self, entry: Entry) -> None:
-        """Deletes an update that was acknowledged or finally refused."""
-        leaving = self._folder / f".done-{entry.folder.name}"
-        shutil.rmtree(leaving, ignore_errors=True)
-        # One rename first: a crash in the middle of the deletion must not leave half an update to be sent.
-        entry.folder.rename(leaving)
-        sync_folder(self._folder)
-        self._verified.discard(entry.folder.name)
-        shutil.rmtree(leaving)
+    def find(self, task_id: str) -> Entry | None:
+        """The update of a task, of whichever attempt, that waits or that the coordinator would not take before.
 
-    def _take(self, source: Path, folder: Path, part: PartInfo) -> None:
-        size = source.stat().st_size if source.exists() else -1
-        if size != part.size_bytes:
-            held = f"has {size} bytes" if size >= 0 else "is missing"
-            raise StateError(f"the trainer promised {source.name} with {part.size_bytes} bytes, but it {held}")
-        with open(source, "rb") as file:
-            os.fsync(file.fileno())
-        source.rename(folder / source.name)
+        Raises:
+            DiskError: see `entries`.
+        """
+        with disk_errors("undelivered updates cannot be listed", self._undelivered):
+            for folder in _kept(self._undelivered):
+                name = _name_aside(folder)
+                target = self._folder / name
+                if name.rpartition("-")[0] == task_id and not target.exists():
+                    folder.rename(target)
+                    sync_folder(self._folder)
+        return next((entry for entry in self.entries() if entry.result.task_id == task_id), None)
+
+    def remove(self, entry: Entry) -> None:
+        """Deletes an update that was acknowledged or finally refused; later, if the disk does not let it go now."""
+        self._acknowledged.add(entry.folder.name)
+        self._sweep()
+        if entry.folder.name in self._acknowledged:
+            _log.warning("a delivered update cannot be deleted yet", folder=str(entry.folder))
+
+    def set_aside(self, entry: Entry, reason: str) -> Path:
+        """Takes an update out of the way that the coordinator does not take, and that nobody refused.
+
+        Raises:
+            DiskError: it cannot be moved now.
+        """
+        with disk_errors(f"the update of task {entry.result.task_id} cannot be moved", self._undelivered):
+            with contextlib.suppress(OSError):  # the log has it too
+                (entry.folder / _REASON).write_text(f"{reason}\n", encoding="utf-8")
+            return self._move_aside(entry.folder, self._undelivered)
+
+    def _seal(self, path: Path, sealed: _Sealed) -> None:
+        data = msgspec.json.encode(sealed)
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            if error.errno not in _FULL or not self._reserve.exists():
+                raise
+            self._reserve.unlink()
+            write_atomically(path, data)
+
+    def _sweep(self) -> None:
+        """Deletes what is acknowledged or half removed, as far as the disk lets it go."""
+        for name in tuple(self._acknowledged):
+            leaving = self._folder / f".done-{name}"
+            shutil.rmtree(leaving, ignore_errors=True)
+            # One rename first: a crash in the middle of the deletion must not leave half an update to be sent.
+            try:
+                (self._folder / name).rename(leaving)
+                sync_folder(self._folder)
+            except FileNotFoundError:
+                pass  # renamed before, and then not synced
+            except OSError:
+                continue  # `remove` has said so
+            self._acknowledged.discard(name)
+            self._forget(name)
+        for leftover in self._folder.glob(".*"):
+            if leftover == self._reserve:
+                continue
+            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
     def _next_sequence(self) -> int:
         numbers = [0]
-        for path in self._folder.glob("[!.]*/entry.json"):
+        for path in self._folder.glob(f"[!.]*/{_ENTRY}"):
             try:
                 numbers.append(_read_sealed(path).sequence)
             except StateError:
@@ -122,7 +249,7 @@ class Outbox:
         return max(numbers) + 1
 
     def _open(self, folder: Path) -> tuple[int, Entry]:
-        sealed = _read_sealed(folder / "entry.json")
+        sealed = _read_sealed(folder / _ENTRY)
         entry = Entry(folder, sealed.result)
         if folder.name != f"{sealed.result.task_id}-{sealed.result.attempt}":
             raise StateError(f"{folder.name} holds task {sealed.result.task_id}, attempt {sealed.result.attempt}")
@@ -130,30 +257,95 @@ class Outbox:
             for part in sealed.result.parts:
                 _verify(entry.part_path(part), part)
             self._verified.add(folder.name)
+        self._unread.pop(folder.name, None)
         return sealed.sequence, entry
 
-    def _set_aside(self, folder: Path, error: StateError) -> None:
-        self._damaged.mkdir(exist_ok=True)
-        number = 0
-        while (target := self._damaged / f"{folder.name}.{number}").exists():
-            number += 1
-        folder.rename(target)
+    def _cannot_read(self, folder: Path, error: DiskError) -> None:
+        """A disk that fails once may read it the next time."""
+        tries = self._unread[folder.name] = self._unread.get(folder.name, 0) + 1
+        _log.error("a kept update cannot be read", error=str(error), tries=tries)
+        if tries >= READ_TRIES:
+            self._move_damaged(folder, error)
+
+    def _move_damaged(self, folder: Path, error: StateError) -> None:
+        """An update that cannot be moved stays, and holds up no other."""
+        try:
+            target = self._move_aside(folder, self._damaged)
+        except OSError as problem:
+            if folder.name not in self._stuck:
+                _log.error("a kept update is damaged and cannot be moved", error=str(error), problem=str(problem))
+            self._stuck.add(folder.name)
+            return
         _log.error("a kept update is damaged and was moved aside", error=str(error), moved_to=str(target))
+
+    def _move_aside(self, folder: Path, where: Path) -> Path:
+        where.mkdir(exist_ok=True)
+        kept = _kept(where)
+        number = _number_aside(kept[-1]) + 1 if kept else 0
+        target = where / f"{folder.name}.{number}"
+        folder.rename(target)
+        self._forget(folder.name)
+        for old in [*kept, target][:-KEPT_ASIDE]:
+            _log.warning("an update that was moved aside is deleted", folder=str(old), kept=KEPT_ASIDE)
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def _forget(self, name: str) -> None:
+        self._verified.discard(name)
+        self._stuck.discard(name)
+        self._unread.pop(name, None)
+
+
+def _kept(where: Path) -> list[Path]:
+    """What was moved aside into a folder, oldest first."""
+    found = where.iterdir() if where.exists() else ()
+    return sorted((path for path in found if _number_aside(path) >= 0), key=_number_aside)
+
+
+def _name_aside(path: Path) -> str:
+    return path.name.rpartition(".")[0]
+
+
+def _number_aside(path: Path) -> int:
+    """NAME.N is the N-th that was moved aside; -1 for what has no number."""
+    number = path.name.rpartition(".")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _check_size(path: Path, part: PartInfo) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = -1
+    if size != part.size_bytes:
+        held = f"has {size} bytes" if size >= 0 else "is missing"
+        raise StateError(f"the trainer promised {path.name} with {part.size_bytes} bytes, but it {held}")
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _nothing_missing() -> Iterator[None]:
+    """A file that is not there is damage, which no later try cures."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StateError(f"{error.filename} is missing") from None
 
 
 def _read_sealed(path: Path) -> _Sealed:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Sealed)
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+        with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
+            return msgspec.json.decode(path.read_bytes(), type=_Sealed)
     except NOT_JSON as error:
         raise StateError(f"{path} is damaged: {error}") from None
 
 
 def _verify(path: Path, part: PartInfo) -> None:
-    try:
+    with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
         digest = file_digest(path)
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}") from None
     if digest != part.digest:
         raise StateError(f"{path}: sha256 is {digest[:12]}…, expected {part.digest[:12]}…")

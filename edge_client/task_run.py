@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from edge_client.backoff import Backoff
+from edge_client.backoff import Backoff, DiskWait
 from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
@@ -18,21 +19,22 @@ from edge_client.outbox import Outbox
 from edge_client.progress import ProgressReporter
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
-from edge_client.transport import Transport, UnreachableError
+from edge_client.transport import TemporaryError, Transport
 from fedepth.budget import Budget
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.data.scan import scan
 from fedepth.errors import (
     ChildError,
     DataError,
+    DiskError,
     FedepthError,
     ModelError,
     OverBudgetError,
     PlanError,
     ProtocolError,
-    StateError,
 )
 from fedepth.estimate.peak import needed_bytes
+from fedepth.files import disk_errors
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan, Stage
 from fedepth.planning.check import check_plan
@@ -43,6 +45,7 @@ from fedepth.task import Failure, Outcome, Progress, Result, Task
 SMALLER_PLANS = 4
 FETCHES = 3  # of a file that comes damaged
 _SMALLEST_STEP = 0.05
+_PLANS_REMEMBERED = 64
 _log = structlog.get_logger()
 
 _OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
@@ -55,7 +58,12 @@ _OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
 
 
 class TaskRunner:
-    """Carries out tasks, one at a time. Cancelling `run` ends the trainer."""
+    """Carries out tasks, one at a time. Cancelling `run` ends the trainer.
+
+    Attributes:
+        is_storing: the task is trained, and lies where it was trained until the disk takes it. Cancelled by then, it
+            is found there by the next agent.
+    """
 
     def __init__(
         self,
@@ -66,6 +74,7 @@ class TaskRunner:
         budgets: Budgets,
         outbox: Outbox,
         backoff: Backoff,
+        disk: DiskWait,
         report: Callable[[Progress], None],
         calibration: Calibration,
     ) -> None:
@@ -77,12 +86,27 @@ class TaskRunner:
         self._budgets = budgets
         self._outbox = outbox
         self._backoff = backoff
+        self._disk = disk
         self._report = report
-        self._released: set[tuple[Stage, ...]] = (
-            set()
-        )  # plans that met the cap on their heap, unless they release at once
+        self.is_storing = False
+        # The last plans that met the cap on their heap, unless they release at once.
+        self._released: deque[tuple[Stage, ...]] = deque(maxlen=_PLANS_REMEMBERED)
         self._folder = config.state_dir / "work"
-        shutil.rmtree(self._folder, ignore_errors=True)  # of an agent that was killed
+        self._left = sorted(self._folder.glob("*"))  # by an agent that was stopped or killed
+
+    def recover(self) -> bool:
+        """Stores what an earlier agent had trained and could not store any more; deletes what else it left.
+
+        Returns whether there was something to store.
+
+        Raises:
+            DiskError: it cannot be stored now.
+        """
+        found = False
+        while self._left:
+            found |= self._outbox.recover(_output(self._left[-1]))
+            shutil.rmtree(self._left.pop(), ignore_errors=True)
+        return found
 
     async def run(self, task: Task, planned_samples: int) -> Result | Failure:
         """The task, to its end. A result lies in the outbox already.
@@ -95,6 +119,24 @@ class TaskRunner:
         reporter = ProgressReporter(task, self._device_id, self._report)
         reporter.activity("downloading")
         try:
+            done = await self._trained(task, folder, planned_samples, reporter)
+            self._keeper.rest()
+            await self._store(done.result, _output(folder), reporter)
+        except asyncio.CancelledError:
+            await self._keeper.drop()
+            raise
+        except FedepthError as error:
+            return _failure(task, self._device_id, error)
+        else:
+            self._budgets.succeeded()
+            return done.result
+        finally:
+            self._keeper.rest()
+            if not self.is_storing:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def _trained(self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter) -> Done:
+        with disk_errors("the task cannot be worked on", folder):
             summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
             graph = await self._fetched(self._transport.fetch_graph, task)
             costs = await asyncio.to_thread(read_costs, graph)
@@ -109,7 +151,7 @@ class TaskRunner:
                 calibration=self._calibration,
                 weights=str(weights.resolve()),
                 data=str(self._config.data_dir.resolve()),
-                output=str((folder / "output").resolve()),
+                output=str(_output(folder).resolve()),
                 cache=str((folder / "cache").resolve()),
                 device_id=self._device_id,
                 enforce=self._config.trainer.enforce,
@@ -117,31 +159,31 @@ class TaskRunner:
             )
             samples = min(summary.sample_count, planned_samples)
             costs = replace(costs, calibration=self._calibration)
-            done = await self._train(request, costs, samples, reporter, keep_plan=samples == planned_samples)
-            self._outbox.put(done.result, folder / "output")
-        except asyncio.CancelledError:
-            await self._keeper.drop()
-            raise
-        except FedepthError as error:
-            return _failure(task, self._device_id, error)
-        except OSError as error:  # a full disk, a folder that cannot be read
-            what = f"{error.filename or folder}: {error.strerror or error}"
-            remedy = "free some space there, or let the agent write there"
-            return _failure(task, self._device_id, StateError(f"{what}; {remedy}"))
-        else:
-            self._budgets.succeeded()
-            return done.result
-        finally:
-            self._keeper.rest()
-            shutil.rmtree(folder, ignore_errors=True)
+            return await self._train(request, costs, samples, reporter, keep_plan=samples == planned_samples)
+
+    async def _store(self, result: Result, parts: Path, reporter: ProgressReporter) -> None:
+        """Hands the update to the outbox; waits while the disk does not take it, since it is not trained again."""
+        self.is_storing = True
+        while True:
+            try:
+                self._outbox.put(result, parts)
+            except DiskError as error:
+                reporter.activity("waiting for the disk")
+                await self._disk.pause("a trained update cannot be stored yet; it waits where it was trained", error)
+            except FedepthError:  # what the trainer promised is not there
+                self.is_storing = False
+                raise
+            else:
+                self.is_storing = False
+                return
 
     async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
-        """Retries while the coordinator is away; what has arrived so far is kept."""
+        """Retries while the coordinator is away or busy; what has arrived so far is kept."""
         damaged = 0
         while True:
             try:
                 path = await fetch(task)
-            except UnreachableError as error:
+            except TemporaryError as error:
                 await self._backoff.pause(error)
             except ProtocolError as error:
                 damaged += 1
@@ -173,7 +215,8 @@ class TaskRunner:
                 )
             except ChildError as error:
                 await self._keeper.drop()
-                self._budgets.died()
+                if error.returncode is not None:  # a trainer that writes nonsense has not met its memory's end
+                    self._budgets.died()
                 deaths += 1
                 _log.error("the trainer died", error=str(error), deaths=deaths, task=request.task.task_id)
                 if deaths == 2:
@@ -188,7 +231,7 @@ class TaskRunner:
                     "a stage met the cap on its heap; trying the same plan, releasing freed pages at once",
                     message=end.message,
                 )
-                self._released.add(plan.stages)
+                self._released.append(plan.stages)
                 continue
             smaller += 1
             task = request.task
@@ -272,6 +315,11 @@ class TaskRunner:
             await self._keeper.drop()
             return Failed(Outcome.OVER_BUDGET, f"the trainer died in its rehearsal: {error}")
         raise ChildError("the trainer ended its events without done or failed")
+
+
+def _output(folder: Path) -> Path:
+    """Where the trainer puts the parts of a task whose folder this is."""
+    return folder / "output"
 
 
 def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0, tries: int = 1) -> int:

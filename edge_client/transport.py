@@ -7,39 +7,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 from fedepth_wire import channel as wire_channel
+from fedepth_wire.bounds import MOST_LONG_TEXT
 from fedepth_wire.chunks import file_chunks, receive_file
 from fedepth_wire.convert import from_message, plan_digest, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
-from edge_client.backoff import within
 from edge_client.outbox import Entry
+from edge_client.timeouts import within
 from fedepth.errors import ProtocolError, TransportError
-from fedepth.files import file_digest
+from fedepth.files import disk_errors, file_digest
 from fedepth.models.graph import MOST_BYTES
 from fedepth.plan import Plan
+from fedepth.printable import printable
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
 _KEPT_FILES = 2
-# Statuses that a later try of the same call may cure by itself.
-_AWAY = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
+_AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+_SERVERS_OWN = {
     grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
 }
+_COME_BACK = re.compile(r"; come back in ([0-9]{1,6}(?:\.[0-9]{1,3})?) s$")
+_TOO_LARGE = "larger than max"  # what gRPC says of a message; it has the same status as a busy coordinator
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -49,8 +53,28 @@ if TYPE_CHECKING:  # generic in the stubs only
     _Download = grpc.aio.UnaryStreamCall[pb.FetchFileRequest, pb.Chunk]
 
 
-class UnreachableError(TransportError):
-    """The coordinator cannot be reached now; the same call may work later."""
+class TemporaryError(TransportError):
+    """The same call may work later, without anybody doing anything here."""
+
+
+class UnreachableError(TemporaryError):
+    """The coordinator cannot be reached now."""
+
+
+class BusyError(TemporaryError):
+    """The coordinator answers, and can do nothing for us now, such as for want of disk space.
+
+    Attributes:
+        after_s: when to come back, if it has said so.
+    """
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+class ServerError(TemporaryError):
+    """The coordinator met an error of its own, or asks to begin again."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +91,10 @@ class Part:
 
 @dataclass(frozen=True)
 class RetryLater:
-    """Nothing to do; ask again after this time."""
+    """Nothing to do; ask again after this time. `reason` says why, to a person; it may be empty."""
 
     after_s: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,10 +107,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Rejected:
-    """This device cannot take part as it is."""
+    """This device cannot take part as it is. `reason` is "clone" where another live agent has its device id."""
 
     message: str
     after_s: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,8 @@ Answer = Task | RetryLater | Finished | Rejected
 
 
 class Transport(Protocol):
-    """What the agent needs of the coordinator. All calls raise TransportError and ProtocolError."""
+    """What the agent needs of the coordinator. All calls raise TransportError and ProtocolError, those with files also
+    DiskError."""
 
     address: str
     moved_bytes: int
@@ -156,11 +183,11 @@ class GrpcTransport:
         if kind == "task":
             return _checked(from_message(reply.task, Task))
         if kind == "retry":
-            return RetryLater(reply.retry.retry_after_ms / 1000)
+            return RetryLater(reply.retry.retry_after_ms / 1000, reply.retry.reason)
         if kind == "finished":
             return Finished(reply.finished.job, reply.finished.rounds)
         if kind == "rejected":
-            return Rejected(reply.rejected.message, reply.rejected.retry_after_ms / 1000)
+            return Rejected(reply.rejected.message, reply.rejected.retry_after_ms / 1000, reply.rejected.reason)
         raise ProtocolError(f"{self.address} answered NextTask with no outcome; is it a newer version?")
 
     async def fetch_weights(self, task: Task) -> Path:
@@ -178,7 +205,12 @@ class GrpcTransport:
 
         Raises:
             ProtocolError: the file came whole but is another one, or its stream ended early.
+            DiskError: it cannot be kept.
         """
+        with disk_errors(f"{name} cannot be fetched and kept", folder):
+            return await self._fetch_into(folder, name, digest, size_bytes)
+
+    async def _fetch_into(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / name
         if final.exists():
@@ -222,7 +254,11 @@ class GrpcTransport:
         raise ProtocolError(f"{self.address} answered CommitUpdate with no outcome; is it a newer version?")
 
     async def send_part(self, part: Part) -> Refused | None:
-        """Sends what the coordinator does not hold yet of a part. None: it holds all of it."""
+        """Sends what the coordinator does not hold yet of a part. None: it holds all of it.
+
+        Raises:
+            DiskError: the part cannot be read.
+        """
         info = part.info
         request = pb.UploadOffsetRequest(task_id=part.task_id, attempt=part.attempt, part=info.part, digest=info.digest)
         offset = (await self._call(self._stub.UploadOffset(request, timeout=self._stall_s))).offset
@@ -240,7 +276,8 @@ class GrpcTransport:
             digest=info.digest,
             plan_digest=plan_digest(part.plan),
         )
-        reply = await self._upload(header, part.path)
+        with disk_errors(f"{part.path.name} cannot be read", part.path.parent):
+            reply = await self._upload(header, part.path)
         if reply.WhichOneof("outcome") == "refused":
             return Refused(reply.refused.reason, reply.refused.message)
         if reply.held_bytes != info.size_bytes:
@@ -250,7 +287,9 @@ class GrpcTransport:
         return None
 
     async def report_failure(self, failure: Failure) -> bool:
-        call = self._stub.ReportFailure(to_message(failure, pb.Failure), timeout=self._stall_s)
+        # A path in it may not be text, and a long one must not keep the coordinator from hearing of it.
+        told = replace(failure, message=printable(failure.message)[:MOST_LONG_TEXT])
+        call = self._stub.ReportFailure(to_message(told, pb.Failure), timeout=self._stall_s)
         return (await self._call(call)).wanted
 
     async def report_progress(self, progress: Progress) -> bool:
@@ -304,8 +343,12 @@ class GrpcTransport:
             raise self._as_error(error) from None
 
     def _as_error(self, error: grpc.aio.AioRpcError) -> TransportError:
-        kind = UnreachableError if error.code() in _AWAY else TransportError
-        return kind(f"{self.address}: {error.code().name}: {error.details()}")
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE not in details:
+            come_back = _COME_BACK.search(details)
+            return BusyError(f"{self.address}: {details}", float(come_back[1]) if come_back else None)
+        kind = UnreachableError if code in _AWAY else ServerError if code in _SERVERS_OWN else TransportError
+        return kind(f"{self.address}: {code.name}: {details}")
 
 
 def _forget_old(current: Path) -> None:
@@ -334,6 +377,14 @@ def _checked(task: Task) -> Task:
     if odd or task.training.batch < 1 or task.training.local_epochs < 1:
         raise ProtocolError(
             f"task {task.task_id}: batches of {task.training.batch}, {task.training.local_epochs} epochs, "
-            f"and stages {', '.join(odd) or 'without fault'} cannot be"
+            f"and stages {', '.join(odd[:20]) or 'without fault'} cannot be"
+        )
+    # JSON, in which the trainer gets them, has no other numbers.
+    training, model = task.training, task.model
+    rates = (training.learning_rate, training.momentum, training.weight_decay, training.proximal_mu)
+    if not all(map(math.isfinite, (*rates, *model.mean, *model.std))):
+        raise ProtocolError(
+            f"task {task.task_id}: learning rate {training.learning_rate}, momentum {training.momentum}, weight decay "
+            f"{training.weight_decay}, proximal_mu {training.proximal_mu}, mean {model.mean}, std {model.std} cannot be"
         )
     return task

@@ -6,17 +6,24 @@
     ├── ModelError         a model cannot be built, exported or split, or its graph is not the model
     ├── PlanError          no plan fits the budget; carries the needed and the free bytes
     ├── OverBudgetError    training met its memory limit; carries the stage and the measured miss
+    ├── DivergedError      the loss or the weights of a training are not finite any more
     ├── ChildError         a child process ended or answered badly
     ├── TransportError     the other side cannot be reached or refused the call
     ├── ProtocolError      a message breaks the protocol (size, digest, order)
     ├── UpdateError        an update was refused; carries the reason's short name
+    ├── JobError           no device can train the job as it is
     ├── StateError         what lies on disk does not fit the job or is damaged
+    │   ├── LockedError        another process holds a lock; carries its process id
+    │   └── UnavailableError   a disk, a database or a bucket cannot be used just now; a later try may work
+    │       └── DiskError          a disk is full, read-only or failing
     └── ExportError        the exported model differs from the trained one; carries the figures
 
 A message says what happened, with numbers and names, and what to do next.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class FedepthError(Exception):
@@ -65,6 +72,10 @@ class OverBudgetError(FedepthError):
         self.capped = capped
 
 
+class DivergedError(FedepthError):
+    """Training has left the finite numbers. The same training would do so again: only other settings help."""
+
+
 class ChildError(FedepthError):
     """A child process ended when it should not have, or broke its protocol.
 
@@ -90,12 +101,17 @@ class UpdateError(FedepthError):
 
     Attributes:
         reason: short name for counting: "digest", "missing_tensor", "unknown_tensor", "shape", "dtype",
-            "not_finite", "size", "plan", "samples", "late", "device".
+            "not_finite", "range", "size", "plan", "samples", "late" (its round is closed), "device", "duplicate" (an
+            update of another attempt is recorded already), "norm" (too far from the others of its round).
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class JobError(FedepthError):
+    """A job cannot go on: every device fails it in the same way."""
 
 
 class StateError(FedepthError):
@@ -112,6 +128,41 @@ class LockedError(StateError):
     def __init__(self, message: str, holder: str) -> None:
         super().__init__(message)
         self.holder = holder
+
+
+class UnavailableError(StateError):
+    """The record or a file cannot be read or written just now: a full disk, a database or a bucket that is away.
+
+    Nothing was changed, or what was changed can be done again; the same call may succeed later.
+    """
+
+
+class DiskError(UnavailableError):
+    """Something cannot be read or written: the disk is full, read-only or failing. What was there is as it was."""
+
+
+class DamagedUpdateError(StateError):
+    """Parts of updates are no longer what was accepted.
+
+    Attributes:
+        paths: the files.
+    """
+
+    def __init__(self, message: str, *, paths: tuple[Path, ...]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
+class NotFiniteError(StateError):
+    """New weights would hold values that are not finite numbers.
+
+    Attributes:
+        tensor: the name of the first such tensor.
+    """
+
+    def __init__(self, message: str, *, tensor: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
 
 
 class ExportError(FedepthError):

@@ -16,7 +16,7 @@ from typing import IO, BinaryIO
 
 import msgspec
 
-from fedepth.errors import LockedError
+from fedepth.errors import DiskError, LockedError
 
 PIECE_BYTES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
@@ -54,6 +54,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def disk_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a DiskError: "`what`: PATH: No space left on device; …".
+
+    PATH is what the error names, or `folder`.
+
+    Raises:
+        DiskError: the block met an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        how = f"{error.filename or folder}: {error.strerror or error}"
+        raise DiskError(f"{what}: {how}; free some space there, make it writable, or check that disk") from error
+
+
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable: a new or renamed file can be lost in a power cut until then."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -89,7 +105,7 @@ def lock_file(path: Path) -> IO[str]:
 
     Raises:
         LockedError: another process holds it.
-        OSError: the file cannot be written.
+        OSError: the file cannot be made.
     """
     file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - held open as long as the lock
     try:
@@ -99,7 +115,8 @@ def lock_file(path: Path) -> IO[str]:
         holder = file.read().strip() or "unknown"
         file.close()
         raise LockedError(f"{path} is locked by process {holder}", holder) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    # The number is for people. On a full disk the lock holds without it, and what frees the disk can start.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file

@@ -12,6 +12,9 @@ from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.plan import CacheType, Plan, Policy
 
+MOST_CLASSES = 1 << 15
+MOST_CHANNELS = 1 << 17  # every one has its mean and its standard deviation in the task
+
 
 class Optimizer(str, Enum):
     """The optimizers that a job may name."""
@@ -34,7 +37,13 @@ class InputType(str, Enum):
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What a device says of itself when it asks for work."""
+    """What a device says of itself when it asks for work.
+
+    Attributes:
+        instance: drawn at random at each start of an agent and kept nowhere, so that two agents that run with one
+            device id, such as from a copied memory card, can be told apart.
+        hostname: of the machine that the agent runs on, to find it by.
+    """
 
     device_id: str
     name: str
@@ -46,6 +55,8 @@ class DeviceReport:
     software: str = ""
     fedepth_version: str = ""
     calibration: Calibration = Calibration()
+    instance: str = ""
+    hostname: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,12 @@ class Result:
     allocator: str
     baseline_bytes: int
 
+    def steps(self, training: TrainingSpec) -> int:
+        """Optimizer steps of a stage, in the mean: what the change of an update is measured by. At least 1, and no more
+        than its samples can give, whatever the device says."""
+        said = sum(stage.steps for stage in self.stages) // max(1, len(self.stages))
+        return max(1, min(said, training.local_epochs * -(-self.sample_count // training.batch)))
+
 
 class Outcome(str, Enum):
     """Why a task ended without an update."""
@@ -185,6 +202,7 @@ class Outcome(str, Enum):
     DATA = "data"
     MODEL = "model"  # its graph is damaged, or asks for what is not run here
     ERROR = "error"
+    DIVERGED = "diverged"  # its loss or its weights are not finite any more
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ number of threads, or what a stage may keep of freed memory has changed.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import platform
@@ -37,7 +36,7 @@ from fedepth.errors import ChildError, LockedError, PlanError, StateError
 from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.estimate.tracer.client import Tracer, tracer
-from fedepth.files import lock_file
+from fedepth.files import disk_errors, lock_file
 from fedepth.models.traced import read_costs
 from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
@@ -49,7 +48,6 @@ ROOM = 1.5  # a probe's predicted need times this has to be free
 # A tracer takes less than this beside what a trainer takes: sympy, torch._dynamo, the model on paper. 190 MiB were
 # measured for ViT-B/16, 122 for a small one.
 TRACER_BYTES = 256 << 20
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 _STEPS = 3
@@ -151,14 +149,12 @@ async def calibrated(
             # Beside the record, because the system's folder for temporary files may lie in memory.
             with tempfile.TemporaryDirectory(prefix="probes-", dir=folder) as probes:
                 found = await _measure(config, memory or MemoryConfig(), fingerprint, Path(probes), on_progress)
-            remember(file, found)
         except OSError as error:
-            if error.errno not in _UNWRITABLE:
-                raise
             raise StateError(
                 f"calibration cannot write its temporary files to {folder} ({error.strerror}); they take about "
                 "100 MiB. Free some space there, or set XDG_CACHE_HOME to a folder that has enough"
             ) from None
+        remember(file, found)
         return found
 
 
@@ -202,7 +198,8 @@ async def _locked(path: Path) -> AsyncIterator[None]:
     """Only one process at a time is inside; others wait, and can be cancelled meanwhile."""
     while True:
         try:
-            file = lock_file(path)
+            with disk_errors("calibration cannot take its lock", path.parent):
+                file = lock_file(path)
             break
         except LockedError:
             await asyncio.sleep(_LOOK_S)

@@ -12,6 +12,7 @@ from edge_client.config import MemoryConfig
 from edge_client.identity import recall, remember
 from edge_client.memory.probe import Memory, budget_from
 from fedepth.budget import Budget
+from fedepth.errors import DiskError
 
 # After a death the device plans smaller; five good tasks make up for one death.
 _AFTER_DEATH = 0.8
@@ -69,7 +70,7 @@ class Budgets:
     def learn_start(self, start_bytes: int) -> None:
         if self._start is None or abs(self._start.start_bytes - start_bytes) > _NOISE_BYTES:
             self._start = StartCost(self._torch, start_bytes)
-            remember(self._start_file, self._start)
+            self._keep(self._start_file, self._start)
 
     def died(self) -> None:
         """A trainer died: what it was allowed was too much, so later plans are smaller."""
@@ -82,4 +83,10 @@ class Budgets:
 
     def _set_share(self, share: float) -> None:
         self.share = share
-        remember(self._share_file, Share(share))
+        self._keep(self._share_file, Share(share))
+
+    def _keep(self, path: Path, value: StartCost | Share) -> None:
+        try:
+            remember(path, value)
+        except DiskError as error:
+            _log.warning("what was learnt is kept in memory only, until the agent ends", error=str(error))

@@ -12,9 +12,9 @@ import msgspec
 import structlog
 
 from edge_client.allocators import environment
-from edge_client.backoff import within
 from edge_client.config import TrainerConfig
 from edge_client.memory.probe import anonymous_bytes
+from edge_client.timeouts import within
 from edge_client.trainer.protocol import Done, Event, Failed, Measure, Ready, TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import Child, module_argv
@@ -44,9 +44,12 @@ class TrainerProcess:
         """Starts a trainer and waits until it is warm.
 
         Raises:
-            ChildError: it ended, said something else than `ready`, or was silent for START_S.
+            ChildError: it cannot be started, ended, said something else than `ready`, or was silent for START_S.
         """
-        child = await Child.start("trainer", argv, environment(config.allocator, config.threads))
+        try:
+            child = await Child.start("trainer", argv, environment(config.allocator, config.threads))
+        except OSError as error:  # too many processes, or no memory for one more
+            raise ChildError(f"the trainer cannot be started: {error.strerror or error}") from error
         started = False
         try:
             trainer = cls(child, msgspec.convert(await within(START_S, child.receive()), Ready))

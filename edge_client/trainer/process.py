@@ -17,7 +17,7 @@ import torch
 
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
-from fedepth.errors import DataError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.errors import DataError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, status_bytes
 from fedepth.plan import Stage
@@ -30,6 +30,7 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     OverBudgetError: Outcome.OVER_BUDGET,
     DataError: Outcome.DATA,
     ModelError: Outcome.MODEL,
+    DivergedError: Outcome.DIVERGED,
 }
 
 _LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to

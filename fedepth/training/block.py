@@ -96,6 +96,11 @@ class BlockTraining:
         self.samples_seen += len(indices)
         return loss_sum
 
+    def has_finite_inputs(self, indices: torch.Tensor) -> bool:
+        """Whether the samples at `indices` are finite as they are kept."""
+        pieces = torch.split(indices, self._micro_batch.now)
+        return all(bool(torch.isfinite(self._inputs.read(piece)).all()) for piece in pieces)
+
     def close(self) -> None:
         """Lets go of gradients, optimizer state and weights; those stay where the units hold them."""
         for hook in self._hooks:

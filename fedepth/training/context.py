@@ -33,6 +33,8 @@ class TrainingContext:
         first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
         trained: by their names, where tensors are that training has changed since `weights`.
         objective: what a block is trained on.
+        must_stay_finite: stop where the loss or the weights are not finite any more. A rehearsal and a warm-up go on:
+            they measure, and train on too little to judge by.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class TrainingContext:
     first_samples: int = 0
     trained: Mapping[str, Reader] = field(default_factory=dict)
     objective: Objective = shared_head
+    must_stay_finite: bool = True
 
     @property
     def cached_samples(self) -> int:

@@ -51,6 +51,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         first_samples=few,
         output=folder,
         cache=folder,
+        must_stay_finite=False,
     )
     # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
     # an allocator happened to keep.

@@ -90,7 +90,8 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         ModelError: the graph is damaged, or asks for an operator that is not run here.
         PlanError: nothing fits what is free now.
         OverBudgetError: a stage met its limit.
-        StateError: the weights file is not one.
+        DivergedError: the loss or the weights are not finite any more.
+        StateError: the weights file is not one, or a disk cannot be written.
     """
     started = time.monotonic()
     task, plan = assignment.task, assignment.plan

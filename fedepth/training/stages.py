@@ -7,27 +7,30 @@ of the model stays in the weights file.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedepth.errors import OverBudgetError, PlanError
+from fedepth.errors import DivergedError, OverBudgetError, PlanError
 from fedepth.estimate.peak import needed_bytes
+from fedepth.files import disk_errors
 from fedepth.memory import allocator
 from fedepth.memory.device import bounded, held_bytes, host_overhead_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
 from fedepth.models.run import RunnableUnit
-from fedepth.plan import Ending, Plan, Stage
+from fedepth.plan import CacheType, Ending, Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
-from fedepth.task import PartInfo, StageResult
+from fedepth.task import PartInfo, StageResult, TrainingSpec
 from fedepth.training.block import BlockTraining
 from fedepth.training.cache import Cache
 from fedepth.training.context import TrainingContext, load
@@ -102,6 +105,8 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     Raises:
         PlanError: nothing fits; the blocks that are trained by then are worth nothing without those behind them.
         OverBudgetError: a stage met its limit.
+        DivergedError: the loss or the weights are not finite any more.
+        DiskError: a part cannot be written.
     """
     model = context.model
     waiting = list(context.plan.stages)
@@ -147,7 +152,9 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 )
                 check = partial(check_first_step, meter, context, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
-                losses = _epochs(context, block, meter, check, partial(yield_memory, micro_batch.fits), report)
+                losses = _epochs(context, stage, block, meter, check, partial(yield_memory, micro_batch.fits), report)
+                units = list(model.units[stage.first : stage.last + 1])
+                _write(context, units, block.steps, parts, infos)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -157,8 +164,6 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                     peak = peak_bytes(meter, context.device)
                     raise over_budget(error, len(done), stage, budget, peak, capped=capped) from error
                 raise
-            units = list(model.units[stage.first : stage.last + 1])
-            _write(context, units, parts, infos)
             context = context.with_part(parts[-1])
             for unit in units:
                 unit.release()  # the next stage reads what it needs of them
@@ -184,7 +189,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     if cache is not None:
         cache.close()
     if plan.trains_head:
-        _write(context, [model.head], parts, infos)
+        _write(context, [model.head], block.steps, parts, infos)
     model.head.release()
     return Trained(plan, tuple(results), tuple(parts), tuple(infos))
 
@@ -226,13 +231,18 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
 
 def _epochs(
     context: TrainingContext,
+    stage: Stage,
     block: BlockTraining,
     meter: Meter,
     check: Callable[[], None],
     yield_memory: Callable[[], None],
     report: Callable[[int, float], None],
 ) -> list[float]:
-    """Trains a block for all epochs; returns the mean loss of each."""
+    """Trains a block for all epochs; returns the mean loss of each.
+
+    Raises:
+        DivergedError: the loss of a step is not finite.
+    """
     spec = context.task.training
     losses: list[float] = []
     epoch, total, batches = 0, 0.0, 0
@@ -245,7 +255,10 @@ def _epochs(
     for epoch in range(spec.local_epochs):
         total, batches = 0.0, 0
         for indices in block.epoch_batches():
-            total += block.step(indices)
+            loss = block.step(indices)
+            if context.must_stay_finite and not math.isfinite(loss):
+                raise _diverged(spec, stage, block, indices)
+            total += loss
             batches += 1
             meter.sample()
             if block.steps == 1 and context.enforce:
@@ -255,6 +268,17 @@ def _epochs(
         report(epoch + 1, losses[-1])
     block.close()
     return losses
+
+
+def _diverged(spec: TrainingSpec, stage: Stage, block: BlockTraining, indices: torch.Tensor) -> DivergedError:
+    """Why the loss of the last step, on the samples at `indices`, is not finite."""
+    rate = f"at learning rate {spec.learning_rate:g}"
+    if spec.cache_type is CacheType.FLOAT32 or block.has_finite_inputs(indices):
+        return DivergedError(f"loss is not finite after step {block.steps} {rate}; lower training.learning_rate")
+    return DivergedError(
+        f"the inputs of units {stage.block} are too large for {spec.cache_type.value} after training {rate}; set "
+        f"training.cache_type to {CacheType.FLOAT32.value}, or lower training.learning_rate"
+    )
 
 
 def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
@@ -323,12 +347,32 @@ def _fits_while_building(context: TrainingContext, stage: Stage, previous: Stage
     return building_fits(context.costs, context.task.training, stage, previous, context.cached_samples, budget)
 
 
-def _write(context: TrainingContext, units: list[RunnableUnit], parts: list[Path], infos: list[PartInfo]) -> None:
-    """The tensors of `units` as one more immutable part, one tensor at a time."""
+def _write(
+    context: TrainingContext, units: list[RunnableUnit], steps: int, parts: list[Path], infos: list[PartInfo]
+) -> None:
+    """The tensors of `units` as one more immutable part, one tensor at a time.
+
+    Raises:
+        DivergedError: one of them is not finite. The loss tells of earlier steps, and not of what the last one did.
+        DiskError: the part cannot be written.
+    """
     number = len(parts)
     path = context.output / f"part-{number:04d}.safetensors"
     tensors = {name: tensor for unit in units for name, tensor in unit.trained().items()}
     kinds = {name: context.weights.info(name) for name in tensors}
-    digest = write_tensors(path, kinds, lambda name: (tensors[name].detach().cpu().contiguous().numpy(),))
+
+    def written(name: str) -> Iterator[npt.NDArray[Any]]:
+        array = tensors[name].detach().cpu().contiguous().numpy()
+        # The extremes of a tensor with a NaN are NaN. A map of what is finite would take a quarter of the tensor.
+        extremes = (array.min(), array.max()) if array.size else ()
+        if context.must_stay_finite and not all(map(math.isfinite, extremes)):
+            raise DivergedError(
+                f"{name} is not finite after step {steps} at learning rate {context.task.training.learning_rate:g}; "
+                "lower training.learning_rate"
+            )
+        yield array
+
+    with disk_errors("the trained blocks cannot be written", context.output):
+        digest = write_tensors(path, kinds, written)
     parts.append(path)
     infos.append(PartInfo(number, path.stat().st_size, digest))

@@ -40,7 +40,15 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     plan = replace(context.plan, stages=stages, untrained=())
     train(
         replace(
-            context, objective=any_output, task=task, plan=plan, images=few, output=folder, cache=folder, enforce=False
+            context,
+            objective=any_output,
+            task=task,
+            plan=plan,
+            images=few,
+            output=folder,
+            cache=folder,
+            enforce=False,
+            must_stay_finite=False,
         ),
         new_meter(context.device),
         Unheard(),

@@ -269,10 +269,20 @@ def test_an_update_that_cannot_be_sent_does_not_hold_up_the_device(
 ) -> None:
     for task_id in ("stuck", "fine"):
         Outbox(bench.state).put(*make_result(task_id, b"x"))
-    transport.deliveries = [TransportError("host:1: INVALID_ARGUMENT")]
+    wrong = TransportError("host:1: INVALID_ARGUMENT: no")
+    transport.deliveries = [wrong, Accepted(3), wrong, wrong]
     bench.run(transport, OK)
-    assert transport.calls == ["deliver", "deliver", "next_task"]
-    assert [entry.result.task_id for entry in Outbox(bench.state).entries()] == ["stuck"]
+    # The other goes in between; no task is asked for before it is settled, and not for ever.
+    assert transport.calls == ["deliver"] * 4 + ["next_task"]
+    assert [result.task_id for result in transport.delivered] == ["fine"]
+    assert Outbox(bench.state).entries() == []
+    aside = bench.state / "undelivered" / "stuck-1.0"
+    assert (aside / "reason.txt").read_text() == "host:1: INVALID_ARGUMENT: no\n"
+    (line,) = bench.said("an update cannot be delivered; it is set aside")
+    assert (line["tries"], line["moved_to"]) == (3, str(aside))
+    (failure,) = transport.failures
+    assert (failure.task_id, failure.attempt, failure.outcome) == ("stuck", 1, Outcome.ERROR)
+    assert failure.message == "the update is trained, but cannot be delivered: host:1: INVALID_ARGUMENT: no"
 
 
 def test_a_refused_update_is_dropped_with_its_reason(
@@ -300,10 +310,11 @@ def test_unusable_data_is_reported_and_the_agent_stays(
 def test_the_pause_doubles_while_tasks_fail_in_the_same_words(
     bench: Bench, transport: FakeTransport, make_task: MakeTask
 ) -> None:
-    unusable, other = (
-        replace(make_task(), model=replace(make_task().model, classes=classes)) for classes in (("a",), ("b",))
-    )
-    transport.answers = [unusable, unusable, unusable, other, make_task(), other]
+    def with_classes(attempt: int, *classes: str) -> Task:
+        return replace(make_task(), attempt=attempt, model=replace(make_task().model, classes=classes))
+
+    unusable = [with_classes(attempt, "a") for attempt in (1, 2, 3)]
+    transport.answers = [*unusable, with_classes(4, "b"), make_task("t2"), with_classes(5, "b")]
     bench.run(transport, OK)
     assert [failure.outcome for failure in transport.failures] == [Outcome.DATA] * 5
     pauses = [AFTER_FAILURE_S * times for times in (1, 2, 4, 1, 1)]  # the task that was trained starts it anew
@@ -381,7 +392,8 @@ def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
     (failure,) = full.failures
     assert (failure.outcome, failure.message) == (
         Outcome.ERROR,
-        "/there: No space left on device; free some space there, or let the agent write there",
+        "the task cannot be worked on: /there: No space left on device; free some space there, make it writable, or "
+        "check that disk",
     )
     assert full.calls == ["next_task", "next_task"]
 

@@ -3,8 +3,10 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from edge_client.backoff import Backoff, Clock, within
+from edge_client.backoff import Backoff, Clock, Reminder
 from edge_client.config import RetryConfig
+from edge_client.timeouts import within
+from edge_client.transport import BusyError, ServerError, UnreachableError
 from fedepth.errors import TransportError
 
 
@@ -87,3 +89,42 @@ def test_what_takes_too_long_is_cancelled() -> None:
         assert step.cancelled()
 
     asyncio.run(play())
+
+
+def test_a_coordinator_that_says_when_is_asked_then() -> None:
+    clock = FakeClock()
+    backoff = Backoff("host:1", RetryConfig(first_s=1, longest_s=300, remind_s=180), clock, "device")
+    for _ in range(20):
+        before = clock.time
+        asyncio.run(backoff.pause(BusyError("full", 20.0)))
+        assert 20.0 <= clock.time - before <= 30.0
+    before = clock.time
+    asyncio.run(backoff.pause(BusyError("full")))  # without a time, as for any other error
+    assert 150.0 <= clock.time - before <= 450.0
+
+
+def test_away_busy_and_in_error_are_told_apart_and_each_at_once() -> None:
+    backoff = Backoff("host:1", RetryConfig(first_s=1, longest_s=1, remind_s=180), FakeClock(), "device")
+    errors = [UnreachableError("a"), UnreachableError("b"), BusyError("c"), ServerError("d"), TransportError("e")]
+    with capture_logs() as logs:
+        for error in errors:
+            asyncio.run(backoff.pause(error))
+    assert [(line["event"], line["error"]) for line in logs] == [
+        ("coordinator cannot be reached; retrying until it answers", "a"),
+        ("coordinator is busy; retrying until it is not", "c"),
+        ("coordinator answers with an error; retrying until it does not", "d"),
+    ]
+
+
+def test_a_reminder_is_due_at_once_when_the_words_change_and_after_a_while() -> None:
+    clock = FakeClock()
+    reminder = Reminder(clock, 180.0)
+    assert not reminder.over()
+    assert reminder.due("12 MB free")
+    clock.time = 179.0
+    assert not reminder.due("13.5 MB free")  # only the number
+    assert reminder.due("paused")
+    clock.time = 179.0 + 180.0
+    assert reminder.due("paused")
+    assert reminder.over() and not reminder.over()
+    assert reminder.due("paused")

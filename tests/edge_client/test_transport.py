@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,19 +20,24 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_Federati
 from edge_client.outbox import Outbox
 from edge_client.transport import (
     Accepted,
+    BusyError,
     Finished,
     GrpcTransport,
     Refused,
     Rejected,
     RetryLater,
+    ServerError,
+    TemporaryError,
     UnreachableError,
 )
 from fedepth.budget import Budget
-from fedepth.errors import ProtocolError, TransportError
+from fedepth.errors import DiskError, ProtocolError, TransportError
 from fedepth.models.graph import MOST_BYTES
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
-REPORT = DeviceReport("device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2))
+REPORT = DeviceReport(
+    "device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2), instance="0123456789abcdef", hostname="board-7"
+)
 BIG = bytes(range(256)) * 4 * 2500  # 2.56 MB: three chunks
 
 
@@ -128,9 +134,16 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     async def scene(transport: GrpcTransport) -> None:
         for reply, expected in (
             (pb.NextTaskReply(task=to_message(big_task, pb.Task)), big_task),
-            (pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500)), RetryLater(1.5)),
+            (
+                pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500, reason="waiting")),
+                RetryLater(1.5, "waiting"),
+            ),
             (pb.NextTaskReply(finished=pb.JobFinished(job="j", rounds=4)), Finished("j", 4)),
             (pb.NextTaskReply(rejected=pb.Rejected(message="no", retry_after_ms=2000)), Rejected("no", 2.0)),
+            (
+                pb.NextTaskReply(rejected=pb.Rejected(message="two", retry_after_ms=2000, reason="clone")),
+                Rejected("two", 2.0, "clone"),
+            ),
         ):
             server.task_reply = reply
             assert await transport.next_task(REPORT, 30) == expected
@@ -147,6 +160,10 @@ def with_stage(task: Task, **changes: Any) -> Task:
     return replace(task, plan=replace(task.plan, stages=(replace(task.plan.stages[0], **changes),)))
 
 
+def with_rate(learning_rate: float) -> Callable[[Task], Task]:
+    return lambda task: replace(task, training=replace(task.training, learning_rate=learning_rate))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,6 +173,9 @@ def with_stage(task: Task, **changes: Any) -> Task:
         (lambda task: with_stage(task, build_batch=0), "cannot be"),
         (lambda task: replace(task, training=replace(task.training, batch=0)), "batches of 0"),
         (lambda task: replace(task, training=replace(task.training, local_epochs=0)), "0 epochs"),
+        (with_rate(math.nan), "learning rate nan, momentum"),
+        (with_rate(math.inf), "learning rate inf, momentum"),
+        (lambda task: replace(task, model=replace(task.model, std=(-math.inf,))), r"std \(-inf,\) cannot be"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_refused(
@@ -254,7 +274,7 @@ def test_a_graph_of_a_size_that_no_model_has_is_refused(
     server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, graph_bytes=size), pb.Task))
 
     async def scene(transport: GrpcTransport) -> None:
-        with pytest.raises(ProtocolError, match="a graph of"):
+        with pytest.raises(ProtocolError, match="graph"):
             await transport.next_task(REPORT, 30)
 
     against(server, tmp_path, scene)
@@ -367,3 +387,102 @@ def test_a_call_that_the_server_lacks_is_not_taken_for_an_outage(tmp_path: Path)
             raise AssertionError
 
     against(Bare(tmp_path), tmp_path, scene)
+
+
+@dataclass
+class Aborting(Server):
+    """Ends every call that hands out tasks or takes an update with one status."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+
+    async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
+        await context.abort(self.code, self.details)
+        raise AssertionError
+
+    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Any) -> pb.UploadOffsetReply:
+        await context.abort(self.code, self.details)
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("UNAVAILABLE", UnreachableError),
+        ("DEADLINE_EXCEEDED", UnreachableError),
+        ("CANCELLED", UnreachableError),
+        ("RESOURCE_EXHAUSTED", BusyError),
+        ("ABORTED", ServerError),
+        ("INTERNAL", ServerError),
+        ("UNKNOWN", ServerError),
+        ("DATA_LOSS", ServerError),
+        ("INVALID_ARGUMENT", TransportError),
+        ("FAILED_PRECONDITION", TransportError),
+        ("NOT_FOUND", TransportError),
+        ("UNIMPLEMENTED", TransportError),
+    ],
+)
+def test_every_status_says_whether_to_try_again(
+    server: Server,
+    tmp_path: Path,
+    make_result: Callable[..., tuple[Result, Path]],
+    code: str,
+    kind: type[TransportError],
+) -> None:
+    entry = Outbox(tmp_path).put(*make_result("t1", b"x"))
+
+    async def scene(transport: GrpcTransport) -> None:
+        for call in (transport.next_task(REPORT, 1), transport.deliver(entry)):
+            with pytest.raises(TransportError, match="so it is") as caught:
+                await call
+            assert type(caught.value) is kind
+            assert isinstance(caught.value, TemporaryError) == (kind is not TransportError)
+
+    against(Aborting(server.weights, code=grpc.StatusCode[code], details="so it is"), tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    ("details", "after_s"),
+    [
+        ("the disk has 12 MB free, 80 MB are needed; come back in 20 s", 20.0),
+        ("too many uploads; come back in 2.5 s", 2.5),
+        ("the disk is full", None),
+        ("come back in 20 s, or so", None),
+        ("too much; come back in 99999999999999999999 s", None),
+    ],
+)
+def test_a_busy_coordinator_says_when_to_come_back(
+    server: Server, tmp_path: Path, details: str, after_s: float | None
+) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(BusyError) as caught:
+            await transport.next_task(REPORT, 1)
+        assert (str(caught.value), caught.value.after_s) == (f"{transport.address}: {details}", after_s)
+
+    busy = Aborting(server.weights, code=grpc.StatusCode.RESOURCE_EXHAUSTED, details=details)
+    against(busy, tmp_path, scene)
+
+
+def test_a_message_that_is_too_large_is_not_taken_for_a_busy_coordinator(server: Server, tmp_path: Path) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(TransportError, match="larger than max") as caught:
+            await transport.next_task(replace(REPORT, name="x" * (5 << 20)), 1)
+        assert not isinstance(caught.value, TemporaryError)
+
+    against(server, tmp_path, scene)
+
+
+def test_a_file_that_cannot_be_kept_or_read_says_where(
+    server: Server, tmp_path: Path, big_task: Task, make_result: Callable[..., tuple[Result, Path]]
+) -> None:
+    entry = Outbox(tmp_path).put(*make_result("t1", b"x"))
+    (entry.folder / "part-0000.safetensors").unlink()
+    (tmp_path / "weights").touch()
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(DiskError, match=r"cannot be fetched and kept: .*/weights: File exists"):
+            await transport.fetch_weights(big_task)
+        with pytest.raises(DiskError, match=r"part-0000\.safetensors cannot be read: .*No such file"):
+            await transport.deliver(entry)
+
+    against(server, tmp_path, scene)

@@ -5,6 +5,9 @@ The protocol between coordinator and devices. A device always calls; the coordin
 devices sit behind NAT. Messages that carry core types have the same field names as their dataclasses in
 fedepth/ (plan.py, costs.py, budget.py, task.py), which document every field. Units are in the names. Fields are
 only ever added.
+
+RESOURCE_EXHAUSTED from any call means that the coordinator is busy, such as for want of disk space. Its text says why,
+and may end with "; come back in 20 s"; the device should keep what it has and not call again sooner.
 """
 
 from collections import abc as _abc
@@ -106,6 +109,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_DATA: _Outcome.ValueType  # 4
     OUTCOME_MODEL: _Outcome.ValueType  # 5
     OUTCOME_ERROR: _Outcome.ValueType  # 6
+    OUTCOME_DIVERGED: _Outcome.ValueType  # 7
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
 
@@ -116,6 +120,7 @@ OUTCOME_TRAINER_DIED: Outcome.ValueType  # 3
 OUTCOME_DATA: Outcome.ValueType  # 4
 OUTCOME_MODEL: Outcome.ValueType  # 5
 OUTCOME_ERROR: Outcome.ValueType  # 6
+OUTCOME_DIVERGED: Outcome.ValueType  # 7
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
@@ -198,6 +203,8 @@ class DeviceReport(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     FEDEPTH_VERSION_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -205,6 +212,8 @@ class DeviceReport(_message.Message):
     accelerator: _builtins.str
     software: _builtins.str
     fedepth_version: _builtins.str
+    instance: _builtins.str
+    hostname: _builtins.str
     @_builtins.property
     def budget(self) -> Global___Budget: ...
     @_builtins.property
@@ -224,10 +233,12 @@ class DeviceReport(_message.Message):
         software: _builtins.str = ...,
         fedepth_version: _builtins.str = ...,
         calibration: Global___Calibration | None = ...,
+        instance: _builtins.str = ...,
+        hostname: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "name", b"name", "sample_count", b"sample_count", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -813,18 +824,23 @@ Global___NextTaskReply: _TypeAlias = NextTaskReply  # noqa: Y015
 
 @_typing.final
 class RetryLater(_message.Message):
+    """`reason` says to a person why there is nothing to do now, such as "waiting for 1 more of 2 devices"; it may be empty."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     retry_after_ms: _builtins.int
+    reason: _builtins.str
     def __init__(
         self,
         *,
         retry_after_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,23 +870,28 @@ Global___JobFinished: _TypeAlias = JobFinished  # noqa: Y015
 
 @_typing.final
 class Rejected(_message.Message):
-    """The device cannot take part as it is; `message` says why. It may ask again after `retry_after_ms`."""
+    """The device cannot take part as it is; `message` says why. It may ask again after `retry_after_ms`. `reason` is a short
+    name of what the device can explain further, or empty: "clone" for another live agent with the same device id.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     message: _builtins.str
     retry_after_ms: _builtins.int
+    reason: _builtins.str
     def __init__(
         self,
         *,
         message: _builtins.str = ...,
         retry_after_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1127,7 +1148,7 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Refused(_message.Message):
-    """`reason` is a short name for counting (see fedepth.errors.UpdateError, and "late" for a round that is closed)."""
+    """`reason` is a short name for counting (see fedepth.errors.UpdateError)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1195,6 +1216,9 @@ class JobStatusReply(_message.Message):
     ACCURACY_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     ONNX_PATH_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    UNPUBLISHED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     phase: _builtins.str
     round: _builtins.int
@@ -1203,6 +1227,12 @@ class JobStatusReply(_message.Message):
     accuracy: _builtins.float
     weights_digest: _builtins.str
     onnx_path: _builtins.str
+    message: _builtins.str
+    """why the job is paused, or what it waits for"""
+    epsilon: _builtins.float
+    """of differential privacy, spent so far; 0 without it"""
+    unpublished: _builtins.int
+    """rounds whose model was not published"""
     def __init__(
         self,
         *,
@@ -1214,10 +1244,13 @@ class JobStatusReply(_message.Message):
         accuracy: _builtins.float = ...,
         weights_digest: _builtins.str = ...,
         onnx_path: _builtins.str = ...,
+        message: _builtins.str = ...,
+        epsilon: _builtins.float = ...,
+        unpublished: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "devices", b"devices", "job", b"job", "onnx_path", b"onnx_path", "phase", b"phase", "round", b"round", "rounds", b"rounds", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "devices", b"devices", "epsilon", b"epsilon", "job", b"job", "message", b"message", "onnx_path", b"onnx_path", "phase", b"phase", "round", b"round", "rounds", b"rounds", "unpublished", b"unpublished", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

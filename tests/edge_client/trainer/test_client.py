@@ -52,3 +52,14 @@ def test_what_does_not_say_ready_is_ended(line: str) -> None:
     argv = [sys.executable, "-c", f"print({line!r}, flush=True); input()"]
     with pytest.raises(ChildError, match="did not say that it is ready"):
         asyncio.run(TrainerProcess.start(TrainerConfig(), argv))
+
+
+def test_a_trainer_that_cannot_be_started_is_an_error_of_the_child() -> None:
+    with pytest.raises(ChildError, match="the trainer cannot be started: No such file or directory"):
+        asyncio.run(TrainerProcess.start(TrainerConfig(), ["/does/not/exist"]))
+
+
+def test_a_line_without_end_is_an_error_of_the_child() -> None:
+    argv = [sys.executable, "-c", "print('x' * (5 << 20), flush=True)"]
+    with pytest.raises(ChildError, match="wrote a line of more than 4194304 bytes"):
+        asyncio.run(TrainerProcess.start(TrainerConfig(), argv))
