@@ -123,7 +123,7 @@ def run(folder: Path, optimizer: str, data: Path | None) -> dict[str, Any]:
     (update,) = federation.updates
     (device,) = federation.devices
     state = folder / "federation" / "coordinator"
-    initial = state / "weights" / "round-0000.safetensors"
+    (initial,) = (state / "weights").glob("round-0000-*.safetensors")
     return {
         "optimizer": optimizer,
         "images": IMAGES,

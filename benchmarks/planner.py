@@ -41,7 +41,8 @@ from fedepth.budget import Budget
 from fedepth.costs import Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.errors import PlanError
 from fedepth.files import file_digest
-from fedepth.job import JobConfig, model_spec
+from fedepth.job import model_spec
+from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import Policy
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak

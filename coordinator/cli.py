@@ -17,11 +17,15 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from fedepth.errors import FedepthError, StateError, TransportError
+from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
+from fedepth.files import NOT_JSON
+from fedepth.printable import printable, quoted
 from fedepth.sizes import format_size
 
 CALL_S = 10.0
+_STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
 app = typer.Typer(
     name="fedepth-coordinator",
@@ -33,6 +37,24 @@ app = typer.Typer(
 )
 
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
+DatabaseOption = Annotated[
+    str,
+    typer.Option(
+        "--database",
+        envvar="FEDEPTH_DATABASE",
+        show_default=False,
+        help="postgresql:// URL of the job's record; default: SQLite in --state.",
+    ),
+]
+FilesOption = Annotated[
+    str,
+    typer.Option(
+        "--files",
+        envvar="FEDEPTH_FILES",
+        show_default=False,
+        help="s3:// URL of the job's files; default: --state.",
+    ),
+]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
 AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -50,6 +72,8 @@ def serve_command(
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
+    database: DatabaseOption = "",
+    files: FilesOption = "",
 ) -> None:
     """Serve a job to devices. To resume after a stop or a crash, run it again with the same --state."""
     from coordinator.model_worker.client import ModelWorker
@@ -59,7 +83,7 @@ def serve_command(
     from fedepth.logs import configure_logs
 
     configure_logs(renderer(json_logs))
-    options = ServeOptions(state, host, port, port_file, exit_when_done)
+    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files)
 
     async def run() -> None:
         await serve(load_config(config), options, ModelWorker())
@@ -76,9 +100,15 @@ def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonO
         print(json.dumps(fields))
         return
     accuracy = f"{reply.accuracy:.2%}" if reply.accuracy >= 0 else "unknown"
-    print(f"{reply.job}: round {reply.round} of {reply.rounds}, {reply.phase}, {reply.devices} devices")
     onnx = reply.onnx_path or "not exported yet"
-    print(f"accuracy {accuracy}, weights {reply.weights_digest[:12]}, ONNX {onnx}")
+    print(printable(f"{reply.job}: round {reply.round} of {reply.rounds}, {reply.phase}, {reply.devices} devices"))
+    print(printable(f"accuracy {accuracy}, weights {reply.weights_digest[:12]}, ONNX {onnx}"))
+    if reply.epsilon > 0:
+        print(f"privacy spent: epsilon {reply.epsilon:.3g}")
+    if reply.unpublished:
+        print(f"not published: {reply.unpublished} rounds; see fedepth-coordinator record")
+    if reply.message:
+        print(printable(reply.message))
 
 
 @app.command(
@@ -90,11 +120,13 @@ def export_command(
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    database: DatabaseOption = "",
+    files: FilesOption = "",
 ) -> None:
     """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed."""
     from fedepth.job import load_config
 
-    answer = asyncio.run(_export(load_config(config), state, round_number, output))
+    answer = asyncio.run(_export(load_config(config), state, round_number, output, database, files))
     print(
         f"{answer['path']}: {answer['size_bytes']} bytes, largest difference {answer['parity_max_abs']:.1e} "
         f"over {answer['samples']} samples, same top answer: {'yes' if answer['top1_equal'] else 'no'}"
@@ -111,15 +143,17 @@ def watch_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOp
             if as_json:
                 print(line, flush=True)
             else:
-                console.print(describe(json.loads(line)), markup=False)
+                console.print(describe(_event(line)), markup=False)
 
     asyncio.run(run())
 
 
 @app.command("record", epilog="Example: fedepth-coordinator record --state runs/job --json")
-def record_command(state: StateOption, as_json: JsonOption = False) -> None:
+def record_command(
+    state: StateOption, as_json: JsonOption = False, database: DatabaseOption = "", files: FilesOption = ""
+) -> None:
     """Show rounds, accuracy, and the predicted and measured memory of every stage on every device."""
-    record = read_record(state)
+    record = read_record(state, database, files)
     if as_json:
         print(msgspec.json.encode(record).decode())
     else:
@@ -127,23 +161,65 @@ def record_command(state: StateOption, as_json: JsonOption = False) -> None:
             Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def read_record(state: Path) -> dict[str, Any]:
-    """The whole record of a job, from its state directory: "job", "rounds", "updates", "failures".
+@app.command("backup", epilog="Example: fedepth-coordinator backup --state runs/job --output backups/job-1")
+def backup_command(
+    state: StateOption,
+    output: Annotated[Path, typer.Option(help="Folder to write the copy to; it must be empty or missing.")],
+    database: DatabaseOption = "",
+    files: FilesOption = "",
+) -> None:
+    """Copy what a job needs to go on: its record, the weights in force, waiting updates. The job may be running."""
+    from coordinator.store.records import Store
+
+    store = Store.read(state, database=database, files=files)
+    try:
+        made = store.backup(output)
+    finally:
+        store.close()
+    print(
+        f"{output}: job {made.job} after round {made.round}, {made.updates} updates of the next, "
+        f"files of {format_size(made.size_bytes)}"
+    )
+    if made.has_record:
+        print(f"to go on from it: fedepth-coordinator serve --state {output} --config JOB.toml")
+    else:
+        print("the record is not in it: copy the database with pg_dump now, before another round closes")
+
+
+@app.command("rollback", epilog="Example: fedepth-coordinator rollback --state runs/job --round 3")
+def rollback_command(
+    state: StateOption,
+    round_number: Annotated[int, typer.Option("--round", min=0, help="Round whose weights are in force again.")],
+    database: DatabaseOption = "",
+    files: FilesOption = "",
+) -> None:
+    """Take back all rounds after one, and end a pause. The coordinator must be stopped."""
+    from coordinator.store.records import Store
+
+    store = Store.open_to_repair(state, database=database, files=files)
+    try:
+        record = store.rollback(round_number)
+    finally:
+        store.close()
+    print(f"round {record.round} is the last one again, with weights {record.digest[:12]}; serve to go on from there")
+
+
+def read_record(state: Path, database: str = "", files: str = "") -> dict[str, Any]:
+    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures".
 
     Raises:
         StateError: the directory holds no job.
     """
     from coordinator.store.records import Store
 
-    store = Store.read(state)
+    store = Store.read(state, database=database, files=files)
     try:
         names = store.device_names()
-        finished = store.rounds()
-        last = finished[-1].round + 1 if finished else 0
-        updates = [result for number in range(1, last + 1) for result in store.updates_of(number)]
+        updates = store.updates()
         return {
             "job": store.job_name,
-            "rounds": finished,
+            "rounds": store.rounds(),
+            "superseded": store.superseded_rounds(),
             "updates": [{"device": names.get(each.device_id, each.device_id), "result": each} for each in updates],
             "failures": store.failure_counts(),
         }
@@ -152,17 +228,17 @@ def read_record(state: Path) -> dict[str, Any]:
 
 
 def describe(event: dict[str, Any]) -> str:
-    """An event in one line for people: its name, then its fields."""
+    """An event in one line for people: its name, then its fields; stages in lines of their own."""
     name = event.pop("event", "?")
     event.pop("time", None)
     stages = event.pop("stages", [])
-    text = " ".join(f"{key}={value}" for key, value in event.items())
+    text = printable(" ".join(f"{key}={value}" for key, value in event.items()))
     for stage in stages:
         text += (
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
             f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
-    return f"{name:<16} {text}"
+    return f"{printable(str(name)):<16} {text}"
 
 
 def main() -> None:
@@ -191,44 +267,53 @@ async def _watch(address: str) -> AsyncIterator[str]:
             raise _unreachable(address, error) from None
 
 
+def _event(line: str) -> dict[str, Any]:
+    try:
+        event = msgspec.json.decode(line, type=dict[str, Any])
+        stages = msgspec.convert(event.get("stages", []), list[dict[str, Any]])
+        return event | {"stages": [{key: int(stage[key]) for key in _STAGE_FIELDS} for stage in stages]}
+    except (*NOT_JSON, KeyError, TypeError, ValueError, OverflowError):
+        raise ProtocolError(f"the coordinator sent an event that cannot be shown: {quoted(line)}") from None
+
+
 def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
     return TransportError(
-        f"no answer from a coordinator at {address} ({error.code().name}: {error.details()}); is it running there?"
+        f"no answer from a coordinator at {address} ({error.code().name}: {printable(error.details() or '')}); "
+        "is it running there?"
     )
 
 
-async def _export(config: Any, state: Path, round_number: int | None, output: Path) -> dict[str, Any]:
+async def _export(
+    config: Any, state: Path, round_number: int | None, output: Path, database: str, files: str
+) -> dict[str, Any]:
     from coordinator.global_model import export_fields
     from coordinator.model_worker.client import ModelWorker
     from coordinator.store.records import Store
 
-    store = Store.read(state)
+    store = Store.read(state, database=database, files=files)
     models = ModelWorker()
     try:
-        done = {record.round: record for record in store.rounds()}
-        if not done:
+        kept = store.kept_rounds()
+        if not kept:
             raise StateError(f"{state} holds no weights yet; start the coordinator on it first")
-        wanted = max(done) if round_number is None else round_number
-        if wanted not in done:
-            raise StateError(f"{state} holds rounds 0 to {max(done)}, not {wanted}; choose another --round")
+        wanted = kept[-1] if round_number is None else store.kept_round(round_number)
         output.parent.mkdir(parents=True, exist_ok=True)
-        return await models.request("export", **export_fields(config, store, done[wanted], str(output)))
+        return await models.request("export", **export_fields(config, store, wanted, str(output)))
     finally:
         await models.stop()
         store.close()
 
 
 def _tables(record: dict[str, Any]) -> list[Table]:
-    overview = Table("round", "devices", "samples", "accuracy", "loss", "ONNX", title=record["job"])
-    for done in record["rounds"]:
-        known = done.accuracy >= 0
+    overview = Table("round", "devices", "samples", "accuracy", "loss", "ONNX", title=_plain(record["job"]))
+    for done in (*record["superseded"], *record["rounds"]):
         overview.add_row(
-            str(done.round),
+            f"{done.round} (taken back)" if done.superseded else str(done.round),
             str(done.devices),
             str(done.samples),
-            f"{done.accuracy:.2%}" if known else "",
-            f"{done.loss:.4f}" if known else "",
-            done.export_path,
+            "" if done.accuracy is None else f"{done.accuracy:.2%}",
+            "" if done.loss is None else f"{done.loss:.4f}",
+            _plain(done.export_path if done.published else f"not published: {done.note}"),
         )
     columns = (
         "round",
@@ -248,7 +333,7 @@ def _tables(record: dict[str, Any]) -> list[Table]:
         for stage in result.stages:
             stages.add_row(
                 str(result.round),
-                update["device"],
+                _plain(update["device"]),
                 f"{stage.first}-{stage.last}",
                 str(stage.micro_batch),
                 format_size(stage.predicted_peak_bytes),
@@ -260,5 +345,10 @@ def _tables(record: dict[str, Any]) -> list[Table]:
             )
     failures = Table("what", "times", title="failures and refusals")
     for what, times in record["failures"].items():
-        failures.add_row(what, str(times))
+        failures.add_row(_plain(what), str(times))
     return [overview, stages, failures]
+
+
+def _plain(text: str) -> Text:
+    """For a table, which would take [red] in a name for markup."""
+    return Text(printable(text))

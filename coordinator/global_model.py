@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import structlog
 
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
-from coordinator.store.records import Prepared, RoundRecord, Store
-from fedepth.errors import FedepthError, StateError
-from fedepth.job import JobConfig, model_spec, training_spec
+from coordinator.soundness import Evaluation, objection, pause
+from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord, Sealed
+from coordinator.store.records import Store
+from fedepth.errors import DamagedUpdateError, FedepthError, NotFiniteError, StateError, UnavailableError
+from fedepth.files import disk_errors
+from fedepth.job import aggregation_rule, model_spec, training_spec
+from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
+from fedepth.task import Result
+
+DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
 
 _log = structlog.get_logger()
-
-Update = tuple[tuple[Path, ...], float]  # the parts of an update, and its weight in the average
 
 
 async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
@@ -32,7 +38,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     await asyncio.to_thread(store.verify_latest)
     known = store.prepared()
     started = store.latest_round() is not None
-    if known is not None and started and known.training == training:
+    if known is not None and started and (known.training, known.version) == (training, PREPARED_VERSION):
         return known
     partial = store.directory / "weights" / "initial.partial"
     answer = await models.request(
@@ -47,26 +53,31 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     for note in answer["notes"]:
         _log.info("model", note=note)
     layout = msgspec.convert(answer["layout"], ModelLayout)
-    prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"])
+    prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION)
     store.record_prepared(prepared)
     if started:
         partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
     else:
-        record = await asyncio.to_thread(store.seal_weights, partial, 0, 0, 0)
-        if record.digest != answer["digest"]:
-            raise StateError(f"initial weights have sha256 {record.digest[:12]}…, the model worker said otherwise")
-        store.record_round(record)
+        sealed = await asyncio.to_thread(store.seal_weights, partial, 0)
+        if sealed.digest != answer["digest"]:
+            raise StateError(f"initial weights have sha256 {sealed.digest[:12]}…, the model worker said otherwise")
+        store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
     return prepared
 
 
 class GlobalModel:
     """The weights that devices are given, and what becomes of them. `record` is the latest finished round."""
 
-    def __init__(self, config: JobConfig, store: Store, models: Models, events: Events) -> None:
+    def __init__(
+        self, config: JobConfig, store: Store, models: Models, events: Events, parameters: frozenset[str]
+    ) -> None:
+        """`parameters`: the names of the model's trainable parameters."""
         self._config = config
         self._store = store
         self._models = models
         self._events = events
+        self._parameters = parameters
+        self._failed: set[tuple[str, int]] = set()  # what is not tried again before the next start
         self.record = self._latest()
 
     def _latest(self) -> RoundRecord:
@@ -75,65 +86,221 @@ class GlobalModel:
             raise StateError(f"{self._store.directory} has no weights to begin with")
         return record
 
-    async def average(self, round_number: int, updates: Sequence[Update], samples: int) -> None:
-        """Replaces the weights by the mean of `updates`, on disk and recorded.
+    def path(self) -> Path:
+        """Where the weights in force lie. They were hashed when they were put there, or at the start."""
+        found = self._store.find_weights(self.record.digest)
+        if found is None:
+            raise StateError(f"{self._store.directory} has no weights {self.record.digest[:12]}…")
+        return self._store.files.weights(found.round, found.digest)
+
+    async def close(self, number: int, results: Sequence[Result], paths: Callable[[Result], tuple[Path, ...]]) -> None:
+        """Combines a round's updates, evaluates what comes of them, and records the round: with the new weights in
+        force, or with those of before where the new ones are not sound. Can be done again after any failure.
 
         Raises:
-            FedepthError: they cannot be averaged or recorded; the weights before stand.
+            UnavailableError: something cannot be written now.
+            FedepthError: they cannot be combined; the weights before stand.
         """
-        store = self._store
-        partial = store.files.partial_weights(round_number)
-        await asyncio.to_thread(average_updates, store.files.weights(self.record.round), updates, partial)
-        record = await asyncio.to_thread(store.seal_weights, partial, round_number, len(updates), samples)
-        store.record_round(record)
+        store, before = self._store, self.record
+        base = await asyncio.to_thread(store.weights_of, before)
+        partial = store.files.partial_weights(number)
+        sound, note = await asyncio.to_thread(self._combine, number, base, results, paths, partial)
+        found = None if note else await self._evaluate(number, partial)
+        if found is not None:
+            note = objection(found, before.accuracy, self._config.guard)
+        aside = ""
+        in_force: Sealed | RoundRecord = before
+        if partial.exists():
+            sealed = await asyncio.to_thread(store.seal_weights, partial, number)
+            in_force, aside = (before, sealed.digest) if note else (sealed, "")
+        record = RoundRecord(
+            round=number,
+            digest=in_force.digest,
+            size_bytes=in_force.size_bytes,
+            closed_at=time.time(),
+            devices=len(sound),
+            samples=sum(result.sample_count for result in sound),
+            accuracy=None if found is None else found.accuracy,
+            loss=None if found is None else found.loss,
+            published=not note,
+            note=note,
+            aside_digest=aside,
+            epsilon=await asyncio.to_thread(self._spent_epsilon, number),
+        )
+        await asyncio.to_thread(store.record_round, record)
         self.record = record
-        self._events.send("round_closed", round=round_number, updates=len(updates), samples=samples)
+        self._tell(record, [store.device_name(result.device_id) for result in sound])
 
-    async def evaluate(self) -> None:
-        """Accuracy on the job's test data. A failure is logged; the round stands without it."""
-        weights = self.record
+    def _combine(
+        self,
+        number: int,
+        base: Path,
+        results: Sequence[Result],
+        paths: Callable[[Result], tuple[Path, ...]],
+        output: Path,
+    ) -> tuple[list[Result], str]:
+        """Writes the new weights to `output`. Returns the updates in them, and why there are no weights, if so.
+
+        A part that is no longer what was accepted is fetched again where there is another copy. Where there is none,
+        the update is lost for good, since its device has let go of it: what is left is combined without it, and it is
+        told.
+        """
+        sound = list(results)
+        for _ in range(DAMAGED_TRIES):
+            if not sound:
+                break
+            try:
+                notes = combine(self._config, base, self.record.digest, sound, paths, self._parameters, output)
+            except NotFiniteError as error:
+                return sound, str(error)
+            except DamagedUpdateError as error:
+                damaged = set(error.paths)
+                sound = [each for each in sound if damaged.isdisjoint(paths(each)) or self._fetched(number, each)]
+                continue
+            for note in notes:
+                self._events.send("log", message=f"round {number}: {note}")
+            return sound, ""
+        return [], "the updates of the round are damaged on the coordinator's disk"
+
+    def _fetched(self, number: int, result: Result) -> bool:
+        try:
+            self._store.fetch_parts(result)
+        except UnavailableError:
+            raise
+        except StateError as error:
+            device = self._store.device_name(result.device_id)
+            self._events.send("update_damaged", round=number, device=device, task_id=result.task_id, message=str(error))
+            return False
+        return True
+
+    def _spent_epsilon(self, number: int) -> float | None:
+        """The differential privacy that rounds 1 to `number` have spent, published or not: they were evaluated."""
+        privacy = self._config.privacy
+        if privacy is None:
+            return None
+        from fedepth.aggregation.privacy import spent_epsilon
+
+        return spent_epsilon(privacy.noise_multiplier, number, privacy.delta)
+
+    def why_paused(self) -> str:
+        """Why no other round is to begin, as the record says; empty if one may."""
+        guard = self._config.guard
+        return pause(self._store.rounds(guard.pause_after), guard)
+
+    def _tell(self, record: RoundRecord, devices: Sequence[str]) -> None:
+        if record.published:
+            self._events.send("round_closed", round=record.round, updates=record.devices, samples=record.samples)
+        else:
+            self._events.send("not_published", round=record.round, reason=record.note, devices=devices)
+        if record.accuracy is not None:
+            self._events.send("evaluated", round=record.round, accuracy=record.accuracy, loss=record.loss)
+
+    async def make_up(self) -> None:
+        """Evaluates and exports what a crash or a failure has left out, of the rounds whose weights are kept.
+
+        Each is tried once from start to start: a failure is logged, and the job goes on without it.
+        """
+        for record in self._store.kept_rounds():
+            if record.round > 0 and record.accuracy is None and ("evaluate", record.round) not in self._failed:
+                weights = await asyncio.to_thread(self._store.weights_of, record)
+                found = await self._evaluate(record.round, weights)
+                if found is not None:
+                    self._store.set_evaluation(record.round, found.accuracy, found.loss)
+                    self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
+            if self._is_due(record) and ("export", record.round) not in self._failed:
+                await self._export(record)
+        self.record = self._latest()
+
+    def _is_due(self, record: RoundRecord) -> bool:
+        every, last = self._config.export.every, self._config.job.rounds
+        due = record.round >= last or (record.round > 0 and every and record.round % every == 0)
+        # Where the last rounds were not published, the job's result is that of the round before them.
+        due = due or (self.record.round >= last and record.digest == self.record.digest)
+        return bool(due) and not record.export_path
+
+    async def _evaluate(self, number: int, weights: Path) -> Evaluation | None:
+        """What these weights do on the job's test data; None if that cannot be found out, which is logged."""
         try:
             answer = await self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
                 graph=str(self._store.files.graph()),
-                weights=str(self._store.files.weights(weights.round)),
+                weights=str(weights),
                 test_data=self._config.test.data,
             )
+        except UnavailableError:
+            raise
         except FedepthError as error:
-            self._events.send("log", message=f"round {weights.round} could not be evaluated: {error}")
-            return
-        self._store.set_evaluation(weights.round, answer["accuracy"], answer["loss"])
-        self.record = self._latest()
-        self._events.send("evaluated", round=weights.round, accuracy=answer["accuracy"], loss=answer["loss"])
+            self._failed.add(("evaluate", number))
+            self._events.send("log", message=f"round {number} could not be evaluated: {error}")
+            return None
+        return Evaluation(answer["accuracy"], answer["loss"])
 
-    async def export(self) -> None:
-        """ONNX with its parity report. A failure is logged; `fedepth-coordinator export` tries again."""
-        weights = self.record
+    async def _export(self, record: RoundRecord) -> None:
+        """ONNX with its parity report. After a failure `fedepth-coordinator export` may be tried."""
         try:
-            answer = await self._models.request("export", **export_fields(self._config, self._store, weights))
+            fields = await asyncio.to_thread(export_fields, self._config, self._store, record)
+            answer = await self._models.request("export", **fields)
+        except UnavailableError:
+            raise
         except FedepthError as error:
-            self._events.send("log", message=f"round {weights.round} could not be exported: {error}")
+            self._failed.add(("export", record.round))
+            self._events.send("log", message=f"round {record.round} could not be exported: {error}")
             return
-        self._store.set_export(weights.round, answer["path"], answer["parity_max_abs"])
-        self.record = self._latest()
+        self._store.set_export(record.round, answer["path"], answer["parity_max_abs"])
         self._events.send(
             "exported",
-            round=weights.round,
+            round=record.round,
             path=answer["path"],
             parity_max_abs=answer["parity_max_abs"],
             samples=answer["samples"],
         )
 
 
-def average_updates(base: Path, updates: Sequence[Update], output: Path) -> None:
-    """Writes the mean of updates, each given by its parts and its weight, to `output`."""
-    from fedepth.aggregation.mean import (  # numpy: only when there is something to average
-        ClientUpdate,
-        average,
-    )
+def combine(
+    config: JobConfig,
+    base: Path,
+    base_digest: str,
+    results: Sequence[Result],
+    paths: Callable[[Result], tuple[Path, ...]],
+    parameters: frozenset[str],
+    output: Path,
+) -> list[str]:
+    """Writes what the job's rule makes of updates to `output`, and returns what there is to tell of it.
 
-    average(base, [ClientUpdate(parts, weight) for parts, weight in updates], output)
+    Raises:
+        NotFiniteError: a new value would be no finite number; nothing is written.
+        DiskError: it cannot be written now.
+        StateError: an update does not fit the weights, or the weights are damaged.
+    """
+    # numpy: only when there is something to combine
+    from fedepth.aggregation.aggregate import aggregate
+    from fedepth.aggregation.updates import ClientUpdate
+
+    training = training_spec(config, 1)
+    updates = [
+        ClientUpdate(
+            paths(result),
+            float(result.sample_count),
+            tuple(part.digest for part in result.parts),
+            result.steps(training),
+        )
+        for result in results
+    ]
+    with disk_errors("the average cannot be written", output):
+        told = aggregate(
+            base, updates, output, aggregation_rule(config), parameters=parameters, base_digest=base_digest
+        )
+    names = [result.device_id for result in results]
+    notes = [
+        f"the {each.kind} of {names[each.update]} changed by {each.change:.3g}, and count as if by {each.bound:.3g}"
+        for each in told.clipped
+    ]
+    if told.left_out:
+        notes.append(f"left out, being far from the others: {', '.join(names[index] for index in told.left_out)}")
+    if told.unjudged:
+        notes.append(f"taken without being judged, for want of others: {', '.join(names[i] for i in told.unjudged)}")
+    return [*notes, *told.notes]
 
 
 def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output: str = "") -> dict[str, Any]:
@@ -141,7 +308,7 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
     return {
         "model": model_spec(config),
         "graph": str(store.files.graph()),
-        "weights": str(store.files.weights(weights.round)),
+        "weights": str(store.weights_of(weights)),
         "weights_digest": weights.digest,
         "job": config.job.name,
         "round": weights.round,

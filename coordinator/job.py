@@ -1,4 +1,9 @@
-"""A job in progress: feeds what happens into the state machine of `rounds`, and does what comes out of it."""
+"""One job: what devices do goes in, the state machine decides, and what follows is recorded, applied and told.
+
+The order is the point (see `apply`): a change is recorded, then the new state is taken over, then whoever waits or
+watches is told. Nothing that tells can fail. What cannot be recorded has not happened: a device is asked to come back,
+and what the job itself was to do is tried again until it succeeds.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +14,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from coordinator import rounds
+from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.plans import Plans
+from coordinator.presence import Presence
 from coordinator.round_events import (
     Action,
-    CloseRound,
-    DeviceWaiting,
+    Asked,
+    EndTask,
     Event,
     GiveTask,
-    Left,
     Log,
-    LoseTask,
     Progressed,
     RoundDone,
     StartRound,
     TaskFailed,
     Tick,
-    UpdateRecorded,
 )
-from coordinator.store.records import Prepared, Store, TaskRecord
+from coordinator.rounds import Phase
+from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
-from fedepth.errors import UpdateError
-from fedepth.job import JobConfig, model_spec, policy, training_spec
+from fedepth.errors import JobError, UnavailableError, UpdateError
+from fedepth.job import model_spec, policy, training_spec
+from fedepth.job_sections import JobConfig
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
-from fedepth.task import DeviceReport, Failure, Progress, Result, Task
+from fedepth.sizes import format_size
+from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 TICK_S = 0.2
+REMIND_S = 60.0  # how often trouble with the storage is told
+LONGEST_PAUSE_S = 20.0
+SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
 
 _STANDINGS = {
     "given": rounds.Standing.OPEN,
+    "accepted": rounds.Standing.OPEN,  # that its update is recorded is known from the update
     "lost": rounds.Standing.EXPIRED,
-    "accepted": rounds.Standing.ACCEPTED,
     "failed": rounds.Standing.FAILED,
     "refused": rounds.Standing.FAILED,
 }
-
-_log = structlog.get_logger()
+# What a device would run into again with the same task, whatever else it does.
+_FINAL = {Outcome.DIVERGED, Outcome.MODEL}
 
 
 @dataclass
@@ -76,6 +84,7 @@ class Job:
         self.config = config
         self.store = store
         self.events = Events()
+        self.fleet = Fleet(store, self.events, config.limits.devices, clock)
         self.model = model_spec(config)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
@@ -83,16 +92,27 @@ class Job:
         self._prepared = prepared
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
-        self._names = store.device_names()
-        self._reports: dict[str, DeviceReport] = {}
-        self._closing: CloseRound | None = None
+        self._to_tidy = True
+        self._doubtful = False  # an update may be recorded of which we were told that it could not be
+        self._trouble_told = float("-inf")
         self._wake = asyncio.Event()
-        self.weights = GlobalModel(config, store, models, self.events)
-        self.state = self._restore()
-        self.uploads = Uploads(store, prepared.layout, lambda task_id: rounds.accepts(self.state, task_id))
+        self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
+        self.presence = Presence(config.job.lease_s)
+        self._recorded = set(store.accepted_ids(self.weights.record.round + 1))
+        self.facts = rounds.Facts(self._recorded, self.presence)
+        self.state = self._restored()
+        self.uploads = Uploads(
+            store,
+            prepared.layout,
+            self.accepts,
+            self.check_room,
+            self.weights.path,
+            training_spec(config, 1),
+            config.guard.learn_norms and config.privacy is None,  # under which nothing may depend on other updates
+        )
 
-    def _restore(self) -> rounds.State:
-        job = self.config.job
+    def _restored(self) -> rounds.State:
+        job, finished = self.config.job, self.weights.record.round
         rules = rounds.Rules(
             rounds=job.rounds,
             devices_per_round=job.devices_per_round,
@@ -105,9 +125,13 @@ class Job:
         )
         kept = [
             rounds.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
-            for task in self.store.tasks_of(self.weights.record.round + 1)
+            for task in self.store.tasks_of(finished + 1)
         ]
-        return rounds.restore(rules, self.weights.record.round, kept, self._clock())
+        return rounds.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
+
+    def accepts(self, task_id: str) -> bool:
+        """Whether an update for this task would count now."""
+        return rounds.accepts(self.state, self.facts, task_id)
 
     # --- what devices do
 
@@ -119,30 +143,21 @@ class Job:
         """
         return await self.plans.plan(report, training_spec(self.config, self.state.round))
 
-    def see(self, report: DeviceReport) -> None:
-        """Takes note of a device that called, whether or not it can take part."""
-        if self._reports.get(report.device_id) is None:
-            self.events.send(
-                "device_seen",
-                device=report.name,
-                device_id=report.device_id,
-                samples=report.sample_count,
-                budget=report.budget.budget_bytes,
-                hardware=report.hardware,
-            )
-        if self._reports.get(report.device_id) != report:
-            self.store.see_device(report)
-        self._reports[report.device_id] = report
-        self._names[report.device_id] = report.name
-
     def start_waiting(self, report: DeviceReport, plan: Plan) -> asyncio.Future[Task | None]:
-        """Puts a device in line. The future ends with its task, or with None if there is none to wait for."""
+        """Puts a device in line. The future ends with its task, or with None if there is none to wait for.
+
+        Raises:
+            UnavailableError: no task is given now, since what comes of it could not be stored.
+        """
+        missing = self.config.job.devices_per_round - len(self._recorded)
+        self.check_room(missing * self._prepared.layout.size_bytes)
         older = self._waiters.pop(report.device_id, None)
         if older is not None and not older.answer.done():
             older.answer.set_result(None)
         waiter = _Waiter(report, plan, asyncio.get_running_loop().create_future())
         self._waiters[report.device_id] = waiter
-        self.apply(DeviceWaiting(report.device_id, self._clock()))
+        self.presence.wait(report.device_id, self._clock())
+        self._follow(Asked(report.device_id, self._clock()))
         return waiter.answer
 
     def stop_waiting(self, device_id: str, answer: asyncio.Future[Task | None]) -> None:
@@ -150,21 +165,52 @@ class Job:
         waiter = self._waiters.get(device_id)
         if waiter is not None and waiter.answer is answer:
             del self._waiters[device_id]
-            self.apply(Left(device_id, self._clock()))
+            self.presence.leave(device_id, self._clock())
+
+    def check_room(self, wanted_bytes: int) -> None:
+        """Looks whether the disk takes so much, and another round's weights.
+
+        Raises:
+            UnavailableError: it does not.
+        """
+        needed = wanted_bytes + 2 * self.weights.record.size_bytes + SPARE_BYTES
+        free = self.store.files.free_bytes()
+        if free < needed:
+            raise UnavailableError(
+                f"the coordinator's disk has {format_size(free)} left, {format_size(needed)} are needed: "
+                "its operator must make room"
+            )
+
+    def why_wait(self) -> str:
+        """What a device that gets no task waits for."""
+        job, state = self.config.job, self.state
+        if state.phase is Phase.PAUSED:
+            return f"the job is paused: {state.why}"
+        if state.phase is Phase.GATHERING:
+            here = len(self.presence.waiting) + 1  # the one that asks has just been taken out of line
+            missing = job.needed - here
+            return f"waiting for {missing} more of {job.needed} devices" if missing > 0 else "a round is about to begin"
+        if state.phase is Phase.TRAINING:
+            return f"round {state.round} is in work with {len(state.tasks)} other devices"
+        return f"round {state.round} is being closed"
 
     def progressed(self, progress: Progress) -> bool:
         """Renews a lease; whether the task is still wanted."""
-        task = rounds.find(self.state, progress.task_id)
+        task = self.state.tasks.get(progress.task_id)
         if task is None or task.device_id != progress.device_id:
             return False
         self.touch(progress.task_id)
         fields = {key: value for key, value in vars(progress).items() if key != "loss" or value == value}
-        self.events.send("progress", device=self._name(progress.device_id), **fields)
-        return rounds.accepts(self.state, progress.task_id)
+        self.events.send("progress", device=self.fleet.name(progress.device_id), **fields)
+        return self.accepts(progress.task_id)
 
     def touch(self, task_id: str) -> None:
         """A sign of life of a task, such as a chunk of its upload."""
-        self.apply(Progressed(task_id, self._clock()))
+        task = self.state.tasks.get(task_id)
+        if task is not None:
+            self.presence.see(task.device_id, self._clock())
+            if task.standing is rounds.Standing.EXPIRED:
+                self._follow(Progressed(task_id, self._clock()))
 
     async def commit(self, result: Result) -> int:
         """Records an update and returns its round.
@@ -172,16 +218,22 @@ class Job:
         Raises:
             UpdateError: it is refused.
             ProtocolError: a part has to be sent again.
+            UnavailableError: it cannot be recorded now; the same call may work later.
         """
         try:
             new = await self.uploads.commit(result)
         except UpdateError as error:
             self.refuse(result.task_id, result.device_id, error)
             raise
+        except UnavailableError:
+            self._doubtful = True  # the record may have it, and only the word of it be lost
+            raise
+        if result.task_id in self.state.tasks:
+            self._recorded.add(result.task_id)
         if new:
             self.events.send(
                 "update_accepted",
-                device=self._name(result.device_id),
+                device=self.fleet.name(result.device_id),
                 device_id=result.device_id,
                 task_id=result.task_id,
                 round=result.round,
@@ -190,36 +242,43 @@ class Job:
                 seconds=result.seconds,
                 stages=result.stages,
             )
-            self.apply(UpdateRecorded(result.task_id, self._clock()))
+        self._follow(Tick(self._clock()))
         return result.round
 
     def refuse(self, task_id: str, device_id: str, error: UpdateError) -> None:
-        """Reports and counts a refusal, and ends the task if it was its device's own."""
-        task = rounds.find(self.state, task_id)
-        owner = task is not None and task.device_id == device_id
+        """Reports and counts a refusal, and ends the task if it was its device's own.
+
+        Raises:
+            UnavailableError: that cannot be recorded now.
+        """
+        task = self.state.tasks.get(task_id)
+        if task is not None and task.device_id == device_id and self.accepts(task_id):
+            self.apply(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
+        else:
+            self.store.count_refusal(error.reason, str(error), task_id)
         self.events.send(
             "update_refused",
-            device=self._name(device_id),
+            device=self.fleet.name(device_id),
             device_id=device_id,
             task_id=task_id,
             reason=error.reason,
             message=str(error),
         )
-        if owner and rounds.accepts(self.state, task_id):
-            self.store.end_task(task_id, "refused", error.reason, str(error))
-            self.apply(TaskFailed(task_id, self._clock()))
-        else:
-            self.store.count_refusal(task_id, error.reason, str(error))
 
     def failed(self, failure: Failure) -> bool:
-        """Ends a task without an update; whether it is still wanted, which it is not."""
-        task = rounds.find(self.state, failure.task_id)
+        """Ends a task without an update; whether it is still wanted, which it is not.
+
+        Raises:
+            UnavailableError: that cannot be recorded now.
+        """
+        task = self.state.tasks.get(failure.task_id)
         if task is None or task.device_id != failure.device_id or failure.attempt != task.attempt:
             return False
-        if rounds.accepts(self.state, failure.task_id):
-            self.store.end_task(failure.task_id, "failed", failure.outcome.value, failure.message)
-            self.events.send("task_failed", device=self._name(failure.device_id), **vars(failure))
-            self.apply(TaskFailed(failure.task_id, self._clock()))
+        if self.accepts(failure.task_id):
+            final = failure.outcome in _FINAL
+            reason = failure.outcome.value
+            self.apply(TaskFailed(failure.task_id, self._clock(), "failed", reason, failure.message, final))
+            self.events.send("task_failed", device=self.fleet.name(failure.device_id), **vars(failure))
         return False
 
     def file_of(self, digest: str) -> tuple[Path, int] | None:
@@ -227,52 +286,67 @@ class Job:
         if digest == self._prepared.graph_digest:
             return self.store.files.graph(), self._prepared.graph_bytes
         record = self.store.find_weights(digest)
-        return None if record is None else (self.store.files.weights(record.round), record.size_bytes)
+        return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
 
     # --- what follows
 
     def apply(self, event: Event) -> None:
-        """Feeds one event to the state machine and acts on what comes out."""
-        self.state, actions = rounds.step(self.state, event)
-        for action in actions:
-            self._act(action)
+        """Feeds one event to the state machine: records what comes out, then takes it over, then tells of it.
 
-    def _act(self, action: Action) -> None:
+        Raises:
+            UnavailableError: it cannot be recorded, and has not happened.
+        """
+        state, actions = rounds.step(self.state, event, self.facts)
+        given = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
+        ended = [
+            EndedTask(action.task_id, action.status, action.reason, action.message)
+            for action in actions
+            if isinstance(action, EndTask)
+        ]
+        if given or ended:
+            self.store.record_step(given, ended)
+        if state.round != self.state.round:
+            self._recorded.clear()
+        self.state = state
+        for action in actions:
+            self._tell(action)
+        if state.phase in (Phase.AGGREGATING, Phase.STUCK):
+            self._wake.set()
+
+    def _follow(self, event: Event) -> None:
+        """An event that nobody waits for. Where it cannot be recorded, the next tick finds the same to do."""
+        try:
+            self.apply(event)
+        except UnavailableError as error:
+            self._tell_trouble(error)
+
+    def _task_record(self, action: GiveTask) -> TaskRecord:
+        waiter = self._waiters[action.device_id]
+        samples = waiter.report.sample_count
+        return TaskRecord(action.task_id, action.round, action.device_id, action.attempt, "given", waiter.plan, samples)
+
+    def _tell(self, action: Action) -> None:
         if isinstance(action, GiveTask):
-            self._give(action)
+            self._hand_out(action)
         elif isinstance(action, StartRound):
-            names = [self._name(device) for device in action.devices]
+            names = [self.fleet.name(device) for device in action.devices]
             self.events.send("round_started", round=action.round, devices=names)
-        elif isinstance(action, LoseTask):
-            self.store.end_task(action.task_id, "lost", "lost", action.reason)
+        elif isinstance(action, EndTask) and action.status == "lost":
             self.events.send(
                 "task_failed",
-                device=self._name(action.device_id),
+                device=self.fleet.name(action.device_id),
                 device_id=action.device_id,
                 task_id=action.task_id,
                 outcome="lost",
-                message=action.reason,
+                message=action.message,
             )
-        elif isinstance(action, CloseRound):
-            self._closing = action
-            self._wake.set()
         elif isinstance(action, Log):
             self.events.send("log", message=action.message)
-        else:
-            self._wake.set()
 
-    def _give(self, action: GiveTask) -> None:
+    def _hand_out(self, action: GiveTask) -> None:
         waiter = self._waiters.pop(action.device_id)
-        record = TaskRecord(
-            action.task_id,
-            action.round,
-            action.device_id,
-            action.attempt,
-            "given",
-            waiter.plan,
-            waiter.report.sample_count,
-        )
-        self.store.record_task(record)
+        self.presence.leave(action.device_id, self._clock())
+        weights = self.weights.record
         task = Task(
             task_id=action.task_id,
             attempt=action.attempt,
@@ -284,10 +358,12 @@ class Job:
             graph_digest=self._prepared.graph_digest,
             graph_bytes=self._prepared.graph_bytes,
             plan=waiter.plan,
-            weights_digest=self.weights.record.digest,
-            weights_bytes=self.weights.record.size_bytes,
+            weights_digest=weights.digest,
+            weights_bytes=weights.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
         )
+        if not waiter.answer.done():
+            waiter.answer.set_result(task)
         self.events.send(
             "task_given",
             device=waiter.report.name,
@@ -299,76 +375,97 @@ class Job:
             predicted_peak=waiter.plan.predicted_peak_bytes,
             available=waiter.report.budget.available_bytes,
             budget=waiter.report.budget.budget_bytes,
-            weights_bytes=self.weights.record.size_bytes,
+            weights_bytes=weights.size_bytes,
         )
-        if not waiter.answer.done():
-            waiter.answer.set_result(task)
 
     async def run(self) -> None:
         """Lets time pass, and closes rounds, until it is cancelled.
 
         Raises:
-            FedepthError: a round could not be averaged or recorded. The state is sound; start again.
+            JobError: no device can train this job.
+            FedepthError: a round could not be averaged or recorded, for good. The state is sound; start again.
         """
-        if self.state.phase is rounds.Phase.FINISHED:
-            await self._complete()
+        pause = TICK_S
         while True:
-            self.apply(Tick(self._clock()))
-            if self._closing is not None:
-                closing, self._closing = self._closing, None
-                await self._close(closing)
-            self._wake.clear()
-            if self._closing is None:
-                await self._sleep()
+            try:
+                await self._turn()
+                pause = TICK_S
+            except UnavailableError as error:
+                self._tell_trouble(error)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            if self.state.phase is Phase.AGGREGATING and pause == TICK_S:
+                continue
+            await self._sleep(pause)
 
-    async def _sleep(self) -> None:
+    async def _turn(self) -> None:
+        """What there is to do now. Every step of it can be done again."""
+        self._wake.clear()
+        if self._doubtful:
+            self._recorded.update(self.store.accepted_ids(self.state.round))
+            self._doubtful = False
+        self.apply(Tick(self._clock()))
+        if self.state.phase is Phase.STUCK:
+            raise JobError(f"{self.state.why}; mend the job file and start again")
+        if self.state.phase is Phase.AGGREGATING:
+            await self._close(self.state.round)
+        if self._to_tidy:
+            await self._tidy()
+        if self.state.phase is Phase.FINISHED and not self.finished.is_set():
+            self._finish()
+
+    async def _sleep(self, seconds: float) -> None:
         waker = asyncio.ensure_future(self._wake.wait())
         try:
-            await asyncio.wait({waker}, timeout=TICK_S)
+            await asyncio.wait({waker}, timeout=seconds)
         finally:
             waker.cancel()
 
-    async def _close(self, closing: CloseRound) -> None:
-        results = self.store.updates_of(closing.round)
-        updates = [(self.uploads.paths(result), float(result.sample_count)) for result in results]
-        await self.weights.average(closing.round, updates, sum(result.sample_count for result in results))
-        await asyncio.to_thread(self.store.drop_spools_before, closing.round + 1)
-        self.uploads.forget_round()
-        await self.weights.evaluate()
-        every = self.config.export.every
-        if closing.round >= self.config.job.rounds or (every and closing.round % every == 0):
-            await self.weights.export()
-        self.apply(RoundDone(closing.round, self._clock()))
-        if self.state.phase is rounds.Phase.FINISHED:
-            await self._complete()
+    async def _close(self, number: int) -> None:
+        if self.weights.record.round < number:
+            await self.weights.close(number, self.store.updates_of(number), self.uploads.paths)
+        paused = self.weights.why_paused()
+        self.apply(RoundDone(number, self._clock(), paused))
+        if paused:
+            self.events.send("paused", round=number, reason=paused)
+        self._to_tidy = True
 
-    async def _complete(self) -> None:
-        """The job is finished; makes up what a crash may have kept from happening."""
-        if self.weights.record.accuracy < 0:
-            await self.weights.evaluate()
-        if not self.weights.record.export_path:
-            await self.weights.export()
+    async def _tidy(self) -> None:
+        """What a closed round leaves to do, or a crash has left."""
+        self.uploads.forget_round()
+        await asyncio.to_thread(self.store.prune, self.config.retention)
+        await self.weights.make_up()
+        self._to_tidy = False
+
+    def _finish(self) -> None:
         for device_id, waiter in list(self._waiters.items()):
             del self._waiters[device_id]
             if not waiter.answer.done():
                 waiter.answer.set_result(None)
-        self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
         self.finished.set()
+        self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
+
+    def _tell_trouble(self, error: UnavailableError) -> None:
+        if self._clock() - self._trouble_told >= REMIND_S:
+            self._trouble_told = self._clock()
+            self.events.send("log", message=f"nothing can be recorded now; trying again: {error}")
 
     # --- for people
 
     def status(self) -> dict[str, Any]:
         """The job as it stands."""
-        done = self.store.rounds()
+        latest = self.store.summary()
         return {
             "job": self.config.job.name,
             "phase": self.state.phase.value,
             "round": self.state.round,
             "rounds": self.config.job.rounds,
-            "devices": len(rounds.live_devices(self.state, self._clock())),
-            "accuracy": next((each.accuracy for each in reversed(done) if each.accuracy >= 0), -1.0),
+            "devices": len(self._live()),
+            "accuracy": -1.0 if latest.accuracy is None else latest.accuracy,
             "weights_digest": self.weights.record.digest,
-            "onnx_path": next((each.export_path for each in reversed(done) if each.export_path), ""),
+            "onnx_path": latest.export_path,
+            "message": self.state.why,
+            "epsilon": latest.epsilon or 0.0,
+            "unpublished": latest.unpublished,
         }
 
     def state_event(self) -> str:
@@ -376,7 +473,8 @@ class Job:
 
     def unaware_devices(self) -> frozenset[str]:
         """Live devices that do not know yet that the job is finished."""
-        return rounds.live_devices(self.state, self._clock()) - self.informed
+        return self._live() - self.informed
 
-    def _name(self, device_id: str) -> str:
-        return self._names.get(device_id, device_id)
+    def _live(self) -> frozenset[str]:
+        working = {task.device_id for task in self.state.tasks.values() if task.standing is rounds.Standing.OPEN}
+        return frozenset(self.presence.live(self._clock())) | working

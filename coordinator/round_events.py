@@ -1,4 +1,4 @@
-"""What goes into the state machine of `rounds`, with its time, and what comes out, for the job to do."""
+"""What goes into the state machine of `rounds`, with its time, and what comes out: what to record, and what to tell."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class DeviceWaiting:
-    """A device asks for a task and waits."""
-
-    device_id: str
-    now: float
-
-
-@dataclass(frozen=True)
-class Left:
-    """A device no longer waits."""
+class Asked:
+    """A device asks for a task and waits, as `Presence` knows by now."""
 
     device_id: str
     now: float
@@ -30,32 +22,37 @@ class Progressed:
 
 
 @dataclass(frozen=True)
-class UpdateRecorded:
-    """An update is recorded. Only for tasks that `accepts` allows."""
-
-    task_id: str
-    now: float
-
-
-@dataclass(frozen=True)
 class TaskFailed:
-    """A task ended without an update: refused, declined, or broken."""
+    """A task ended without an update: refused, declined, or broken.
+
+    Attributes:
+        status: "failed" or "refused".
+        reason: its short name, for counting.
+        final: the device would fail in the same way again.
+    """
 
     task_id: str
     now: float
+    status: str
+    reason: str
+    message: str
+    final: bool = False
 
 
 @dataclass(frozen=True)
 class Tick:
+    """Time has passed, or an update was recorded."""
+
     now: float
 
 
 @dataclass(frozen=True)
 class RoundDone:
-    """The round's average is recorded."""
+    """The round is recorded. `paused` says why no other is to begin, if so."""
 
     round: int
     now: float
+    paused: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,14 @@ class GiveTask:
 
 
 @dataclass(frozen=True)
-class LoseTask:
+class EndTask:
+    """A task has ended without an update. `status` is "failed", "refused" or "lost"."""
+
     task_id: str
     device_id: str
+    status: str
     reason: str
-
-
-@dataclass(frozen=True)
-class CloseRound:
-    """Average these tasks' updates, then say RoundDone."""
-
-    round: int
-    task_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    rounds: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -99,5 +87,5 @@ class Log:
     message: str
 
 
-Event = DeviceWaiting | Left | Progressed | UpdateRecorded | TaskFailed | Tick | RoundDone
-Action = StartRound | GiveTask | LoseTask | CloseRound | Finish | Log
+Event = Asked | Progressed | TaskFailed | Tick | RoundDone
+Action = StartRound | GiveTask | EndTask | Log

@@ -1,4 +1,4 @@
-"""The rounds of a job as a state machine: events in, a new state and actions out.
+"""The rounds of a job as a state machine: an event in, a new state and actions out.
 
 No I/O, no clock (events carry the time), no randomness but the seed of the rules.
 
@@ -6,34 +6,41 @@ No I/O, no clock (events carry the time), no randomness but the seed of the rule
                          │    ^
                          └────┘ too few updates: what was accepted is kept, other devices are drawn
 
-A device has at most one task per round. Handing it out again, after a reconnect or a failure, raises its
-attempt. A task whose lease or deadline ran out stays welcome until its round closes, so that a link that was
-down loses no update.
+    training ──every device fails for good, in the same way──> stuck
+    aggregating ──too many rounds in a row were not published──> paused
+
+What is recorded decides. `step` is given the recorded updates of the round with every event and keeps no account of
+its own of them, so that nothing can disagree with the record. Its caller records what the actions change, and only then
+takes over the new state: an event whose actions cannot be recorded has not happened, and what follows from it follows
+from the next event, at the latest from the next `Tick`. For the same reason what is to be done in a phase is no action:
+while a round is aggregating, its updates are to be averaged, however often that has failed.
+
+A device has at most one task per round. Handing it out again, after a reconnect or a failure, raises its attempt. A
+task whose lease or deadline ran out stays welcome until its round closes, so that a link that was down loses no update.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from coordinator.presence import Presence
 from coordinator.round_events import (
     Action,
-    CloseRound,
-    DeviceWaiting,
+    Asked,
+    EndTask,
     Event,
-    Finish,
     GiveTask,
-    Left,
     Log,
-    LoseTask,
     Progressed,
     RoundDone,
     StartRound,
     TaskFailed,
-    UpdateRecorded,
 )
+
+LONGEST_REMIND_S = 3600.0
 
 
 class Phase(str, Enum):
@@ -41,20 +48,26 @@ class Phase(str, Enum):
     TRAINING = "training"
     AGGREGATING = "aggregating"
     FINISHED = "finished"
+    PAUSED = "paused"  # until an operator has decided what becomes of the rounds that were not published
+    STUCK = "stuck"  # no device that is there can train this job as it is
 
 
 class Standing(str, Enum):
-    """Where a task of the current round stands."""
+    """Where a task of the current round stands, as long as it has no recorded update."""
 
     OPEN = "open"
     EXPIRED = "expired"  # its lease or deadline ran out; its update is still welcome in this round
     FAILED = "failed"  # the device said so, or its update was refused
-    ACCEPTED = "accepted"
+    HOPELESS = "hopeless"  # failed, and would again: not given to the device any more in this round
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What does not change while a job runs. Times are seconds."""
+    """What does not change while a job runs. Times are seconds.
+
+    Attributes:
+        remind_s: when it is said first that devices are missing; each further time it takes twice as long.
+    """
 
     rounds: int
     devices_per_round: int
@@ -64,6 +77,7 @@ class Rules:
     lease_s: float
     seed: int
     task_prefix: str = "task"
+    remind_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -71,16 +85,18 @@ class Assignment:
     """A task of the current round.
 
     Attributes:
-        lease_until: without a sign of life by then, it expires.
+        given_at: without a sign of life of its device for a lease since then, it expires.
         ended_at: when it failed; decides when its device may be drawn again.
+        failure: why it failed, for people.
     """
 
     task_id: str
     device_id: str
     attempt: int = 1
     standing: Standing = Standing.OPEN
-    lease_until: float = 0.0
+    given_at: float = 0.0
     ended_at: float = 0.0
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,10 @@ class State:
         round: the round in work, from 1; the last one once finished.
         since: when this round began to gather.
         deadline: when it should start (gathering) or close (training).
-        complain_after: not to say more often than once a deadline that devices are missing.
-        waiting: devices that wait for a task now.
-        seen: when each device last gave a sign of life.
+        complain_after: when to say that devices are missing.
+        complain_every: how long after that to say it again.
+        tasks: of this round, by id, in the order in which they were given first.
+        why: why the job is paused or stuck.
     """
 
     rules: Rules
@@ -102,9 +119,22 @@ class State:
     since: float
     deadline: float
     complain_after: float
-    tasks: tuple[Assignment, ...]
-    waiting: frozenset[str]
-    seen: Mapping[str, float]
+    complain_every: float
+    tasks: Mapping[str, Assignment]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the state machine reads and does not decide.
+
+    Attributes:
+        recorded: ids of the tasks of this round whose update is recorded.
+        presence: which devices are there.
+    """
+
+    recorded: Set[str]
+    presence: Presence
 
 
 def begin(rules: Rules, now: float) -> State:
@@ -112,235 +142,251 @@ def begin(rules: Rules, now: float) -> State:
     return restore(rules, 0, (), now)
 
 
-def restore(rules: Rules, finished_round: int, tasks: Sequence[Assignment], now: float) -> State:
+def restore(rules: Rules, finished_round: int, tasks: Sequence[Assignment], now: float, paused: str = "") -> State:
     """The state after a restart: the last recorded round, and the tasks of the one after it.
 
-    Leases and deadlines start anew, since nobody could renew them while the coordinator was down.
+    Leases and deadlines start anew, since nobody could renew them while the coordinator was down. What had failed for
+    good may be tried again: a restart is how an operator mends a job.
     """
     finished = finished_round >= rules.rounds
-    phase = Phase.FINISHED if finished else Phase.TRAINING if tasks else Phase.GATHERING
+    phase = Phase.TRAINING if tasks else Phase.GATHERING
+    if finished or paused:
+        phase = Phase.FINISHED if finished else Phase.PAUSED
     room = rules.devices_per_round
-    kept: list[Assignment] = []
+    kept: dict[str, Assignment] = {}
     for task in () if finished else tasks:
         if task.standing is Standing.OPEN:
             standing = Standing.OPEN if room > 0 else Standing.EXPIRED
             room -= 1
-            task = replace(task, standing=standing, lease_until=now + rules.lease_s)
-        kept.append(task)
+            task = replace(task, standing=standing, given_at=now)
+        kept[task.task_id] = task
     return State(
         rules=rules,
         phase=phase,
         round=rules.rounds if finished else finished_round + 1,
         since=now,
         deadline=now + rules.deadline_s,
-        complain_after=now + rules.deadline_s,
-        tasks=tuple(kept),
-        waiting=frozenset(),
-        seen={},
+        complain_after=now + rules.remind_s,
+        complain_every=rules.remind_s,
+        tasks=kept,
+        why=paused,
     )
 
 
-def find(state: State, task_id: str) -> Assignment | None:
-    """The task, if it is one of the current round."""
-    return next((task for task in state.tasks if task.task_id == task_id), None)
-
-
-def accepts(state: State, task_id: str) -> bool:
-    """Whether an update for this task would count now. If not, it is late."""
-    task = find(state, task_id)
+def accepts(state: State, facts: Facts, task_id: str) -> bool:
+    """Whether an update for this task would count now. If not, it is late, or there is one already."""
+    task = state.tasks.get(task_id)
     welcome = (Standing.OPEN, Standing.EXPIRED)
-    return task is not None and state.phase is Phase.TRAINING and task.standing in welcome
+    return (
+        task is not None
+        and state.phase is Phase.TRAINING
+        and task.standing in welcome
+        and task_id not in facts.recorded
+    )
 
 
-def live_devices(state: State, now: float) -> frozenset[str]:
-    """Devices that wait, work, or gave a sign of life within a lease."""
-    recent = {device for device, seen in state.seen.items() if now - seen <= state.rules.lease_s}
-    working = {task.device_id for task in state.tasks if task.standing is Standing.OPEN}
-    return frozenset(recent | working) | state.waiting
-
-
-def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
-    """Takes one event, and then whatever follows from it and from its time."""
+def step(state: State, event: Event, facts: Facts) -> tuple[State, tuple[Action, ...]]:
+    """Takes one event, and then whatever follows from it, from the record, and from its time."""
     actions: tuple[Action, ...] = ()
-    if isinstance(event, DeviceWaiting):
-        state, actions = _wait(state, event)
-    elif isinstance(event, Left):
-        state = replace(_see(state, event.device_id, event.now), waiting=state.waiting - {event.device_id})
+    if isinstance(event, Asked):
+        state, actions = _ask(state, event, facts)
     elif isinstance(event, Progressed):
-        state = _renew(state, event)
-    elif isinstance(event, UpdateRecorded):
-        if not accepts(state, event.task_id):
-            raise ValueError(f"task {event.task_id} cannot be accepted in round {state.round}, {state.phase.value}")
-        state = _set(state, event.task_id, Standing.ACCEPTED, event.now)
+        state = _renew(state, event, facts)
     elif isinstance(event, TaskFailed):
-        if accepts(state, event.task_id):
-            state = _set(state, event.task_id, Standing.FAILED, event.now)
+        state, actions = _fail(state, event, facts)
     elif isinstance(event, RoundDone):
-        state, actions = _next_round(state, event)
-    state, more = _advance(state, event.now)
+        state = _next_round(state, event)
+    state, more = _advance(state, event.now, facts)
     return state, actions + more
 
 
-def _see(state: State, device_id: str, now: float) -> State:
-    return replace(state, seen={**state.seen, device_id: now})
+def _ask(state: State, event: Asked, facts: Facts) -> tuple[State, tuple[Action, ...]]:
+    if state.phase is Phase.TRAINING:
+        for task in _open(state, facts):
+            if task.device_id == event.device_id:
+                # The device has forgotten its task, or our answer never reached it.
+                return _give(state, [task.device_id], event.now, facts)
+    return state, ()
 
 
-def _set(state: State, task_id: str, standing: Standing, now: float) -> State:
-    tasks = tuple(
-        replace(task, standing=standing, ended_at=now) if task.task_id == task_id else task for task in state.tasks
-    )
-    task = find(state, task_id)
-    assert task is not None
-    return _see(replace(state, tasks=tasks), task.device_id, now)
-
-
-def _wait(state: State, event: DeviceWaiting) -> tuple[State, tuple[Action, ...]]:
-    state = _see(state, event.device_id, event.now)
-    if state.phase is Phase.FINISHED:
-        return state, ()
-    for task in state.tasks:
-        if task.device_id == event.device_id and task.standing is Standing.OPEN and state.phase is Phase.TRAINING:
-            # The device has forgotten its task, or our answer never reached it.
-            return _give(state, [task.device_id], event.now)
-    return replace(state, waiting=state.waiting | {event.device_id}), ()
-
-
-def _renew(state: State, event: Progressed) -> State:
-    task = find(state, event.task_id)
-    if task is None:
+def _renew(state: State, event: Progressed, facts: Facts) -> State:
+    """Revives a task that had expired. One that is open needs nothing: its device has given a sign of life."""
+    task = state.tasks.get(event.task_id)
+    if task is None or task.standing is not Standing.EXPIRED or not accepts(state, facts, event.task_id):
         return state
-    state = _see(state, task.device_id, event.now)
-    if not accepts(state, event.task_id):
-        return state
-    taken = len(_with(state, Standing.OPEN)) >= state.rules.devices_per_round
-    if task.standing is Standing.EXPIRED and (taken or task.device_id in state.waiting):
+    taken = len(_open(state, facts)) >= state.rules.devices_per_round
+    if taken or task.device_id in facts.presence.waiting:
         return state  # its place is taken, or it asks for work already; its update is welcome all the same
-    renewed = replace(task, standing=Standing.OPEN, lease_until=event.now + state.rules.lease_s)
-    return replace(state, tasks=tuple(renewed if each is task else each for each in state.tasks))
+    return _with(state, replace(task, standing=Standing.OPEN, given_at=event.now))
 
 
-def _next_round(state: State, event: RoundDone) -> tuple[State, tuple[Action, ...]]:
+def _fail(state: State, event: TaskFailed, facts: Facts) -> tuple[State, tuple[Action, ...]]:
+    if not accepts(state, facts, event.task_id):
+        return state, ()
+    task = state.tasks[event.task_id]
+    standing = Standing.HOPELESS if event.final else Standing.FAILED
+    state = _with(state, replace(task, standing=standing, ended_at=event.now, failure=event.message))
+    return state, (EndTask(task.task_id, task.device_id, event.status, event.reason, event.message),)
+
+
+def _next_round(state: State, event: RoundDone) -> State:
     if state.phase is not Phase.AGGREGATING or event.round != state.round:
         raise ValueError(f"round {event.round} is done, but round {state.round} is {state.phase.value}")
     if state.round >= state.rules.rounds:
-        finished = replace(state, phase=Phase.FINISHED, tasks=(), waiting=frozenset())
-        return finished, (Finish(state.rules.rounds),)
-    deadline = event.now + state.rules.deadline_s
-    following = replace(
+        return replace(state, phase=Phase.FINISHED, tasks={})
+    if event.paused:
+        return replace(state, phase=Phase.PAUSED, round=state.round + 1, why=event.paused, tasks={})
+    rules = state.rules
+    return replace(
         state,
         phase=Phase.GATHERING,
         round=state.round + 1,
         since=event.now,
-        deadline=deadline,
-        complain_after=deadline,
-        tasks=(),
+        deadline=event.now + rules.deadline_s,
+        complain_after=event.now + rules.remind_s,
+        complain_every=rules.remind_s,
+        tasks={},
     )
-    return following, ()
 
 
-def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
+def _advance(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action, ...]]:
     if state.phase is Phase.GATHERING:
-        return _gather(state, now)
+        return _gather(state, now, facts)
     if state.phase is Phase.TRAINING:
-        return _train(state, now)
+        return _train(state, now, facts)
     return state, ()
 
 
-def _gather(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
-    rules, count = state.rules, len(state.waiting)
-    all_here = live_devices(state, now) <= state.waiting
+def _gather(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action, ...]]:
+    rules, waiting = state.rules, facts.presence.waiting
+    count, all_here = len(waiting), facts.presence.everyone_waits(now)
     waited = now - state.since
     full = count >= rules.devices_per_round and (all_here or waited >= rules.gather_s)
     # Devices that have died must not hold up those that are left: after a lease nobody else is to be expected.
     left = count >= rules.quorum and all_here and waited >= max(rules.gather_s, rules.lease_s)
     if full or left or (now >= state.deadline and count >= rules.quorum):
-        drawn = _draw(state, state.waiting, min(count, rules.devices_per_round))
-        state = replace(state, phase=Phase.TRAINING, complain_after=now)
-        state, given = _give(state, drawn, now)
+        drawn = _draw(state, waiting, min(count, rules.devices_per_round))
+        state = replace(state, phase=Phase.TRAINING, complain_after=now, complain_every=rules.remind_s)
+        state, given = _give(state, drawn, now, facts)
         return state, (StartRound(state.round, tuple(drawn)), *given)
-    return _complain(state, now, f"{count} devices wait, {rules.quorum} are needed to start it")
+    missing = rules.quorum - count
+    if missing > 0:
+        return _complain(state, now, f"waiting for {missing} more of {rules.quorum} devices, to start it")
+    return _complain(
+        state, now, f"{count} devices wait; it starts once those that are alive wait too, or at its deadline"
+    )
 
 
-def _train(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
-    silent = [task for task in _with(state, Standing.OPEN) if now > task.lease_until]
-    state, actions = _expire(state, silent, "no sign of life within its lease")
+def _train(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action, ...]]:
     rules = state.rules
-    accepted = _with(state, Standing.ACCEPTED)
+    silent = [task for task in _open(state, facts) if now - _alive_at(task, facts) > rules.lease_s]
+    state, actions = _expire(state, silent, "no sign of life within its lease")
+    accepted = len(facts.recorded)
     over = now >= state.deadline
-    if _with(state, Standing.OPEN) and not over:
+    if _open(state, facts) and not over:
         return state, actions
-    why = "the round closed without it" if len(accepted) >= rules.quorum else "the round's deadline passed"
-    state, expired = _expire(state, _with(state, Standing.OPEN), why)
+    why = "the round closed without it" if accepted >= rules.quorum else "the round's deadline passed"
+    state, expired = _expire(state, _open(state, facts), why)
     actions += expired
-    if len(accepted) >= rules.quorum:
-        close = CloseRound(state.round, tuple(sorted(task.task_id for task in accepted)))
-        return replace(state, phase=Phase.AGGREGATING), (*actions, close)
+    if accepted >= rules.quorum:
+        return replace(state, phase=Phase.AGGREGATING), actions
+    hopeless = _hopeless(state, now, facts)
+    if hopeless:
+        return replace(state, phase=Phase.STUCK, why=hopeless), actions
     if over:
         state = replace(state, deadline=now + rules.deadline_s)
-    drawn = _draw(state, _candidates(state, now), rules.devices_per_round - len(accepted))
+    drawn = _draw(state, _candidates(state, now, facts), rules.devices_per_round - accepted)
     if drawn:
-        state, given = _give(state, drawn, now)
+        state, given = _give(state, drawn, now, facts)
         return state, (*actions, Log(f"round {state.round}: {', '.join(drawn)} step in"), *given)
     state, said = _complain(
-        state,
-        now,
-        f"{len(accepted)} of the {rules.quorum} updates needed are here (and kept), but no device is waiting",
+        state, now, f"{accepted} of the {rules.quorum} updates needed are here (and kept), but no device is waiting"
     )
     return state, actions + said
 
 
-def _candidates(state: State, now: float) -> Iterable[str]:
+def _open(state: State, facts: Facts) -> list[Assignment]:
+    """Tasks that are worked on."""
+    return [
+        task for task in state.tasks.values() if task.standing is Standing.OPEN and task.task_id not in facts.recorded
+    ]
+
+
+def _alive_at(task: Assignment, facts: Facts) -> float:
+    return max(task.given_at, facts.presence.seen_at(task.device_id))
+
+
+def _hopeless(state: State, now: float, facts: Facts) -> str:
+    """Why the round can never close: every device of it has failed for good, in the same way, and no other is there.
+
+    As many as a quorum must have failed: fewer may be devices with a fault of their own.
+    """
+    tasks = state.tasks.values()
+    failures = {task.failure for task in tasks if task.standing is Standing.HOPELESS}
+    if len(tasks) < state.rules.quorum or len(failures) != 1:
+        return ""
+    if any(task.standing is not Standing.HOPELESS for task in tasks):
+        return ""
+    if facts.presence.live(now) - {task.device_id for task in tasks}:
+        return ""
+    return f"round {state.round}: all {len(tasks)} devices failed in the same way: {next(iter(failures))}"
+
+
+def _candidates(state: State, now: float, facts: Facts) -> Iterable[str]:
     """Waiting devices that were not drawn in this round; if there are none, those whose task broke.
 
     A device that has just failed waits as long as a round gathers, lest it fails in a tight loop.
     """
-    had = {task.device_id: task for task in state.tasks}
-    fresh = state.waiting - set(had)
+    had = {task.device_id: task for task in state.tasks.values()}
+    waiting = facts.presence.waiting
+    fresh = waiting - had.keys()
     if fresh:
         return fresh
 
     def again(task: Assignment) -> bool:
         rested = now - task.ended_at >= state.rules.gather_s
-        return task.standing is Standing.EXPIRED or (task.standing is Standing.FAILED and rested)
+        broken = task.standing is Standing.EXPIRED or (task.standing is Standing.FAILED and rested)
+        return broken and task.task_id not in facts.recorded
 
-    return [device for device in state.waiting if again(had[device])]
+    return [device for device in waiting if again(had[device])]
 
 
 def _draw(state: State, candidates: Iterable[str], count: int) -> list[str]:
     """Uniformly without replacement; the order in which devices came does not matter."""
     pool = sorted(candidates)
-    handed = sum(task.attempt for task in state.tasks)  # another draw in the same round is another one
+    handed = sum(task.attempt for task in state.tasks.values())  # another draw in the same round is another one
     chance = random.Random(f"{state.rules.seed}/{state.round}/{handed}")
     return chance.sample(pool, min(count, len(pool)))
 
 
-def _give(state: State, devices: Sequence[str], now: float) -> tuple[State, tuple[Action, ...]]:
-    tasks = {task.device_id: task for task in state.tasks}
+def _give(state: State, devices: Sequence[str], now: float, facts: Facts) -> tuple[State, tuple[Action, ...]]:
+    had = {task.device_id: task for task in state.tasks.values()}
+    tasks = dict(state.tasks)
     actions: list[Action] = []
     for device in devices:
-        old = tasks.get(device)
+        old = had.get(device)
         name = f"{state.rules.task_prefix}-{state.round:04d}-{len(tasks):04d}" if old is None else old.task_id
         attempt = 1 if old is None else old.attempt + 1
-        tasks[device] = Assignment(name, device, attempt, lease_until=now + state.rules.lease_s)
+        tasks[name] = Assignment(name, device, attempt, given_at=now)
         actions.append(GiveTask(name, device, attempt, state.round))
     deadline = state.deadline
-    if not _with(state, Standing.OPEN):  # the first draw of a round, or replacements for all that was lost
+    if not _open(state, facts):  # the first draw of a round, or replacements for all that was lost
         deadline = now + state.rules.deadline_s
-    waiting = state.waiting - set(devices)
-    return replace(state, tasks=tuple(tasks.values()), waiting=waiting, deadline=deadline), tuple(actions)
+    return replace(state, tasks=tasks, deadline=deadline), tuple(actions)
 
 
 def _expire(state: State, gone: Sequence[Assignment], reason: str) -> tuple[State, tuple[Action, ...]]:
-    tasks = tuple(replace(task, standing=Standing.EXPIRED) if task in gone else task for task in state.tasks)
-    return replace(state, tasks=tasks), tuple(LoseTask(task.task_id, task.device_id, reason) for task in gone)
+    actions = tuple(EndTask(task.task_id, task.device_id, "lost", "lost", reason) for task in gone)
+    return _with(state, *(replace(task, standing=Standing.EXPIRED) for task in gone)), actions
 
 
 def _complain(state: State, now: float, what: str) -> tuple[State, tuple[Action, ...]]:
     if now < state.complain_after:
         return state, ()
-    later = replace(state, complain_after=now + state.rules.deadline_s)
+    every = state.complain_every
+    later = replace(state, complain_after=now + every, complain_every=min(2 * every, LONGEST_REMIND_S))
     return later, (Log(f"round {state.round}: {what}"),)
 
 
-def _with(state: State, standing: Standing) -> list[Assignment]:
-    return [task for task in state.tasks if task.standing is standing]
+def _with(state: State, *tasks: Assignment) -> State:
+    return replace(state, tasks={**state.tasks, **{task.task_id: task for task in tasks}}) if tasks else state

@@ -26,7 +26,8 @@ from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.store.records import Store
 from fedepth.errors import TransportError
-from fedepth.job import JobConfig, model_spec
+from fedepth.job import model_spec
+from fedepth.job_sections import JobConfig
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
@@ -37,13 +38,18 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which."""
+    """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which.
+
+    `database` and `files` are those of `Store.open`.
+    """
 
     state: Path
     host: str = "127.0.0.1"
     port: int = 8970
     port_file: Path | None = None
     exit_when_done: bool = False
+    database: str = ""
+    files: str = ""
 
 
 async def serve(config: JobConfig, options: ServeOptions, models: Models) -> None:
@@ -54,7 +60,9 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
         StateError: the state directory is in use, damaged, or another job's.
         FedepthError: the model cannot be built, or a round cannot be averaged.
     """
-    store = Store.open(options.state, config.job.name, model_spec(config))
+    store = Store.open(
+        options.state, config.job.name, model_spec(config), database=options.database, files=options.files
+    )
     stop = _stop_on_signals()
     try:
         server = grpc.aio.server(options=SERVER_OPTIONS)

@@ -15,10 +15,11 @@ from fedepth_wire.chunks import append_chunk
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator.store.records import Store, TaskRecord
+from fedepth.aggregation.rules import Norms
 from fedepth.errors import ProtocolError, UpdateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
-from fedepth.task import PartInfo, Result
+from fedepth.task import PartInfo, Result, TrainingSpec
 
 SPARE_PARTS = 3  # beyond one per unit and the head
 SPARE_BYTES = 1 << 20
@@ -40,12 +41,28 @@ class PartHeader:
 
 
 class Uploads:
-    """The upload side of the coordinator. `accepts` says whether an update for a task would count now."""
+    """The upload side of the coordinator."""
 
-    def __init__(self, store: Store, layout: ModelLayout, accepts: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layout: ModelLayout,
+        accepts: Callable[[str], bool],
+        check_room: Callable[[int], None],
+        base: Callable[[], Path],
+        training: TrainingSpec,
+        learn_norms: bool = True,
+    ) -> None:
+        """`accepts` says whether an update for a task would count now; `check_room` raises UnavailableError if so many
+        bytes more should not be written; `base` is where the weights lie that updates are trained from; `learn_norms`:
+        refuse an update that goes much further than the others of its round."""
         self._store = store
         self._layout = layout
         self._accepts = accepts
+        self._check_room = check_room
+        self._base = base
+        self._training = training
+        self._learn_norms = learn_norms
         self._declared: dict[Path, dict[int, int]] = {}
         self._streams: dict[Path, object] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -61,7 +78,8 @@ class Uploads:
     async def offset(self, task_id: str, attempt: int, part: int, digest: str) -> int:
         """How many bytes of this part are here; 0 for a part or a task that is not known."""
         task = self._store.task(task_id)
-        if task is None or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
+        known = task is not None and 1 <= attempt <= task.attempt
+        if not known or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
             return 0
         folder = self._store.files.spool(task_id, attempt)
         whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
@@ -78,6 +96,7 @@ class Uploads:
 
         Raises:
             UpdateError: the part is not wanted: "late", "device" or "size".
+            UnavailableError: there is no room for it now.
             ProtocolError: the stream cannot be used; ask for the offset and send again from there.
         """
         if self._recorded_part(header.task_id, header.part, header.digest) is not None:
@@ -87,17 +106,18 @@ class Uploads:
         whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
         if header.offset == header.size_bytes and whole.exists():
             return header.size_bytes  # sent again after a lost answer; the commit checks its digest
-        if not folder.exists():
-            folder.mkdir()
-            make_durable(folder)
+        self._check_room(header.size_bytes - header.offset)
+        self._make_spool(header.task_id, header.attempt)
         stream = object()
-        self._streams[partial] = stream
+        self._streams[whole] = stream
+        if not partial.exists():
+            _drop_partials(whole)  # of other digests: a part that is sent anew takes the room of what it was before
         try:
             held = header.offset
             if (partial.stat().st_size if partial.exists() else 0) != held:
                 raise ProtocolError(f"part {header.part} is not at offset {held} here; ask for the offset")
             async for chunk in chunks:
-                if self._streams.get(partial) is not stream:
+                if self._streams.get(whole) is not stream:
                     raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
                 if not self._accepts(header.task_id):
                     raise _late(header.task_id)
@@ -107,8 +127,8 @@ class Uploads:
             # Not cancelled with its stream: a commit that follows must find the part sealed, or seal it itself.
             await asyncio.shield(self._seal(header, partial, whole))
         finally:
-            if self._streams.get(partial) is stream:
-                del self._streams[partial]
+            if self._streams.get(whole) is stream:
+                del self._streams[whole]
         return held
 
     async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
@@ -120,11 +140,14 @@ class Uploads:
         """Checks and records an update. True if it is new, False if it was recorded before.
 
         Raises:
-            UpdateError: it is refused; unless "late", its spool is gone and the task has ended.
+            UpdateError: it is refused; unless "late" or "duplicate", its spool is gone and the task has ended.
             ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
+            UnavailableError: it cannot be recorded now.
         """
         async with self._lock(result.task_id):
-            if self._store.update(result.task_id) is not None:
+            recorded = self._store.update(result.task_id)
+            if recorded is not None:
+                _require_same(recorded, result)
                 return False
             task = self._store.task(result.task_id)
             if task is None or not self._accepts(result.task_id):
@@ -132,7 +155,7 @@ class Uploads:
             if result.device_id != task.device_id:  # another's mistake must not cost the owner its spool
                 raise UpdateError("device", f"task {task.task_id} was not given to {result.device_id[:80]}")
             try:
-                await asyncio.to_thread(self._admit, result, task)
+                norms = await asyncio.to_thread(self._admit, result, task)
             except UpdateError:
                 self._store.files.drop_spool(task.task_id, result.attempt)
                 self._forget(task.task_id, result.attempt)
@@ -140,7 +163,7 @@ class Uploads:
             # Nothing waits from here to the return, so the round cannot close before the update is recorded.
             if not self._accepts(result.task_id):
                 raise _late(result.task_id)
-            self._store.record_update(result)
+            self._store.record_update(result, norms)
             self._forget(task.task_id, result.attempt)
             return True
 
@@ -154,12 +177,31 @@ class Uploads:
         self._declared.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
 
-    def _admit(self, result: Result, task: TaskRecord) -> None:
+    def _make_spool(self, task_id: str, attempt: int) -> None:
+        """The folder of an attempt. Those before the last one are deleted: a device that trains a task for the third
+        time has nothing of the first, and a task must not fill the disk by its attempts."""
+        folder = self._store.files.spool(task_id, attempt)
+        if folder.exists():
+            return
+        for earlier in range(1, attempt - 1):
+            self._store.files.drop_spool(task_id, earlier)
+            self._forget(task_id, earlier)
+        folder.mkdir()
+        make_durable(folder)
+
+    def _admit(self, result: Result, task: TaskRecord) -> Norms:
         # numpy: only when there is an update
-        from coordinator.admission import check_result, check_update
+        from coordinator.admission import check_norms, check_result, check_update
+        from fedepth.aggregation.norms import update_norms
 
         check_result(result, task, self._layout, self.limit_parts)
-        check_update(self._whole_parts(result), self._layout, result)
+        parts = self._whole_parts(result)
+        check_update(parts, self._layout, result)
+        norms = update_norms(self._base(), parts, self._layout.parameters).per_step(result.steps(self._training))
+        if self._learn_norms:
+            check_norms(norms, self._store.norms_of(task.round))
+        self._store.keep_parts(result)
+        return norms
 
     def _whole_parts(self, result: Result) -> Sequence[Path]:
         paths = self.paths(result)
@@ -207,6 +249,21 @@ class Uploads:
 
     def _forget(self, task_id: str, attempt: int) -> None:
         self._declared.pop(self._store.files.spool(task_id, attempt), None)
+
+
+def _require_same(recorded: Result, result: Result) -> None:
+    """Raises UpdateError if an update is not the recorded one: acknowledging it would acknowledge what is not kept."""
+    if (recorded.attempt, recorded.device_id, recorded.parts) != (result.attempt, result.device_id, result.parts):
+        raise UpdateError(
+            "duplicate",
+            f"an update of attempt {recorded.attempt} of {recorded.task_id} is recorded, and it is not this one "
+            f"(attempt {result.attempt})",
+        )
+
+
+def _drop_partials(whole: Path) -> None:
+    for partial in whole.parent.glob(f"{whole.stem}.*.partial"):
+        partial.unlink()
 
 
 def _seal(partial: Path, whole: Path, digest: str) -> None:

@@ -36,11 +36,15 @@ class TensorInfo:
         name: its name in the model's state dict.
         shape: its shape; () for a scalar.
         dtype: its type as safetensors names it, such as "F32" or "I64".
+        not_negative: no value of it can be below 0: a variance, or a counter.
+        parameter: trained by gradients; else a buffer that training writes.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    not_negative: bool = False
+    parameter: bool = True
 
     @property
     def size_bytes(self) -> int:
@@ -75,6 +79,11 @@ class ModelLayout:
     def tensors(self) -> tuple[TensorInfo, ...]:
         """All tensors: units in order, then the head."""
         return tuple(tensor for unit in self.units for tensor in unit.tensors) + self.head
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of all trainable parameters."""
+        return frozenset(tensor.name for tensor in self.tensors if tensor.parameter)
 
     @property
     def by_name(self) -> dict[str, TensorInfo]:

@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 
 from fedepth.errors import ConfigError
+from fedepth.printable import shortened
 
 _UNITS = {
     "": 1,
@@ -21,7 +22,7 @@ _UNITS = {
     "tib": 1 << 40,
 }
 _BINARY = {10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
@@ -32,13 +33,15 @@ def parse_size(text: str | int) -> int:
     Raises:
         ConfigError: not a size, negative, or an unknown unit such as "M", which could mean either.
     """
+    shown = shortened(str(text))
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise ConfigError(f'"{text}" is not a size: write bytes, or a number and a unit such as "300MiB"')
+        raise ConfigError(f'"{shown}" is not a size: write bytes, or a number and a unit such as "300MiB"')
     number, unit = match.groups()
     if unit.lower() not in _UNITS:
         raise ConfigError(
-            f'"{text}" is not a size: unknown unit "{unit}", known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB'
+            f'"{shown}" is not a size: unknown unit "{shortened(unit)}", '
+            "known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
         )
     # Out of floating point, so that a large number of bytes is exact.
     return round(Fraction(number) * _UNITS[unit.lower()])

@@ -27,6 +27,8 @@ _KINDS: dict[str, type[FedepthError]] = {
         errors.ChildError,
         errors.ProtocolError,
         errors.StateError,
+        errors.UnavailableError,
+        errors.DiskError,
         errors.ExportError,
     )
 }
@@ -79,7 +81,7 @@ class ModelWorker:
                 if not answered:  # whatever it says next would answer a question that nobody asks any more
                     await self._end(kill=True)
             self._idle = asyncio.create_task(self._end_when_idle())
-        if "error" in answer:
+        if isinstance(answer.get("error"), dict):
             raise _as_error(answer["error"])
         return dict(answer["ok"])
 

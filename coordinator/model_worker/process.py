@@ -23,7 +23,7 @@ from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export
-from fedepth.files import file_digest
+from fedepth.files import disk_errors, file_digest
 from fedepth.models.load import load_model
 from fedepth.models.traced import read_traced, write_traced
 from fedepth.prepare import prepare_model
@@ -118,7 +118,8 @@ def answer(line: bytes, progress: Progress = lambda text: None) -> dict[str, Any
             request = msgspec.convert(message, kind)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"The model worker got a request it cannot read: {error}.") from error
-        return {"ok": action(request, progress)}
+        with disk_errors(f"the model worker could not {do}", Path.cwd()):
+            return {"ok": action(request, progress)}
     except FedepthError as error:
         return {"error": {"type": type(error).__name__, "message": str(error)}}
 

@@ -14,7 +14,7 @@ import pytest
 from coordinator.store.records import TaskRecord
 from fedepth.budget import Budget
 from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
-from fedepth.job import JobConfig
+from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import DeviceReport, PartInfo, Result, StageResult
@@ -61,9 +61,13 @@ def plan_of(*ranges: tuple[int, int], untrained: tuple[int, ...] = ()) -> Plan:
 
 
 def config_of(**job: Any) -> JobConfig:
-    section = {"name": "demo", "rounds": 1, "devices_per_round": 2, "gather_s": 0, "lease_s": 30, **job}
+    """A job with these [job] settings; those that are sections stand beside it."""
+    others = {key: value for key, value in job.items() if isinstance(value, dict)}
+    settings = {key: value for key, value in job.items() if key not in others}
+    section = {"name": "demo", "rounds": 1, "devices_per_round": 2, "gather_s": 0, "lease_s": 30, **settings}
     return msgspec.convert(
         {
+            **others,
             "job": section,
             "model": {"name": "fake", "classes": 2, "input_shape": [1, 8, 8]},
             "test": {"data": "digits"},
@@ -117,8 +121,12 @@ def sha256(data: bytes) -> str:
 
 @dataclass
 class FakeModels:
-    """Answers what the model worker would, and remembers what it was asked."""
+    """Answers what the model worker would, and remembers what it was asked.
 
+    `losses` are those of evaluations, one after the other; the last repeats. None is what is no number.
+    """
+
+    losses: list[float | None] = field(default_factory=lambda: [0.5])
     asked: list[str] = field(default_factory=list)
     stopped: bool = False
 
@@ -136,7 +144,8 @@ class FakeModels:
                 "graph_bytes": len(GRAPH),
             }
         if do == "evaluate":
-            return {"accuracy": 0.75, "loss": 0.5, "samples": 100}
+            loss = self.losses[0] if len(self.losses) == 1 else self.losses.pop(0)
+            return {"accuracy": 0.75, "loss": loss, "samples": 100}
         Path(fields["output"]).write_bytes(b"onnx")
         return {
             "path": fields["output"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.admission import check_result, check_update
+from coordinator.admission import check_report, check_result, check_update
+from fedepth.budget import Budget, MemoryLimit
+from fedepth.costs import Calibration
 from fedepth.errors import UpdateError
+from fedepth.job_sections import LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import Result
@@ -210,6 +214,33 @@ BAD: dict[str, tuple[str, Change]] = {
             result, stages=(replace(result.stages[0], loss_last=float("nan")), result.stages[1])
         ),
     ),
+    "a negative measurement": ("plan", lambda kit, result: with_stage(result, rehearsed_peak_bytes=-1)),
+    "a measurement of no machine": ("plan", lambda kit, result: with_stage(result, measured_peak_bytes=1 << 51)),
+    "steps without end": ("plan", lambda kit, result: with_stage(result, steps=1 << 41)),
+    "a stage of negative seconds": ("plan", lambda kit, result: with_stage(result, seconds=-1.0)),
+    "a stage of no time": ("not_finite", lambda kit, result: with_stage(result, seconds=float("nan"))),
+    "seconds of centuries": ("plan", lambda kit, result: replace(result, seconds=1e12)),
+    "a negative baseline": ("plan", lambda kit, result: replace(result, baseline_bytes=-1)),
+    "a negative prediction": (
+        "plan",
+        lambda kit, result: replace(
+            result,
+            plan=replace(
+                result.plan,
+                stages=(
+                    replace(result.plan.stages[0], predicted=PeakComponents(-5, 0, 0, 0, 0, 0, 0)),
+                    result.plan.stages[1],
+                ),
+            ),
+        ),
+    ),
+    "untrained units out of order": (
+        "plan",
+        lambda kit, result: with_plan(kit, result, kit.plan((0, 0), untrained=(2, 1))),
+    ),
+    "a part of a number that there is not": ("size", lambda kit, result: with_part(result, part=PARTS)),
+    "a part of no bytes": ("size", lambda kit, result: with_part(result, size_bytes=0)),
+    "a part without a digest": ("digest", lambda kit, result: with_part(result, digest="../../etc/passwd")),
     "no parts": ("size", lambda kit, result: replace(result, parts=())),
     "a part twice": ("size", lambda kit, result: replace(result, parts=result.parts * 2)),
 }
@@ -219,6 +250,14 @@ def with_plan(kit: Any, result: Result, plan: Any) -> Result:
     small = plan if all(stage.last < 100 for stage in plan.stages) else None
     made: Result = kit.result(kit.task(), {0: DATA}, plan=small or result.plan)
     return made if small else replace(made, plan=plan)
+
+
+def with_stage(result: Result, **changes: Any) -> Result:
+    return replace(result, stages=(replace(result.stages[0], **changes), *result.stages[1:]))
+
+
+def with_part(result: Result, **changes: Any) -> Result:
+    return replace(result, parts=(replace(result.parts[0], **changes), *result.parts[1:]))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -244,3 +283,166 @@ def test_a_plan_may_leave_out_what_the_models_author_froze_at_the_front(kit: Any
 def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
     plan = kit.plan((1, 1), (2, 2), untrained=(0,))
     check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), kit.layout, PARTS)
+
+
+STAGE = Stage(0, 65535, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+LONG: dict[str, Callable[[Result], Result]] = {
+    "200 stages of 65,536 units": lambda good: replace(good, plan=replace(good.plan, stages=(STAGE,) * 200)),
+    "three stages of all units": lambda good: replace(
+        good, plan=replace(good.plan, stages=(replace(STAGE, last=2),) * 3)
+    ),
+    "untrained units": lambda good: replace(good, plan=replace(good.plan, untrained=tuple(range(1000)))),
+    "trained units": lambda good: replace(good, trained_units=tuple(range(1000))),
+    "stages of results": lambda good: replace(good, stages=good.stages * 500),
+    "parts": lambda good: replace(good, parts=good.parts * 1000),
+    "a digest": lambda good: with_part(good, digest="\n" * 1000),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_lists_are_refused_by_their_length_and_never_quoted_in_full(kit: Any, case: str) -> None:
+    long = LONG[case](kit.result(kit.task(), {0: DATA}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UpdateError) as caught:
+            check_result(long, kit.task(), kit.layout, PARTS)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 18
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_the_largest_plan_of_a_model_is_admitted_and_quoted_in_short(kit: Any) -> None:
+    units = 512
+    layout = ModelLayout(
+        tuple(UnitLayout(f"u{index}", (TensorInfo(f"w{index}", (1,), "F32"),)) for index in range(units)), ()
+    )
+    result = kit.result(kit.task(), {0: DATA}, plan=kit.plan(*((unit, unit) for unit in range(units))))
+    check_result(result, kit.task(), layout, units)
+    with pytest.raises(UpdateError, match="…") as caught:
+        check_result(replace(result, trained_units=result.trained_units[1:]), kit.task(), layout, units)
+    assert len(str(caught.value)) < 500
+
+
+NORM = ModelLayout(
+    units=(
+        UnitLayout(
+            "norm",
+            (
+                TensorInfo("weight", (2,), "F32"),
+                TensorInfo("running_mean", (2,), "F32"),
+                TensorInfo("running_var", (2,), "F32", not_negative=True),
+                TensorInfo("num_batches_tracked", (), "I64", not_negative=True),
+                TensorInfo("double", (1,), "F64"),
+                TensorInfo("flags", (4,), "BOOL"),
+                TensorInfo("table", (2,), "I64"),
+            ),
+        ),
+    ),
+    head=(),
+)
+
+
+def norm(**changes: Any) -> dict[str, Any]:
+    return {
+        "weight": np.array([-1.0, 0.0], np.float32),
+        "running_mean": np.array([-1.0, 0.0], np.float32),
+        "running_var": np.array([0.0, 1e-30], np.float32),
+        "num_batches_tracked": np.array(0),
+        "double": np.array([-1e280]),
+        "flags": np.array([True, False, True, True]),
+        "table": np.array([-(1 << 53), 1 << 53]),
+    } | changes
+
+
+def test_a_variance_may_be_zero_and_a_mean_negative(tmp_path: Path) -> None:
+    check_update(saved(tmp_path, norm()), NORM, result(0))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"running_var": np.array([1.0, -1e-30], np.float32)},
+        {"num_batches_tracked": np.array(-1)},
+        {"double": np.array([1e281])},
+        {"table": np.array([0, (1 << 53) + 2])},
+        {"table": np.array([-(1 << 63), 0])},
+        {"flags": np.array([0, 1, 2, 0], np.uint8).view(np.bool_)},
+    ],
+    ids=lambda bad: f"{next(iter(bad))} {next(iter(bad.values()))}",
+)
+def test_values_that_cannot_be_are_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
+    found, message = reason(saved(tmp_path, norm(**bad)), 0, layout=NORM)
+    assert (found, f"tensor {next(iter(bad))} holds" in message) == ("range", True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_variance_that_is_no_number_is_refused(tmp_path: Path, value: float) -> None:
+    changed = norm(running_var=np.array([0.0, value], np.float32))
+    assert reason(saved(tmp_path, changed), 0, layout=NORM)[0] == "not_finite"
+
+
+LIMITS = LimitsSection(samples_per_device=100, devices=2)
+CLASSES = ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device_id": "../up\x1b[2J"}, r"device id '../up\\x1b\[2J' is not 1 to 64"),
+        ({"device_id": "x" * 65}, "is not 1 to 64 letters"),
+        ({"name": ""}, "1 to 200 characters, this one has 0"),
+        ({"name": "x" * 201}, "this one has 201"),
+        ({"name": "a\nb"}, r"name 'a\\nb' has characters that cannot be shown"),
+        ({"name": "\u202eevil"}, r"'\\u202eevil' has characters"),
+        ({"hardware": "x" * 1025}, "describes its hardware in 1025 characters, allowed are 1024"),
+        ({"class_counts": (1,) * 3}, "the data has 3 classes, the job has 2: 0, 1; give"),
+        ({"class_counts": (21, -1)}, "20 samples, but by class they are 20, the smallest class with -1"),
+        ({"class_counts": (10, 11)}, "20 samples, but by class they are 21"),
+        ({"sample_count": 0}, "no training samples"),
+        ({"sample_count": -5}, "no training samples"),
+        ({"sample_count": 101}, "reports 101 samples, the job allows 100; raise"),
+        ({"sample_count": (1 << 63) - 1}, "reports 9223372036854775807 samples, the job allows 100"),
+        ({"calibration": Calibration(kept=float("nan"))}, "calibration has kept nan, allowed are 0 to 1e"),
+        ({"calibration": Calibration(kernel_share=1e300)}, "has kernel_share 1e"),
+        ({"calibration": Calibration(reordered_share=-1.0)}, "has reordered_share -1.0"),
+        ({"calibration": Calibration(fixed_bytes=-1)}, "has fixed_bytes -1"),
+    ],
+)
+def test_a_report_that_cannot_be_is_answered_with_a_sentence(kit: Any, changes: dict[str, Any], said: str) -> None:
+    assert check_report(kit.report("a"), CLASSES, LIMITS) == ""
+    told = check_report(replace(kit.report("a"), **changes), CLASSES, LIMITS)
+    assert re.search(said, told), told
+    assert told.isprintable()
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"limits": (MemoryLimit("x", 1),) * 65}, "65 bounds on its memory, allowed are 64"),
+        ({"limits": (MemoryLimit("x", -1),)}, "less than 0 bytes available"),
+        ({"total_bytes": -1}, "total_bytes -1"),
+        ({"reserve_bytes": -1}, "reserve_bytes -1"),
+        ({"budget_bytes": -1}, "budget_bytes -1"),
+        ({"budget_bytes": 101}, "a budget of 101 bytes, but 100 available"),
+        ({"available_bytes": -1, "budget_bytes": 0}, "less than 0 bytes available"),
+        ({"cap_bytes": 50}, "a budget of 60 bytes above its cap, 50"),
+        ({"fraction": 0.0}, "fraction 0.0"),
+        ({"fraction": 1.5}, "fraction 1.5"),
+        ({"fraction": float("nan")}, "fraction nan"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_answered_with_a_sentence(kit: Any, changes: dict[str, Any], said: str) -> None:
+    budget = Budget(200, 100, (MemoryLimit("MemAvailable", 100, 200),), 10, 20, 0.9, 60, 60)
+    assert check_report(replace(kit.report("a"), budget=budget), CLASSES, LIMITS) == ""
+    told = check_report(replace(kit.report("a"), budget=replace(budget, **changes)), CLASSES, LIMITS)
+    assert said in told
+
+
+def test_a_device_without_a_class_is_welcome(kit: Any) -> None:
+    """It may not know the job's classes yet."""
+    assert check_report(replace(kit.report("a"), class_counts=()), CLASSES, LIMITS) == ""
+    assert check_report(replace(kit.report("a"), class_counts=(20,)), CLASSES, LIMITS) == ""

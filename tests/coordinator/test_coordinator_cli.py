@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator.cli import describe
-from coordinator.store.records import Store
+from coordinator.cli import _event, _tables, describe, read_record
+from coordinator.store.records import RoundRecord, Store
+from fedepth.errors import ProtocolError
 from fedepth.job import model_spec
 
 
@@ -20,11 +22,31 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "export", "watch", "record"])
+@pytest.mark.parametrize("command", ["serve", "status", "export", "watch", "record", "backup", "rollback"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     told = run(command, "--help")
     assert told.returncode == 0
     assert f"Example: fedepth-coordinator {command} --" in told.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "export", "record", "backup", "rollback"])
+def test_commands_that_take_a_state_take_a_database_and_files(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDEPTH_DATABASE", "postgresql://user:secret@host/db")
+    told = run(command, "--help").stdout
+    assert "--database" in told
+    assert "--files" in told
+    assert "FEDEPTH_DATABASE" in told
+    assert "FEDEPTH_FILES" in told
+    assert "secret" not in told
+
+
+def test_the_database_may_be_named_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDEPTH_DATABASE", "postgresql://user:secret@127.0.0.1:1/db")
+    told = run("record", "--state", str(tmp_path))
+    assert told.returncode == 1
+    assert told.stderr.startswith("fedepth-coordinator: postgresql://127.0.0.1/db cannot be used now: ")
+    assert "secret" not in told.stderr
+    assert "Traceback" not in told.stderr
 
 
 def test_errors_are_one_message_and_status_1(tmp_path: Path) -> None:
@@ -48,17 +70,20 @@ def test_record_shows_rounds_and_stages(tmp_path: Path, kit: Any) -> None:
     for number in (0, 1):
         partial = tmp_path / "weights" / "new.partial"
         partial.write_bytes(b"x")
-        store.record_round(store.seal_weights(partial, number, number, 20))
+        sealed = store.seal_weights(partial, number)
+        store.record_round(RoundRecord(number, sealed.digest, sealed.size_bytes, 0.0, number, 20))
     store.set_evaluation(1, 0.875, 0.25)
     store.see_device(kit.report("a"))
     task = kit.task()
     store.record_task(task)
-    store.record_update(kit.result(task, {0: b"x"}))
+    store.files.spool(task.task_id, 1).mkdir()
+    (store.files.spool(task.task_id, 1) / "part-0000.safetensors").write_bytes(b"x")
+    store.record_update(kit.result(task, {0: b"x"}), None)
     # The store stays open: the record can be read beside a running coordinator.
     told = run("record", "--state", str(tmp_path), "--json")
     store.close()
     record = json.loads(told.stdout)
-    assert [each["accuracy"] for each in record["rounds"]] == [-1.0, 0.875]
+    assert [each["accuracy"] for each in record["rounds"]] == [None, 0.875]
     stages = record["updates"][0]["result"]["stages"]
     peaks = [(each["predicted_peak_bytes"], each["measured_peak_bytes"]) for each in stages]
     assert peaks == [(4000, 3900)] * 2
@@ -85,3 +110,39 @@ def test_an_event_is_told_in_lines() -> None:
     lines = describe(event).splitlines()
     assert lines[0].split() == ["update_accepted", "device=pi"]
     assert lines[1].strip() == "units 0-1: predicted 1.0 MiB, measured 512.0 KiB, budget 2.0 MiB"
+
+
+HOSTILE = "[red]a\x1b[2J\nb\u202e"
+SAFE = r"[red]a\x1b[2J\nb\u202e"
+
+
+def test_names_in_an_event_neither_break_the_line_nor_steer_the_terminal() -> None:
+    line = describe({"event": "device_seen\x1b[2J", "device": HOSTILE, "devices": [HOSTILE], HOSTILE: 1})
+    assert line.isprintable()
+    assert f"device={SAFE} " in line
+
+
+def test_names_in_the_record_are_no_markup(tmp_path: Path, kit: Any) -> None:
+    store = Store.open(tmp_path, "demo", model_spec(kit.config()))
+    partial = tmp_path / "weights" / "new.partial"
+    partial.write_bytes(b"x")
+    sealed = store.seal_weights(partial, 0)
+    store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+    store.see_device(replace(kit.report("a"), name=HOSTILE))
+    task = kit.task()
+    store.record_task(task)
+    store.files.spool(task.task_id, 1).mkdir()
+    (store.files.spool(task.task_id, 1) / "part-0000.safetensors").write_bytes(b"x")
+    store.record_update(kit.result(task, {0: b"x"}), None)
+    stages = _tables(read_record(tmp_path))[1]
+    store.close()
+    assert [str(cell) for cell in stages.columns[1].cells] == [SAFE] * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[1]", '{"stages": 3}', '{"stages": [{}]}', '{"stages": [{"first": null}]}', "[" * 100_000, "1" * 5000],
+)
+def test_an_event_that_cannot_be_shown_is_a_message(line: str) -> None:
+    with pytest.raises(ProtocolError, match="sent an event that cannot be shown"):
+        _event(line)

@@ -75,6 +75,7 @@ def test_exit_when_done_makes_up_for_a_crash_and_ends(tmp_path: Path, kit: Any) 
 
 
 def store_finished_job(state: Path, kit: Any) -> None:
+    from coordinator.store.entries import RoundRecord
     from coordinator.store.records import Store
     from fedepth.job import model_spec
 
@@ -82,7 +83,8 @@ def store_finished_job(state: Path, kit: Any) -> None:
     for number in (0, 1):
         partial = state / "weights" / "new.partial"
         partial.write_bytes(b"weights %d" % number)
-        store.record_round(store.seal_weights(partial, number, 2, 40))
+        sealed = store.seal_weights(partial, number)
+        store.record_round(RoundRecord(number, sealed.digest, sealed.size_bytes, 0.0, 2, 40))
     store.close()
 
 

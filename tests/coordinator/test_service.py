@@ -21,6 +21,8 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
 from coordinator.store.records import Store
+from fedepth.aggregation import norms
+from fedepth.aggregation.rules import Norms
 from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
@@ -86,7 +88,8 @@ Play = Callable[..., None]
 def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
-    monkeypatch.setattr(global_model, "average_updates", fake_average)
+    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
+    monkeypatch.setattr(global_model, "combine", fake_combine)
 
     @asynccontextmanager
     async def served(**section: Any) -> AsyncIterator[Rig]:
@@ -121,10 +124,13 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield run
 
 
-def fake_average(base: Path, updates: list[tuple[tuple[Path, ...], float]], output: Path) -> None:
+def fake_combine(
+    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
+) -> list[str]:
     """Writes down what it was given, in its order."""
-    parts = [b"+".join(path.read_bytes() for path in paths) for paths, _ in updates]
+    parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
     output.write_bytes(b"|".join([base.read_bytes(), *parts]))
+    return []
 
 
 def test_a_whole_job(play: Play) -> None:
@@ -142,7 +148,8 @@ def test_a_whole_job(play: Play) -> None:
         status = await rig.stub.JobStatus(pb.JobStatusRequest())
         assert (status.phase, status.round, status.accuracy) == ("finished", 1, 0.75)
         assert status.onnx_path.endswith("demo-round-0001.onnx")
-        assert rig.job.store.files.weights(1).read_bytes() == WEIGHTS + b"|" + PART + b"|" + PART
+        averaged = WEIGHTS + b"|" + PART + b"|" + PART
+        assert rig.job.store.files.weights(1, rig.kit.sha256(averaged)).read_bytes() == averaged
         assert list((rig.job.store.directory / "spool").iterdir()) == []
 
     play(scene)
@@ -175,7 +182,7 @@ def test_a_long_poll_ends_after_its_wait(play: Play) -> None:
         reply = await rig.ask("a", wait_ms=30)
         assert reply.WhichOneof("outcome") == "retry"
         assert 0 <= reply.retry.retry_after_ms < 1000
-        assert rig.job.state.waiting == frozenset()
+        assert rig.job.presence.waiting == set()
 
     play(scene)
 
@@ -184,10 +191,10 @@ def test_a_device_that_hangs_up_no_longer_waits(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         report = to_message(rig.kit.report("a"), pb.DeviceReport)
         call = rig.stub.NextTask(pb.NextTaskRequest(device=report, wait_ms=60_000))
-        await until(rig, lambda: "a" in rig.job.state.waiting)
+        await until(rig, lambda: "a" in rig.job.presence.waiting)
         call.cancel()
-        await until(rig, lambda: "a" not in rig.job.state.waiting)
-        assert rig.job.state.waiting == frozenset() and call.cancelled()
+        await until(rig, lambda: "a" not in rig.job.presence.waiting)
+        assert rig.job.presence.waiting == set() and call.cancelled()
 
     play(scene)
 
@@ -217,7 +224,7 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
         assert "3 classes, the job has 2: 0, 1" in other.rejected.message
         odd = await rig.ask("../a")
         assert "device id" in odd.rejected.message
-        assert rig.job.state.waiting == frozenset()
+        assert rig.job.presence.waiting == set()
 
     play(scene)
 

@@ -15,8 +15,10 @@ from coordinator import admission
 from coordinator import uploads as uploads_module
 from coordinator.store.records import Store
 from coordinator.uploads import PartHeader, Uploads
-from fedepth.errors import ProtocolError, UpdateError
-from fedepth.job import model_spec
+from fedepth.aggregation import norms
+from fedepth.aggregation.rules import Norms
+from fedepth.errors import ProtocolError, UnavailableError, UpdateError
+from fedepth.job import model_spec, training_spec
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
 
@@ -31,7 +33,22 @@ class Setup:
         self.task = kit.task()
         self.store.record_task(self.task)
         self.open = True
-        self.uploads = Uploads(self.store, kit.layout, lambda task_id: self.open and task_id == self.task.task_id)
+        self.room = 1 << 40
+        self.uploads = self.new_uploads()
+
+    def new_uploads(self) -> Uploads:
+        """As after a restart."""
+
+        def accepts(task_id: str) -> bool:
+            return self.open and task_id == self.task.task_id
+
+        def check_room(size_bytes: int) -> None:
+            if size_bytes > self.room:
+                raise UnavailableError("the disk is full")
+
+        return Uploads(
+            self.store, self.kit.layout, accepts, check_room, lambda: Path("base"), training_spec(self.kit.config(), 1)
+        )
 
     def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
         fields: dict[str, Any] = {
@@ -64,6 +81,7 @@ async def chunks(data: bytes, offset: int, end: int | None = None) -> AsyncItera
 @pytest.fixture
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
+    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
@@ -107,7 +125,7 @@ def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
 def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
     with pytest.raises(ProtocolError):
         setup.send(setup.header(), end=700)
-    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
+    setup.uploads = setup.new_uploads()
     assert setup.offset() == 700
     assert setup.send(setup.header(offset=700)) == len(DATA)
 
@@ -119,7 +137,7 @@ def test_a_part_that_came_whole_but_was_not_sealed_counts(setup: Setup, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(uploads_module, "_seal", killed)
         setup.send(setup.header())
-    setup.uploads = Uploads(setup.store, setup.kit.layout, lambda task_id: True)
+    setup.uploads = setup.new_uploads()
     assert setup.offset() == len(DATA)  # so the device does not send it again
     assert setup.commit()
     (stored,) = setup.store.updates_of(1)
@@ -279,3 +297,42 @@ def test_parts_that_are_not_here_are_refused(setup: Setup) -> None:
     setup.send(setup.header())
     with pytest.raises(UpdateError, match="not the one"):
         asyncio.run(setup.uploads.commit(setup.kit.result(setup.task, {0: DATA[::-1]})))
+
+
+def test_another_attempt_or_other_parts_are_not_acknowledged_for_a_recorded_update(setup: Setup) -> None:
+    setup.send(setup.header())
+    assert setup.commit() is True
+    assert setup.commit() is False  # the same again, after a lost answer
+    with pytest.raises(UpdateError, match="an update of attempt 1 of t-0001-0000 is recorded") as caught:
+        setup.commit(attempt=2)
+    assert caught.value.reason == "duplicate"
+    other = setup.kit.result(setup.task, {0: DATA[::-1]})
+    with pytest.raises(UpdateError, match="recorded"):
+        asyncio.run(setup.uploads.commit(other))
+    assert setup.store.update(setup.task.task_id).parts[0].digest == setup.kit.sha256(DATA)
+
+
+def test_a_part_under_many_digests_takes_the_room_of_one(setup: Setup) -> None:
+    for number in range(20):
+        data = bytes([number]) * 1000
+        with pytest.raises(ProtocolError, match="the stream ended at 500"):
+            setup.send(setup.header(data), data, end=500)
+    folder = setup.store.files.spool(setup.task.task_id, 1)
+    assert [path.stat().st_size for path in folder.iterdir()] == [500]
+
+
+def test_only_the_last_two_attempts_of_a_task_have_a_spool(setup: Setup) -> None:
+    for attempt in range(1, 8):
+        setup.store.record_task(setup.kit.task(attempt=attempt))
+        setup.send(setup.header(attempt=attempt))
+    spools = sorted(path.name for path in (setup.store.directory / "spool").iterdir())
+    assert spools == ["t-0001-0000-6", "t-0001-0000-7"]
+
+
+def test_without_room_nothing_is_written_and_the_same_part_is_welcome_later(setup: Setup) -> None:
+    setup.room = len(DATA) - 1
+    with pytest.raises(UnavailableError, match="full"):
+        setup.send(setup.header())
+    assert not setup.store.files.spool(setup.task.task_id, 1).exists()
+    setup.room = len(DATA)
+    assert setup.send(setup.header()) == len(DATA)

@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 def report(number: int) -> DeviceReport:
     budget = Budget(8 * GIB, 8 * GIB, (), 0, 0, 1.0, 0, GIB)
-    return DeviceReport(f"liar-{number}", f"liar-{number}", budget, 96, (10,) * 10)
+    return DeviceReport(f"liar-{number}", f"liar-{number}", budget, 96, (*(10,) * 9, 6))
 
 
 def result_for(task: Task, device: DeviceReport, part: Path) -> Result:
@@ -91,7 +91,7 @@ def test_damaged_updates_are_refused_and_only_the_good_one_is_averaged(rig: Any)
     assert good == Accepted(1)
     rig.event("coordinator", "round_closed", round=1)
     folder = rig.lab.coordinator_state / "weights"
-    before, after = (load_numpy(folder / f"round-{number:04d}.safetensors") for number in (0, 1))
+    before, after = (load_numpy(next(folder.glob(f"round-{number:04d}-*"))) for number in (0, 1))
     for name in before:  # the mean of one update is that update
         np.testing.assert_array_equal(after[name], before[name] + 1)
 

@@ -137,6 +137,20 @@ def test_a_file_that_cannot_be_written_is_told_and_is_no_death(request_of: Reque
     play(scene())
 
 
+def test_training_that_diverges_is_told_and_the_trainer_lives_on(request_of: Request) -> None:
+    async def scene() -> None:
+        async with running("glibc") as trainer:
+            request = request_of(5, 5, ENOUGH)
+            task = request.task
+            far = replace(request, task=replace(task, training=replace(task.training, learning_rate=1e30)))
+            end = await try_training(trainer, far)
+            assert isinstance(end, Failed) and end.outcome is Outcome.DIVERGED, end
+            assert "at learning rate 1e+30; lower training.learning_rate" in end.message
+            assert isinstance(await try_training(trainer, request), Done)
+
+    play(scene())
+
+
 def test_no_more_than_was_reported_is_trained_on(request_of: Request) -> None:
     async def scene() -> None:
         async with running("glibc") as trainer:

@@ -83,3 +83,15 @@ def test_costs_without_a_head_or_of_other_units_are_refused(tmp_path: Path) -> N
 def test_a_graph_that_refers_to_what_it_does_not_have_is_refused(tmp_path: Path, damaged: Graph) -> None:
     with pytest.raises(ModelError):
         read_traced(written(tmp_path / "graph", damaged))
+
+
+def test_a_layout_knows_variances_and_counters(tmp_path: Path) -> None:
+    norm = Operation(
+        "batch_norm", (Value(0), Tensor("w"), None, Tensor("mean"), Tensor("spread"), True, 0.1, 1e-5), (1,)
+    )
+    program = Program((norm,), 1)
+    unit = Unit("u", ("w",), ("mean", "spread", "a.num_batches_tracked"), (), (3,), program, program)
+    tensors = dict.fromkeys(("w", "mean", "spread"), ("F32", (3,))) | {"a.num_batches_tracked": ("I64", ())}
+    graph = Graph(1, (unit,), HEAD, (True,), tensors, "F32", 1, False)
+    marked = {each.name: each.not_negative for each in graph.layout().tensors}
+    assert marked == {"w": False, "mean": False, "spread": True, "a.num_batches_tracked": True}

@@ -1,0 +1,45 @@
+"""Whether the average of a round may become the global model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.store.records import RoundRecord
+from fedepth.job_sections import GuardSection
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on the job's test data: accuracy as a fraction, mean cross-entropy. None: it is no number."""
+
+    accuracy: float
+    loss: float | None
+
+
+def objection(found: Evaluation, before: float | None, guard: GuardSection) -> str:
+    """Why the model is not to be published; empty if it may be.
+
+    Args:
+        before: accuracy of the model that is in force; None if it is not known.
+    """
+    if found.loss is None or not math.isfinite(found.loss) or not math.isfinite(found.accuracy):
+        return "its loss on the test data is not a finite number"
+    if before is not None and before - found.accuracy > guard.largest_drop:
+        return (
+            f"its accuracy on the test data is {found.accuracy:.1%}, {before - found.accuracy:.1%} less than the "
+            f"{before:.1%} of the model in force; at most {guard.largest_drop:.1%} are allowed ([guard] largest_drop)"
+        )
+    return ""
+
+
+def pause(latest: Sequence[RoundRecord], guard: GuardSection) -> str:
+    """Why the job is to pause after these rounds, the latest last; empty if it may go on."""
+    unsound = [record for record in latest[-guard.pause_after :] if not record.published]
+    if len(unsound) < guard.pause_after:
+        return ""
+    return (
+        f"{len(unsound)} rounds in a row, up to round {latest[-1].round}, were not published, the last since "
+        f"{latest[-1].note}; see which devices took part, then go on with fedepth-coordinator rollback"
+    )

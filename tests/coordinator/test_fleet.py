@@ -1,0 +1,61 @@
+"""Who calls: recorded when it says something new, and bounded in number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.fleet import RECORD_S, Fleet
+from coordinator.observe.events import Events
+from coordinator.store.records import Store
+from fedepth.job import model_spec
+
+PEER = "ipv4:10.0.0.7:4242"
+
+
+class Rig:
+    def __init__(self, folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kit = kit
+        self.now = 0.0
+        self.store = Store.open(folder, "demo", model_spec(kit.config()))
+        self.fleet = Fleet(self.store, Events(), 2, lambda: self.now)
+        self.recorded: list[str] = []
+        record = self.store.see_device
+
+        def recording(report: Any, most: int) -> bool:
+            self.recorded.append(report.device_id)
+            return record(report, most)
+
+        monkeypatch.setattr(self.store, "see_device", recording)
+
+
+@pytest.fixture
+def rig(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    made = Rig(tmp_path, kit, monkeypatch)
+    yield made
+    made.store.close()
+
+
+def test_a_poll_that_says_nothing_new_writes_nothing(rig: Rig) -> None:
+    for megabytes in range(100, 150):  # what is free changes with every poll
+        assert rig.fleet.see(rig.kit.report("a", megabytes << 20), PEER) is None
+    assert rig.recorded == ["a"]
+    rig.now = RECORD_S
+    rig.fleet.see(rig.kit.report("a"), PEER)
+    rig.fleet.see(replace(rig.kit.report("a"), name="porch"), PEER)
+    assert rig.recorded == ["a"] * 3
+    assert rig.fleet.name("a") == "porch"
+
+
+def test_a_device_more_than_the_job_takes_is_refused_with_the_number(rig: Rig) -> None:
+    assert rig.fleet.see(rig.kit.report("a"), PEER) is None
+    assert rig.fleet.see(rig.kit.report("b"), PEER) is None
+    refusal = rig.fleet.see(rig.kit.report("c"), PEER)
+    assert refusal is not None and "all of the 2 devices that it takes ([limits] devices)" in refusal.message
+    assert rig.fleet.see(rig.kit.report("a"), PEER) is None
+    assert rig.fleet.name("b") == "board b"
+    assert rig.fleet.name("c") == "c"

@@ -1,0 +1,167 @@
+"""A round's updates become the global weights: real files, the job's rule, and disks that change what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.global_model import GlobalModel
+from coordinator.observe.events import Events
+from coordinator.store.entries import RoundRecord
+from coordinator.store.records import Store
+from coordinator.uploads import Uploads
+from fedepth.aggregation.privacy import spent_epsilon
+from fedepth.errors import UpdateError
+from fedepth.job import model_spec, training_spec
+from fedepth.task import Result
+from fedepth.weights import load_numpy, save
+
+Tensors = dict[str, Any]
+
+
+class Rig:
+    """A job with real weights, all zero, and updates that set every value to one number."""
+
+    def __init__(self, folder: Path, kit: Any, **sections: Any) -> None:
+        self.kit = kit
+        self.config = kit.config(rounds=9, **sections)
+        self.store = Store.open(folder, "demo", model_spec(self.config))
+        partial = folder / "weights" / "new.partial"
+        save(partial, self.tensors(0.0))
+        sealed = self.store.seal_weights(partial, 0)
+        self.store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+        self.sent: list[dict[str, Any]] = []
+        self.models = kit.models()
+        self.model = GlobalModel(self.config, self.store, self.models, _Recorder(self.sent), kit.layout.parameters)
+        training = training_spec(self.config, 1)
+        self.uploads = Uploads(self.store, kit.layout, lambda task: True, lambda size: None, self.model.path, training)
+
+    def tensors(self, value: float, fill: float | None = None) -> Tensors:
+        made = {each.name: np.full(each.shape, value, np.float32) for each in self.kit.layout.tensors}
+        if fill is not None:
+            made["head.weight"][0, 0] = fill
+        return made
+
+    def update(self, device: str, value: float, number: int = 1, fill: float | None = None) -> Result:
+        """Committed as a device's update is."""
+        task = self.kit.task(task_id=f"t-{number:04d}-{device}", device_id=device)
+        self.store.record_task(task)
+        folder = self.store.files.spool(task.task_id, 1)
+        folder.mkdir()
+        part = folder / "part-0000.safetensors"
+        save(part, self.tensors(value, fill))
+        result: Result = self.kit.result(task, {0: part.read_bytes()}, device_id=device)
+        assert asyncio.run(self.uploads.commit(result))
+        return result
+
+    def close(self) -> RoundRecord:
+        asyncio.run(self.model.close(1, self.store.updates_of(1), self.uploads.paths))
+        return self.model.record
+
+    def weights(self) -> Tensors:
+        return load_numpy(self.model.path())
+
+
+class _Recorder(Events):
+    def __init__(self, sent: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._sent = sent
+
+    def send(self, event: str, **fields: Any) -> None:
+        self._sent.append({"event": event, **fields})
+
+
+@pytest.fixture
+def rigs(tmp_path: Path, kit: Any) -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def build(**sections: Any) -> Rig:
+        made.append(Rig(tmp_path / str(len(made)), kit, **sections))
+        return made[-1]
+
+    yield build
+    for rig in made:
+        rig.store.close()
+
+
+def test_the_mean_of_the_updates_is_in_force_and_evaluated(rigs: Any) -> None:
+    rig = rigs()
+    for device, value in (("a", 1.0), ("b", 2.0)):
+        rig.update(device, value)
+    record = rig.close()
+    assert (record.published, record.devices, record.samples, record.accuracy, record.loss) == (True, 2, 40, 0.75, 0.5)
+    assert all((tensor == 1.5).all() for tensor in rig.weights().values())
+    assert rig.models.asked == ["evaluate"]
+
+
+def test_the_job_chooses_the_rule(rigs: Any) -> None:
+    rig = rigs(devices_per_round=3, aggregation={"rule": "median"})
+    for device, value in (("a", 1.0), ("b", 2.0), ("c", 1000.0)):
+        rig.update(device, value)
+    rig.close()
+    assert all((tensor == 2.0).all() for tensor in rig.weights().values())
+
+
+def test_a_part_that_changed_on_the_disk_is_left_out_and_told(rigs: Any) -> None:
+    rig = rigs()
+    rig.update("a", 1.0)
+    damaged = rig.update("b", 2.0)
+    (path,) = rig.uploads.paths(damaged)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x40
+    path.write_bytes(data)
+    record = rig.close()
+    assert (record.published, record.devices) == (True, 1)
+    assert all((tensor == 1.0).all() for tensor in rig.weights().values())
+    (told,) = [each for each in rig.sent if each["event"] == "update_damaged"]
+    assert (told["device"], told["task_id"]) == ("b", damaged.task_id)
+
+
+def test_a_round_whose_updates_are_all_damaged_leaves_the_weights(rigs: Any) -> None:
+    rig = rigs()
+    for device in "ab":
+        for path in rig.uploads.paths(rig.update(device, 1.0)):
+            path.unlink()
+    record = rig.close()
+    assert (record.published, record.devices) == (False, 0)
+    assert "damaged on the coordinator's disk" in record.note
+    assert all((tensor == 0.0).all() for tensor in rig.weights().values())
+
+
+def test_an_update_that_goes_much_further_than_five_others_is_refused(rigs: Any) -> None:
+    rig = rigs(devices_per_round=8)
+    for index, device in enumerate("abcde"):
+        rig.update(device, 1.0 + index)  # the median goes as far as 3
+    with pytest.raises(UpdateError, match=r"its parameters change by .* times what the 5 other updates") as caught:
+        rig.update("f", 46.0)
+    assert caught.value.reason == "norm"
+    rig.update("g", 44.0)
+    assert len(rig.store.updates_of(1)) == 6
+
+
+def test_what_was_spent_of_privacy_is_in_the_record(rigs: Any) -> None:
+    rig = rigs(privacy={"clip_norm": 1.0, "noise_multiplier": 2.0, "delta": 1e-5})
+    rig.update("a", 1.0)
+    rig.update("b", 1.0)
+    record = rig.close()
+    assert record.epsilon == pytest.approx(spent_epsilon(2.0, 1, 1e-5))
+    assert rig.store.summary().epsilon == record.epsilon
+
+
+def test_a_model_that_collapses_is_kept_aside_with_those_who_took_part(rigs: Any) -> None:
+    rig = rigs(guard={"largest_drop": 0.2})
+    rig.update("a", 1.0)
+    rig.update("b", 1.0)
+    rig.store.set_evaluation(0, 0.96, 0.1)
+    rig.model.record = rig.store.latest_round()
+    record = rig.close()
+    assert not record.published
+    assert "75.0%, 21.0% less than the 96.0% of the model in force" in record.note
+    assert all((tensor == 0.0).all() for tensor in rig.weights().values())
+    (told,) = [each for each in rig.sent if each["event"] == "not_published"]
+    assert told["devices"] == ["a", "b"]

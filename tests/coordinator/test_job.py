@@ -1,0 +1,334 @@
+"""A job whose storage, log or model fails: nothing recorded is forgotten, nothing is told before it is so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+from coordinator import admission, global_model
+from coordinator.global_model import prepare
+from coordinator.job import Job
+from coordinator.rounds import Phase
+from coordinator.store.records import Store
+from coordinator.uploads import PartHeader
+from fedepth.aggregation import norms
+from fedepth.aggregation.rules import Norms
+from fedepth.errors import JobError, UnavailableError, UpdateError
+from fedepth.job import model_spec
+from fedepth.task import Failure, Outcome, Result, Task
+
+PART = b"trained tensors"
+
+
+class Rig:
+    """A job that runs, and devices that call it without a network."""
+
+    def __init__(self, job: Job, kit: Any, models: Any) -> None:
+        self.job = job
+        self.kit = kit
+        self.models = models
+
+    async def ask(self, device: str, **changes: Any) -> Task:
+        report = replace(self.kit.report(device), **changes)
+        assert self.job.fleet.see(report, "ipv4:10.0.0.7:1") is None
+        task = await self.job.start_waiting(report, await self.job.plan_for(report))
+        assert task is not None
+        return task
+
+    async def upload(self, task: Task, device: str) -> None:
+        header = PartHeader(task.task_id, task.attempt, device, 0, 0, len(PART), self.kit.sha256(PART))
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            yield Chunk(offset=0, data=PART)
+
+        await self.job.uploads.receive(header, chunks())
+
+    async def commit(self, task: Task, device: str) -> int:
+        record = self.job.store.task(task.task_id)
+        result = self.kit.result(record, {0: PART}, device_id=device, attempt=task.attempt)
+        return await self.job.commit(result)
+
+    async def deliver(self, task: Task, device: str) -> None:
+        await self.upload(task, device)
+        assert await self.commit(task, device) == task.round
+
+    async def round(self) -> None:
+        """Both devices train a round."""
+        first, second = await asyncio.gather(self.ask("a"), self.ask("b"))
+        await self.deliver(first, "a")
+        await self.deliver(second, "b")
+
+    async def reach(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert not self.running.done(), self.running.result()
+            await asyncio.sleep(0.01)
+
+    running: asyncio.Task[None]
+
+
+Scene = Callable[[Rig], Awaitable[None]]
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+    """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
+    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
+    monkeypatch.setattr(global_model, "combine", fake_combine)
+    monkeypatch.setattr("coordinator.job.TICK_S", 0.01)
+
+    @asynccontextmanager
+    async def running(models: Any = None, **section: Any) -> AsyncIterator[Rig]:
+        config = kit.config(**section)
+        store = Store.open(tmp_path, config.job.name, model_spec(config))
+        models = models or kit.models()
+        job = Job(config, store, models, await prepare(config, store, models))
+        rig = Rig(job, kit, models)
+        rig.running = asyncio.ensure_future(job.run())
+        try:
+            yield rig
+        finally:
+            rig.running.cancel()
+            await asyncio.wait({rig.running})
+            job.plans.close()
+            store.close()
+
+    def run(scene: Scene, **options: Any) -> None:
+        async def main() -> None:
+            async with running(**options) as rig:
+                await asyncio.wait_for(scene(rig), 30)
+
+        asyncio.run(main())
+
+    yield run
+
+
+def fake_combine(
+    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
+) -> list[str]:
+    """Writes down what it was given, in its order."""
+    parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
+    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
+    return []
+
+
+def fails(times: int, then: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that finds the disk full so many times, and then works."""
+    left = [times]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise UnavailableError("the disk is full")
+        return then(*args, **kwargs)
+
+    return function
+
+
+def test_a_task_that_cannot_be_recorded_is_not_given_until_it_can(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(rig.job.store, "record_step", fails(5, rig.job.store.record_step))
+        first, second = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        assert {task.task_id for task in rig.job.store.tasks_of(1)} == {first.task_id, second.task_id}
+        assert (first.attempt, second.attempt) == (1, 1)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("step", ["seal_weights", "record_round", "updates_of", "weights_of", "prune", "kept_rounds"])
+def test_a_round_closes_whatever_failed_on_the_way(play: Play, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    async def scene(rig: Rig) -> None:
+        await rig.job.weights.make_up()
+        monkeypatch.setattr(rig.job.store, step, fails(3, getattr(rig.job.store, step)))
+        await rig.round()
+        await rig.reach(rig.job.finished.is_set)
+        assert [record.round for record in rig.job.store.rounds()] == [0, 1]
+
+    play(scene)
+
+
+def test_an_update_counts_once_it_is_recorded_though_the_word_of_it_was_lost(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database had it, and the connection broke before it could say so."""
+
+    async def scene(rig: Rig) -> None:
+        first, second = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        await rig.upload(first, "a")
+        record = rig.job.store.record_update
+
+        def records_and_breaks(*args: Any) -> None:
+            record(*args)
+            raise UnavailableError("the connection is broken")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rig.job.store, "record_update", records_and_breaks)
+            with pytest.raises(UnavailableError):
+                await rig.commit(first, "a")
+        await rig.reach(lambda: not rig.job.accepts(first.task_id))
+        assert await rig.commit(first, "a") == 1  # asked again, as the device does
+        await rig.deliver(second, "b")
+        await rig.reach(rig.job.finished.is_set)
+        assert rig.job.store.rounds()[1].devices == 2
+
+    play(scene)
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updates are recorded, whatever becomes of the lines that tell of them."""
+
+    class Broken:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr("sys.stderr", Broken())
+        await rig.round()
+        await rig.reach(rig.job.finished.is_set)
+        assert [task.status for task in rig.job.store.tasks_of(1)] == ["accepted", "accepted"]
+        assert all(task.attempt == 1 for task in rig.job.store.tasks_of(1))
+
+    import structlog
+
+    from coordinator.observe.logs import renderer
+    from fedepth.logs import configure_logs
+
+    configured = structlog.get_config()
+    configure_logs(renderer(json_lines=True))
+    try:
+        play(scene)
+    finally:
+        structlog.configure(**configured)
+
+
+def test_a_model_that_gives_no_finite_loss_is_not_published(play: Play, kit: Any) -> None:
+    models = kit.models(losses=[None, 0.5])
+
+    async def scene(rig: Rig) -> None:
+        await rig.round()
+        await rig.reach(lambda: rig.job.state.round == 2)
+        start, first = rig.job.store.rounds()
+        assert (first.published, first.digest) == (False, start.digest)
+        assert "not a finite number" in first.note
+        assert first.aside_digest == kit.sha256(b"initial weights|trained tensors|trained tensors")
+        assert rig.job.weights.record.digest == start.digest
+        again, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        assert again.weights_digest == start.digest  # the job goes on from the round before
+
+    play(scene, models=models, rounds=3)
+
+
+def test_rounds_that_are_not_published_again_and_again_pause_the_job(play: Play, kit: Any) -> None:
+    async def scene(rig: Rig) -> None:
+        for number in (1, 2, 3):
+            await rig.round()
+            await rig.reach(lambda number=number: rig.job.weights.record.round == number)
+        await rig.reach(lambda: rig.job.state.phase is Phase.PAUSED)
+        assert "3 rounds in a row, up to round 3, were not published" in rig.job.why_wait()
+        assert "rollback" in rig.job.status()["message"]
+
+    async def later(rig: Rig) -> None:
+        assert rig.job.state.phase is Phase.PAUSED
+        rig.job.store.rollback(0)
+
+    async def rolled_back(rig: Rig) -> None:
+        await rig.round()
+        await rig.reach(lambda: rig.job.weights.record.round == 1)
+        assert rig.job.weights.record.published
+
+    play(scene, models=kit.models(losses=[None]), rounds=9)
+    play(later, rounds=9)
+    play(rolled_back, rounds=9)
+
+
+def test_a_job_that_every_device_fails_in_the_same_way_ends_with_their_message(play: Play) -> None:
+    message = "loss is not finite after step 7 at learning rate 1000; lower training.learning_rate"
+
+    async def scene(rig: Rig) -> None:
+        tasks = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        for task, device in zip(tasks, "ab", strict=True):
+            rig.job.failed(Failure(task.task_id, 1, device, Outcome.DIVERGED, message))
+        with pytest.raises(JobError, match="all 2 devices failed in the same way: loss is not finite after step 7"):
+            await rig.running
+
+    async def after_a_restart(rig: Rig) -> None:
+        for device in "ab":  # with a mended job file, say
+            await rig.deliver(await rig.ask(device), device)
+        await rig.reach(rig.job.finished.is_set)
+
+    play(scene)
+    play(after_a_restart)
+
+
+def test_another_attempt_of_a_recorded_task_is_not_acknowledged(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        again = await rig.ask("a")
+        assert (again.task_id, again.attempt) == (first.task_id, 2)
+        await rig.deliver(first, "a")
+        with pytest.raises(UpdateError, match="attempt 1") as caught:
+            await rig.commit(again, "a")
+        assert caught.value.reason == "duplicate"
+        assert rig.job.store.task(first.task_id).status == "accepted"
+
+    play(scene)
+
+
+def test_two_agents_under_one_identity_are_named_and_one_is_refused(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        one = replace(rig.kit.report("a"), instance="one", hostname="porch")
+        two = replace(rig.kit.report("a"), instance="two", hostname="garage")
+        assert rig.job.fleet.see(one, "ipv4:10.0.0.7:1") is None
+        assert rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
+        refused = rig.job.fleet.see(one, "ipv4:10.0.0.7:1")
+        assert refused is not None and refused.reason == "clone"
+        assert "another agent with the identity of this one, a, is alive on garage (ipv4:10.0.0.8:1)" in refused.message
+        assert rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
+
+    play(scene)
+
+
+def test_without_room_on_the_disk_no_task_is_given(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(rig.job.store.files, "free_bytes", lambda: 1 << 20)
+        with pytest.raises(UnavailableError, match=r"disk has 1\.0 MiB left, .* are needed"):
+            await rig.ask("a")
+        assert rig.job.presence.waiting == set()
+
+    play(scene)
+
+
+def test_who_waits_is_told_for_what(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        assert rig.job.why_wait() == "waiting for 1 more of 2 devices"
+        await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        assert rig.job.why_wait() == "round 1 is in work with 2 other devices"
+
+    play(scene)
+
+
+def test_what_a_crash_left_out_is_made_up_for_every_round_that_is_kept(play: Play, kit: Any) -> None:
+    async def scene(rig: Rig) -> None:
+        await rig.round()
+        await rig.reach(lambda: rig.job.state.round == 2)
+        rig.job.store.set_evaluation(1, None, None)
+        rig.job.store.set_export(1, "", None)
+
+    async def after_a_restart(rig: Rig) -> None:
+        await rig.reach(lambda: rig.models.asked == ["evaluate", "export"])
+        await rig.reach(lambda: rig.job.store.rounds()[1].export_path != "")
+        assert rig.job.store.rounds()[1].accuracy == 0.75
+
+    play(scene, models=kit.models(), rounds=4, export={"every": 1})
+    play(after_a_restart, rounds=4, export={"every": 1})

@@ -1,0 +1,40 @@
+"""Who is there, at exact times."""
+
+from __future__ import annotations
+
+from coordinator.presence import Presence
+
+
+def test_a_device_is_forgotten_after_a_lease_of_silence() -> None:
+    presence = Presence(10)
+    presence.see("a", 0)
+    presence.see("b", 5)
+    assert presence.live(10) == {"a", "b"}
+    assert presence.live(10.1) == {"b"}
+    assert presence.seen_at("a") == float("-inf")
+    assert presence.seen_at("b") == 5
+
+
+def test_a_device_that_waits_is_live_however_long_it_says_nothing() -> None:
+    presence = Presence(10)
+    presence.wait("a", 0)
+    assert presence.live(1000) == {"a"}
+    presence.leave("a", 1001)
+    assert presence.live(1011.1) == set()
+
+
+def test_everyone_waits_when_all_that_live_do() -> None:
+    presence = Presence(10)
+    assert presence.everyone_waits(0)
+    presence.wait("a", 0)
+    presence.see("b", 0)
+    assert not presence.everyone_waits(10)
+    assert presence.everyone_waits(10.1)
+
+
+def test_a_hundred_thousand_strangers_leave_nothing_behind() -> None:
+    presence = Presence(10)
+    for now in range(100_000):
+        presence.see(f"stranger-{now}", now)
+        presence.everyone_waits(now)
+    assert len(presence.live(100_000)) == 10
