@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import re
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, replace
@@ -378,13 +377,5 @@ def _checked(task: Task) -> Task:
         raise ProtocolError(
             f"task {task.task_id}: batches of {task.training.batch}, {task.training.local_epochs} epochs, "
             f"and stages {', '.join(odd[:20]) or 'without fault'} cannot be"
-        )
-    # JSON, in which the trainer gets them, has no other numbers.
-    training, model = task.training, task.model
-    rates = (training.learning_rate, training.momentum, training.weight_decay, training.proximal_mu)
-    if not all(map(math.isfinite, (*rates, *model.mean, *model.std))):
-        raise ProtocolError(
-            f"task {task.task_id}: learning rate {training.learning_rate}, momentum {training.momentum}, weight decay "
-            f"{training.weight_decay}, proximal_mu {training.proximal_mu}, mean {model.mean}, std {model.std} cannot be"
         )
     return task

@@ -173,9 +173,9 @@ def with_rate(learning_rate: float) -> Callable[[Task], Task]:
         (lambda task: with_stage(task, build_batch=0), "cannot be"),
         (lambda task: replace(task, training=replace(task.training, batch=0)), "batches of 0"),
         (lambda task: replace(task, training=replace(task.training, local_epochs=0)), "0 epochs"),
-        (with_rate(math.nan), "learning rate nan, momentum"),
-        (with_rate(math.inf), "learning rate inf, momentum"),
-        (lambda task: replace(task, model=replace(task.model, std=(-math.inf,))), r"std \(-inf,\) cannot be"),
+        (with_rate(math.nan), "TrainingSpec.learning_rate is nan"),
+        (with_rate(math.inf), "TrainingSpec.learning_rate is inf"),
+        (lambda task: replace(task, model=replace(task.model, std=(-math.inf,))), "ModelSpec.std is -inf"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_refused(

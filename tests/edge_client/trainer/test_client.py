@@ -61,5 +61,5 @@ def test_a_trainer_that_cannot_be_started_is_an_error_of_the_child() -> None:
 
 def test_a_line_without_end_is_an_error_of_the_child() -> None:
     argv = [sys.executable, "-c", "print('x' * (5 << 20), flush=True)"]
-    with pytest.raises(ChildError, match="wrote a line of more than 4194304 bytes"):
+    with pytest.raises(ChildError, match="wrote a line of over 4194304 bytes"):
         asyncio.run(TrainerProcess.start(TrainerConfig(), argv))
