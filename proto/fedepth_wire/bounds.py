@@ -129,8 +129,9 @@ def check_message(message: Message) -> None:
     """Checks a message and all that it holds against their bounds; converts nothing.
 
     Raises:
-        ProtocolError: a field goes beyond its bound, or an enum has a value that this version does not know. Fields that
-            it does not know are of a newer version, and ignored: a fleet is not updated in one moment.
+        ProtocolError: a field goes beyond its bound, or an enum has a value that this version does not know.
+
+    Fields that it does not know are of a newer version and ignored: a fleet is not updated in one moment.
     """
     _check(message, 1)
 
