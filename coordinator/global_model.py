@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from coordinator.observe.events import Events
 from coordinator.soundness import Evaluation, objection, pause
 from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord, Sealed
 from coordinator.store.records import Store
-from fedepth.errors import DamagedUpdateError, FedepthError, NotFiniteError, StateError, UnavailableError
+from fedepth.errors import ChildError, DamagedUpdateError, FedepthError, NotFiniteError, StateError, UnavailableError
 from fedepth.files import disk_errors
 from fedepth.job import aggregation_rule, model_spec, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
 
+TRIES = 3  # of what the model worker died of
 DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
 
 _log = structlog.get_logger()
@@ -77,7 +79,7 @@ class GlobalModel:
         self._models = models
         self._events = events
         self._parameters = parameters
-        self._failed: set[tuple[str, int]] = set()  # what is not tried again before the next start
+        self._tries: Counter[tuple[str, int]] = Counter()  # what failed how often since the start
         self.record = self._latest()
 
     def _latest(self) -> RoundRecord:
@@ -198,17 +200,20 @@ class GlobalModel:
     async def make_up(self) -> None:
         """Evaluates and exports what a crash or a failure has left out, of the rounds whose weights are kept.
 
-        Each is tried once from start to start: a failure is logged, and the job goes on without it.
+        A failure is logged, and the job goes on without it. What failed because the worker died is tried again; the
+        rest not before the next start.
         """
         for record in self._store.kept_rounds():
-            if record.round > 0 and record.accuracy is None and ("evaluate", record.round) not in self._failed:
+            while record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
                 weights = await asyncio.to_thread(self._store.weights_of, record)
                 found = await self._evaluate(record.round, weights)
                 if found is not None:
                     self._store.set_evaluation(record.round, found.accuracy, found.loss)
                     self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
-            if self._is_due(record) and ("export", record.round) not in self._failed:
-                await self._export(record)
+                    break
+            while self._is_due(record) and self._tries["export", record.round] < TRIES:
+                if await self._export(record):
+                    break
         self.record = self._latest()
 
     def _is_due(self, record: RoundRecord) -> bool:
@@ -231,22 +236,25 @@ class GlobalModel:
         except UnavailableError:
             raise
         except FedepthError as error:
-            self._failed.add(("evaluate", number))
+            self._note_failure("evaluate", number, error)
             self._events.send("log", message=f"round {number} could not be evaluated: {error}")
             return None
         return Evaluation(answer["accuracy"], answer["loss"])
 
-    async def _export(self, record: RoundRecord) -> None:
-        """ONNX with its parity report. After a failure `fedepth-coordinator export` may be tried."""
+    def _note_failure(self, what: str, number: int, error: FedepthError) -> None:
+        self._tries[what, number] += 1 if isinstance(error, ChildError) else TRIES
+
+    async def _export(self, record: RoundRecord) -> bool:
+        """ONNX with its parity report; whether that succeeded. If not, `fedepth-coordinator export` may be tried."""
         try:
             fields = await asyncio.to_thread(export_fields, self._config, self._store, record)
             answer = await self._models.request("export", **fields)
         except UnavailableError:
             raise
         except FedepthError as error:
-            self._failed.add(("export", record.round))
+            self._note_failure("export", record.round, error)
             self._events.send("log", message=f"round {record.round} could not be exported: {error}")
-            return
+            return False
         self._store.set_export(record.round, answer["path"], answer["parity_max_abs"])
         self._events.send(
             "exported",
@@ -255,6 +263,7 @@ class GlobalModel:
             parity_max_abs=answer["parity_max_abs"],
             samples=answer["samples"],
         )
+        return True
 
 
 def combine(

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -107,6 +107,14 @@ class Child:
         returncode = await self._process.wait()
         how = f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
         return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
+
+
+def run_child(main: Callable[[], None]) -> None:
+    """Runs a child's `main`, and ends quietly when nobody listens any more: whoever started it is gone."""
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(0)  # without flushing what nobody reads, which would fail once more
 
 
 def module_argv(module: str) -> list[str]:

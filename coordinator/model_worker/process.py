@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from coordinator.model_worker.protocol import Evaluate, Export, Prepare
+from fedepth.child import run_child
 from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_child(main)

@@ -22,6 +22,8 @@ from fedepth.files import make_durable
 BUSY_S = 10.0  # how long a SQLite transaction waits for another one
 
 _NAME = "job.sqlite"
+_HEADER_BYTES = 100
+_MAGIC = b"SQLite format 3\0"
 _LOCK_KEY = 0x66656465  # of PostgreSQL's advisory lock; one database holds one job
 
 
@@ -59,6 +61,8 @@ class Database:
         """
         if self.path is None:
             self._take_lock()
+        else:
+            _check_length(self.path)
         with self.begin() as connection:
             self._check_sound(connection)
             migrate(connection, self.label)
@@ -74,6 +78,8 @@ class Database:
                 f"{self.path.parent} holds no job: {self.path.name} is missing; give the --state of a coordinator, "
                 "and the --database that it was given"
             )
+        if self.path is not None:
+            _check_length(self.path)
         with self._connect(self._engine) as connection:
             self._check_sound(connection)
             check_revision(connection, self.label)
@@ -191,6 +197,29 @@ def open_engine(path: Path) -> sa.Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
+
+
+def _check_length(path: Path) -> None:
+    """SQLite takes what is missing at the end of a file for zeros, and may find nothing wrong with them.
+
+    With a log beside it the file may rightly be shorter than it says. (https://www.sqlite.org/fileformat2.html,
+    section 1.3: page size, size of the database in pages, and whether that is to be believed.)
+
+    Raises:
+        StateError: the file has been cut short.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if not path.is_file() or (log.is_file() and log.stat().st_size > 0):
+        return
+    with open(path, "rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if not header or not header.startswith(_MAGIC[: len(header)]):
+        return  # empty, or no database at all: SQLite says so
+    page = int.from_bytes(header[16:18], "big")
+    stated = int.from_bytes(header[28:32], "big") * (65536 if page == 1 else page)
+    size = path.stat().st_size
+    if size < _HEADER_BYTES or (header[24:28] == header[92:96] and size < stated):
+        raise StateError(f"{path} is cut short: it has {size} of {max(stated, _HEADER_BYTES)} bytes; {HOW_TO_RESTORE}")
 
 
 def _parse(url: str) -> sa.URL:

@@ -17,6 +17,7 @@ import torch
 
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
+from fedepth.child import run_child
 from fedepth.errors import DataError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, status_bytes
@@ -176,4 +177,4 @@ def start(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_child(main)

@@ -20,7 +20,7 @@ from coordinator.store.records import Store
 from coordinator.uploads import PartHeader
 from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
-from fedepth.errors import JobError, UnavailableError, UpdateError
+from fedepth.errors import ChildError, JobError, UnavailableError, UpdateError
 from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Result, Task
 
@@ -332,3 +332,26 @@ def test_what_a_crash_left_out_is_made_up_for_every_round_that_is_kept(play: Pla
 
     play(scene, models=kit.models(), rounds=4, export={"every": 1})
     play(after_a_restart, rounds=4, export={"every": 1})
+
+
+def test_an_export_that_the_worker_died_of_is_tried_again(play: Play, kit: Any) -> None:
+    class Mortal:
+        """Dies of its first two exports."""
+
+        def __init__(self) -> None:
+            self.models = kit.models()
+            self.lives = 2
+
+        async def request(self, do: str, **fields: Any) -> dict[str, Any]:
+            if do == "export" and self.lives:
+                self.lives -= 1
+                raise ChildError("the model worker ended with status -9")
+            answer: dict[str, Any] = await self.models.request(do, **fields)
+            return answer
+
+    async def scene(rig: Rig) -> None:
+        await rig.round()
+        await rig.reach(rig.job.finished.is_set)
+        assert rig.job.store.rounds()[1].export_path.endswith("demo-round-0001.onnx")
+
+    play(scene, models=Mortal())

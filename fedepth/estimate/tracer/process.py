@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedepth.child import run_child
 from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError
 from fedepth.estimate.tracer.protocol import TraceAnswer, TraceRequest
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_child(main)

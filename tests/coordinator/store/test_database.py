@@ -114,3 +114,19 @@ def test_a_server_that_restarts_does_not_end_the_job_or_its_lock(postgres: Any, 
     assert other.failure_counts() == {"refused/late": 1}
     other.close()
     store.close()
+
+
+def test_a_record_that_is_cut_short_is_refused_wherever_it_is_cut(plain: Any) -> None:
+    store = plain.open()
+    for device in "abcdef":
+        store.record_task(plain.task(1, device))
+    store.close()
+    path = plain.folder / "job.sqlite"
+    whole = path.read_bytes()
+    for size in (1, 99, 100, 4095, 4096, len(whole) // 2, len(whole) - 4096, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(StateError, match="cut short"):
+            plain.open()
+        assert path.read_bytes() == whole[:size]
+    path.write_bytes(whole)
+    plain.open().close()
