@@ -305,14 +305,18 @@ async def _export(
 
 
 def _tables(record: dict[str, Any]) -> list[Table]:
-    overview = Table("round", "devices", "samples", "accuracy", "loss", "ONNX", title=_plain(record["job"]))
-    for done in (*record["superseded"], *record["rounds"]):
+    finished = (*record["superseded"], *record["rounds"])
+    private = any(done.epsilon is not None for done in finished)
+    columns = ("round", "devices", "samples", "accuracy", "loss", *(("epsilon",) if private else ()), "ONNX")
+    overview = Table(*columns, title=_plain(record["job"]))
+    for done in finished:
         overview.add_row(
             f"{done.round} (taken back)" if done.superseded else str(done.round),
             str(done.devices),
             str(done.samples),
             "" if done.accuracy is None else f"{done.accuracy:.2%}",
             "" if done.loss is None else f"{done.loss:.4f}",
+            *(("" if done.epsilon is None else f"{done.epsilon:.3g}",) if private else ()),
             _plain(done.export_path if done.published else f"not published: {done.note}"),
         )
     columns = (
