@@ -106,7 +106,7 @@ def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonO
     if reply.epsilon > 0:
         print(f"privacy spent: epsilon {reply.epsilon:.3g}")
     if reply.unpublished:
-        print(f"not published: {reply.unpublished} rounds; see fedepth-coordinator record")
+        print(f"rounds that were not published: {reply.unpublished}; see fedepth-coordinator record")
     if reply.message:
         print(printable(reply.message))
 

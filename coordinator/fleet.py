@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from coordinator.instances import Caller, Instances
 from coordinator.observe.events import Events
 from coordinator.store.records import Store
+from fedepth.errors import UnavailableError
 from fedepth.task import DeviceReport
 
 RECORD_S = 600.0  # a device that says nothing new is recorded so often, with what memory it has
@@ -39,7 +40,7 @@ class Fleet:
         self._events = events
         self._most_devices = most_devices
         self._clock = clock
-        self._instances = Instances()
+        self._instances = Instances(clock)
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def see(self, report: DeviceReport, peer: str) -> Refusal | None:
@@ -89,7 +90,12 @@ class Fleet:
     def name(self, device_id: str) -> str:
         """What the operator of a device calls it; its id if it is not known."""
         known = self._known.get(device_id)
-        return self._store.device_name(device_id) if known is None else known.report.name
+        if known is not None:
+            return known.report.name
+        try:
+            return self._store.device_name(device_id)
+        except UnavailableError:  # it is for people only, and must not fail
+            return device_id
 
 
 def _changed(before: DeviceReport, now: DeviceReport) -> bool:

@@ -103,13 +103,18 @@ class GlobalModel:
             UnavailableError: something cannot be written now.
             FedepthError: they cannot be combined; the weights before stand.
         """
-        store, before = self._store, self.record
+        store, before = self._store, self._latest()
+        if before.round >= number:  # it was recorded, and the word of it was lost
+            await asyncio.to_thread(store.record_round, before)
+        self.record = before
+        if before.round >= number:
+            return
         base = await asyncio.to_thread(store.weights_of, before)
         partial = store.files.partial_weights(number)
         sound, note = await asyncio.to_thread(self._combine, number, base, results, paths, partial)
-        found = None if note else await self._evaluate(number, partial)
-        if found is not None:
-            note = objection(found, before.accuracy, self._config.guard)
+        found = None if note else await self._evaluate_or_retry(number, partial)
+        if not note:
+            note = objection(found, store.summary().accuracy, self._config.guard)
         aside = ""
         in_force: Sealed | RoundRecord = before
         if partial.exists():
@@ -127,7 +132,7 @@ class GlobalModel:
             published=not note,
             note=note,
             aside_digest=aside,
-            epsilon=await asyncio.to_thread(self._spent_epsilon, number),
+            epsilon=await asyncio.to_thread(self._spent_epsilon),
         )
         await asyncio.to_thread(store.record_round, record)
         self.record = record
@@ -175,14 +180,15 @@ class GlobalModel:
             return False
         return True
 
-    def _spent_epsilon(self, number: int) -> float | None:
-        """The differential privacy that rounds 1 to `number` have spent, published or not: they were evaluated."""
+    def _spent_epsilon(self) -> float | None:
+        """The differential privacy that all rounds have spent with this one, also those that were not published or
+        were taken back: their averages were made, and evaluated."""
         privacy = self._config.privacy
         if privacy is None:
             return None
         from fedepth.aggregation.privacy import spent_epsilon
 
-        return spent_epsilon(privacy.noise_multiplier, number, privacy.delta)
+        return spent_epsilon(privacy.noise_multiplier, self._store.closed_rounds() + 1, privacy.delta)
 
     def why_paused(self) -> str:
         """Why no other round is to begin, as the record says; empty if one may."""
@@ -204,17 +210,26 @@ class GlobalModel:
         rest not before the next start.
         """
         for record in self._store.kept_rounds():
-            while record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
-                weights = await asyncio.to_thread(self._store.weights_of, record)
-                found = await self._evaluate(record.round, weights)
-                if found is not None:
-                    self._store.set_evaluation(record.round, found.accuracy, found.loss)
-                    self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
-                    break
+            if record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
+                await self._make_up_evaluation(record)
             while self._is_due(record) and self._tries["export", record.round] < TRIES:
                 if await self._export(record):
                     break
         self.record = self._latest()
+
+    async def _make_up_evaluation(self, record: RoundRecord) -> None:
+        try:
+            weights = await asyncio.to_thread(self._store.weights_of, record)
+        except UnavailableError:
+            raise
+        except StateError as error:  # of a round that is past: no reason to stop
+            self._note_failure("evaluate", record.round, error)
+            self._events.send("log", message=f"round {record.round} cannot be evaluated: {error}")
+            return
+        found = await self._evaluate_or_retry(record.round, weights)
+        if found is not None:
+            self._store.set_evaluation(record.round, found.accuracy, found.loss)
+            self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
 
     def _is_due(self, record: RoundRecord) -> bool:
         every, last = self._config.export.every, self._config.job.rounds
@@ -240,6 +255,13 @@ class GlobalModel:
             self._events.send("log", message=f"round {number} could not be evaluated: {error}")
             return None
         return Evaluation(answer["accuracy"], answer["loss"])
+
+    async def _evaluate_or_retry(self, number: int, weights: Path) -> Evaluation | None:
+        """`_evaluate`, again with another worker where the worker died."""
+        found = None
+        while found is None and self._tries["evaluate", number] < TRIES:
+            found = await self._evaluate(number, weights)
+        return found
 
     def _note_failure(self, what: str, number: int, error: FedepthError) -> None:
         self._tries[what, number] += 1 if isinstance(error, ChildError) else TRIES

@@ -123,10 +123,7 @@ class Job:
             seed=job.seed,
             task_prefix=self.store.run_id,
         )
-        kept = [
-            rounds.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
-            for task in self.store.tasks_of(finished + 1)
-        ]
+        kept = self._assignments(finished + 1)
         return rounds.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
 
     def accepts(self, task_id: str) -> bool:
@@ -191,7 +188,7 @@ class Job:
             missing = job.needed - here
             return f"waiting for {missing} more of {job.needed} devices" if missing > 0 else "a round is about to begin"
         if state.phase is Phase.TRAINING:
-            return f"round {state.round} is in work with {len(state.tasks)} other devices"
+            return f"round {state.round} is in work"
         return f"round {state.round} is being closed"
 
     def progressed(self, progress: Progress) -> bool:
@@ -223,7 +220,7 @@ class Job:
         try:
             new = await self.uploads.commit(result)
         except UpdateError as error:
-            self.refuse(result.task_id, result.device_id, error)
+            self.refuse(result.task_id, result.attempt, result.device_id, error)
             raise
         except UnavailableError:
             self._doubtful = True  # the record may have it, and only the word of it be lost
@@ -245,14 +242,14 @@ class Job:
         self._follow(Tick(self._clock()))
         return result.round
 
-    def refuse(self, task_id: str, device_id: str, error: UpdateError) -> None:
-        """Reports and counts a refusal, and ends the task if it was its device's own.
+    def refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
+        """Reports and counts a refusal, and ends the task if it was its device's own, of the attempt in work.
 
         Raises:
             UnavailableError: that cannot be recorded now.
         """
         task = self.state.tasks.get(task_id)
-        if task is not None and task.device_id == device_id and self.accepts(task_id):
+        if task is not None and (task.device_id, task.attempt) == (device_id, attempt) and self.accepts(task_id):
             self.apply(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
         else:
             self.store.count_refusal(error.reason, str(error), task_id)
@@ -296,6 +293,8 @@ class Job:
         Raises:
             UnavailableError: it cannot be recorded, and has not happened.
         """
+        if self._doubtful:
+            self._read_again()
         state, actions = rounds.step(self.state, event, self.facts)
         given = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
         ended = [
@@ -303,15 +302,34 @@ class Job:
             for action in actions
             if isinstance(action, EndTask)
         ]
+        if given:
+            self.check_room(0)
         if given or ended:
+            self._doubtful = True  # until it has worked: the record may have it, and only the word of it be lost
             self.store.record_step(given, ended)
+            self._doubtful = False
         if state.round != self.state.round:
             self._recorded.clear()
+        if state.phase is not self.state.phase:
+            self._wake.set()
         self.state = state
         for action in actions:
             self._tell(action)
-        if state.phase in (Phase.AGGREGATING, Phase.STUCK):
-            self._wake.set()
+
+    def _read_again(self) -> None:
+        """Takes the round over from the record, after a write of which nobody knows what became."""
+        number = self.state.round
+        recorded, tasks = self.store.accepted_ids(number), self._assignments(number)
+        self._recorded.clear()
+        self._recorded.update(recorded)
+        self.state = rounds.taken_over(self.state, tasks, self._clock())
+        self._doubtful = False
+
+    def _assignments(self, number: int) -> list[rounds.Assignment]:
+        return [
+            rounds.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
+            for task in self.store.tasks_of(number)
+        ]
 
     def _follow(self, event: Event) -> None:
         """An event that nobody waits for. Where it cannot be recorded, the next tick finds the same to do."""
@@ -390,7 +408,7 @@ class Job:
             try:
                 await self._turn()
                 pause = TICK_S
-            except UnavailableError as error:
+            except (UnavailableError, OSError) as error:
                 self._tell_trouble(error)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             if self.state.phase is Phase.AGGREGATING and pause == TICK_S:
@@ -400,9 +418,6 @@ class Job:
     async def _turn(self) -> None:
         """What there is to do now. Every step of it can be done again."""
         self._wake.clear()
-        if self._doubtful:
-            self._recorded.update(self.store.accepted_ids(self.state.round))
-            self._doubtful = False
         self.apply(Tick(self._clock()))
         if self.state.phase is Phase.STUCK:
             raise JobError(f"{self.state.why}; mend the job file and start again")
@@ -444,10 +459,10 @@ class Job:
         self.finished.set()
         self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
 
-    def _tell_trouble(self, error: UnavailableError) -> None:
+    def _tell_trouble(self, error: UnavailableError | OSError) -> None:
         if self._clock() - self._trouble_told >= REMIND_S:
             self._trouble_told = self._clock()
-            self.events.send("log", message=f"nothing can be recorded now; trying again: {error}")
+            self.events.send("log", message=f"the job cannot go on now, and tries again: {error}")
 
     # --- for people
 

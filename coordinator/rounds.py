@@ -173,6 +173,22 @@ def restore(rules: Rules, finished_round: int, tasks: Sequence[Assignment], now:
     )
 
 
+def taken_over(state: State, tasks: Sequence[Assignment], now: float) -> State:
+    """The state with the tasks of its round as the record has them, after a write of which nobody knows what became."""
+    kept: dict[str, Assignment] = {}
+    for task in tasks:
+        known = state.tasks.get(task.task_id)
+        same = known is not None and (known.device_id, known.attempt) == (task.device_id, task.attempt)
+        if known is not None and same:
+            failed = known.standing is Standing.HOPELESS and task.standing is Standing.FAILED
+            kept[task.task_id] = known if failed else replace(known, standing=task.standing)
+        else:
+            kept[task.task_id] = replace(task, given_at=now)
+    if state.phase is Phase.GATHERING and kept:
+        state = replace(state, phase=Phase.TRAINING, deadline=now + state.rules.deadline_s)
+    return replace(state, tasks=kept)
+
+
 def accepts(state: State, facts: Facts, task_id: str) -> bool:
     """Whether an update for this task would count now. If not, it is late, or there is one already."""
     task = state.tasks.get(task_id)
@@ -283,8 +299,11 @@ def _train(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action,
     state, actions = _expire(state, silent, "no sign of life within its lease")
     accepted = len(facts.recorded)
     over = now >= state.deadline
-    if _open(state, facts) and not over:
-        return state, actions
+    working = len(_open(state, facts))
+    if working and not over:
+        # Others step in at once where the round cannot reach its quorum any more; else that would only make it longer.
+        state, more = _replace(state, now, facts, rules.quorum - accepted - working)
+        return state, actions + more
     why = "the round closed without it" if accepted >= rules.quorum else "the round's deadline passed"
     state, expired = _expire(state, _open(state, facts), why)
     actions += expired
@@ -295,14 +314,32 @@ def _train(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action,
         return replace(state, phase=Phase.STUCK, why=hopeless), actions
     if over:
         state = replace(state, deadline=now + rules.deadline_s)
-    drawn = _draw(state, _candidates(state, now, facts), rules.devices_per_round - accepted)
-    if drawn:
-        state, given = _give(state, drawn, now, facts)
-        return state, (*actions, Log(f"round {state.round}: {', '.join(drawn)} step in"), *given)
+    state, more = _replace(state, now, facts, rules.devices_per_round - accepted)
+    if more:
+        return state, actions + more
     state, said = _complain(
-        state, now, f"{accepted} of the {rules.quorum} updates needed are here (and kept), but no device is waiting"
+        state,
+        now,
+        f"{accepted} of the {rules.quorum} updates needed are here (and kept), but {_why_nobody(state, facts)}",
     )
     return state, actions + said
+
+
+def _replace(state: State, now: float, facts: Facts, count: int) -> tuple[State, tuple[Action, ...]]:
+    """Gives tasks to at most `count` devices that step in."""
+    drawn = _draw(state, _candidates(state, now, facts), count) if count > 0 else []
+    if not drawn:
+        return state, ()
+    state, given = _give(state, drawn, now, facts)
+    return state, (Log(f"round {state.round}: {', '.join(drawn)} step in"), *given)
+
+
+def _why_nobody(state: State, facts: Facts) -> str:
+    """Why no device can step in."""
+    failures = [task.failure for task in state.tasks.values() if task.standing is Standing.HOPELESS]
+    if facts.presence.waiting and failures:
+        return f"no device that waits can train it: {failures[0]}"
+    return "no device is waiting that has not had its turn" if facts.presence.waiting else "no device is waiting"
 
 
 def _open(state: State, facts: Facts) -> list[Assignment]:
@@ -319,11 +356,12 @@ def _alive_at(task: Assignment, facts: Facts) -> float:
 def _hopeless(state: State, now: float, facts: Facts) -> str:
     """Why the round can never close: every device of it has failed for good, in the same way, and no other is there.
 
-    As many as a quorum must have failed: fewer may be devices with a fault of their own.
+    As many as a quorum must have failed, and two at least where there can be two: one alone may have a fault of its
+    own, or want to end the job.
     """
     tasks = state.tasks.values()
     failures = {task.failure for task in tasks if task.standing is Standing.HOPELESS}
-    if len(tasks) < state.rules.quorum or len(failures) != 1:
+    if len(tasks) < max(state.rules.quorum, min(2, state.rules.devices_per_round)) or len(failures) != 1:
         return ""
     if any(task.standing is not Standing.HOPELESS for task in tasks):
         return ""

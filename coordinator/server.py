@@ -72,6 +72,8 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
             await _serve_job(job, server, port, options, stop)
     finally:
         await models.stop()
+        # What was going on in a thread when the job was told to end must be over before another may have the state.
+        await asyncio.get_running_loop().shutdown_default_executor()
         store.close()
 
 

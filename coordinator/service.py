@@ -123,7 +123,7 @@ class FederationService(FederationServicer):
             try:
                 held = await self._job.uploads.receive(header, self._chunks(request_iterator, header.task_id))
             except UpdateError as error:
-                self._job.refuse(sent.task_id, sent.device_id, error)
+                self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
                 return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
             return pb.UploadPartReply(held_bytes=held)
 

@@ -18,12 +18,15 @@ class Evaluation:
     loss: float | None
 
 
-def objection(found: Evaluation, before: float | None, guard: GuardSection) -> str:
+def objection(found: Evaluation | None, before: float | None, guard: GuardSection) -> str:
     """Why the model is not to be published; empty if it may be.
 
     Args:
-        before: accuracy of the model that is in force; None if it is not known.
+        found: None if it could not be evaluated.
+        before: the last known accuracy of a published model; None if there is none.
     """
+    if found is None:
+        return "" if guard.largest_drop == 1 else "it could not be evaluated, which [guard] largest_drop asks for"
     if found.loss is None or not math.isfinite(found.loss) or not math.isfinite(found.accuracy):
         return "its loss on the test data is not a finite number"
     if before is not None and before - found.accuracy > guard.largest_drop:
@@ -40,6 +43,6 @@ def pause(latest: Sequence[RoundRecord], guard: GuardSection) -> str:
     if len(unsound) < guard.pause_after:
         return ""
     return (
-        f"{len(unsound)} rounds in a row, up to round {latest[-1].round}, were not published, the last since "
-        f"{latest[-1].note}; see which devices took part, then go on with fedepth-coordinator rollback"
+        f"the last {guard.pause_after} rounds, up to round {latest[-1].round}, were not published, the last since "
+        f"{latest[-1].note}; see which devices took part, then go on with fedepth-coordinator rollback --round N"
     )

@@ -144,6 +144,8 @@ class Uploads:
             ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
             UnavailableError: it cannot be recorded now.
         """
+        if self._store.task(result.task_id) is None:
+            raise _late(result.task_id)  # without a lock: strangers may name any number of tasks
         async with self._lock(result.task_id):
             recorded = self._store.update(result.task_id)
             if recorded is not None:
@@ -213,9 +215,10 @@ class Uploads:
                 # All bytes came, but the stream or the coordinator ended before the part got its name.
                 _seal(partial, path, part.digest)
             if not path.exists():
-                raise UpdateError("digest", f"part {part.part} was not uploaded")
+                raise ProtocolError(f"part {part.part} is not here; send it")
             if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
-                raise UpdateError("digest", f"part {part.part} here is not the one that the update names")
+                path.unlink()  # it may have changed on this disk, and the device has it still
+                raise ProtocolError(f"part {part.part} here is not the one that the update names; send it again")
         return paths
 
     def _check_header(self, header: PartHeader) -> None:

@@ -17,6 +17,7 @@ from coordinator.store.comparison import waiting_updates
 from coordinator.store.database import Database
 from coordinator.store.entries import Prepared, round_from
 from coordinator.store.files import GRAPH, Files, part_name, weights_name
+from coordinator.store.round_store import new_run_id
 from coordinator.store.tables import dropping, job, rounds, sealing
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON, disk_errors, file_digest, make_durable
@@ -139,8 +140,10 @@ def _copy_file(files: Files, name: str, digest: str, target: Path) -> None:
 
 
 def _forget_others(record: Database, held: set[str]) -> None:
-    """The copy's record says what the copy holds."""
+    """The copy's record says what the copy holds, and names its run anew: what it hands out is no task of the original,
+    though both go on from the same round."""
     with record.begin() as connection:
+        connection.execute(job.update().values(run_id=new_run_id()))
         for row in connection.execute(sa.select(rounds).where(rounds.c.kept)).mappings().all():
             done = round_from(row)
             if weights_name(done.round, done.digest) not in held or not done.published:

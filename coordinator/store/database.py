@@ -121,14 +121,21 @@ class Database:
     def checkpoint(self) -> None:
         """Moves SQLite's log into its file, so that the file alone is up to date.
 
-        While another process reads the record, some of the log may have to stay; the next call takes it.
+        While another process reads the record, some of the log may have to stay; the next call takes it. It does not
+        wait for such a reader: until it had ended, nobody could write.
         """
         if self.path is None:
             return
         with _translated(self.label):
             connection = self._engine.raw_connection()
             try:
-                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+                cursor = connection.cursor()
+                try:
+                    cursor.execute("PRAGMA busy_timeout=0")
+                    cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                finally:
+                    cursor.execute(f"PRAGMA busy_timeout={int(BUSY_S * 1000)}")
+                    cursor.close()
             finally:
                 connection.close()
 

@@ -209,6 +209,11 @@ class RoundStore:
         unpublished = self._database.rows(count)[0]["value"]
         return Summary(accuracy, export_path or "", epsilon, unpublished)
 
+    def closed_rounds(self) -> int:
+        """How many rounds were ever closed, with those that a rollback took back."""
+        query = sa.select(sa.func.count().label("value")).where(rounds.c.round > 0)
+        return int(self._database.rows(query)[0]["value"])
+
     def set_evaluation(self, round_number: int, accuracy: float | None, loss: float | None) -> None:
         self._set(round_number, accuracy=finite(accuracy), loss=finite(loss))
 

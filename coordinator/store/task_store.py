@@ -76,7 +76,7 @@ class TaskStore:
         Repeating it changes nothing.
 
         Raises:
-            StateError: one of the tasks has an update, or one that ended is not known.
+            StateError: one of the tasks has an update or was given to another device, or one that ended is not known.
         """
         if not given and not ended:
             return
@@ -219,6 +219,8 @@ def _tasks_with(task_ids: Sequence[str]) -> sa.Select[Any]:
 
 
 def _hand_out(connection: sa.Connection, record: TaskRecord, before: sa.RowMapping | None) -> None:
+    if before is not None and before["device_id"] != record.device_id:
+        raise StateError(f"task {record.task_id} was given to {before['device_id']}, and not to {record.device_id}")
     values = {"attempt": record.attempt, "status": record.status, "plan": to_json(record.plan)}
     values["sample_count"] = record.sample_count
     if before is not None and all(before[key] == value for key, value in values.items()):

@@ -14,6 +14,7 @@ import pytest
 from coordinator.store.records import TaskRecord
 from fedepth.budget import Budget
 from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
+from fedepth.errors import ChildError
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
@@ -127,6 +128,8 @@ class FakeModels:
     """
 
     losses: list[float | None] = field(default_factory=lambda: [0.5])
+    accuracies: list[float] = field(default_factory=lambda: [0.75])
+    dead: bool = False
     asked: list[str] = field(default_factory=list)
     stopped: bool = False
 
@@ -144,8 +147,10 @@ class FakeModels:
                 "graph_bytes": len(GRAPH),
             }
         if do == "evaluate":
-            loss = self.losses[0] if len(self.losses) == 1 else self.losses.pop(0)
-            return {"accuracy": 0.75, "loss": loss, "samples": 100}
+            if self.dead:
+                raise ChildError("the model worker ended with status -9")
+            loss, accuracy = (each[0] if len(each) == 1 else each.pop(0) for each in (self.losses, self.accuracies))
+            return {"accuracy": accuracy, "loss": loss, "samples": 100}
         Path(fields["output"]).write_bytes(b"onnx")
         return {
             "path": fields["output"],

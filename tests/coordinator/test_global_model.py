@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Rig:
 
     def update(self, device: str, value: float, number: int = 1, fill: float | None = None) -> Result:
         """Committed as a device's update is."""
-        task = self.kit.task(task_id=f"t-{number:04d}-{device}", device_id=device)
+        made = self.kit.task(task_id=f"t-{number:04d}-{device}", device_id=device)
+        task = replace(made, round=number)
         self.store.record_task(task)
         folder = self.store.files.spool(task.task_id, 1)
         folder.mkdir()
@@ -165,3 +167,50 @@ def test_a_model_that_collapses_is_kept_aside_with_those_who_took_part(rigs: Any
     assert all((tensor == 0.0).all() for tensor in rig.weights().values())
     (told,) = [each for each in rig.sent if each["event"] == "not_published"]
     assert told["devices"] == ["a", "b"]
+
+
+def test_a_collapse_is_measured_against_the_model_in_force(rigs: Any) -> None:
+    """Not against the one that was kept aside the round before."""
+    rig = rigs(guard={"largest_drop": 0.2})
+    rig.store.set_evaluation(0, 0.9, 0.1)
+    rig.models.accuracies = [0.1, 0.12]
+    for number in (1, 2):
+        rig.update("a", 1.0, number)
+        asyncio.run(rig.model.close(number, rig.store.updates_of(number), rig.uploads.paths))
+        assert not rig.model.record.published, number
+    assert "0.12" not in rig.model.record.note and "12.0%, 78.0% less than the 90.0%" in rig.model.record.note
+
+
+def test_a_model_that_cannot_be_evaluated_is_not_published_where_the_operator_set_a_drop(rigs: Any) -> None:
+    rig = rigs(guard={"largest_drop": 0.2})
+    rig.models.dead = True
+    rig.update("a", 1.0)
+    assert "could not be evaluated" in rig.close().note
+    assert rig.models.asked == ["evaluate"] * 3
+    free = rigs()
+    free.models.dead = True
+    free.update("a", 1.0)
+    assert free.close().published
+
+
+def test_a_past_round_whose_weights_are_damaged_stops_nothing(rigs: Any) -> None:
+    rig = rigs()
+    rig.update("a", 1.0)
+    rig.close()
+    rig.store.set_evaluation(1, None, None)
+    path = rig.model.path()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    asyncio.run(rig.model.make_up())
+    assert any("cannot be evaluated" in each.get("message", "") for each in rig.sent)
+
+
+def test_the_privacy_of_rounds_that_were_taken_back_is_spent(rigs: Any) -> None:
+    rig = rigs(privacy={"clip_norm": 1.0, "noise_multiplier": 2.0, "delta": 1e-5})
+    for number in (1, 2):
+        rig.update("a", 1.0, number)
+        asyncio.run(rig.model.close(number, rig.store.updates_of(number), rig.uploads.paths))
+    rig.store.rollback(1)
+    rig.model.record = rig.store.latest_round()  # as after a start
+    rig.update("b", 1.0, 2)
+    asyncio.run(rig.model.close(2, rig.store.updates_of(2), rig.uploads.paths))
+    assert rig.model.record.epsilon == pytest.approx(spent_epsilon(2.0, 3, 1e-5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.instances import KEPT_DEVICES, Caller, Instances
+from coordinator.instances import KEPT_DEVICES, SILENT_S, Caller, Instances
 
 
 def caller(instance: str, host: str = "porch") -> Caller:
@@ -47,3 +47,15 @@ def test_strangers_do_not_fill_the_memory() -> None:
     for number in range(KEPT_DEVICES + 10):
         instances.rival(f"device-{number}", caller("one"))
     assert len(instances._known) == KEPT_DEVICES
+
+
+def test_the_older_is_served_again_once_the_other_is_gone() -> None:
+    now = [0.0]
+    instances = Instances(lambda: now[0])
+    for instance in ("one", "two"):
+        assert instances.rival("device", caller(instance)) is None
+    now[0] = SILENT_S - 1
+    assert instances.rival("device", caller("one")) is not None
+    now[0] = SILENT_S
+    assert instances.rival("device", caller("one")) is None
+    assert instances.rival("device", caller("two")) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -235,7 +236,7 @@ def test_rounds_that_are_not_published_again_and_again_pause_the_job(play: Play,
             await rig.round()
             await rig.reach(lambda number=number: rig.job.weights.record.round == number)
         await rig.reach(lambda: rig.job.state.phase is Phase.PAUSED)
-        assert "3 rounds in a row, up to round 3, were not published" in rig.job.why_wait()
+        assert "the last 3 rounds, up to round 3, were not published" in rig.job.why_wait()
         assert "rollback" in rig.job.status()["message"]
 
     async def later(rig: Rig) -> None:
@@ -313,7 +314,7 @@ def test_who_waits_is_told_for_what(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         assert rig.job.why_wait() == "waiting for 1 more of 2 devices"
         await asyncio.gather(rig.ask("a"), rig.ask("b"))
-        assert rig.job.why_wait() == "round 1 is in work with 2 other devices"
+        assert rig.job.why_wait() == "round 1 is in work"
 
     play(scene)
 
@@ -355,3 +356,84 @@ def test_an_export_that_the_worker_died_of_is_tried_again(play: Play, kit: Any) 
         assert rig.job.store.rounds()[1].export_path.endswith("demo-round-0001.onnx")
 
     play(scene, models=Mortal())
+
+
+@pytest.mark.parametrize("step", ["record_step", "record_update", "record_round"])
+def test_a_write_of_which_the_word_was_lost_is_found_in_the_record(
+    play: Play, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """As when the connection to a database breaks at its COMMIT."""
+
+    async def scene(rig: Rig) -> None:
+        write, broken = getattr(rig.job.store, step), [2]
+
+        def writes_and_breaks(*args: Any) -> None:
+            write(*args)
+            if broken[0]:
+                broken[0] -= 1
+                raise UnavailableError("the connection is broken")
+
+        monkeypatch.setattr(rig.job.store, step, writes_and_breaks)
+
+        async def work(device: str) -> None:
+            while not rig.job.finished.is_set():
+                report = rig.kit.report(device)
+                waiting = rig.job.start_waiting(report, await rig.job.plan_for(report))
+                await asyncio.wait({waiting}, timeout=0.2)
+                rig.job.stop_waiting(device, waiting)
+                task = waiting.result() if waiting.done() else None
+                if task is None:
+                    continue
+                await rig.upload(task, device)
+                for _ in range(3):
+                    try:
+                        await rig.commit(task, device)
+                        break
+                    except UnavailableError:
+                        continue
+
+        await asyncio.gather(work("a"), work("b"))
+        assert [(record.round, record.devices) for record in rig.job.store.rounds()] == [(0, 0), (1, 2), (2, 2)]
+
+    play(scene, rounds=2)
+
+
+def test_an_unsound_round_of_which_the_word_was_lost_stays_recorded_once(
+    play: Play, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(rig.job.store._database, "checkpoint", fails(1, rig.job.store._database.checkpoint))
+        await rig.round()
+        await rig.reach(lambda: rig.job.state.round == 2)
+        assert [record.published for record in rig.job.store.rounds()] == [True, False]
+        assert rig.models.asked.count("evaluate") == 1
+
+    play(scene, models=kit.models(losses=[None]), rounds=3)
+
+
+def test_closing_a_round_is_not_tried_again_without_a_pause(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(rig: Rig) -> None:
+        tries: list[float] = []
+
+        def never(*_: Any) -> None:
+            tries.append(asyncio.get_running_loop().time())
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(rig.job.store, "updates_of", never)
+        await rig.round()
+        await rig.reach(lambda: len(tries) == 6)
+        pauses = [after - before for before, after in itertools.pairwise(tries)]
+        assert pauses[-1] > 4 * 0.01 and rig.job.state.phase is Phase.AGGREGATING
+
+    play(scene)
+
+
+def test_a_refusal_of_an_earlier_attempt_does_not_end_the_one_in_work(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        again = await rig.ask("a")
+        rig.job.refuse(first.task_id, first.attempt, "a", UpdateError("shape", "an old mistake"))
+        assert rig.job.accepts(again.task_id)
+        await rig.deliver(again, "a")
+
+    play(scene)

@@ -21,7 +21,7 @@ from coordinator.round_events import (
     TaskFailed,
     Tick,
 )
-from coordinator.rounds import Assignment, Facts, Phase, Rules, Standing, State, accepts, restore, step
+from coordinator.rounds import Assignment, Facts, Phase, Rules, Standing, State, accepts, restore, step, taken_over
 
 RULES = Rules(
     rounds=2,
@@ -409,3 +409,51 @@ def test_a_restart_between_rounds_gathers_and_after_the_last_is_finished() -> No
 def test_the_state_of_a_restart_is_the_state_of_before() -> None:
     before: State = Play().state
     assert before == restore(RULES, 0, (), 0)
+
+
+def test_one_device_cannot_end_a_job_that_is_meant_for_two() -> None:
+    play = Play()
+    play.wait("a", 0)
+    play.tick(100)  # the deadline passes, and the quorum is one
+    (task,) = play.state.tasks
+    ended, said = play.fail(task, 101, "end it", final=True)
+    assert (type(ended), type(said), play.state.phase) == (EndTask, Log, Phase.TRAINING)
+    alone = Play(replace(RULES, devices_per_round=1))
+    alone.wait("a", 0)
+    (task,) = alone.state.tasks
+    alone.fail(task, 1, "loss is not finite", final=True)
+    assert alone.state.phase is Phase.STUCK
+
+
+def test_others_step_in_at_once_where_the_quorum_is_out_of_reach() -> None:
+    play, tasks = started(replace(RULES, quorum=2))
+    play.wait("c", 2)
+    assert given(play.fail(tasks["a"], 3)) == ["c"]  # b still trains
+    play, tasks = started()  # a quorum of one: b's update will do
+    play.wait("c", 2)
+    assert given(play.fail(tasks["a"], 3)) == []
+
+
+def test_that_no_device_that_waits_can_train_is_said_with_the_reason() -> None:
+    play, tasks = started(replace(RULES, quorum=2))
+    play.record(tasks["b"], 2)
+    play.fail(tasks["a"], 3, "loss is not finite", final=True)
+    play.wait("a", 4)
+    play.wait("b", 4)
+    (said,) = play.tick(90)
+    assert isinstance(said, Log) and said.message.endswith("no device that waits can train it: loss is not finite")
+
+
+def test_the_round_is_taken_over_from_the_record() -> None:
+    play, tasks = started()
+    play.fail(tasks["a"], 2, "no such operator", final=True)
+    rows = [
+        Assignment(tasks["a"], "a", 1, Standing.FAILED),
+        Assignment(tasks["b"], "c", 1, Standing.OPEN),  # what was recorded is not what we thought
+    ]
+    state = taken_over(play.state, rows, 7)
+    assert state.tasks[tasks["a"]].standing is Standing.HOPELESS
+    assert (state.tasks[tasks["b"]].device_id, state.tasks[tasks["b"]].given_at) == ("c", 7)
+    fresh = restore(RULES, 0, (), 0)
+    assert taken_over(fresh, rows, 7).phase is Phase.TRAINING
+    assert taken_over(fresh, (), 7) == fresh
