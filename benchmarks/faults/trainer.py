@@ -24,6 +24,7 @@ import numpy as np
 
 from edge_client.outbox import part_name
 from edge_client.trainer.protocol import TrainRequest
+from fedepth.child import run_child
 from fedepth.files import file_digest
 from fedepth.models.traced import read_traced
 from fedepth.task import PartInfo, StageResult
@@ -167,4 +168,4 @@ def _tell(**message: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_child(main)
