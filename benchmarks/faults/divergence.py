@@ -19,8 +19,8 @@ def kinds() -> Iterator[Kind]:
     for what in ("nan_loss", "nan_update"):
         yield Kind(f"one device: {what}", _misbehave(what, everyone=False))
         yield Kind(f"every device: {what}", _misbehave(what, everyone=True), times=1)
-    for what in ("huge", "zero"):
-        yield Kind(f"every device: {what}", _misbehave(what, everyone=True), shared=False, rounds=12)
+    yield Kind("every device: huge", _pause, shared=False, rounds=12, ends=False)
+    yield Kind("every device: zero", _misbehave("zero", everyone=True), shared=False, rounds=12)
     yield Kind("one device: huge", _misbehave("huge", everyone=False), shared=False, rounds=12)
     yield Kind("one device: babble", _misbehave("babble", everyone=False), times=1)
     steep = {"rate": 1e6, "epochs": 10}
@@ -57,6 +57,28 @@ def _misbehave(what: str, *, everyone: bool) -> Callable[[Scene], None]:
                 scene.fail(f"round {each['round']} was published with the loss {each['loss']}")
 
     return play
+
+
+def _pause(scene: Scene) -> None:
+    """No model of three rounds in a row gives a finite loss: the last good one stays, and the job waits."""
+    federation = scene.federation
+    federation.wait_rounds(1, LIMIT_S)
+    for device in federation.devices:
+        federation.play(device, "huge")
+    scene.fired += 1
+
+    def paused() -> bool:
+        status = federation.status()
+        return status is not None and status.phase == "paused"
+
+    federation.wait_until(paused, 2 * LIMIT_S, "a job none of whose models is sound is not paused")
+    status = federation.status()
+    assert status is not None
+    good = [each for each in federation.record()["rounds"] if each["published"]][-1]
+    if status.weights_digest != good["digest"]:
+        scene.fail(f"the weights in force are not those of round {good['round']}, the last that was published")
+    if "rollback" not in status.message:
+        scene.fail(f"a paused job says {status.message!r}, and not what to do")
 
 
 def _diverge(scene: Scene) -> None:
