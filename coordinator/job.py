@@ -93,7 +93,7 @@ class Job:
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
         self._to_tidy = True
-        self._doubtful = False  # an update may be recorded of which we were told that it could not be
+        self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._trouble_told = float("-inf")
         self._wake = asyncio.Event()
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)

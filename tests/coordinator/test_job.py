@@ -437,3 +437,30 @@ def test_a_refusal_of_an_earlier_attempt_does_not_end_the_one_in_work(play: Play
         await rig.deliver(again, "a")
 
     play(scene)
+
+
+def test_a_task_of_whose_record_the_word_was_lost_is_given_to_nobody_else(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device for which it is recorded hangs up before the job has learnt of the record."""
+
+    async def scene(rig: Rig) -> None:
+        record = rig.job.store.record_step
+
+        def records_and_breaks(*args: Any) -> None:
+            monkeypatch.setattr(rig.job.store, "record_step", record)
+            record(*args)
+            raise UnavailableError("the connection is broken")
+
+        plan = await rig.job.plan_for(rig.kit.report("a"))
+        monkeypatch.setattr(rig.job.store, "record_step", records_and_breaks)
+        lost = rig.job.start_waiting(rig.kit.report("a"), plan)
+        rig.job.stop_waiting("a", lost)
+        other = rig.job.start_waiting(rig.kit.report("b"), plan)
+        (task,) = rig.job.store.tasks_of(1)
+        assert (task.device_id, task.attempt, other.done()) == ("a", 1, False)
+        again = await rig.ask("a")
+        assert (again.task_id, again.attempt) == (task.task_id, 2)
+        await rig.deliver(again, "a")
+
+    play(scene, devices_per_round=1)
