@@ -120,6 +120,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def fake_combine(
+    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
+) -> list[str]:
+    """Writes down what it was given, in its order."""
+    parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
+    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
+    return []
+
+
 @dataclass
 class FakeModels:
     """Answers what the model worker would, and remembers what it was asked.
@@ -178,6 +187,7 @@ class Kit:
     task: Callable[..., TaskRecord] = task_record
     result: Callable[..., Result] = result_for
     models: Callable[[], FakeModels] = FakeModels
+    combine: Callable[..., list[str]] = fake_combine
     sha256: Callable[[bytes], str] = sha256
 
 

@@ -23,7 +23,7 @@ from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ChildError, JobError, UnavailableError, UpdateError
 from fedepth.job import model_spec
-from fedepth.task import Failure, Outcome, Result, Task
+from fedepth.task import Failure, Outcome, Task
 
 PART = b"trained tensors"
 
@@ -83,7 +83,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", fake_combine)
+    monkeypatch.setattr(global_model, "combine", kit.combine)
     monkeypatch.setattr("coordinator.job.TICK_S", 0.01)
 
     @asynccontextmanager
@@ -110,15 +110,6 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         asyncio.run(main())
 
     yield run
-
-
-def fake_combine(
-    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
-) -> list[str]:
-    """Writes down what it was given, in its order."""
-    parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
-    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
-    return []
 
 
 def fails(times: int, then: Callable[..., Any]) -> Callable[..., Any]:

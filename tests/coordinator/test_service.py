@@ -89,7 +89,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", fake_combine)
+    monkeypatch.setattr(global_model, "combine", kit.combine)
 
     @asynccontextmanager
     async def served(**section: Any) -> AsyncIterator[Rig]:
@@ -122,15 +122,6 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         asyncio.run(main())
 
     yield run
-
-
-def fake_combine(
-    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
-) -> list[str]:
-    """Writes down what it was given, in its order."""
-    parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
-    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
-    return []
 
 
 def test_a_whole_job(play: Play) -> None:
