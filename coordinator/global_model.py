@@ -37,9 +37,10 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         FedepthError: the model cannot be built, or the state is damaged.
     """
     training = training_spec(config, 1)
-    await asyncio.to_thread(store.verify_latest)
     known = store.prepared()
     started = store.latest_round() is not None
+    if started:
+        await asyncio.to_thread(store.weights_in_force)
     if known is not None and started and (known.training, known.version) == (training, PREPARED_VERSION):
         return known
     partial = store.directory / "weights" / "initial.partial"
@@ -95,6 +96,30 @@ class GlobalModel:
             raise StateError(f"{self._store.directory} has no weights {self.record.digest[:12]}…")
         return self._store.files.weights(found.round, found.digest)
 
+    async def look_at(self, digest: str) -> None:
+        """Sees that weights which could not be sent are sound, fetched again from where there is another copy.
+
+        Raises:
+            UnavailableError: that cannot be seen now.
+            StateError: they are in force, and lost. The message says how to go on.
+        """
+        found = self._store.find_weights(digest)
+        if found is None:  # of a round that is no longer kept
+            return
+        try:
+            if digest == self._latest().digest:
+                path = await asyncio.to_thread(self._store.weights_in_force)
+            else:
+                path = await asyncio.to_thread(self._store.weights_of, found)
+        except UnavailableError:
+            raise
+        except StateError as error:
+            if digest == self._latest().digest:
+                raise
+            self._events.send("log", message=f"weights of round {found.round}, which is past, are lost: {error}")
+        else:
+            self._events.send("log", message=f"{path} could not be sent to a device; it is sound now")
+
     async def close(self, number: int, results: Sequence[Result], paths: Callable[[Result], tuple[Path, ...]]) -> None:
         """Combines a round's updates, evaluates what comes of them, and records the round: with the new weights in
         force, or with those of before where the new ones are not sound. Can be done again after any failure.
@@ -109,7 +134,7 @@ class GlobalModel:
         self.record = before
         if before.round >= number:
             return
-        base = await asyncio.to_thread(store.weights_of, before)
+        base = await asyncio.to_thread(store.weights_in_force)
         partial = store.files.partial_weights(number)
         sound, note = await asyncio.to_thread(self._combine, number, base, results, paths, partial)
         found = None if note else await self._evaluate_or_retry(number, partial)

@@ -37,7 +37,7 @@ from coordinator.round_events import (
 from coordinator.rounds import Phase
 from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
-from fedepth.errors import JobError, UnavailableError, UpdateError
+from fedepth.errors import JobError, StateError, UnavailableError, UpdateError
 from fedepth.job import model_spec, policy, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.models.traced import read_costs
@@ -95,6 +95,7 @@ class Job:
         self._to_tidy = True
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._trouble_told = float("-inf")
+        self._suspects: set[str] = set()  # digests of files that could not be sent
         self._wake = asyncio.Event()
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
         self.presence = Presence(config.job.lease_s)
@@ -222,8 +223,9 @@ class Job:
         except UpdateError as error:
             self.refuse(result.task_id, result.attempt, result.device_id, error)
             raise
-        except UnavailableError:
+        except (UnavailableError, OSError):
             self._doubtful = True  # the record may have it, and only the word of it be lost
+            self.suspect(self.weights.record.digest)  # updates are compared with them
             raise
         if result.task_id in self.state.tasks:
             self._recorded.add(result.task_id)
@@ -284,6 +286,11 @@ class Job:
             return self.store.files.graph(), self._prepared.graph_bytes
         record = self.store.find_weights(digest)
         return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
+
+    def suspect(self, digest: str) -> None:
+        """Notes that the file with this digest could not be sent: it is looked at before anything else is done."""
+        self._suspects.add(digest)
+        self._wake.set()
 
     # --- what follows
 
@@ -421,6 +428,8 @@ class Job:
         self.apply(Tick(self._clock()))
         if self.state.phase is Phase.STUCK:
             raise JobError(f"{self.state.why}; mend the job file and start again")
+        for digest in tuple(self._suspects):
+            await self._look_at(digest)
         if self.state.phase is Phase.AGGREGATING:
             await self._close(self.state.round)
         if self._to_tidy:
@@ -434,6 +443,21 @@ class Job:
             await asyncio.wait({waker}, timeout=seconds)
         finally:
             waker.cancel()
+
+    async def _look_at(self, digest: str) -> None:
+        """Sees that a file that could not be sent is sound, fetched again from where there is another copy.
+
+        Raises:
+            StateError: the job cannot go on without it.
+        """
+        if digest == self._prepared.graph_digest:
+            if await asyncio.to_thread(self.store.prepared) is None:
+                raise StateError(
+                    f"{self.store.files.graph()} is missing or damaged; start the coordinator again, it makes it anew"
+                )
+        else:
+            await self.weights.look_at(digest)
+        self._suspects.discard(digest)
 
     async def _close(self, number: int) -> None:
         if self.weights.record.round < number:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 from fedepth_wire.bounds import check_message
-from fedepth_wire.chunks import file_chunks
+from fedepth_wire.chunks import checked_chunks
 from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
@@ -93,8 +93,12 @@ class FederationService(FederationServicer):
             if not 0 <= request.offset <= size:
                 beyond = ProtocolError(f"offset {request.offset} in a file of {size} bytes")
                 await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
-            for chunk in file_chunks(path, request.offset):
-                yield chunk
+            try:
+                async for chunk in checked_chunks(path, request.offset, request.digest):
+                    yield chunk
+            except (ProtocolError, OSError) as error:
+                self._job.suspect(request.digest)
+                raise UnavailableError(f"a file cannot be sent, and is being looked at: {error}") from error
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
         async with _answering(context):

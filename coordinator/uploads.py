@@ -16,7 +16,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator.store.records import Store, TaskRecord
 from fedepth.aggregation.rules import Norms
-from fedepth.errors import ProtocolError, UpdateError
+from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
 from fedepth.files import file_digest, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.task import PartInfo, Result, TrainingSpec
@@ -199,7 +199,11 @@ class Uploads:
         check_result(result, task, self._layout, self.limit_parts)
         parts = self._whole_parts(result)
         check_update(parts, self._layout, result)
-        norms = update_norms(self._base(), parts, self._layout.parameters).per_step(result.steps(self._training))
+        try:
+            change = update_norms(self._base(), parts, self._layout.parameters)
+        except StateError as error:  # the parts have been looked at, so it is the base
+            raise UnavailableError(f"the update cannot be compared with the weights before it: {error}") from error
+        norms = change.per_step(result.steps(self._training))
         if self._learn_norms:
             check_norms(norms, self._store.norms_of(task.round))
         self._store.keep_parts(result)

@@ -157,7 +157,7 @@ class Store(RoundStore, TaskStore):
             return
         if latest.aside_digest:
             self._move_aside(latest)
-        self.verify_latest()
+        self.weights_in_force()
         in_force = self.find_weights(latest.digest)
         assert in_force is not None
         self.files.storage.ready(weights_name(in_force.round, in_force.digest), in_force.digest)

@@ -171,25 +171,25 @@ class RoundStore:
         self.files.storage.fetch(weights_name(found.round, found.digest), found.digest)
         return self.files.weights(found.round, found.digest)
 
-    def verify_latest(self) -> None:
-        """Compares the weights in force with their record. Hashes the file.
+    def weights_in_force(self) -> Path:
+        """Where the weights in force lie; they are hashed, and fetched if need be.
 
         Raises:
-            StateError: they are missing or damaged.
+            StateError: there are none yet, or they are missing or damaged. The message says how to go on.
         """
         record = self.latest_round()
         if record is None:
-            return
+            raise StateError(f"{self.directory} has no weights to begin with")
         try:
-            self.weights_of(record)
+            return self.weights_of(record)
         except UnavailableError:
             raise
         except StateError as error:
             others = [each.round for each in self.kept_rounds() if each.digest != record.digest]
+            back = f", or go back with fedepth-coordinator rollback --round N to {named(others)}" if others else ""
             raise StateError(
                 f"{error}, and they are the weights in force after round {record.round}; restore this file, or all of "
-                f"a backup made by fedepth-coordinator backup, or go back with fedepth-coordinator rollback --round N "
-                f"to {named(others)}"
+                f"a backup made by fedepth-coordinator backup{back}"
             ) from None
 
     def summary(self) -> Summary:

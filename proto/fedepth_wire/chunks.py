@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterator
+import asyncio
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
 
 from fedepth.errors import ProtocolError
@@ -18,6 +20,29 @@ def file_chunks(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterato
         while data := file.read(size):
             yield Chunk(offset=offset, data=data)
             offset += len(data)
+
+
+async def checked_chunks(path: Path, offset: int, digest: str) -> AsyncIterator[Chunk]:
+    """As `file_chunks`, but the last chunk comes only if the whole file has this sha256 (hex).
+
+    What lies before `offset` is hashed too, in a thread: the sender must learn that its disk has changed a file, also
+    from receivers that resume.
+
+    Raises:
+        ProtocolError: the file is another one.
+    """
+    hashed = await asyncio.to_thread(_hashed, path, offset)
+    last: Chunk | None = None
+    for chunk in file_chunks(path, offset):
+        if last is not None:
+            yield last
+        hashed.update(chunk.data)
+        last = chunk
+    got = hashed.hexdigest()
+    if got != digest:
+        raise ProtocolError(f"{path} is damaged: its sha256 is {got[:12]}…, expected {digest[:12]}…")
+    if last is not None:
+        yield last
 
 
 def append_chunk(path: Path, chunk: Chunk, expected_offset: int, total_bytes: int) -> int:
@@ -62,3 +87,13 @@ async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, to
         raise ProtocolError(f"{path.name}: sha256 is {got[:12]}…, expected {digest[:12]}…")
     make_durable(path)
     return offset - start
+
+
+def _hashed(path: Path, size: int) -> hashlib._Hash:
+    """The sha256 of the first `size` bytes, to be continued."""
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (data := file.read(min(size, CHUNK_BYTES))):
+            hashed.update(data)
+            size -= len(data)
+    return hashed

@@ -21,8 +21,10 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
 from coordinator.store.records import Store
+from coordinator.store.storage import Directory
 from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
+from fedepth.errors import StateError
 from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
@@ -33,10 +35,11 @@ PART = b"trained tensors"
 class Rig:
     """A served job, and a device's view of it."""
 
-    def __init__(self, job: Job, stub: Any, kit: Any) -> None:
+    def __init__(self, job: Job, stub: Any, kit: Any, running: asyncio.Future[None]) -> None:
         self.job = job
         self.stub = stub
         self.kit = kit
+        self.running = running
 
     async def ask(self, device: str, wait_ms: int = 10_000, **changes: Any) -> pb.NextTaskReply:
         report = to_message(self.kit.report(device, **changes), pb.DeviceReport)
@@ -104,7 +107,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         running = asyncio.ensure_future(job.run())
         try:
             async with open_channel(f"127.0.0.1:{port}") as channel:
-                yield Rig(job, FederationStub(channel), kit)
+                yield Rig(job, FederationStub(channel), kit, running)
         finally:
             running.cancel()
             await asyncio.wait({running})
@@ -114,10 +117,12 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         if not running.cancelled():
             running.result()
 
-    def run(scene: Scene, **section: Any) -> None:
+    def run(scene: Scene, *, ends: bool = False, **section: Any) -> None:
         async def main() -> None:
             async with served(**section) as rig:
                 await asyncio.wait_for(scene(rig), 30)
+                if ends:  # by itself
+                    await asyncio.wait({rig.running}, timeout=30)
 
         asyncio.run(main())
 
@@ -236,6 +241,80 @@ def test_weights_and_graph_stream_from_an_offset(play: Play) -> None:
             assert caught.value.code() is code
 
     play(scene)
+
+
+async def fetch(rig: Rig, digest: str) -> bytes:
+    return b"".join([chunk.data async for chunk in rig.stub.FetchFile(pb.FetchFileRequest(digest=digest))])
+
+
+Damage = Callable[[Path], Any]
+
+
+def rot(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [rot, Path.unlink])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("weights", "they are the weights in force after round 0; restore this file"), ("graph", "makes it anew")],
+)
+def test_a_file_that_rots_while_it_is_served_ends_the_job_with_a_sentence(
+    play: Play, what: str, said: str, damage: Damage
+) -> None:
+    """Nobody is sent what is not right, and the operator learns what to do."""
+
+    async def scene(rig: Rig) -> None:
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        digest = task.weights_digest if what == "weights" else task.graph_digest
+        found = rig.job.file_of(digest)
+        assert found is not None
+        damage(found[0])
+        with pytest.raises(grpc.aio.AioRpcError, match=r"busy: .*; come back in 20 s") as caught:
+            await fetch(rig, digest)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # the device waits, and keeps its task
+
+    with pytest.raises(StateError, match=said):
+        play(scene, ends=True)
+
+
+def test_a_file_that_rots_is_fetched_again_from_where_there_is_another_copy(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Copies(Directory):
+        def fetch(self, name: str, digest: str) -> None:
+            (rig_folder / name).write_bytes(WEIGHTS)
+            super().fetch(name, digest)
+
+    async def scene(rig: Rig) -> None:
+        nonlocal rig_folder
+        rig_folder = rig.job.store.directory
+        monkeypatch.setattr(rig.job.store.files, "storage", Copies(rig_folder))
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        rot(rig.job.weights.path())
+        with pytest.raises(grpc.aio.AioRpcError, match="busy"):
+            await fetch(rig, task.weights_digest)
+        await until(rig, lambda: rig.job.weights.path().read_bytes() == WEIGHTS)
+        assert await fetch(rig, task.weights_digest) == WEIGHTS
+        await rig.deliver(task, "a")
+
+    rig_folder = Path()
+    play(scene)
+
+
+def test_weights_of_the_past_that_rot_do_not_end_the_job(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        for task, device in zip(await asyncio.gather(rig.task("a"), rig.task("b")), "ab", strict=True):
+            await rig.deliver(task, device)
+        await until(rig, lambda: rig.job.state.round == 2)
+        rig.job.store.files.weights(0, rig.kit.sha256(WEIGHTS)).unlink()
+        with pytest.raises(grpc.aio.AioRpcError, match="busy"):
+            await fetch(rig, rig.kit.sha256(WEIGHTS))
+        for task, device in zip(await asyncio.gather(rig.task("a"), rig.task("b")), "ab", strict=True):
+            await rig.deliver(task, device)
+        await rig.job.finished.wait()
+
+    play(scene, rounds=2)
 
 
 def test_a_broken_upload_can_be_tried_again(play: Play) -> None:

@@ -17,7 +17,7 @@ from coordinator.store.records import Store
 from coordinator.uploads import PartHeader, Uploads
 from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
-from fedepth.errors import ProtocolError, UnavailableError, UpdateError
+from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
 from fedepth.job import model_spec, training_spec
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
@@ -98,6 +98,18 @@ def test_a_part_is_received_and_committed_once(setup: Setup) -> None:
     assert setup.commit() is False
     assert setup.offset() == len(DATA)
     assert setup.send(setup.header()) == len(DATA)
+
+
+def test_weights_that_rotted_refuse_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update_norms(base: Path, parts: Sequence[Path], parameters: Any) -> Norms:
+        raise StateError(f"{base} is damaged")
+
+    setup.send(setup.header())
+    with monkeypatch.context() as patch:
+        patch.setattr(norms, "update_norms", update_norms)
+        with pytest.raises(UnavailableError, match="cannot be compared with the weights before it: base is damaged"):
+            setup.commit()
+    assert setup.commit() is True
 
 
 def test_two_commits_at_once_record_one_update(setup: Setup) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
-from fedepth_wire.chunks import CHUNK_BYTES, append_chunk, file_chunks, receive_file
+from fedepth_wire.chunks import CHUNK_BYTES, append_chunk, checked_chunks, file_chunks, receive_file
 from fedepth_wire.v1.federation_pb2 import Chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,3 +118,25 @@ def test_a_refused_chunk_in_a_stream_keeps_those_before(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="offset 2, expected 3"):
         receive(tmp_path / "target", chunks, 0, b"abcde")
     assert (tmp_path / "target").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("offset", [0, 5, CHUNK_BYTES, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 9])
+@pytest.mark.parametrize("flipped", [None, 3, CHUNK_BYTES + 3, 2 * CHUNK_BYTES + 3])
+def test_the_end_of_a_file_is_sent_only_if_all_of_it_is_right(tmp_path: Path, offset: int, flipped: int | None) -> None:
+    path, data = tmp_path / "file", bytearray(os.urandom(2 * CHUNK_BYTES + 9))
+    digest, got = hashlib.sha256(data).hexdigest(), bytearray()
+    if flipped is not None:
+        data[flipped] ^= 1
+    path.write_bytes(data)
+
+    async def send() -> None:
+        async for chunk in checked_chunks(path, offset, digest):
+            got.extend(chunk.data)
+
+    if flipped is None:
+        asyncio.run(send())
+        assert got == data[offset:]
+        return
+    with pytest.raises(ProtocolError, match=f"{path} is damaged"):
+        asyncio.run(send())
+    assert offset + len(got) < len(data) or offset == len(data)
