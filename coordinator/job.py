@@ -70,6 +70,14 @@ class _Waiter:
     answer: asyncio.Future[Task | None]  # None: nothing to do, the job is finished or the call is superseded
 
 
+@dataclass(frozen=True)
+class _Commit:
+    """An update that is being admitted."""
+
+    result: Result
+    work: asyncio.Task[int]
+
+
 class Job:
     """One job in progress. Everything runs in one event loop; what takes long, in a thread or the worker."""
 
@@ -95,6 +103,7 @@ class Job:
         self._to_tidy = True
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._trouble_told = float("-inf")
+        self._commits: dict[str, _Commit] = {}  # by task
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._wake = asyncio.Event()
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
@@ -213,11 +222,28 @@ class Job:
     async def commit(self, result: Result) -> int:
         """Records an update and returns its round.
 
+        A device that goes away ends its call and not the work: of each task one update at a time is admitted, and
+        whoever asks for the same joins.
+
         Raises:
             UpdateError: it is refused.
             ProtocolError: a part has to be sent again.
             UnavailableError: it cannot be recorded now; the same call may work later.
         """
+        task_id = result.task_id
+        while (commit := self._commits.get(task_id)) is not None and commit.result != result:
+            await asyncio.wait({commit.work})
+        if commit is None:
+            commit = self._commits[task_id] = _Commit(result, asyncio.create_task(self._commit(result)))
+            commit.work.add_done_callback(lambda work: self._commits.pop(task_id))
+        return await asyncio.shield(commit.work)
+
+    async def finish_commits(self) -> None:
+        """Waits until no update is being admitted; what comes meanwhile, too."""
+        while self._commits:
+            await asyncio.wait({commit.work for commit in self._commits.values()})
+
+    async def _commit(self, result: Result) -> int:
         try:
             new = await self.uploads.commit(result)
         except UpdateError as error:

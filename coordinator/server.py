@@ -109,6 +109,7 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
         await health.enter_graceful_shutdown()
         job.events.close()
         await server.stop(GRACE_S)
+        await job.finish_commits()
         job.plans.close()
         _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
 

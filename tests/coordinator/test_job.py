@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ChildError, JobError, UnavailableError, UpdateError
 from fedepth.job import model_spec
-from fedepth.task import Failure, Outcome, Task
+from fedepth.task import Failure, Outcome, Result, Task
 
 PART = b"trained tensors"
 
@@ -99,6 +100,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         finally:
             rig.running.cancel()
             await asyncio.wait({rig.running})
+            await job.finish_commits()
             job.plans.close()
             store.close()
 
@@ -172,6 +174,66 @@ def test_an_update_counts_once_it_is_recorded_though_the_word_of_it_was_lost(
         assert rig.job.store.rounds()[1].devices == 2
 
     play(scene)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_device_that_goes_away_and_asks_again_joins_the_admission_of_its_update(
+    play: Play, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    entered, go_on, admitted = threading.Event(), threading.Event(), []
+
+    def check_update(paths: Any, layout: Any, result: Result) -> None:
+        admitted.append(result.task_id)
+        entered.set()
+        assert go_on.wait(20)
+        if refused:
+            raise UpdateError("shape", "another shape")
+
+    async def scene(rig: Rig) -> None:
+        first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        await rig.upload(first, "a")
+        for _ in range(3):
+            gone = asyncio.ensure_future(rig.commit(first, "a"))
+            await asyncio.to_thread(entered.wait)
+            gone.cancel()
+            await asyncio.wait({gone})
+        record = rig.job.store.task(first.task_id)
+        other = asyncio.ensure_future(rig.job.commit(rig.kit.result(record, {0: b"another"})))
+        again = asyncio.ensure_future(rig.commit(first, "a"))
+        await asyncio.wait({other, again}, timeout=0.01)
+        go_on.set()
+        answers = await asyncio.gather(other, again, return_exceptions=True)
+        reasons = [answer.reason if isinstance(answer, UpdateError) else answer for answer in answers]
+        assert reasons == (["late", "shape"] if refused else ["duplicate", 1])
+        assert admitted == [first.task_id]
+
+    monkeypatch.setattr(admission, "check_update", check_update)
+    play(scene)
+
+
+def test_an_update_whose_device_goes_away_is_recorded_before_the_job_ends(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def check_update(paths: Any, layout: Any, result: Result) -> None:
+        entered.set()
+        assert go_on.wait(20)
+
+    async def before(rig: Rig) -> None:
+        first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        await rig.upload(first, "a")
+        gone = asyncio.ensure_future(rig.commit(first, "a"))
+        await asyncio.to_thread(entered.wait)
+        gone.cancel()
+        asyncio.get_running_loop().call_later(0.01, go_on.set)
+
+    async def after(rig: Rig) -> None:
+        assert len(rig.job.store.updates_of(1)) == 1
+
+    monkeypatch.setattr(admission, "check_update", check_update)
+    play(before)
+    play(after)
 
 
 def test_a_log_that_cannot_be_written_costs_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             await asyncio.wait({running})
             job.events.close()
             await server.stop(0)
+            await job.finish_commits()
             store.close()
         if not running.cancelled():
             running.result()
