@@ -111,8 +111,12 @@ class RoundStore:
         connection.execute(sealing.delete())
 
     def _move_aside(self, record: RoundRecord) -> None:
-        new = aside_name(record.round, record.aside_digest)
-        self.files.storage.rename(weights_name(record.round, record.aside_digest), new)
+        name, aside = weights_name(record.round, record.aside_digest), aside_name(record.round, record.aside_digest)
+        if any(found.name == aside for found in self.files.weights_found()):
+            # Moved already; or a round that a rollback took back has kept the very same average, and one copy will do.
+            self.files.storage.remove(name)
+        else:
+            self.files.storage.rename(name, aside)
 
     # --- rounds
 

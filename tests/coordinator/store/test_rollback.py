@@ -109,6 +109,32 @@ def test_it_recovers_from_damaged_weights_in_force(plain: Any) -> None:
     store.close()
 
 
+def test_the_same_average_again_leaves_no_second_file_of_it(place: Any) -> None:
+    """Whether it was published or kept aside before the rollback, and is after it."""
+    store = place.open()
+    place.add_round(store, 0)
+    digest = place.kit.sha256(b"again")[:12]
+    for refused in (True, True, False, True, True):
+        if refused:
+            place.refuse_round(store, 1, b"again")
+        else:
+            place.add_round(store, 1, b"again")
+        present = {name for name in store.files.storage.names("weights") if "round-0001" in name}
+        assert f"weights/round-0001-{digest}{'.aside' if refused else ''}.safetensors" in present
+        assert len(present) == 1 or not refused
+        store.rollback(0)
+        store.close()
+        store = place.open()
+    for number in range(1, 3):
+        place.refuse_round(store, number, b"other %d" % number)
+    store.prune(RetentionSection(keep_last=1))
+    store.close()
+    store = place.open()
+    kept = [name for name in store.files.storage.names("weights") if digest in name]
+    assert len(kept) == 1  # of the last round that was taken back
+    store.close()
+
+
 def test_a_running_coordinator_is_in_the_way(place: Any) -> None:
     store = place.open()
     with pytest.raises(StateError, match="is in use by another coordinator"):
