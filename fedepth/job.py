@@ -24,7 +24,16 @@ from fedepth.aggregation.rules import (
     WeightedMean,
 )
 from fedepth.errors import ConfigError
-from fedepth.job_sections import DIGITS, MOST_NAME, MOST_NAMES_BYTES, JobConfig, ModelSection, TestSection
+from fedepth.job_sections import (
+    DIGITS,
+    LEAST_FLOAT,
+    MOST_FLOAT,
+    MOST_NAME,
+    MOST_NAMES_BYTES,
+    JobConfig,
+    ModelSection,
+    TestSection,
+)
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import read_toml, settings_path, suggestion, violation
@@ -165,11 +174,7 @@ def _explain(file: str, message: str) -> str:
 def _check_ranges(config: JobConfig, file: str) -> None:
     """What spans several fields, and what a type cannot say."""
     job, model, training = config.job, config.model, config.training
-    for name in ("job", "training", "aggregation", "privacy"):
-        section = getattr(config, name)
-        for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{file}: [{name}] {field}: must be a finite number, is {value}")
+    _check_floats(config, file)
     if not _NAME.fullmatch(job.name):
         raise ConfigError(
             f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}"
@@ -206,8 +211,23 @@ def _check_ranges(config: JobConfig, file: str) -> None:
             raise ConfigError(
                 f"{file}: [model] {field}: must have one number per channel ({model.input_shape[0]}), has {len(values)}"
             )
-        if not all(math.isfinite(value) for value in values):
-            raise ConfigError(f"{file}: [model] {field}: must be finite numbers, is {list(values)}")
+
+
+def _check_floats(config: JobConfig, file: str) -> None:
+    for name in ("job", "model", "training", "aggregation", "privacy"):
+        section = getattr(config, name)
+        for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, float):
+                    continue
+                where = f"{file}: [{name}] {field}"
+                if not math.isfinite(number):
+                    raise ConfigError(f"{where}: must be a finite number, is {number}")
+                if name != "job" and number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
+                    raise ConfigError(
+                        f"{where}: must be between {LEAST_FLOAT:g} and {MOST_FLOAT:g}, which float32 can be computed "
+                        f"with, is {number}"
+                    )
 
 
 def _check_aggregation(config: JobConfig, file: str) -> None:

@@ -17,7 +17,10 @@ MOST_DEVICES = 1 << 20
 MOST_SECONDS = 10 * 365 * 86400
 MOST_NAME = 200  # characters in the name of a class or a model
 MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every task
-
+# Of numbers that models are computed with, unless they are 0. A product or a quotient of any two is then finite in
+# float32, and so is the step that AdamW makes of its learning rate.
+LEAST_FLOAT = 1e-18
+MOST_FLOAT = 1e18
 
 AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
 NotNegative = Annotated[float, Meta(ge=0)]

@@ -59,6 +59,18 @@ def test_test_data_is_relative_to_the_job_file(tmp_path: Path) -> None:
     assert config.test.data == str(tmp_path / "images")
 
 
+def test_numbers_that_float32_cannot_be_computed_with_are_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, with_value("training", "learning_rate", "1e39")))
+    assert str(caught.value) == (
+        "job.toml: [training] learning_rate: must be between 1e-18 and 1e+18, which float32 can be computed with, "
+        "is 1e+39"
+    )
+    for rate in ("1e18", "1e-18"):
+        text = with_value("training", "learning_rate", rate)
+        assert load_config(write(tmp_path, text)).training.learning_rate == float(rate)
+
+
 def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> None:
     bad = {
         "job": {
@@ -76,19 +88,19 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
             "name": ('""', "3"),
             "classes": ("1", '["a"]', '["a", "a"]', '"ten"'),
             "input_shape": ("[]", "[1, 2, 3, 4]", "[0, 8, 8]", "8"),
-            "mean": ("[0.1, 0.2]", "[nan]", '["x"]'),
-            "std": ("[0]", "[1, 1]", "[inf]"),
+            "mean": ("[0.1, 0.2]", "[nan]", '["x"]', "[1e39]", "[-1e39]"),
+            "std": ("[0]", "[1, 1]", "[inf]", "[1e39]", "[1e-46]"),
         },
         "training": {
             "batch": ("0",),
             "local_epochs": ("0",),
             "optimizer": ('"adam"',),
-            "learning_rate": ("0", "-0.1", "inf", '"high"'),
-            "learning_rate_end": ("-1", "1"),
+            "learning_rate": ("0", "-0.1", "inf", '"high"', "1e39", "3e38", "1e-46"),
+            "learning_rate_end": ("-1", "1", "1e-46"),
             "schedule": ('"step"',),
-            "momentum": ("1", "-0.1"),
-            "weight_decay": ("-1",),
-            "proximal_mu": ("-1", "inf"),
+            "momentum": ("1", "-0.1", "1e-46"),
+            "weight_decay": ("-1", "1e39"),
+            "proximal_mu": ("-1", "inf", "1e39"),
             "augmentation": ('"mixup"',),
         },
         "test": {"data": ('"nowhere"', "7")},
