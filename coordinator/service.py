@@ -85,6 +85,7 @@ class FederationService(FederationServicer):
 
     async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         async with _answering(context):
+            check_message(request)
             found = self._job.file_of(request.digest)
             if found is None:
                 missing = ProtocolError(f"no file with sha256 {request.digest[:12]!r} here; ask for a new task")
@@ -102,6 +103,7 @@ class FederationService(FederationServicer):
 
     async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
         async with _answering(context):
+            check_message(request)
             uploads = self._job.uploads
             held = await uploads.offset(request.task_id, request.attempt, request.part, request.digest)
             return pb.UploadOffsetReply(offset=held)

@@ -59,6 +59,7 @@ DEFAULT = Bound()
 _BYTES = Bound(length=CHUNK_BYTES)
 _COUNT = Bound(most=MOST_COUNT)
 _LONG_TEXT = Bound(length=MOST_LONG_TEXT)
+_DIGEST = Bound(length=64)  # a sha256 in hex
 _NOT_NEGATIVE = Bound(least_float=0.0)
 # Of memory: a resource limit may be any number, and a bound that is none counts for nothing.
 _ANY_SIZE = Bound(most=(1 << 63) - 1)
@@ -106,6 +107,10 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "seconds": _ANY_FLOAT,
     },
     "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT},
+    "PartInfo": {"digest": _DIGEST},
+    "FetchFileRequest": {"digest": _DIGEST},
+    "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST, "plan_digest": _DIGEST},
+    "UploadOffsetRequest": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
     "Failure": {"message": _LONG_TEXT},
     "Progress": {"loss": _ANY_FLOAT},  # of a run that diverged, which must still be told
     "Rejected": {"message": _LONG_TEXT},

@@ -362,6 +362,25 @@ def test_a_failure_ends_the_task_and_progress_is_no_longer_wanted(play: Play) ->
     play(scene)
 
 
+@pytest.mark.parametrize(
+    ("method", "request_", "said"),
+    [
+        ("FetchFile", pb.FetchFileRequest(digest="f" * 900_000), "FetchFileRequest.digest has 900000 characters"),
+        ("FetchFile", pb.FetchFileRequest(digest="f" * 64, offset=-1), "FetchFileRequest.offset is -1"),
+        ("UploadOffset", pb.UploadOffsetRequest(task_id="t" * 900_000), "UploadOffsetRequest.task_id has 900000"),
+        ("UploadOffset", pb.UploadOffsetRequest(digest="f" * 65), "UploadOffsetRequest.digest has 65 characters"),
+    ],
+)
+def test_what_is_asked_of_files_and_parts_is_bounded(play: Play, method: str, request_: Any, said: str) -> None:
+    async def scene(rig: Rig) -> None:
+        call = getattr(rig.stub, method)(request_)
+        with pytest.raises(grpc.aio.AioRpcError, match=said) as caught:
+            await (call.read() if method == "FetchFile" else call)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    play(scene)
+
+
 def test_watchers_see_the_state_and_then_every_event(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         call = rig.stub.Watch(pb.WatchRequest())
