@@ -107,7 +107,7 @@ class Agent:
         self._instance = secrets.token_hex(8)
         self._failed = ("", 0)  # what the last task failed of, and how often in a row
         self._hopeless: Failure | None = None  # the last failure that is deterministic
-        self._room_bytes = LEAST_ROOM_BYTES  # what an update may take
+        self._room_bytes = LEAST_ROOM_BYTES  # what a task and its update may take
         self._told_finished = False
 
     async def run(self) -> None:
@@ -160,8 +160,8 @@ class Agent:
         if isinstance(answer, Task):
             self._told_finished = False
             self._nothing_to_do.over()
-            self._room_bytes = max(LEAST_ROOM_BYTES, answer.weights_bytes)
             await self._take_on(answer)
+            self._room_bytes = max(LEAST_ROOM_BYTES, answer.weights_bytes, self._runner.room_bytes)
         elif isinstance(answer, RetryLater):
             if answer.reason and self._nothing_to_do.due(answer.reason):
                 _log.info("nothing to do now", reason=answer.reason)

@@ -2,6 +2,7 @@
 
 outbox/TASK-ATTEMPT/entry.json + part-NNNN.safetensors    appears in one rename, whole and fsynced
 outbox/.done-NAME                                         half removed; deleted as soon as that works
+work/TASK-ATTEMPT/output/result.json                      the trainer's last word: all parts are there, and durable
 outbox/.reserve                                           given up for entry.json where the disk is full
 damaged/NAME.N                                            what could not be read, for a person to look at
 undelivered/NAME.N + reason.txt                           what the coordinator would not take, without refusing it
@@ -19,10 +20,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
 
+from edge_client.trainer.protocol import RESULT
 from fedepth.errors import DiskError, StateError
 from fedepth.files import NOT_JSON, disk_errors, file_digest, sync_folder, write_atomically
 from fedepth.sizes import format_size
@@ -36,6 +39,7 @@ _ENTRY = "entry.json"
 _REASON = "reason.txt"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = structlog.get_logger()
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class _Sealed(msgspec.Struct, frozen=True):
 
 def part_name(part: int) -> str:
     return f"part-{part:04d}.safetensors"
+
+
+def trained_result(parts: Path) -> Result | None:
+    """What a trainer left in its folder as its last act; None if it did not come so far.
+
+    Raises:
+        StateError: that cannot be read.
+    """
+    return _read(parts / RESULT, Result) if (parts / RESULT).exists() else None
 
 
 class Outbox:
@@ -97,7 +110,7 @@ class Outbox:
         free = disk.f_bavail * disk.f_frsize
         if free < wanted_bytes:
             raise DiskError(
-                f"{self._folder} has {format_size(free)} free, but an update may take "
+                f"{self._folder} has {format_size(free)} free, but a task may take "
                 f"{format_size(wanted_bytes, round_up=True)}; free some space there"
             )
         if disk.f_files and disk.f_favail < _FEWEST_FILES:  # some file systems have no bound, and say 0
@@ -132,7 +145,7 @@ class Outbox:
         return Entry(final, result)
 
     def recover(self, parts: Path) -> bool:
-        """Takes over a folder that a `put` has sealed and could not move before the agent was stopped.
+        """Takes over a folder that a trainer has filled, whether or not a `put` has sealed it by then.
 
         Returns whether it was one.
 
@@ -140,10 +153,10 @@ class Outbox:
             DiskError: it cannot be read or moved now.
         """
         sealed = parts / _ENTRY
-        if not sealed.exists():
-            return False
         try:
-            result = _read_sealed(sealed).result
+            result = _read_sealed(sealed).result if sealed.exists() else trained_result(parts)
+            if result is None:
+                return False
             self.put(result, parts)
         except DiskError:
             raise
@@ -337,9 +350,13 @@ def _nothing_missing() -> Iterator[None]:
 
 
 def _read_sealed(path: Path) -> _Sealed:
+    return _read(path, _Sealed)
+
+
+def _read(path: Path, kind: type[_T]) -> _T:
     try:
         with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
-            return msgspec.json.decode(path.read_bytes(), type=_Sealed)
+            return msgspec.json.decode(path.read_bytes(), type=kind)
     except NOT_JSON as error:
         raise StateError(f"{path} is damaged: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -15,10 +16,10 @@ from edge_client.backoff import Backoff, DiskWait
 from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
-from edge_client.outbox import Outbox
+from edge_client.outbox import Outbox, trained_result
 from edge_client.progress import ProgressReporter
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
-from edge_client.trainer.protocol import Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
+from edge_client.trainer.protocol import RESULT, Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import TemporaryError, Transport
 from fedepth.budget import Budget
 from fedepth.costs import Calibration, ModelCosts
@@ -44,6 +45,7 @@ from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 SMALLER_PLANS = 4
 FETCHES = 3  # of a file that comes damaged
+DISK_WAITS = 10  # of DISK_PAUSE_S each
 _SMALLEST_STEP = 0.05
 _PLANS_REMEMBERED = 64
 _log = structlog.get_logger()
@@ -54,6 +56,7 @@ _OUTCOMES: tuple[tuple[type[FedepthError], Outcome], ...] = (
     (PlanError, Outcome.DECLINED),
     (OverBudgetError, Outcome.OVER_BUDGET),
     (ChildError, Outcome.TRAINER_DIED),
+    (DiskError, Outcome.DECLINED),
 )
 
 
@@ -63,6 +66,7 @@ class TaskRunner:
     Attributes:
         is_storing: the task is trained, and lies where it was trained until the disk takes it. Cancelled by then, it
             is found there by the next agent.
+        room_bytes: what the last task has found missing on the disk; 0 if nothing was, or nobody knows how much.
     """
 
     def __init__(
@@ -89,13 +93,14 @@ class TaskRunner:
         self._disk = disk
         self._report = report
         self.is_storing = False
+        self.room_bytes = 0
         # The last plans that met the cap on their heap, unless they release at once.
         self._released: deque[tuple[Stage, ...]] = deque(maxlen=_PLANS_REMEMBERED)
         self._folder = config.state_dir / "work"
-        self._left = sorted(self._folder.glob("*"))  # by an agent that was stopped or killed
+        self._left = sorted(self._folder.glob("*"))  # by an agent that was stopped or killed, or by us
 
     def recover(self) -> bool:
-        """Stores what an earlier agent had trained and could not store any more; deletes what else it left.
+        """Stores what was trained and could not be stored any more; deletes what else is left of tasks.
 
         Returns whether there was something to store.
 
@@ -119,7 +124,7 @@ class TaskRunner:
         reporter = ProgressReporter(task, self._device_id, self._report)
         reporter.activity("downloading")
         try:
-            done = await self._trained(task, folder, planned_samples, reporter)
+            done = await self._trained_with_room(task, folder, planned_samples, reporter)
             self._keeper.rest()
             await self._store(done.result, _output(folder), reporter)
         except asyncio.CancelledError:
@@ -132,8 +137,30 @@ class TaskRunner:
             return done.result
         finally:
             self._keeper.rest()
-            if not self.is_storing:
+            if self.is_storing or (_output(folder) / RESULT).exists():
+                self._left.append(folder)  # for `recover`
+            else:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    async def _trained_with_room(
+        self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter
+    ) -> Done:
+        """`_trained`, again while the disk does not take what it writes. A task that has waited long is given back:
+        another device can train it meanwhile."""
+        self.room_bytes = 0
+        for wait in itertools.count(1):
+            try:
+                done = await self._trained(task, folder, planned_samples, reporter)
+            except DiskError as error:
+                self.room_bytes = error.needed_bytes
+                if wait > DISK_WAITS:
+                    raise
+                reporter.activity("waiting for the disk")
+                await self._disk.pause("a task waits for the disk", error)
+            else:
+                self._disk.reset()
+                return done
+        raise AssertionError("not reached")
 
     async def _trained(self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter) -> Done:
         with disk_errors("the task cannot be worked on", folder):
@@ -215,6 +242,10 @@ class TaskRunner:
                 )
             except ChildError as error:
                 await self._keeper.drop()
+                trained = trained_result(Path(request.output))
+                if trained is not None:
+                    _log.warning("the trainer died after its last act; what it trained is there", error=str(error))
+                    return Done(trained)
                 if error.returncode is not None:  # a trainer that writes nonsense has not met its memory's end
                     self._budgets.died()
                 deaths += 1
@@ -224,6 +255,8 @@ class TaskRunner:
                 continue
             if isinstance(end, Done):
                 return end
+            if end.disk:
+                raise DiskError(end.message, needed_bytes=end.disk_bytes)
             if end.outcome is not Outcome.OVER_BUDGET:
                 raise _TrainerFailed(end)
             if end.capped and not release_freed:

@@ -138,7 +138,15 @@ class UnavailableError(StateError):
 
 
 class DiskError(UnavailableError):
-    """Something cannot be read or written: the disk is full, read-only or failing. What was there is as it was."""
+    """Something cannot be read or written: the disk is full, read-only or failing. What was there is as it was.
+
+    Attributes:
+        needed_bytes: what must be free there; 0 if nobody knows.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class DamagedUpdateError(StateError):

@@ -10,6 +10,7 @@ two of them are equal, not even of one task, so that none can pass for another. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,9 +24,9 @@ import msgspec
 import numpy as np
 
 from edge_client.outbox import part_name
-from edge_client.trainer.protocol import TrainRequest
+from edge_client.trainer.protocol import RESULT, TrainRequest
 from fedepth.child import run_child
-from fedepth.files import file_digest
+from fedepth.files import file_digest, write_atomically
 from fedepth.models.traced import read_traced
 from fedepth.task import PartInfo, StageResult
 from fedepth.weights import Array, open_weights, save
@@ -51,11 +52,14 @@ def main() -> None:
         try:
             parts = _train(request, scene, number)
         except OSError as error:  # a disk that is full
-            _tell(event="failed", outcome="error", message=f"{error.filename}: {error.strerror}")
+            _tell(event="failed", outcome="error", message=f"{error.filename}: {error.strerror}", disk=True)
             continue
         if parts is not None:
             _write_down(trainings, {**said, "event": "done", "digests": [part.digest for part in parts]})
-            _tell(event="done", result=_result(request, parts, scene))
+            result = _result(request, parts, scene)
+            with contextlib.suppress(OSError):
+                write_atomically(Path(request.output) / RESULT, msgspec.json.encode(result))
+            _tell(event="done", result=result)
             if scene == "die_after":
                 os.kill(os.getpid(), signal.SIGKILL)
 

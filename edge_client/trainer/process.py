@@ -6,23 +6,27 @@ the agent down; its memory goes back for certain when it ends.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 import torch
 
-from edge_client.trainer.protocol import TrainRequest
+from edge_client.trainer.protocol import RESULT, TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import run_child
-from fedepth.errors import DataError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.errors import DataError, DiskError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.files import write_atomically
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, status_bytes
 from fedepth.plan import Stage
-from fedepth.task import Outcome, PartInfo, StageResult
+from fedepth.task import Outcome, PartInfo, Result, StageResult
 from fedepth.training.limits import is_out_of_memory
 from fedepth.training.session import Assignment, Known, run
 
@@ -115,7 +119,10 @@ def main() -> None:
         message = lines.receive()
         request = msgspec.convert({k: v for k, v in message.items() if k != "do"}, TrainRequest)
         try:
-            result = run(assignment(request), lines, device, known)
+            work = assignment(request)
+            with full_disks(work.cache):
+                result = run(work, lines, device, known)
+            keep(result, work.output)
         except FedepthError as error:
             lines.send(
                 event="failed",
@@ -126,6 +133,8 @@ def main() -> None:
                 stage=getattr(error, "stage", 0),
                 miss_bytes=getattr(error, "miss_bytes", 0),
                 capped=getattr(error, "capped", False),
+                disk=isinstance(error, DiskError),
+                disk_bytes=error.needed_bytes if isinstance(error, DiskError) else 0,
             )
         except Exception as error:
             # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
@@ -156,6 +165,26 @@ def assignment(request: TrainRequest) -> Assignment:
         most_samples=request.most_samples,
         release_freed=request.release_freed,
     )
+
+
+@contextlib.contextmanager
+def full_disks(folder: Path) -> Iterator[None]:
+    """Turns what a library meets on a full disk, such as when it decompresses data, into a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskError(f"the task cannot be trained in {folder}: {error.strerror}; free some space there") from error
+
+
+def keep(result: Result, output: Path) -> None:
+    """Leaves the result beside its parts, which are durable: whatever ends now, the agent finds what is trained.
+
+    Where the disk does not take it, the agent, which has some space in reserve, is told of it all the same.
+    """
+    with contextlib.suppress(OSError):
+        write_atomically(output / RESULT, msgspec.json.encode(result))
 
 
 def start(device: torch.device) -> None:

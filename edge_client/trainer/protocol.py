@@ -15,6 +15,8 @@ from fedepth.costs import Calibration
 from fedepth.plan import Plan
 from fedepth.task import Outcome, PartInfo, Result, StageResult, Task
 
+RESULT = "result.json"  # in the output folder, before `done`: all parts are there, and durable
+
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -121,6 +123,7 @@ class Failed(_Event, tag="failed", frozen=True):
     """The task ended without an update; the trainer lives on.
 
     `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
+    `disk`: a disk did not take what the training writes; `disk_bytes` must be free there, 0 if nobody knows.
     """
 
     outcome: Outcome
@@ -130,6 +133,8 @@ class Failed(_Event, tag="failed", frozen=True):
     stage: int = 0
     miss_bytes: int = 0
     capped: bool = False
+    disk: bool = False
+    disk_bytes: int = 0
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from fedepth.errors import StateError
+from fedepth.errors import DiskError, StateError
 from fedepth.plan import CachePlace, CacheType
 from fedepth.sizes import format_size
 
@@ -111,7 +111,7 @@ def open_cache(place: CachePlace, folder: Path, count: int, rows: RowFormat, sou
     On disk it takes over the file of `source`, which its rows are computed from: see `filling_order`.
 
     Raises:
-        StateError: the disk has no room for it.
+        DiskError: the disk has no room for it.
     """
     if place is CachePlace.RAM:
         return RamCache(count, rows)
@@ -159,10 +159,11 @@ class DiskCache:
         disk = os.statvfs(folder)
         if wanted > disk.f_bavail * disk.f_frsize:
             self.close()
-            raise StateError(
+            raise DiskError(
                 f"the cached inputs of {count} samples need another {format_size(wanted)} in {folder}, where only "
                 f"{format_size(disk.f_bavail * disk.f_frsize)} is free; free some space there, or set cache_type to "
-                "float16 or uint8 in the job file"
+                "float16 or uint8 in the job file",
+                needed_bytes=count * rows.row_bytes,
             )
 
     def share(self) -> int:
@@ -178,7 +179,7 @@ class DiskCache:
             try:
                 written = os.pwrite(self._file, data[:_PIECE_BYTES], offset)
             except OSError as error:
-                raise self._broken(f"cannot be written: {error.strerror}") from error
+                raise DiskError(self._broken(f"cannot be written: {error.strerror}")) from error
             data = data[written:]
             offset += written
 
@@ -191,13 +192,13 @@ class DiskCache:
             try:
                 got = os.preadv(self._file, [data[row * size : (row + 1) * size]], index * size)
             except OSError as error:
-                raise self._broken(f"cannot be read: {error.strerror}") from error
+                raise DiskError(self._broken(f"cannot be read: {error.strerror}")) from error
             if got != size:
-                raise self._broken(f"are damaged: {got} of {size} bytes at row {index}")
+                raise StateError(self._broken(f"are damaged: {got} of {size} bytes at row {index}"))
         return self.rows.decode(values)
 
-    def _broken(self, how: str) -> StateError:
-        return StateError(f"the cached inputs in {self._folder} {how}; check that disk")
+    def _broken(self, how: str) -> str:
+        return f"the cached inputs in {self._folder} {how}; check that disk"
 
     def close(self) -> None:
         if self._file is not None:
@@ -210,6 +211,6 @@ def _nameless_file(folder: Path) -> int:
         with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
             return os.dup(file.fileno())
     except OSError as error:
-        raise StateError(
+        raise DiskError(
             f"no file for cached inputs can be made in {folder}: {error.strerror}; make it writable"
         ) from error

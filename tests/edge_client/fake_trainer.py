@@ -60,27 +60,26 @@ def write_part(request: dict[str, Any]) -> dict[str, Any]:
     return {"part": 0, "size_bytes": len(content), "digest": hashlib.sha256(content).hexdigest()}
 
 
-def done(request: dict[str, Any], peak: int = 0) -> None:
-    """`peak`: what every stage took; 0 leaves the stages out."""
+def trained(request: dict[str, Any], peak: int = 0) -> dict[str, Any]:
+    """The result, left beside its part. `peak`: what every stage took; 0 leaves the stages out."""
     part = write_part(request)
     task, plan = request["task"], request["plan"]
-    tell(
-        event="done",
-        result={
-            "task_id": task["task_id"],
-            "attempt": task["attempt"],
-            "device_id": request["device_id"],
-            "round": task["round"],
-            "sample_count": 6,
-            "plan": plan,
-            "trained_units": [0],
-            "stages": [stage_result(stage, peak) for stage in plan["stages"]] if peak else [],
-            "parts": [part],
-            "seconds": 0.5,
-            "allocator": "fake 1",
-            "baseline_bytes": START_BYTES,
-        },
-    )
+    result = {
+        "task_id": task["task_id"],
+        "attempt": task["attempt"],
+        "device_id": request["device_id"],
+        "round": task["round"],
+        "sample_count": 6,
+        "plan": plan,
+        "trained_units": [0],
+        "stages": [stage_result(stage, peak) for stage in plan["stages"]] if peak else [],
+        "parts": [part],
+        "seconds": 0.5,
+        "allocator": "fake 1",
+        "baseline_bytes": START_BYTES,
+    }
+    (Path(request["output"]) / "result.json").write_text(json.dumps(result))
+    return result
 
 
 def failed(outcome: str, **more: int) -> None:
@@ -103,6 +102,8 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
         failed("over_budget", stage=0, miss_bytes=scene["miss"], capped=scene.get("capped", False))
     elif kind == "fail":
         failed(scene["outcome"], needed_bytes=7, budget_bytes=5)
+    elif kind == "disk":
+        failed("error", disk=True, disk_bytes=scene.get("bytes", 0))
     else:
         if kind == "block":
             tell(event="stage_done", result=stage_result(request["plan"]["stages"][0], 1), part=write_part(request))
@@ -116,7 +117,13 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
             )
             with open(journal.with_suffix(".answers"), "a") as file:
                 file.write(sys.stdin.readline())
-        done(request, scene.get("peak", 0))
+        result = trained(request, scene.get("peak", 0))
+        if kind == "die_trained":
+            os.kill(os.getpid(), 9)
+        if kind == "hang_trained":
+            sys.stdin.readline()
+            sys.exit()
+        tell(event="done", result=result)
 
 
 def main() -> None:

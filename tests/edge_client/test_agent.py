@@ -1,7 +1,6 @@
 """The agent's loop against a fake coordinator and a real child process that speaks the trainer's protocol."""
 
 import asyncio
-import errno
 import json
 import os
 import shutil
@@ -378,24 +377,6 @@ def test_data_that_cannot_be_counted_any_more_is_told(
     bench.run(Losing(transport.weights, [make_task()]), OK)
     (line,) = bench.said("the training samples cannot be counted; using the last count")
     assert str(bench.data) in line["error"]
-
-
-def test_a_disk_that_cannot_be_written_costs_the_task_and_not_the_agent(
-    bench: Bench, transport: FakeTransport, make_task: MakeTask
-) -> None:
-    class Full(FakeTransport):
-        async def fetch_weights(self, task: Task) -> Path:
-            raise OSError(errno.ENOSPC, "No space left on device", "/there")
-
-    full = Full(transport.weights, [make_task()])
-    bench.run(full, OK)
-    (failure,) = full.failures
-    assert (failure.outcome, failure.message) == (
-        Outcome.ERROR,
-        "the task cannot be worked on: /there: No space left on device; free some space there, make it writable, or "
-        "check that disk",
-    )
-    assert full.calls == ["next_task", "next_task"]
 
 
 def test_what_does_not_fit_is_declined_with_numbers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from edge_client.agent import LEAST_ROOM_BYTES
 from edge_client.backoff import DISK_PAUSE_S
 from edge_client.delivery import DELIVERY_TRIES
 from edge_client.outbox import Entry, Outbox
+from edge_client.task_run import DISK_WAITS
 from edge_client.transport import (
     Answer,
     BusyError,
@@ -191,6 +193,94 @@ def test_a_stop_while_an_update_waits_for_room_loses_nothing_that_was_sealed(
     assert len(bench.requests) == 1
     assert [result.task_id for result in transport.delivered] == ["t1"]
     assert len(bench.said("a trained update was recovered")) == 1
+
+
+def test_a_trainer_that_dies_after_its_last_act_has_trained(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    transport.answers = [make_task()]
+    bench.run(transport, {"do": "die_trained"})
+    assert len(bench.requests) == 1
+    assert [result.task_id for result in transport.delivered] == ["t1"]
+    assert bench.said("planning smaller from now on") == []
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped", "not wanted"])
+def test_what_is_trained_to_its_end_is_delivered_though_the_agent_has_not_heard_of_it(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, end: str
+) -> None:
+    """The agent ends, or the task does, between the trainer's last act and the word of it."""
+    result = bench.state / "work" / "t1-1" / "output" / "result.json"
+
+    class Watching(FakeTransport):
+        async def report_progress(self, progress: Any) -> bool:
+            await super().report_progress(progress)
+            return not (end == "not wanted" and result.exists())
+
+    watching = Watching(transport.weights, [make_task()])
+
+    async def play() -> None:
+        agent = asyncio.ensure_future(bench.agent(watching, [{"do": "hang_trained"}]).run())
+        while not result.exists() and not agent.done():
+            await asyncio.sleep(0.01)
+        if end == "killed":
+            shutil.copytree(bench.state / "work", bench.root / "as-killed")
+        if end != "not wanted":
+            agent.cancel()
+        await asyncio.wait([agent])
+        if end == "killed":
+            shutil.rmtree(bench.state / "work")
+            (bench.root / "as-killed").rename(bench.state / "work")
+
+    with pytest.MonkeyPatch.context() as patch, capture_logs():
+        patch.setattr("edge_client.lease.BEAT_S", 0.01)
+        asyncio.run(asyncio.wait_for(play(), 60))
+    bench.run(watching, OK)
+    assert len(bench.requests) == 1
+    assert [result.task_id for result in watching.delivered] == ["t1"]
+    assert list((bench.state / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["fetching", "training"])
+def test_a_task_waits_until_the_disk_takes_what_it_writes(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, where: str
+) -> None:
+    class Full(FakeTransport):
+        async def fetch_weights(self, task: Task) -> Path:
+            if where == "fetching" and len(bench.clock.pauses) < 3:
+                raise DiskError("weights cannot be fetched and kept: No space left on device")
+            return await super().fetch_weights(task)
+
+    full = Full(transport.weights, [make_task()])
+    bench.run(full, *([{"do": "disk"}] * 3 if where == "training" else []), OK)
+    assert full.failures == []
+    assert [result.task_id for result in full.delivered] == ["t1"]
+    assert bench.clock.pauses == [DISK_PAUSE_S] * 3
+    assert len(bench.said("a task waits for the disk")) == 1
+    assert len(bench.said("the disk can be used again")) == 1
+    assert "waiting for the disk" in [progress.activity for progress in full.progress]
+    assert bench.said("planning smaller from now on") == []
+
+
+def test_a_task_that_has_waited_long_for_the_disk_is_given_back_and_none_asked_for_until_there_is_room(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check_room(box: Outbox, wanted_bytes: int) -> None:
+        asked.append(wanted_bytes)
+        if wanted_bytes > LEAST_ROOM_BYTES and len(asked) < 6:
+            raise NO_ROOM
+
+    monkeypatch.setattr(Outbox, "check_room", check_room)
+    transport.answers = [make_task("t1"), make_task("t2")]
+    needed = 5 * LEAST_ROOM_BYTES
+    bench.run(transport, *[{"do": "disk", "bytes": needed}] * (DISK_WAITS + 1), OK)
+    (failure,) = transport.failures
+    assert (failure.task_id, failure.outcome, failure.message) == ("t1", Outcome.DECLINED, "said error")
+    assert asked == [LEAST_ROOM_BYTES, *[needed] * 5, LEAST_ROOM_BYTES]
+    assert len(bench.said("asking for no task: what is trained could not be stored")) == 1
+    assert [result.task_id for result in transport.delivered] == ["t2"]
 
 
 def test_no_task_is_asked_for_while_nothing_could_be_stored(

@@ -138,7 +138,7 @@ def test_a_full_disk_has_room_for_the_seal_in_its_reserve(
 @pytest.mark.parametrize(
     ("disk", "says"),
     [
-        ({"f_bavail": 63 << 8}, r"has 63\.0 MiB free, but an update may take 64\.0 MiB; free some space"),
+        ({"f_bavail": 63 << 8}, r"has 63\.0 MiB free, but a task may take 64\.0 MiB; free some space"),
         ({"f_favail": 3}, "has room for 3 more files"),
         ({"f_flag": os.ST_RDONLY}, "Read-only file system"),
     ],

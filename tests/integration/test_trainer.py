@@ -14,6 +14,7 @@ import pytest
 from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
+from edge_client.outbox import trained_result
 from edge_client.trainer.client import TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
 from fedepth.estimate.peak import needed_bytes
@@ -89,6 +90,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
             done = await try_training(trainer, request_of(4, 5, ENOUGH))
             assert isinstance(done, Done), done
             assert done.result.trained_units == (4, 5)
+            assert trained_result(Path(request_of(4, 5, ENOUGH).output)) == done.result  # its last act
             (stage,) = done.result.stages
             assert 0 < stage.rehearsed_peak_bytes <= stage.measured_peak_bytes <= ENOUGH
 

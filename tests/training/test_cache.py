@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.errors import StateError
+from fedepth.errors import DiskError, StateError
 from fedepth.plan import CachePlace, CacheType
 from fedepth.training.cache import RowFormat, filling_order, open_cache
 from tests.training.open_files import open_files
@@ -81,9 +81,10 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_anything_is_wri
     free = os.statvfs(tmp_path)
     samples = free.f_blocks * free.f_frsize // 4_000_000 + 1
     with pytest.raises(
-        StateError, match=f"cached inputs of {samples} samples need another .* is free; free some space"
-    ):
+        DiskError, match=f"cached inputs of {samples} samples need another .* is free; free some space"
+    ) as caught:
         open_cache(CachePlace.DISK, tmp_path, samples, RowFormat((1_000_000,), CacheType.FLOAT32))
+    assert caught.value.needed_bytes == samples * 4_000_000
     assert open_files(tmp_path) == []
 
 
