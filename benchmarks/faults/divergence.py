@@ -6,11 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from benchmarks.faults.evidence import entries
+from benchmarks.faults.federation import RETENTION
 from benchmarks.faults.scenario import LIMIT_S, Kind, Scene, recover
 
 GIVE_UP_S = 90.0  # in which a job that can only diverge has to say so and stop
+LEARNED = 0.35  # an accuracy from which a fall to chance, 0.1, is a collapse
 MOST_TRIES = 2  # of a task that fails in the same way, per device and round
 
 
@@ -27,6 +30,19 @@ def kinds() -> Iterator[Kind]:
     yield Kind("a learning rate of 1e6", _diverge, False, times=1, ends=False, real_trainers=True, job=steep)
     yield Kind("trainer killed", _trainer_signal(signal.SIGKILL), shared=False, rounds=4, real_trainers=True)
     yield Kind("trainer stopped", _trainer_signal(signal.SIGSTOP), shared=False, times=1, rounds=4, real_trainers=True)
+
+
+def collapse() -> Kind:
+    """A kind of its own, the last of all, so that the others keep their seeds."""
+    return Kind(
+        "a model that collapses",
+        _collapse,
+        shared=False,
+        rounds=1_000_000,
+        ends=False,
+        real_trainers=True,
+        job={"epochs": 5, "extra": f"{RETENTION}[guard]\nlargest_drop = 0.15\npause_after = 100\n"},
+    )
 
 
 def _misbehave(what: str, *, everyone: bool) -> Callable[[Scene], None]:
@@ -79,6 +95,43 @@ def _pause(scene: Scene) -> None:
         scene.fail(f"the weights in force are not those of round {good['round']}, the last that was published")
     if "rollback" not in status.message:
         scene.fail(f"a paused job says {status.message!r}, and not what to do")
+
+
+def _collapse(scene: Scene) -> None:
+    """The average of a round is far worse than the model before it: that one stays, and the job goes on from it."""
+    federation = scene.federation
+
+    def learned() -> bool:
+        status = federation.status()
+        return status is not None and status.accuracy >= LEARNED
+
+    federation.wait_until(learned, 4 * LIMIT_S, f"the model does not reach an accuracy of {LEARNED:g}")
+    for device in federation.devices:
+        federation.end(device)
+        federation.replace_trainer(device)
+        federation.play(device, "zero")
+        federation.release(device)
+    scene.fired += 1
+
+    def refused() -> list[dict[str, Any]]:
+        return [each for each in federation.record()["rounds"] if not each["published"]]
+
+    federation.wait_until(refused, 2 * LIMIT_S, "no collapsed model was kept back")
+    for device in federation.devices:
+        federation.play(device, "")
+    recover(scene, rounds=3)
+    first = refused()[0]
+    scene.say(f"round {first['round']} was not published: {first['note']}")
+    if "largest_drop" not in first["note"] or not first["aside_digest"]:
+        scene.fail(f"a collapsed model is kept back without its reason or its file: {first['note']}")
+    rounds = {each["round"]: each for each in federation.record()["rounds"]}
+    if first["digest"] != rounds[first["round"] - 1]["digest"]:
+        scene.fail("the weights in force are not those of the round before the collapse")
+    told = [each for each in entries(federation.journal("coordinator")) if each.get("event") == "not_published"]
+    if not any(each.get("round") == first["round"] and len(each.get("devices", ())) >= 2 for each in told):
+        scene.fail("the log does not say which devices took part in the round that was kept back")
+    if not rounds[max(rounds)]["published"]:
+        scene.fail("no model was published after the collapse")
 
 
 def _diverge(scene: Scene) -> None:

@@ -23,6 +23,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from benchmarks.faults.injection import Action, Calls, Control, Rule, environment
+from benchmarks.faults.outside import Outside
 from benchmarks.faults.workplace import JOB, Workplace, free_port
 from benchmarks.lab import program
 from coordinator.cli import read_record
@@ -86,23 +87,26 @@ class Federation:
         job: Mapping[str, Any] | None = None,
         real_trainers: bool = False,
         devices: int = DEVICES,
+        outside: Outside | None = None,
     ) -> None:
         folder.mkdir(parents=True)
+        self.outside = outside or Outside()
+        self.outside.prepare(folder)
         self.place, self.folder, self.real_trainers = place, folder, real_trainers
         self.state, self.archive = folder / "coordinator", folder / "archive"
         self.archive.mkdir()
         self.port = free_port()
         self.job = folder / "job.toml"
         self.write_job(rounds=rounds, **(job or {}))
-        if not (job or {}).get("model_section"):
-            shutil.copytree(place.template, self.state)
+        if self.outside.is_template and not (job or {}).get("model_section"):
+            shutil.copytree(place.template, self.state, dirs_exist_ok=True)
         (folder / "agent.toml").write_text(AGENT)
         self.managed: dict[str, Managed] = {}
         self.finished = False
         self._closed = False
         self._stop = threading.Event()
         self._lock = threading.RLock()
-        self._links: set[int] = set()
+        self._links: set[tuple[int, int]] = set()
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", options=[("grpc.enable_http_proxy", 0)])
         self._stub = FederationStub(self._channel)
         self._add("coordinator", [program("fedepth-coordinator"), *self._serve()], "")
@@ -128,6 +132,8 @@ class Federation:
         return [
             *("serve", "--config", str(self.job), "--state", str(self.state), "--port", str(self.port)),
             *("--port-file", str(self.folder / "port"), "--json-logs", "--exit-when-done"),
+            *(("--database", self.outside.database) if self.outside.database else ()),
+            *(("--files", self.outside.files) if self.outside.files else ()),
         ]
 
     def _add(self, name: str, argv: list[str], trainer: str) -> None:
@@ -136,6 +142,7 @@ class Federation:
         variables = {
             **os.environ,
             **environment(self.place.shim, control, self.journal(name), trainer),
+            **self.outside.variables,
             "PYTHONUNBUFFERED": "1",
             "XDG_CACHE_HOME": str(self.place.folder / "cache"),
             "FAULTS_TRAININGS": str(self.folder / f"{name}.trainings"),
@@ -189,7 +196,7 @@ class Federation:
         Raises:
             FedepthError: it cannot be read.
         """
-        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(read_record(self.state)))
+        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(read_record(self.state, self.outside.database)))
         return found
 
     # --- what is done
@@ -241,6 +248,11 @@ class Federation:
         else:
             path.unlink(missing_ok=True)
 
+    def replace_trainer(self, name: str) -> None:
+        """From its next start on, this device has the trainer that trains nothing."""
+        managed = self.managed[name]
+        managed.environment = {**managed.environment, "FAULTS_TRAINER": FAKE_TRAINER}
+
     def wait_until(self, true: Any, limit_s: float, otherwise: str) -> None:
         """Waits for a condition.
 
@@ -289,6 +301,7 @@ class Federation:
                 process.wait()
             self.managed[name].control.close()
         self._channel.close()
+        self.outside.close()
 
     def _keep(self) -> None:
         while not self._stop.wait(LOOK_S):
@@ -328,13 +341,19 @@ class Federation:
             )
 
     def _link_files(self) -> None:
-        """Keeps every part and every weights file by a link, since both go as rounds pass."""
+        """Keeps every part and every weights file, since both go as rounds pass: by a link, or as a copy where they lie
+        on another disk, which may give their numbers to other files."""
         for path in _sealed_files(self.state):
             with contextlib.suppress(FileNotFoundError, FileExistsError):
-                number = path.stat().st_ino
-                if number not in self._links:
-                    self._links.add(number)
-                    os.link(path, self.archive / f"{number}-{path.name}")
+                found = path.stat()
+                key = (found.st_ino, found.st_mtime_ns)
+                if key not in self._links:
+                    self._links.add(key)
+                    kept = self.archive / f"{found.st_ino}-{found.st_mtime_ns}-{path.name}"
+                    if found.st_dev == self.archive.stat().st_dev:
+                        os.link(path, kept)
+                    else:
+                        shutil.copyfile(path, kept)
 
 
 def _sealed_files(state: Path) -> Iterator[Path]:

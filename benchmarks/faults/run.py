@@ -21,6 +21,7 @@ from benchmarks.faults.catalogue import Planned
 from benchmarks.faults.evidence import tracebacks
 from benchmarks.faults.federation import Federation
 from benchmarks.faults.judge import Judge, Verdict
+from benchmarks.faults.outside import NotHereError
 from benchmarks.faults.report import summed, write
 from benchmarks.faults.scenario import LIMIT_S, Scene
 from benchmarks.faults.workplace import Workplace, make_workplace
@@ -106,13 +107,19 @@ class _Runner:
         kind = batch[0].kind
         folder = self._place.folder / f"federation-{batch[0].seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        federation = Federation(
-            self._place,
-            folder,
-            rounds=ENDLESS if kind.shared else kind.rounds,
-            job=kind.job,
-            real_trainers=kind.real_trainers,
-        )
+        try:
+            federation = Federation(
+                self._place,
+                folder,
+                rounds=ENDLESS if kind.shared else kind.rounds,
+                job=kind.job,
+                real_trainers=kind.real_trainers,
+                outside=kind.outside(),
+            )
+        except NotHereError as error:
+            for each in batch:
+                self._note(each.seed, kind.name, {"said": [f"skipped: {error}"], "failures": []})
+            return []
         self._running.append(federation)
         judge, marks = Judge(federation), dict[str, int]()
         starts: list[tuple[float, int]] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.faults.federation import Federation
 from benchmarks.faults.injection import Action, Rule
+from benchmarks.faults.outside import Outside
 
 LIMIT_S = 45.0  # for what has to come by itself after a fault
 MEET_S = 12.0  # for a program to make the call that a rule waits for
@@ -63,6 +64,7 @@ class Kind:
         shared: the federation can be used for other scenarios afterwards; else it gets its own, made with `job`.
         ends: after it, the job has to end by itself; False where it may end as it likes.
         times: seeds of it in a full run.
+        outside: makes what the federation keeps its state on.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Kind:
     rounds: int = 6
     real_trainers: bool = False
     job: Mapping[str, Any] = field(default_factory=dict)
+    outside: Callable[[], Outside] = Outside
 
 
 def recover(scene: Scene, rounds: int = ROUNDS_AFTER) -> None:
