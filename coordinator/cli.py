@@ -72,6 +72,9 @@ def serve_command(
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with another learning rate or rule; see docs/state.md.")
+    ] = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -79,14 +82,15 @@ def serve_command(
     from coordinator.model_worker.client import ModelWorker
     from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
+    from coordinator.start_checks import examine
     from fedepth.job import load_config
     from fedepth.logs import configure_logs
 
     configure_logs(renderer(json_logs))
-    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files)
+    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files, accept_changes)
 
     async def run() -> None:
-        await serve(load_config(config), options, ModelWorker())
+        await serve(load_config(config), options, ModelWorker(), examine)
 
     asyncio.run(run())
 

@@ -24,9 +24,11 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
+from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
 from coordinator.store.records import Store
-from fedepth.errors import TransportError
+from fedepth.errors import FedepthError, StartError, StateError, TransportError
 from fedepth.job import model_spec
+from fedepth.job_changes import refusal, settings_of
 from fedepth.job_sections import JobConfig
 
 GRACE_S = 2.0
@@ -40,7 +42,7 @@ _log = structlog.get_logger()
 class ServeOptions:
     """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which.
 
-    `database` and `files` are those of `Store.open`.
+    `database` and `files` are those of `Store.open`; `accept_changes` that of `fedepth.job_changes`.
     """
 
     state: Path
@@ -50,23 +52,28 @@ class ServeOptions:
     exit_when_done: bool = False
     database: str = ""
     files: str = ""
+    accept_changes: bool = False
 
 
-async def serve(config: JobConfig, options: ServeOptions, models: Models) -> None:
+async def serve(config: JobConfig, options: ServeOptions, models: Models, examine: Examine = nothing_to_find) -> None:
     """Runs a job's coordinator until SIGINT or SIGTERM, or until the job is done if that was asked for.
 
+    Args:
+        examine: looks at what the job names, before anything is prepared.
+
     Raises:
+        StartError: several things are wrong, or one that has no error of its own.
         TransportError: the port cannot be bound.
-        StateError: the state directory is in use, damaged, or another job's.
+        StateError: the state directory is in use or damaged, or its job is not this one.
         FedepthError: the model cannot be built, or a round cannot be averaged.
     """
-    store = Store.open(
-        options.state, config.job.name, model_spec(config), database=options.database, files=options.files
-    )
     stop = _stop_on_signals()
+    examining = asyncio.ensure_future(examine(config))
+    if not await _first(examining, stop):
+        return
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    store, port = _opened(config, options, server, examining.result())
     try:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = _bind(server, options.host, options.port)
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
             await _serve_job(job, server, port, options, stop)
@@ -77,11 +84,70 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
         store.close()
 
 
+def _opened(config: JobConfig, options: ServeOptions, server: grpc.aio.Server, found: Findings) -> tuple[Store, int]:
+    """The job's state, with what its file changes taken over, and the port.
+
+    Raises:
+        FedepthError: one thing is wrong; StartError: several. All that can be known by now is in it, with what was
+            `found`.
+    """
+    found.tell()
+    errors: list[FedepthError] = [StartError(problem) for problem in found.problems]
+    if options.port_file is not None:
+        errors += map(StartError, writable("--port-file", options.port_file))
+    port = 0
+    try:
+        port = _bind(server, options.host, options.port)
+    except TransportError as error:
+        errors.append(error)
+    try:
+        settings = settings_of(config)
+        store = Store.open(
+            options.state,
+            config.job.name,
+            model_spec(config),
+            database=options.database,
+            files=options.files,
+            settings=settings,
+        )
+    except FedepthError as error:
+        raise together([*errors, error]) from None
+    try:
+        changed = store.changed(settings)
+        refused = refusal(changed, str(store.directory), options.accept_changes)
+        if refused:
+            errors.append(StateError(refused))
+        disk = _disk(config, store)
+        disk.tell()
+        errors += map(StartError, disk.problems)
+        if errors:
+            raise together(errors)
+        first = store.take_over(settings, changed)
+    except BaseException:
+        store.close()
+        raise
+    for change in changed:
+        _log.info("setting changed", change=str(change), from_round=first)
+    return store, port
+
+
+def _disk(config: JobConfig, store: Store) -> Findings:
+    latest = store.latest_round()
+    weights, begun = 0, False
+    if latest is not None:
+        weights, begun = latest.size_bytes, latest.round > 0 or bool(store.tasks_of(1))
+    return disk_findings(config, store.files.free_bytes(), weights, store.directory, begun)
+
+
 async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Job | None:
     """None if a signal came while the model was being prepared."""
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):
         return None
+    disk = _disk(config, store)  # again, now that the size of the model is known
+    disk.tell()
+    if disk.problems:
+        raise StartError(disk.problems[0])
     return Job(config, store, models, preparing.result())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fedepth.errors import StateError
+from fedepth.errors import ConfigError
 from fedepth.files import file_digest
 from fedepth.job import model_spec, section_types
 from fedepth.job_sections import JobConfig
@@ -129,7 +129,7 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
     Instead of the path of a file with weights there is its digest: the file may move.
 
     Raises:
-        OSError: that file cannot be read.
+        ConfigError: that file cannot be read.
     """
     found: dict[str, Any] = {}
     for section, kind in section_types().items():
@@ -140,7 +140,10 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
     found.update({f"model.{field}": spec[field] for field in spec})  # with all defaults in place
     found["job.quorum"] = config.job.needed
     if config.model.weights:
-        found["model.weights"] = f"sha256:{file_digest(Path(config.model.weights))}"
+        try:
+            found["model.weights"] = f"sha256:{file_digest(Path(config.model.weights))}"
+        except OSError as error:
+            raise ConfigError(f"[model] weights: {config.model.weights} cannot be read: {error.strerror}") from None
     as_recorded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     return as_recorded
 
@@ -173,13 +176,6 @@ def refusal(changes: Sequence[Change], where: str, accept: bool) -> str:
             f"{'the old value' if len(asking) == 1 else 'the old values'} back"
         )
     return "; ".join(sentences)
-
-
-def check_changes(changes: Sequence[Change], where: str, accept: bool) -> None:
-    """Raises StateError if there is a `refusal`."""
-    text = refusal(changes, where, accept)
-    if text:
-        raise StateError(text)
 
 
 def _listed(changes: Iterable[Change]) -> str:
