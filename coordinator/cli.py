@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
 from fedepth.printable import printable, quoted
 from fedepth.sizes import format_size
 
 CALL_S = 10.0
+_HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
 app = typer.Typer(
@@ -56,7 +58,7 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
-AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of a running coordinator.")]
+AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST[:PORT] of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -68,7 +70,7 @@ def serve_command(
     config: ConfigOption,
     state: StateOption,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = 8970,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
@@ -92,9 +94,9 @@ def serve_command(
 
 
 @app.command("status", epilog="Example: fedepth-coordinator status --coordinator 127.0.0.1:8970 --json")
-def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Show the status of a running job."""
-    reply = asyncio.run(_status(coordinator))
+    reply = asyncio.run(_status(str(parse_address(coordinator))))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
         print(json.dumps(fields))
@@ -134,12 +136,12 @@ def export_command(
 
 
 @app.command("watch", epilog="Example: fedepth-coordinator watch --coordinator 127.0.0.1:8970")
-def watch_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Print what happens in a running job, line by line, until it stops."""
     console = Console(highlight=False, soft_wrap=True)
 
     async def run() -> None:
-        async for line in _watch(coordinator):
+        async for line in _watch(str(parse_address(coordinator))):
             if as_json:
                 print(line, flush=True)
             else:

@@ -22,10 +22,12 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.global_model import prepare
 from coordinator.job import Job
+from coordinator.listening import listen
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.store.records import Store
-from fedepth.errors import TransportError
+from fedepth.address import DEFAULT_PORT, Address
+from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
 from fedepth.job_sections import JobConfig
 
@@ -45,7 +47,7 @@ class ServeOptions:
 
     state: Path
     host: str = "127.0.0.1"
-    port: int = 8970
+    port: int = DEFAULT_PORT
     port_file: Path | None = None
     exit_when_done: bool = False
     database: str = ""
@@ -56,6 +58,7 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
     """Runs a job's coordinator until SIGINT or SIGTERM, or until the job is done if that was asked for.
 
     Raises:
+        ConfigError: the host is not an address.
         TransportError: the port cannot be bound.
         StateError: the state directory is in use, damaged, or another job's.
         FedepthError: the model cannot be built, or a round cannot be averaged.
@@ -66,10 +69,10 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
     stop = _stop_on_signals()
     try:
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = _bind(server, options.host, options.port)
+        address = listen(server, options.host, options.port)
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
-            await _serve_job(job, server, port, options, stop)
+            await _serve_job(job, server, address, options, stop)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
@@ -85,7 +88,9 @@ async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: a
     return Job(config, store, models, preparing.result())
 
 
-async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event) -> None:
+async def _serve_job(
+    job: Job, server: grpc.aio.Server, address: Address, options: ServeOptions, stop: asyncio.Event
+) -> None:
     health = HealthServicer()
     add_FederationServicer_to_server(FederationService(job), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -96,12 +101,10 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
     await server.start()
     for name in ("", _SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    address = f"{options.host}:{port}"
     if options.port_file is not None:
-        partial = options.port_file.with_name(options.port_file.name + ".partial")
-        partial.write_text(f"{port}\n", encoding="ascii")
-        partial.replace(options.port_file)
-    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state))
+        with disk_errors("the port cannot be written to --port-file", options.port_file.parent):
+            write_atomically(options.port_file, f"{address.port}\n".encode())
+    _log.info("serving", address=str(address), job=job.config.job.name, state=str(options.state))
     running = asyncio.ensure_future(_run(job, options.exit_when_done))
     try:
         await _first(running, stop)
@@ -110,7 +113,7 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
         job.events.close()
         await server.stop(GRACE_S)
         job.plans.close()
-        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
+        _log.info("stopped", address=str(address), round=job.state.round, phase=job.state.phase.value)
 
 
 async def _run(job: Job, exit_when_done: bool) -> None:
@@ -142,16 +145,6 @@ async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    try:
-        return server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise TransportError(
-            f"cannot listen on {host}:{port}: {error}; another program may use the port: stop it, "
-            "or choose another with --port (0 lets the system choose)"
-        ) from None
 
 
 def _stop_on_signals() -> asyncio.Event:
