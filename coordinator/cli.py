@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +13,16 @@ import typer
 from fedepth_wire.channel import open_channel
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fedepth.address import DEFAULT_PORT, parse_address
-from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
+from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
 from fedepth.printable import printable, quoted
+from fedepth.program import STATUSES, run_program
 from fedepth.sizes import format_size
+from fedepth.terminal import ascii_json, console, print_json
 
 CALL_S = 10.0
 _HERE = f"127.0.0.1:{DEFAULT_PORT}"
@@ -32,6 +31,7 @@ _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes",
 app = typer.Typer(
     name="fedepth-coordinator",
     help="Run and monitor a federated training job.",
+    epilog=STATUSES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -99,7 +99,7 @@ def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = Fal
     reply = asyncio.run(_status(str(parse_address(coordinator))))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
-        print(json.dumps(fields))
+        print_json(fields)
         return
     accuracy = f"{reply.accuracy:.2%}" if reply.accuracy >= 0 else "unknown"
     onnx = reply.onnx_path or "not exported yet"
@@ -138,14 +138,14 @@ def export_command(
 @app.command("watch", epilog="Example: fedepth-coordinator watch --coordinator 127.0.0.1:8970")
 def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Print what happens in a running job, line by line, until it stops."""
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
 
     async def run() -> None:
         async for line in _watch(str(parse_address(coordinator))):
             if as_json:
-                print(line, flush=True)
+                print(ascii_json(line), flush=True)
             else:
-                console.print(describe(_event(line)), markup=False)
+                out.print(describe(_event(line)), markup=False)
 
     asyncio.run(run())
 
@@ -157,10 +157,11 @@ def record_command(
     """Show rounds, accuracy, and the predicted and measured memory of every stage on every device."""
     record = read_record(state, database, files)
     if as_json:
-        print(msgspec.json.encode(record).decode())
+        print_json(record)
     else:
+        out = console()
         for table in _tables(record):
-            Console(width=None if sys.stdout.isatty() else 200).print(table)
+            out.print(table)
 
 
 @app.command("backup", epilog="Example: fedepth-coordinator backup --state runs/job --output backups/job-1")
@@ -244,12 +245,8 @@ def describe(event: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs a command. Errors of ours end it with their message and status 1."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth-coordinator: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth-coordinator", app)
 
 
 async def _status(address: str) -> pb.JobStatusReply:

@@ -6,7 +6,6 @@ It imports neither torch nor onnx: what needs a model is done by the model worke
 from __future__ import annotations
 
 import asyncio
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fedepth.address import DEFAULT_PORT, Address
 from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
 from fedepth.job_sections import JobConfig
+from fedepth.program import stop_on_signals
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
@@ -66,7 +66,8 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
     store = Store.open(
         options.state, config.job.name, model_spec(config), database=options.database, files=options.files
     )
-    stop = _stop_on_signals()
+    stop = asyncio.Event()
+    stop_on_signals(stop.set)
     try:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         address = listen(server, options.host, options.port)
@@ -145,11 +146,3 @@ async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
-
-
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop
