@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,21 +13,25 @@ import typer
 from fedepth_wire.channel import open_channel
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
+from fedepth.address import DEFAULT_PORT, parse_address
+from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
 from fedepth.printable import printable, quoted
+from fedepth.program import STATUSES, run_program
 from fedepth.sizes import format_size
+from fedepth.terminal import ascii_json, console, print_json
 
 CALL_S = 10.0
+_HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
 app = typer.Typer(
     name="fedepth-coordinator",
     help="Run and monitor a federated training job.",
+    epilog=STATUSES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +58,7 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
-AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of a running coordinator.")]
+AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST[:PORT] of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -68,7 +70,7 @@ def serve_command(
     config: ConfigOption,
     state: StateOption,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = 8970,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
@@ -96,12 +98,12 @@ def serve_command(
 
 
 @app.command("status", epilog="Example: fedepth-coordinator status --coordinator 127.0.0.1:8970 --json")
-def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Show the status of a running job."""
-    reply = asyncio.run(_status(coordinator))
+    reply = asyncio.run(_status(str(parse_address(coordinator))))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
-        print(json.dumps(fields))
+        print_json(fields)
         return
     accuracy = f"{reply.accuracy:.2%}" if reply.accuracy >= 0 else "unknown"
     onnx = reply.onnx_path or "not exported yet"
@@ -138,16 +140,16 @@ def export_command(
 
 
 @app.command("watch", epilog="Example: fedepth-coordinator watch --coordinator 127.0.0.1:8970")
-def watch_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Print what happens in a running job, line by line, until it stops."""
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
 
     async def run() -> None:
-        async for line in _watch(coordinator):
+        async for line in _watch(str(parse_address(coordinator))):
             if as_json:
-                print(line, flush=True)
+                print(ascii_json(line), flush=True)
             else:
-                console.print(describe(_event(line)), markup=False)
+                out.print(describe(_event(line)), markup=False)
 
     asyncio.run(run())
 
@@ -159,10 +161,11 @@ def record_command(
     """Show rounds, accuracy, and the predicted and measured memory of every stage on every device."""
     record = read_record(state, database, files)
     if as_json:
-        print(msgspec.json.encode(record).decode())
+        print_json(record)
     else:
+        out = console()
         for table in _tables(record):
-            Console(width=None if sys.stdout.isatty() else 200).print(table)
+            out.print(table)
 
 
 @app.command("backup", epilog="Example: fedepth-coordinator backup --state runs/job --output backups/job-1")
@@ -246,12 +249,8 @@ def describe(event: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs a command. Errors of ours end it with their message and status 1."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth-coordinator: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth-coordinator", app)
 
 
 async def _status(address: str) -> pb.JobStatusReply:

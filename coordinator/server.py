@@ -6,7 +6,6 @@ It imports neither torch nor onnx: what needs a model is done by the model worke
 from __future__ import annotations
 
 import asyncio
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,18 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.global_model import prepare
 from coordinator.job import Job
+from coordinator.listening import listen
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
 from coordinator.store.records import Store
-from fedepth.errors import FedepthError, StartError, StateError, TransportError
+from fedepth.address import DEFAULT_PORT, Address
+from fedepth.errors import FedepthError, StartError, StateError
+from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
 from fedepth.job_changes import refusal, settings_of
 from fedepth.job_sections import JobConfig
+from fedepth.program import stop_on_signals
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
@@ -47,7 +50,7 @@ class ServeOptions:
 
     state: Path
     host: str = "127.0.0.1"
-    port: int = 8970
+    port: int = DEFAULT_PORT
     port_file: Path | None = None
     exit_when_done: bool = False
     database: str = ""
@@ -63,20 +66,22 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models, examin
 
     Raises:
         StartError: several things are wrong, or one that has no error of its own.
+        ConfigError: the host is not an address.
         TransportError: the port cannot be bound.
         StateError: the state directory is in use or damaged, or its job is not this one.
         FedepthError: the model cannot be built, or a round cannot be averaged.
     """
-    stop = _stop_on_signals()
+    stop = asyncio.Event()
+    stop_on_signals(stop.set)
     examining = asyncio.ensure_future(examine(config))
     if not await _first(examining, stop):
         return
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    store, port = _opened(config, options, server, examining.result())
+    store, address = _opened(config, options, server, examining.result())
     try:
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
-            await _serve_job(job, server, port, options, stop)
+            await _serve_job(job, server, address, options, stop)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
@@ -84,8 +89,10 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models, examin
         store.close()
 
 
-def _opened(config: JobConfig, options: ServeOptions, server: grpc.aio.Server, found: Findings) -> tuple[Store, int]:
-    """The job's state, with what its file changes taken over, and the port.
+def _opened(
+    config: JobConfig, options: ServeOptions, server: grpc.aio.Server, found: Findings
+) -> tuple[Store, Address]:
+    """The job's state, with what its file changes taken over, and where it listens.
 
     Raises:
         FedepthError: one thing is wrong; StartError: several. All that can be known by now is in it, with what was
@@ -95,10 +102,10 @@ def _opened(config: JobConfig, options: ServeOptions, server: grpc.aio.Server, f
     errors: list[FedepthError] = [StartError(problem) for problem in found.problems]
     if options.port_file is not None:
         errors += map(StartError, writable("--port-file", options.port_file))
-    port = 0
+    address = None
     try:
-        port = _bind(server, options.host, options.port)
-    except TransportError as error:
+        address = listen(server, options.host, options.port)
+    except FedepthError as error:
         errors.append(error)
     try:
         settings = settings_of(config)
@@ -128,7 +135,8 @@ def _opened(config: JobConfig, options: ServeOptions, server: grpc.aio.Server, f
         raise
     for change in changed:
         _log.info("setting changed", change=str(change), from_round=first)
-    return store, port
+    assert address is not None
+    return store, address
 
 
 def _disk(config: JobConfig, store: Store) -> Findings:
@@ -151,7 +159,9 @@ async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: a
     return Job(config, store, models, preparing.result())
 
 
-async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event) -> None:
+async def _serve_job(
+    job: Job, server: grpc.aio.Server, address: Address, options: ServeOptions, stop: asyncio.Event
+) -> None:
     health = HealthServicer()
     add_FederationServicer_to_server(FederationService(job), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -162,12 +172,10 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
     await server.start()
     for name in ("", _SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    address = f"{options.host}:{port}"
     if options.port_file is not None:
-        partial = options.port_file.with_name(options.port_file.name + ".partial")
-        partial.write_text(f"{port}\n", encoding="ascii")
-        partial.replace(options.port_file)
-    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state))
+        with disk_errors("the port cannot be written to --port-file", options.port_file.parent):
+            write_atomically(options.port_file, f"{address.port}\n".encode())
+    _log.info("serving", address=str(address), job=job.config.job.name, state=str(options.state))
     running = asyncio.ensure_future(_run(job, options.exit_when_done))
     try:
         await _first(running, stop)
@@ -176,7 +184,7 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
         job.events.close()
         await server.stop(GRACE_S)
         job.plans.close()
-        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
+        _log.info("stopped", address=str(address), round=job.state.round, phase=job.state.phase.value)
 
 
 async def _run(job: Job, exit_when_done: bool) -> None:
@@ -208,21 +216,3 @@ async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    try:
-        return server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise TransportError(
-            f"cannot listen on {host}:{port}: {error}; another program may use the port: stop it, "
-            "or choose another with --port (0 lets the system choose)"
-        ) from None
-
-
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import msgspec
 import structlog
 import typer
 from msgspec.structs import replace
-from rich.console import Console
 from rich.table import Table
 
 from edge_client import config as settings
@@ -33,19 +31,20 @@ from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
-from fedepth.errors import ConfigError, FedepthError
+from fedepth.errors import ConfigError, StateError
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
+from fedepth.program import STATUSES, hand_over, run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
-
-_PLAIN_WIDTH = 130  # of tables that are piped or written to a file
+from fedepth.terminal import console, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train on this device's data within its free memory.",
+    epilog=STATUSES,
 )
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
@@ -83,7 +82,7 @@ def run(
     # This process has loaded the command line's libraries, which an idle agent must not keep for months. The agent
     # takes its place: same process id, same streams.
     argv = [*module_argv("edge_client.daemon"), msgspec.json.encode(started).decode()]
-    os.execv(argv[0], argv)
+    hand_over(argv)
 
 
 @app.command(epilog="Example: fedepth-client probe --json")
@@ -100,9 +99,9 @@ def probe(
     budget = _known_budget(chosen, memory)
     if as_json:
         fields = msgspec.to_builtins(memory) | {"available_bytes": memory.available_bytes}
-        print(msgspec.json.encode(fields | {"budget": budget}).decode())
+        print_json(fields | {"budget": budget})
     else:
-        Console().print(_table(memory, budget))
+        console().print(_table(memory, budget))
 
 
 @app.command(epilog="Example: fedepth-client calibrate --json")
@@ -116,13 +115,13 @@ def calibrate(
     An agent does this automatically when it first starts and when torch or the allocator has changed.
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
-    with Console(stderr=True).status("starting") as status:
+    with console(stderr=True).status("starting") as status:
         found = asyncio.run(calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(found)
     else:
         for table in _calibration_tables(found):
-            Console().print(table)
+            console().print(table)
 
 
 @app.command(epilog="Example: fedepth-client report preresnet20 --batch 32 --plot report.png")
@@ -165,14 +164,14 @@ def report(
         budgets=tuple(parse_size(text) for text in budget or ()),
     )
     _log_warnings_only()
-    with Console(stderr=True).status("starting") as status:  # shows nothing where stderr is no terminal
+    with console(stderr=True).status("starting") as status:  # shows nothing where stderr is no terminal
         found = asyncio.run(_report(wanted, chosen, status.update))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(found)
     else:
-        console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        out = console()
         for table in tables(found):
-            console.print(table)
+            out.print(table)
     if plot and save_capability:
         save_capability(plot, found)
         if not as_json:
@@ -180,12 +179,8 @@ def report(
 
 
 def main() -> None:
-    """The program. The one place where an error becomes an exit status."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth-client: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth-client", app)
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +191,8 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     """The budget, if an agent has already measured what a trainer's start costs."""
     try:
         budgets = Budgets(config.state_dir, config.memory, torch_version(), lambda: memory)
-    except ConfigError:
-        return None  # no torch: this device can be probed, but not train
+    except (ConfigError, StateError):
+        return None  # no torch, or no state folder: this device can be probed, but has not learnt anything
     return budgets.budget() if budgets.start_bytes is not None else None
 
 

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from fedepth.address import parse_address
 from fedepth.errors import ConfigError
 from fedepth.printable import printable, shortened
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
 
 _LONGEST_LINGER_S = 365 * 86400
-_ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 _FIRST_WORD = re.compile(r"\w+")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
@@ -106,12 +106,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:
-        if self.coordinator:
-            match = _ADDRESS.fullmatch(self.coordinator)
-            if match is None or not 0 < int(match["port"]) < 65536:
-                raise ValueError(
-                    f'coordinator is "{shortened(self.coordinator)}", expected HOST:PORT, such as 192.168.1.10:8970'
-                )
+        if not self.coordinator:
+            return
+        try:
+            address = parse_address(self.coordinator)
+        except ConfigError as error:
+            raise ValueError(f"coordinator: {error}") from None
+        msgspec.structs.force_setattr(self, "coordinator", str(address))  # one spelling in messages and logs
 
     @property
     def state_dir(self) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from fedepth.printable import printable
+from fedepth.printable import PLAIN, printable
 
 Write = Callable[[str], None]
 
@@ -118,7 +118,7 @@ class _RawLines:
 
     def write(self, line: str) -> None:
         """Raises OSError if not all of it could be written."""
-        left = memoryview(f"{line}\n".encode(self._encoding, "backslashreplace"))
+        left = memoryview(f"{line}\n".encode(self._encoding, PLAIN))
         if self._cut:
             left = memoryview(b"\n" + left)
         whole = len(left)
