@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,13 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.observe.words import in_words
 from fedepth.address import DEFAULT_PORT, parse_address
+from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
 from fedepth.printable import printable, quoted
-from fedepth.program import STATUSES, run_program
+from fedepth.program import run_program
 from fedepth.sizes import format_size
 from fedepth.terminal import ascii_json, console, print_json
 
@@ -28,15 +31,7 @@ CALL_S = 10.0
 _HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
-app = typer.Typer(
-    name="fedepth-coordinator",
-    help="Run and monitor a federated training job.",
-    epilog=STATUSES,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_line("fedepth-coordinator", "Run and monitor a federated training job.")
 
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
 DatabaseOption = Annotated[
@@ -58,13 +53,11 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
-AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST[:PORT] of a running coordinator.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(
     "serve",
-    epilog="Example: fedepth-coordinator serve --config job.toml --state runs/job --exit-when-done",
+    epilog=examples("fedepth-coordinator serve --config job.toml --state runs/job --exit-when-done"),
 )
 def serve_command(
     config: ConfigOption,
@@ -73,7 +66,7 @@ def serve_command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
+    json_logs: JsonLogsOption = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with another learning rate or rule; see docs/state.md.")
     ] = False,
@@ -97,7 +90,7 @@ def serve_command(
     asyncio.run(run())
 
 
-@app.command("status", epilog="Example: fedepth-coordinator status --coordinator 127.0.0.1:8970 --json")
+@app.command("status", epilog=examples("fedepth-coordinator status --coordinator 127.0.0.1:8970 --json"))
 def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Show the status of a running job."""
     reply = asyncio.run(_status(str(parse_address(coordinator))))
@@ -119,13 +112,14 @@ def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = Fal
 
 @app.command(
     "export",
-    epilog="Example: fedepth-coordinator export --state runs/job --config job.toml --round 3 --output m.onnx",
+    epilog=examples("fedepth-coordinator export --state runs/job --config job.toml --round 3 --output m.onnx"),
 )
 def export_command(
     state: StateOption,
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -133,13 +127,16 @@ def export_command(
     from fedepth.job import load_config
 
     answer = asyncio.run(_export(load_config(config), state, round_number, output, database, files))
+    if as_json:
+        print_json(answer)
+        return
     print(
         f"{answer['path']}: {answer['size_bytes']} bytes, largest difference {answer['parity_max_abs']:.1e} "
         f"over {answer['samples']} samples, same top answer: {'yes' if answer['top1_equal'] else 'no'}"
     )
 
 
-@app.command("watch", epilog="Example: fedepth-coordinator watch --coordinator 127.0.0.1:8970")
+@app.command("watch", epilog=examples("fedepth-coordinator watch --coordinator 127.0.0.1:8970"))
 def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Print what happens in a running job, line by line, until it stops."""
     out = console(soft_wrap=True)
@@ -149,12 +146,13 @@ def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = Fals
             if as_json:
                 print(ascii_json(line), flush=True)
             else:
-                out.print(describe(_event(line)), markup=False)
+                event = _event(line)
+                out.print(_at(event) + describe(event), markup=False)
 
     asyncio.run(run())
 
 
-@app.command("record", epilog="Example: fedepth-coordinator record --state runs/job --json")
+@app.command("record", epilog=examples("fedepth-coordinator record --state runs/job --json"))
 def record_command(
     state: StateOption, as_json: JsonOption = False, database: DatabaseOption = "", files: FilesOption = ""
 ) -> None:
@@ -168,10 +166,11 @@ def record_command(
             out.print(table)
 
 
-@app.command("backup", epilog="Example: fedepth-coordinator backup --state runs/job --output backups/job-1")
+@app.command("backup", epilog=examples("fedepth-coordinator backup --state runs/job --output backups/job-1"))
 def backup_command(
     state: StateOption,
     output: Annotated[Path, typer.Option(help="Folder to write the copy to; it must be empty or missing.")],
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -183,6 +182,9 @@ def backup_command(
         made = store.backup(output)
     finally:
         store.close()
+    if as_json:
+        print_json({"output": str(output), **vars(made)})
+        return
     print(
         f"{output}: job {made.job} after round {made.round}, {made.updates} updates of the next, "
         f"files of {format_size(made.size_bytes)}"
@@ -193,10 +195,11 @@ def backup_command(
         print("the record is not in it: copy the database with pg_dump now, before another round closes")
 
 
-@app.command("rollback", epilog="Example: fedepth-coordinator rollback --state runs/job --round 3")
+@app.command("rollback", epilog=examples("fedepth-coordinator rollback --state runs/job --round 3"))
 def rollback_command(
     state: StateOption,
     round_number: Annotated[int, typer.Option("--round", min=0, help="Round whose weights are in force again.")],
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -208,6 +211,9 @@ def rollback_command(
         record = store.rollback(round_number)
     finally:
         store.close()
+    if as_json:
+        print_json(record)
+        return
     print(f"round {record.round} is the last one again, with weights {record.digest[:12]}; serve to go on from there")
 
 
@@ -235,17 +241,28 @@ def read_record(state: Path, database: str = "", files: str = "") -> dict[str, A
 
 
 def describe(event: dict[str, Any]) -> str:
-    """An event in one line for people: its name, then its fields; stages in lines of their own."""
-    name = event.pop("event", "?")
-    event.pop("time", None)
+    """An event for people: a sentence, or name and fields where there is none; stages in lines of their own."""
     stages = event.pop("stages", [])
-    text = printable(" ".join(f"{key}={value}" for key, value in event.items()))
+    text = in_words(event)
+    if text is None:
+        name = event.pop("event", "?")
+        event.pop("time", None)
+        fields = printable(" ".join(f"{key}={value}" for key, value in event.items()))
+        text = f"{printable(str(name)):<16} {fields}"
     for stage in stages:
         text += (
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
             f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
-    return f"{printable(str(name)):<16} {text}"
+    return text
+
+
+def _at(event: dict[str, Any]) -> str:
+    """When an event happened, as in the log."""
+    try:
+        return datetime.fromtimestamp(event["time"], timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ ")
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return ""
 
 
 def main() -> None:

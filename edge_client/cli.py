@@ -31,21 +31,16 @@ from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
+from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ConfigError, StateError
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
-from fedepth.program import STATUSES, hand_over, run_program
+from fedepth.program import hand_over, run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Train on this device's data within its free memory.",
-    epilog=STATUSES,
-)
+app = command_line("fedepth-client", "Train on this device's data within its free memory.")
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
 _State = Annotated[Path | None, typer.Option(help="Folder for the device's identity and undelivered updates.")]
@@ -53,7 +48,7 @@ _Threads = Annotated[int | None, typer.Option(help="Number of torch threads; 0 l
 _Cap = Annotated[str | None, typer.Option(help="Upper limit on training memory, such as 300MiB.")]
 
 
-@app.command(epilog="Example: fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB")
+@app.command(epilog=examples("fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB"))
 def run(
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the training data.")] = None,
@@ -64,7 +59,7 @@ def run(
     linger: Annotated[float | None, typer.Option(help="Seconds to keep an idle trainer running.")] = None,
     threads: _Threads = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit when the job is finished.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object per line.")] = False,
+    json_logs: JsonLogsOption = False,
 ) -> None:
     """Take part in a job: wait for tasks, train, and deliver updates. Runs until stopped."""
     overrides = {
@@ -85,12 +80,12 @@ def run(
     hand_over(argv)
 
 
-@app.command(epilog="Example: fedepth-client probe --json")
+@app.command(epilog=examples("fedepth-client probe --json"))
 def probe(
     config: _ConfigFile = None,
     state: _State = None,
     budget_cap: _Cap = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show how much memory is free, what limits it, and how much training may use."""
     overrides = {"state": str(state) if state else None, "memory.cap": budget_cap}
@@ -104,11 +99,11 @@ def probe(
         console().print(_table(memory, budget))
 
 
-@app.command(epilog="Example: fedepth-client calibrate --json")
+@app.command(epilog=examples("fedepth-client calibrate --json"))
 def calibrate(
     config: _ConfigFile = None,
     threads: _Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure which allocator suits this device and what its backend takes outside the tensors, even if already known.
 
@@ -124,7 +119,7 @@ def calibrate(
             console().print(table)
 
 
-@app.command(epilog="Example: fedepth-client report preresnet20 --batch 32 --plot report.png")
+@app.command(epilog=examples("fedepth-client report preresnet20 --batch 32 --plot report.png"))
 def report(
     model: Annotated[str, typer.Argument(help="A model of the zoo, torchvision:NAME, timm:NAME, or module:function.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
@@ -143,7 +138,7 @@ def report(
     state: _State = None,
     threads: _Threads = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure what this device can train: each unit alone, and the best plan for each of several budgets.
 

@@ -22,7 +22,7 @@ from edge_client.measure.calibration import calibrated
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, ModelError, PlanError, StateError
-from fedepth.logs import configure_logs
+from fedepth.logs import configure_logs, renderer
 from fedepth.program import run_program, stop_on_signals
 
 # <malloc.h>
@@ -71,14 +71,13 @@ def stay_small() -> None:
 
 
 def _surroundings(json_logs: bool) -> Surroundings:
-    if json_logs or not sys.stderr.isatty():
-        plain = structlog.dev.ConsoleRenderer(colors=False)
-        configure_logs(structlog.processors.JSONRenderer() if json_logs else plain)
+    if json_logs or sys.stderr is None or not sys.stderr.isatty():
+        configure_logs(renderer(json_logs))
         return Surroundings()
     from edge_client.display import Bar  # loads rich, which only a terminal needs
 
     bar = Bar()
-    configure_logs(structlog.dev.ConsoleRenderer(colors=True), bar.write_line)
+    configure_logs(renderer(json_logs), bar.write_line)
     return Surroundings(on_progress=bar.show)
 
 

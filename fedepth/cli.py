@@ -12,6 +12,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fedepth.commands import JsonOption, command_line, examples
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
@@ -20,7 +21,7 @@ from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
-from fedepth.program import STATUSES, run_program
+from fedepth.program import run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
@@ -31,23 +32,10 @@ _ENDINGS = {
     Ending.FROZEN_HEAD: "the last units and the head are untrained",
 }
 
-app = typer.Typer(
-    name="fedepth",
-    help="Plan training within a memory budget.",
-    epilog=STATUSES,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_line("fedepth", "Plan training within a memory budget.")
 
 
-@app.callback()
-def commands() -> None:
-    """Plan training within a memory budget."""
-
-
-@app.command("plan", epilog="Example: fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png")
+@app.command("plan", epilog=examples("fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png"))
 def plan_command(
     model: Annotated[str, typer.Argument(help="A zoo model, torchvision:NAME, timm:NAME, or module:function.")],
     budget: Annotated[str, typer.Option(help="Memory that training may use, such as 300MiB.")],
@@ -67,7 +55,7 @@ def plan_command(
         Path | None, typer.Option(help="A device's calibration: output of its fedepth-client calibrate --json.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
