@@ -22,7 +22,7 @@ from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
-from fedepth.printable import printable, quoted
+from fedepth.printable import printable, quoted, shortened
 from fedepth.program import run_program
 from fedepth.sizes import format_size
 from fedepth.terminal import ascii_json, console, print_json
@@ -218,7 +218,8 @@ def rollback_command(
 
 
 def read_record(state: Path, database: str = "", files: str = "") -> dict[str, Any]:
-    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures".
+    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures", "changes" of
+    the job file.
 
     Raises:
         StateError: the directory holds no job.
@@ -235,6 +236,7 @@ def read_record(state: Path, database: str = "", files: str = "") -> dict[str, A
             "superseded": store.superseded_rounds(),
             "updates": [{"device": names.get(each.device_id, each.device_id), "result": each} for each in updates],
             "failures": store.failure_counts(),
+            "changes": store.changes(),
         }
     finally:
         store.close()
@@ -367,10 +369,14 @@ def _tables(record: dict[str, Any]) -> list[Table]:
                 f"{stage.loss_first:.3f} → {stage.loss_last:.3f}",
                 f"{stage.seconds:.1f}",
             )
+    changes = Table("from round", "setting", "before", "now", title="changes of the job file")
+    for change in record["changes"]:
+        before, now = (_plain(shortened(msgspec.json.encode(value).decode())) for value in (change.before, change.now))
+        changes.add_row(str(change.round), _plain(change.setting), before, now)
     failures = Table("what", "times", title="failures and refusals")
     for what, times in record["failures"].items():
         failures.add_row(_plain(what), str(times))
-    return [overview, stages, failures]
+    return [overview, stages, *([changes] if record["changes"] else []), failures]
 
 
 def _plain(text: str) -> Text:
