@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,26 +14,24 @@ import typer
 from fedepth_wire.channel import open_channel
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
+from coordinator.observe.words import in_words
+from fedepth.address import DEFAULT_PORT, parse_address
+from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
+from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
-from fedepth.printable import printable, quoted
+from fedepth.printable import printable, quoted, shortened
+from fedepth.program import run_program
 from fedepth.sizes import format_size
+from fedepth.terminal import ascii_json, console, print_json
 
 CALL_S = 10.0
+_HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
-app = typer.Typer(
-    name="fedepth-coordinator",
-    help="Run and monitor a federated training job.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_line("fedepth-coordinator", "Run and monitor a federated training job.")
 
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
 DatabaseOption = Annotated[
@@ -56,22 +53,23 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
-AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of a running coordinator.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(
     "serve",
-    epilog="Example: fedepth-coordinator serve --config job.toml --state runs/job --exit-when-done",
+    epilog=examples("fedepth-coordinator serve --config job.toml --state runs/job --exit-when-done"),
 )
 def serve_command(
     config: ConfigOption,
     state: StateOption,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = 8970,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON lines.")] = False,
+    json_logs: JsonLogsOption = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with another learning rate or rule; see docs/state.md.")
+    ] = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -79,25 +77,26 @@ def serve_command(
     from coordinator.model_worker.client import ModelWorker
     from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
+    from coordinator.start_checks import examine
     from fedepth.job import load_config
     from fedepth.logs import configure_logs
 
     configure_logs(renderer(json_logs))
-    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files)
+    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files, accept_changes)
 
     async def run() -> None:
-        await serve(load_config(config), options, ModelWorker())
+        await serve(load_config(config), options, ModelWorker(), examine)
 
     asyncio.run(run())
 
 
-@app.command("status", epilog="Example: fedepth-coordinator status --coordinator 127.0.0.1:8970 --json")
-def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+@app.command("status", epilog=examples("fedepth-coordinator status --coordinator 127.0.0.1:8970 --json"))
+def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Show the status of a running job."""
-    reply = asyncio.run(_status(coordinator))
+    reply = asyncio.run(_status(str(parse_address(coordinator))))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
-        print(json.dumps(fields))
+        print_json(fields)
         return
     accuracy = f"{reply.accuracy:.2%}" if reply.accuracy >= 0 else "unknown"
     onnx = reply.onnx_path or "not exported yet"
@@ -113,13 +112,14 @@ def status_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonO
 
 @app.command(
     "export",
-    epilog="Example: fedepth-coordinator export --state runs/job --config job.toml --round 3 --output m.onnx",
+    epilog=examples("fedepth-coordinator export --state runs/job --config job.toml --round 3 --output m.onnx"),
 )
 def export_command(
     state: StateOption,
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -127,44 +127,50 @@ def export_command(
     from fedepth.job import load_config
 
     answer = asyncio.run(_export(load_config(config), state, round_number, output, database, files))
+    if as_json:
+        print_json(answer)
+        return
     print(
         f"{answer['path']}: {answer['size_bytes']} bytes, largest difference {answer['parity_max_abs']:.1e} "
         f"over {answer['samples']} samples, same top answer: {'yes' if answer['top1_equal'] else 'no'}"
     )
 
 
-@app.command("watch", epilog="Example: fedepth-coordinator watch --coordinator 127.0.0.1:8970")
-def watch_command(coordinator: AddressOption = "127.0.0.1:8970", as_json: JsonOption = False) -> None:
+@app.command("watch", epilog=examples("fedepth-coordinator watch --coordinator 127.0.0.1:8970"))
+def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
     """Print what happens in a running job, line by line, until it stops."""
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
 
     async def run() -> None:
-        async for line in _watch(coordinator):
+        async for line in _watch(str(parse_address(coordinator))):
             if as_json:
-                print(line, flush=True)
+                print(ascii_json(line), flush=True)
             else:
-                console.print(describe(_event(line)), markup=False)
+                event = _event(line)
+                out.print(_at(event) + describe(event), markup=False)
 
     asyncio.run(run())
 
 
-@app.command("record", epilog="Example: fedepth-coordinator record --state runs/job --json")
+@app.command("record", epilog=examples("fedepth-coordinator record --state runs/job --json"))
 def record_command(
     state: StateOption, as_json: JsonOption = False, database: DatabaseOption = "", files: FilesOption = ""
 ) -> None:
     """Show rounds, accuracy, and the predicted and measured memory of every stage on every device."""
     record = read_record(state, database, files)
     if as_json:
-        print(msgspec.json.encode(record).decode())
+        print_json(record)
     else:
+        out = console()
         for table in _tables(record):
-            Console(width=None if sys.stdout.isatty() else 200).print(table)
+            out.print(table)
 
 
-@app.command("backup", epilog="Example: fedepth-coordinator backup --state runs/job --output backups/job-1")
+@app.command("backup", epilog=examples("fedepth-coordinator backup --state runs/job --output backups/job-1"))
 def backup_command(
     state: StateOption,
     output: Annotated[Path, typer.Option(help="Folder to write the copy to; it must be empty or missing.")],
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -176,6 +182,9 @@ def backup_command(
         made = store.backup(output)
     finally:
         store.close()
+    if as_json:
+        print_json({"output": str(output), **vars(made)})
+        return
     print(
         f"{output}: job {made.job} after round {made.round}, {made.updates} updates of the next, "
         f"files of {format_size(made.size_bytes)}"
@@ -186,10 +195,11 @@ def backup_command(
         print("the record is not in it: copy the database with pg_dump now, before another round closes")
 
 
-@app.command("rollback", epilog="Example: fedepth-coordinator rollback --state runs/job --round 3")
+@app.command("rollback", epilog=examples("fedepth-coordinator rollback --state runs/job --round 3"))
 def rollback_command(
     state: StateOption,
     round_number: Annotated[int, typer.Option("--round", min=0, help="Round whose weights are in force again.")],
+    as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
@@ -201,11 +211,15 @@ def rollback_command(
         record = store.rollback(round_number)
     finally:
         store.close()
+    if as_json:
+        print_json(record)
+        return
     print(f"round {record.round} is the last one again, with weights {record.digest[:12]}; serve to go on from there")
 
 
 def read_record(state: Path, database: str = "", files: str = "") -> dict[str, Any]:
-    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures".
+    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures", "changes" of
+    the job file.
 
     Raises:
         StateError: the directory holds no job.
@@ -222,32 +236,40 @@ def read_record(state: Path, database: str = "", files: str = "") -> dict[str, A
             "superseded": store.superseded_rounds(),
             "updates": [{"device": names.get(each.device_id, each.device_id), "result": each} for each in updates],
             "failures": store.failure_counts(),
+            "changes": store.changes(),
         }
     finally:
         store.close()
 
 
 def describe(event: dict[str, Any]) -> str:
-    """An event in one line for people: its name, then its fields; stages in lines of their own."""
-    name = event.pop("event", "?")
-    event.pop("time", None)
+    """An event for people: a sentence, or name and fields where there is none; stages in lines of their own."""
     stages = event.pop("stages", [])
-    text = printable(" ".join(f"{key}={value}" for key, value in event.items()))
+    text = in_words(event)
+    if text is None:
+        name = event.pop("event", "?")
+        event.pop("time", None)
+        fields = printable(" ".join(f"{key}={value}" for key, value in event.items()))
+        text = f"{printable(str(name)):<16} {fields}"
     for stage in stages:
         text += (
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
             f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
-    return f"{printable(str(name)):<16} {text}"
+    return text
+
+
+def _at(event: dict[str, Any]) -> str:
+    """When an event happened, as in the log."""
+    try:
+        return datetime.fromtimestamp(event["time"], timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ ")
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return ""
 
 
 def main() -> None:
-    """Runs a command. Errors of ours end it with their message and status 1."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth-coordinator: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth-coordinator", app)
 
 
 async def _status(address: str) -> pb.JobStatusReply:
@@ -347,10 +369,14 @@ def _tables(record: dict[str, Any]) -> list[Table]:
                 f"{stage.loss_first:.3f} → {stage.loss_last:.3f}",
                 f"{stage.seconds:.1f}",
             )
+    changes = Table("from round", "setting", "before", "now", title="changes of the job file")
+    for change in record["changes"]:
+        before, now = (_plain(shortened(msgspec.json.encode(value).decode())) for value in (change.before, change.now))
+        changes.add_row(str(change.round), _plain(change.setting), before, now)
     failures = Table("what", "times", title="failures and refusals")
     for what, times in record["failures"].items():
         failures.add_row(_plain(what), str(times))
-    return [overview, stages, failures]
+    return [overview, stages, *([changes] if record["changes"] else []), failures]
 
 
 def _plain(text: str) -> Text:

@@ -52,6 +52,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         weights=config.model.weights,
         graph=str(store.files.graph()),
         output=str(partial),
+        folder=config.folder,
     )
     for note in answer["notes"]:
         _log.info("model", note=note)

@@ -42,12 +42,14 @@ from fedepth.job import model_spec, policy, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
+from fedepth.printable import shortened
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 TICK_S = 0.2
 REMIND_S = 60.0  # how often trouble with the storage is told
 LONGEST_PAUSE_S = 20.0
+_MOST_SHOWN = 80  # characters of a name
 SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
 
 _STANDINGS = {
@@ -190,16 +192,21 @@ class Job:
 
     def why_wait(self) -> str:
         """What a device that gets no task waits for."""
-        job, state = self.config.job, self.state
+        state = self.state
         if state.phase is Phase.PAUSED:
             return f"the job is paused: {state.why}"
         if state.phase is Phase.GATHERING:
-            here = len(self.presence.waiting) + 1  # the one that asks has just been taken out of line
-            missing = job.needed - here
-            return f"waiting for {missing} more of {job.needed} devices" if missing > 0 else "a round is about to begin"
+            return rounds.waits_for(state, self.facts, self._clock(), least=1)  # the one that asks
         if state.phase is Phase.TRAINING:
             return f"round {state.round} is in work"
         return f"round {state.round} is being closed"
+
+    def rejected(self, report: DeviceReport, why: str, reason: str = "") -> None:
+        """Notes a device that asked and cannot take part as it is."""
+        name, device_id = shortened(report.name, _MOST_SHOWN), shortened(report.device_id, _MOST_SHOWN)
+        key = f"{device_id} {reason}" if reason == "clone" else device_id  # the other one with this id may take part
+        if self.presence.reject(key, f"{name}: {shortened(why)}", self._clock()):
+            self.events.send("device_rejected", device=name, device_id=device_id, message=why)
 
     def progressed(self, progress: Progress) -> bool:
         """Renews a lease; whether the task is still wanted."""
@@ -528,10 +535,15 @@ class Job:
             "accuracy": -1.0 if latest.accuracy is None else latest.accuracy,
             "weights_digest": self.weights.record.digest,
             "onnx_path": latest.export_path,
-            "message": self.state.why,
+            "message": self.state.why or self._why_nothing_happens(),
             "epsilon": latest.epsilon or 0.0,
             "unpublished": latest.unpublished,
         }
+
+    def _why_nothing_happens(self) -> str:
+        if self.state.phase is not Phase.GATHERING:
+            return ""
+        return rounds.waits_for(self.state, self.facts, self._clock())
 
     def state_event(self) -> str:
         return encode_event("state", self.status())

@@ -6,7 +6,11 @@ is forgotten, unless it waits.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Set
+
+REJECTED_S = 90.0  # a device that was rejected asks again within this time
+_MOST_REJECTED = 1000
 
 
 class Presence:
@@ -16,6 +20,7 @@ class Presence:
         self._lease_s = lease_s
         self._seen: dict[str, float] = {}  # the longest silent first
         self._waiting: set[str] = set()
+        self._rejected: OrderedDict[str, tuple[float, str]] = OrderedDict()  # when, and why; the longest ago first
 
     @property
     def waiting(self) -> Set[str]:
@@ -30,12 +35,30 @@ class Presence:
     def wait(self, device_id: str, now: float) -> None:
         """A device asks for a task and waits."""
         self._waiting.add(device_id)
+        self._rejected.pop(device_id, None)
         self.see(device_id, now)
 
     def leave(self, device_id: str, now: float) -> None:
         """A device no longer waits, since it hung up or was answered."""
         self._waiting.discard(device_id)
         self.see(device_id, now)
+
+    def reject(self, device_id: str, why: str, now: float) -> bool:
+        """A device asked and cannot take part. Whether that is news: it was not rejected for this just before."""
+        _, before = self._rejected.pop(device_id, (now, ""))
+        self._rejected[device_id] = now, why
+        if len(self._rejected) > _MOST_REJECTED:
+            self._rejected.popitem(last=False)
+        return why != before
+
+    def rejections(self, now: float) -> str:
+        """How many devices cannot take part, and why the last one cannot; "" if there are none."""
+        while self._rejected and now - next(iter(self._rejected.values()))[0] > REJECTED_S:
+            self._rejected.popitem(last=False)
+        if not self._rejected:
+            return ""
+        count, (_, why) = len(self._rejected), next(reversed(self._rejected.values()))
+        return f"1 device was rejected: {why}" if count == 1 else f"{count} devices were rejected, the last: {why}"
 
     def seen_at(self, device_id: str) -> float:
         """When it gave its last sign of life; minus infinity if that is long ago."""

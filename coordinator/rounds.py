@@ -40,7 +40,7 @@ from coordinator.round_events import (
     TaskFailed,
 )
 
-LONGEST_REMIND_S = 3600.0
+SETTLE_S = 10.0  # a round that has just begun may find its devices without a word
 
 
 class Phase(str, Enum):
@@ -66,7 +66,7 @@ class Rules:
     """What does not change while a job runs. Times are seconds.
 
     Attributes:
-        remind_s: when it is said first that devices are missing; each further time it takes twice as long.
+        remind_s: how often it is said again what is waited for, while that stays the same.
     """
 
     rounds: int
@@ -77,7 +77,7 @@ class Rules:
     lease_s: float
     seed: int
     task_prefix: str = "task"
-    remind_s: float = 60.0
+    remind_s: float = 180.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class State:
         round: the round in work, from 1; the last one once finished.
         since: when this round began to gather.
         deadline: when it should start (gathering) or close (training).
-        complain_after: when to say that devices are missing.
-        complain_every: how long after that to say it again.
+        said: what it was said to wait for last.
+        said_at: when; something else may be said SETTLE_S later, the same after `remind_s`.
         tasks: of this round, by id, in the order in which they were given first.
         why: why the job is paused or stuck.
     """
@@ -118,10 +118,10 @@ class State:
     round: int
     since: float
     deadline: float
-    complain_after: float
-    complain_every: float
+    said_at: float
     tasks: Mapping[str, Assignment]
     why: str = ""
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ def restore(rules: Rules, finished_round: int, tasks: Sequence[Assignment], now:
         round=rules.rounds if finished else finished_round + 1,
         since=now,
         deadline=now + rules.deadline_s,
-        complain_after=now + rules.remind_s,
-        complain_every=rules.remind_s,
+        said_at=now,
         tasks=kept,
         why=paused,
     )
@@ -259,8 +258,7 @@ def _next_round(state: State, event: RoundDone) -> State:
         round=state.round + 1,
         since=event.now,
         deadline=event.now + rules.deadline_s,
-        complain_after=event.now + rules.remind_s,
-        complain_every=rules.remind_s,
+        said_at=event.now,
         tasks={},
     )
 
@@ -282,15 +280,26 @@ def _gather(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action
     left = count >= rules.quorum and all_here and waited >= max(rules.gather_s, rules.lease_s)
     if full or left or (now >= state.deadline and count >= rules.quorum):
         drawn = _draw(state, waiting, min(count, rules.devices_per_round))
-        state = replace(state, phase=Phase.TRAINING, complain_after=now, complain_every=rules.remind_s)
+        state = replace(state, phase=Phase.TRAINING, said="", said_at=float("-inf"))
         state, given = _give(state, drawn, now, facts)
         return state, (StartRound(state.round, tuple(drawn)), *given)
-    missing = rules.quorum - count
+    return _say(state, now, waits_for(state, facts, now))
+
+
+def waits_for(state: State, facts: Facts, now: float, least: int = 0) -> str:
+    """What a round that gathers waits for, and which devices cannot help it.
+
+    Args:
+        least: so many devices are there for certain, such as the one that asks.
+    """
+    rules, presence = state.rules, facts.presence
+    here = max(least, len(presence.live(now)))  # one that has just been answered asks again at once
+    missing = rules.quorum - here
     if missing > 0:
-        return _complain(state, now, f"waiting for {missing} more of {rules.quorum} devices, to start it")
-    return _complain(
-        state, now, f"{count} devices wait; it starts once those that are alive wait too, or at its deadline"
-    )
+        words = f"waiting for {missing} more of {rules.quorum} devices"
+    else:
+        words = f"{here} devices are here; it starts once they all wait for a task, or at its deadline"
+    return "; ".join(filter(None, (words, presence.rejections(now))))
 
 
 def _train(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action, ...]]:
@@ -317,7 +326,7 @@ def _train(state: State, now: float, facts: Facts) -> tuple[State, tuple[Action,
     state, more = _replace(state, now, facts, rules.devices_per_round - accepted)
     if more:
         return state, actions + more
-    state, said = _complain(
+    state, said = _say(
         state,
         now,
         f"{accepted} of the {rules.quorum} updates needed are here (and kept), but {_why_nobody(state, facts)}",
@@ -418,12 +427,12 @@ def _expire(state: State, gone: Sequence[Assignment], reason: str) -> tuple[Stat
     return _with(state, *(replace(task, standing=Standing.EXPIRED) for task in gone)), actions
 
 
-def _complain(state: State, now: float, what: str) -> tuple[State, tuple[Action, ...]]:
-    if now < state.complain_after:
+def _say(state: State, now: float, what: str) -> tuple[State, tuple[Action, ...]]:
+    """Says what the round waits for: when it changes, though not too soon, and from time to time."""
+    pause = state.rules.remind_s if what == state.said else min(SETTLE_S, state.rules.remind_s)
+    if now < state.said_at + pause:
         return state, ()
-    every = state.complain_every
-    later = replace(state, complain_after=now + every, complain_every=min(2 * every, LONGEST_REMIND_S))
-    return later, (Log(f"round {state.round}: {what}"),)
+    return replace(state, said=what, said_at=now), (Log(f"round {state.round}: {what}"),)
 
 
 def _with(state: State, *tasks: Assignment) -> State:

@@ -6,7 +6,6 @@ It imports neither torch nor onnx: what needs a model is done by the model worke
 from __future__ import annotations
 
 import asyncio
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,18 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.global_model import prepare
 from coordinator.job import Job
+from coordinator.listening import listen
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
+from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
 from coordinator.store.records import Store
-from fedepth.errors import TransportError
+from fedepth.address import DEFAULT_PORT, Address
+from fedepth.errors import FedepthError, StartError, StateError
+from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
+from fedepth.job_changes import refusal, settings_of
 from fedepth.job_sections import JobConfig
+from fedepth.program import stop_on_signals
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
@@ -40,36 +45,43 @@ _log = structlog.get_logger()
 class ServeOptions:
     """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which.
 
-    `database` and `files` are those of `Store.open`.
+    `database` and `files` are those of `Store.open`; `accept_changes` that of `fedepth.job_changes`.
     """
 
     state: Path
     host: str = "127.0.0.1"
-    port: int = 8970
+    port: int = DEFAULT_PORT
     port_file: Path | None = None
     exit_when_done: bool = False
     database: str = ""
     files: str = ""
+    accept_changes: bool = False
 
 
-async def serve(config: JobConfig, options: ServeOptions, models: Models) -> None:
+async def serve(config: JobConfig, options: ServeOptions, models: Models, examine: Examine = nothing_to_find) -> None:
     """Runs a job's coordinator until SIGINT or SIGTERM, or until the job is done if that was asked for.
 
+    Args:
+        examine: looks at what the job names, before anything is prepared.
+
     Raises:
+        StartError: several things are wrong, or one that has no error of its own.
+        ConfigError: the host is not an address.
         TransportError: the port cannot be bound.
-        StateError: the state directory is in use, damaged, or another job's.
+        StateError: the state directory is in use or damaged, or its job is not this one.
         FedepthError: the model cannot be built, or a round cannot be averaged.
     """
-    store = Store.open(
-        options.state, config.job.name, model_spec(config), database=options.database, files=options.files
-    )
-    stop = _stop_on_signals()
+    stop = asyncio.Event()
+    stop_on_signals(stop.set)
+    examining = asyncio.ensure_future(examine(config))
+    if not await _first(examining, stop):
+        return
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    store, address = _opened(config, options, server, examining.result())
     try:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = _bind(server, options.host, options.port)
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
-            await _serve_job(job, server, port, options, stop)
+            await _serve_job(job, server, address, options, stop)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
@@ -77,15 +89,79 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models) -> Non
         store.close()
 
 
+def _opened(
+    config: JobConfig, options: ServeOptions, server: grpc.aio.Server, found: Findings
+) -> tuple[Store, Address]:
+    """The job's state, with what its file changes taken over, and where it listens.
+
+    Raises:
+        FedepthError: one thing is wrong; StartError: several. All that can be known by now is in it, with what was
+            `found`.
+    """
+    found.tell()
+    errors: list[FedepthError] = [StartError(problem) for problem in found.problems]
+    if options.port_file is not None:
+        errors += map(StartError, writable("--port-file", options.port_file))
+    address = None
+    try:
+        address = listen(server, options.host, options.port)
+    except FedepthError as error:
+        errors.append(error)
+    try:
+        settings = settings_of(config)
+        store = Store.open(
+            options.state,
+            config.job.name,
+            model_spec(config),
+            database=options.database,
+            files=options.files,
+            settings=settings,
+        )
+    except FedepthError as error:
+        raise together([*errors, error]) from None
+    try:
+        changed = store.changed(settings)
+        refused = refusal(changed, str(store.directory), options.accept_changes)
+        if refused:
+            errors.append(StateError(refused))
+        disk = _disk(config, store)
+        disk.tell()
+        errors += map(StartError, disk.problems)
+        if errors:
+            raise together(errors)
+        first = store.take_over(settings, changed)
+    except BaseException:
+        store.close()
+        raise
+    for change in changed:
+        _log.info("setting changed", change=str(change), from_round=first)
+    assert address is not None
+    return store, address
+
+
+def _disk(config: JobConfig, store: Store) -> Findings:
+    latest = store.latest_round()
+    weights, begun = 0, False
+    if latest is not None:
+        weights, begun = latest.size_bytes, latest.round > 0 or bool(store.tasks_of(1))
+    return disk_findings(config, store.files.free_bytes(), weights, store.directory, begun)
+
+
 async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Job | None:
     """None if a signal came while the model was being prepared."""
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):
         return None
+    disk = _disk(config, store)  # again, now that the size of the model is known
+    disk.tell()
+    if disk.problems:
+        raise StartError(disk.problems[0])
     return Job(config, store, models, preparing.result())
 
 
-async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: ServeOptions, stop: asyncio.Event) -> None:
+async def _serve_job(
+    job: Job, server: grpc.aio.Server, address: Address, options: ServeOptions, stop: asyncio.Event
+) -> None:
     health = HealthServicer()
     add_FederationServicer_to_server(FederationService(job), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -96,12 +172,10 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
     await server.start()
     for name in ("", _SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    address = f"{options.host}:{port}"
     if options.port_file is not None:
-        partial = options.port_file.with_name(options.port_file.name + ".partial")
-        partial.write_text(f"{port}\n", encoding="ascii")
-        partial.replace(options.port_file)
-    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state))
+        with disk_errors("the port cannot be written to --port-file", options.port_file.parent):
+            write_atomically(options.port_file, f"{address.port}\n".encode())
+    _log.info("serving", address=str(address), job=job.config.job.name, state=str(options.state))
     running = asyncio.ensure_future(_run(job, options.exit_when_done))
     try:
         await _first(running, stop)
@@ -111,7 +185,7 @@ async def _serve_job(job: Job, server: grpc.aio.Server, port: int, options: Serv
         await server.stop(GRACE_S)
         await job.finish_commits()
         job.plans.close()
-        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
+        _log.info("stopped", address=str(address), round=job.state.round, phase=job.state.phase.value)
 
 
 async def _run(job: Job, exit_when_done: bool) -> None:
@@ -143,21 +217,3 @@ async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    try:
-        return server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise TransportError(
-            f"cannot listen on {host}:{port}: {error}; another program may use the port: stop it, "
-            "or choose another with --port (0 lets the system choose)"
-        ) from None
-
-
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop

@@ -53,17 +53,16 @@ class FederationService(FederationServicer):
         job = self._job
         problem = check_report(report, job.model.classes, job.config.limits)
         if problem:
-            return _rejected(problem)
+            return self._rejected(report, problem)
         refusal = job.fleet.see(report, peer)
         if refusal is not None:
-            return _rejected(refusal.message, refusal.reason)
+            return self._rejected(report, refusal.message, refusal.reason)
         if job.finished.is_set():
             return self._finished(report.device_id)
         try:
             plan = await job.plan_for(report)
         except PlanError as error:
-            job.events.send("log", message=f"{report.name} cannot take part: {error}", device=report.name)
-            return _rejected(str(error))
+            return self._rejected(report, str(error))
         if job.finished.is_set():  # while the plan was made
             return self._finished(report.device_id)
         answer = job.start_waiting(report, plan)
@@ -77,6 +76,11 @@ class FederationService(FederationServicer):
         if job.finished.is_set():
             return self._finished(report.device_id)
         return _retry(random.randrange(SPREAD_MS), job.why_wait())
+
+    def _rejected(self, report: DeviceReport, message: str, reason: str = "") -> pb.NextTaskReply:
+        self._job.rejected(report, message, reason)
+        rejected = pb.Rejected(message=message, retry_after_ms=REJECTED_RETRY_MS, reason=reason)
+        return pb.NextTaskReply(rejected=rejected)
 
     def _finished(self, device_id: str) -> pb.NextTaskReply:
         self._job.informed.add(device_id)
@@ -169,11 +173,6 @@ class FederationService(FederationServicer):
         async with _answering(context):
             async for line in self._job.events.watch(self._job.state_event()):
                 yield pb.Event(json=line)
-
-
-def _rejected(message: str, reason: str = "") -> pb.NextTaskReply:
-    rejected = pb.Rejected(message=message, retry_after_ms=REJECTED_RETRY_MS, reason=reason)
-    return pb.NextTaskReply(rejected=rejected)
 
 
 def _retry(after_ms: int, reason: str) -> pb.NextTaskReply:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import msgspec
 import structlog
 import typer
 from msgspec.structs import replace
-from rich.console import Console
 from rich.table import Table
 
 from edge_client import config as settings
@@ -33,20 +31,16 @@ from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
-from fedepth.errors import ConfigError, FedepthError
+from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples
+from fedepth.errors import ConfigError, StateError
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
+from fedepth.program import hand_over, run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
+from fedepth.terminal import console, print_json
 
-_PLAIN_WIDTH = 130  # of tables that are piped or written to a file
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Train on this device's data within its free memory.",
-)
+app = command_line("fedepth-client", "Train on this device's data within its free memory.")
 
 _ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the settings.")]
 _State = Annotated[Path | None, typer.Option(help="Folder for the device's identity and undelivered updates.")]
@@ -54,7 +48,7 @@ _Threads = Annotated[int | None, typer.Option(help="Number of torch threads; 0 l
 _Cap = Annotated[str | None, typer.Option(help="Upper limit on training memory, such as 300MiB.")]
 
 
-@app.command(epilog="Example: fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB")
+@app.command(epilog=examples("fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB"))
 def run(
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the training data.")] = None,
@@ -65,7 +59,7 @@ def run(
     linger: Annotated[float | None, typer.Option(help="Seconds to keep an idle trainer running.")] = None,
     threads: _Threads = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit when the job is finished.")] = False,
-    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object per line.")] = False,
+    json_logs: JsonLogsOption = False,
 ) -> None:
     """Take part in a job: wait for tasks, train, and deliver updates. Runs until stopped."""
     overrides = {
@@ -83,15 +77,15 @@ def run(
     # This process has loaded the command line's libraries, which an idle agent must not keep for months. The agent
     # takes its place: same process id, same streams.
     argv = [*module_argv("edge_client.daemon"), msgspec.json.encode(started).decode()]
-    os.execv(argv[0], argv)
+    hand_over(argv)
 
 
-@app.command(epilog="Example: fedepth-client probe --json")
+@app.command(epilog=examples("fedepth-client probe --json"))
 def probe(
     config: _ConfigFile = None,
     state: _State = None,
     budget_cap: _Cap = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show how much memory is free, what limits it, and how much training may use."""
     overrides = {"state": str(state) if state else None, "memory.cap": budget_cap}
@@ -100,32 +94,32 @@ def probe(
     budget = _known_budget(chosen, memory)
     if as_json:
         fields = msgspec.to_builtins(memory) | {"available_bytes": memory.available_bytes}
-        print(msgspec.json.encode(fields | {"budget": budget}).decode())
+        print_json(fields | {"budget": budget})
     else:
-        Console().print(_table(memory, budget))
+        console().print(_table(memory, budget))
 
 
-@app.command(epilog="Example: fedepth-client calibrate --json")
+@app.command(epilog=examples("fedepth-client calibrate --json"))
 def calibrate(
     config: _ConfigFile = None,
     threads: _Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure which allocator suits this device and what its backend takes outside the tensors, even if already known.
 
     An agent does this automatically when it first starts and when torch or the allocator has changed.
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
-    with Console(stderr=True).status("starting") as status:
+    with console(stderr=True).status("starting") as status:
         found = asyncio.run(calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(found)
     else:
         for table in _calibration_tables(found):
-            Console().print(table)
+            console().print(table)
 
 
-@app.command(epilog="Example: fedepth-client report preresnet20 --batch 32 --plot report.png")
+@app.command(epilog=examples("fedepth-client report preresnet20 --batch 32 --plot report.png"))
 def report(
     model: Annotated[str, typer.Argument(help="A model of the zoo, torchvision:NAME, timm:NAME, or module:function.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
@@ -144,7 +138,7 @@ def report(
     state: _State = None,
     threads: _Threads = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure what this device can train: each unit alone, and the best plan for each of several budgets.
 
@@ -165,14 +159,14 @@ def report(
         budgets=tuple(parse_size(text) for text in budget or ()),
     )
     _log_warnings_only()
-    with Console(stderr=True).status("starting") as status:  # shows nothing where stderr is no terminal
+    with console(stderr=True).status("starting") as status:  # shows nothing where stderr is no terminal
         found = asyncio.run(_report(wanted, chosen, status.update))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(found)
     else:
-        console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        out = console()
         for table in tables(found):
-            console.print(table)
+            out.print(table)
     if plot and save_capability:
         save_capability(plot, found)
         if not as_json:
@@ -180,12 +174,8 @@ def report(
 
 
 def main() -> None:
-    """The program. The one place where an error becomes an exit status."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth-client: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth-client", app)
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +186,8 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     """The budget, if an agent has already measured what a trainer's start costs."""
     try:
         budgets = Budgets(config.state_dir, config.memory, torch_version(), lambda: memory)
-    except ConfigError:
-        return None  # no torch: this device can be probed, but not train
+    except (ConfigError, StateError):
+        return None  # no torch, or no state folder: this device can be probed, but has not learnt anything
     return budgets.budget() if budgets.start_bytes is not None else None
 
 

@@ -29,13 +29,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from fedepth.address import parse_address
 from fedepth.errors import ConfigError
-from fedepth.printable import shortened
-from fedepth.settings import read_toml, settings_path, suggestion, violation
+from fedepth.printable import printable, shortened
+from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
 
 _LONGEST_LINGER_S = 365 * 86400
-_ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
+_FIRST_WORD = re.compile(r"\w+")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
 
@@ -105,12 +106,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:
-        if self.coordinator:
-            match = _ADDRESS.fullmatch(self.coordinator)
-            if match is None or not 0 < int(match["port"]) < 65536:
-                raise ValueError(
-                    f'coordinator is "{shortened(self.coordinator)}", expected HOST:PORT, such as 192.168.1.10:8970'
-                )
+        if not self.coordinator:
+            return
+        try:
+            address = parse_address(self.coordinator)
+        except ConfigError as error:
+            raise ValueError(f"coordinator: {error}") from None
+        msgspec.structs.force_setattr(self, "coordinator", str(address))  # one spelling in messages and logs
 
     @property
     def state_dir(self) -> Path:
@@ -129,18 +131,24 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Confi
     Raises:
         ConfigError: unreadable, not TOML, an unknown field (names the closest one), or a value out of range.
     """
-    origin = str(path) if path else "the command line"
-    settings = _read(path) if path else {}
+    file = read_settings(path, printable(str(path))) if path else None
+    settings = _with_full_paths(file) if file else {}
+    given = set(overrides or {})
     for field, value in (overrides or {}).items():
         section, _, name = field.rpartition(".")
         table = settings.setdefault(section, {}) if section else settings
         if not isinstance(table, dict):
-            raise ConfigError(f"{origin}: {section} must be a table")
+            assert file is not None  # what comes from options is a table
+            raise ConfigError(f"{file.name}: {section} must be a table{file.place(section)}")
         table[name] = value
     try:
         return msgspec.convert(settings, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(str(error))}") from None
+        field, what = _explain(str(error))
+        if file is None or field in given:
+            raise ConfigError(f"the command line: {what}") from None
+        section, _, name = field.rpartition(".")
+        raise ConfigError(f"{file.name}: {what}{file.place(section, name)}") from None
 
 
 def check_runnable(config: Config) -> None:
@@ -163,28 +171,31 @@ def default_state_dir() -> Path:
     return home / "fedepth-client"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    settings = read_toml(path)
+def _with_full_paths(file: SettingsFile) -> dict[str, Any]:
+    settings = dict(file.tables)
     for field in ("data", "state"):
-        if isinstance(settings.get(field), str):
+        if isinstance(settings.get(field), str) and settings[field]:
             try:
-                settings[field] = str(settings_path(path.parent, settings[field]))
+                settings[field] = str(settings_path(file.folder, settings[field]))
             except ConfigError as error:
-                raise ConfigError(f"{path}: {field}: {error}") from None
+                raise ConfigError(f"{file.name}: {field}: {error}{file.place('', field)}") from None
     return settings
 
 
-def _explain(message: str) -> str:
+def _explain(message: str) -> tuple[str, str]:
+    """The field that a message of msgspec's is about, and the message for people."""
     unknown = _UNKNOWN.search(message)
     if unknown:
         section = unknown["path"] or ""
         field = f"{section}.{unknown['field']}" if section else unknown["field"]
-        return f'unknown setting "{shortened(field)}"' + suggestion(field, _fields(Config))
+        return field, f'unknown setting "{shortened(field)}"' + suggestion(field, _fields(Config))
     path, what = violation(message)
-    if not path:
-        return what
     # Our own messages begin with the field's name, those of msgspec with a capital letter.
-    return f"{path}{': ' if what[:1].isupper() else '.'}{what}"
+    if what[:1].isupper():
+        return path, f"{path}: {what}" if path else what
+    name = _FIRST_WORD.match(what)
+    field = f"{path}.{name[0]}" if path and name else name[0] if name else path
+    return field, f"{path}.{what}" if path else what
 
 
 def _fields(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:

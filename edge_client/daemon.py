@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import platform
-import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -21,8 +21,9 @@ from edge_client.identity import StateLock, device_id
 from edge_client.measure.calibration import calibrated
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
-from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
-from fedepth.logs import configure_logs
+from fedepth.errors import ChildError, ModelError, PlanError, StateError
+from fedepth.logs import configure_logs, renderer
+from fedepth.program import run_program, stop_on_signals
 
 # <malloc.h>
 _M_TRIM_THRESHOLD = -1
@@ -43,12 +44,13 @@ def main() -> None:
     """Runs the agent that the first argument, a `Start` as JSON, describes."""
     stay_small()
     start = msgspec.json.decode(sys.argv[1], type=Start)
-    try:
-        with StateLock(start.config.state_dir):
-            asyncio.run(_run(start.config, start.exit_when_done, _surroundings(start.json_logs)))
-    except FedepthError as error:
-        print(f"fedepth-client: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_program("fedepth-client", lambda: _serve(start), Path(start.config.state) if start.config.state else None)
+
+
+def _serve(start: Start) -> None:
+    state = start.config.state_dir
+    with StateLock(state):
+        asyncio.run(_run(start.config, state, start.exit_when_done, _surroundings(start.json_logs)))
 
 
 def stay_small() -> None:
@@ -69,20 +71,19 @@ def stay_small() -> None:
 
 
 def _surroundings(json_logs: bool) -> Surroundings:
-    if json_logs or not sys.stderr.isatty():
-        plain = structlog.dev.ConsoleRenderer(colors=False)
-        configure_logs(structlog.processors.JSONRenderer() if json_logs else plain)
+    if json_logs or sys.stderr is None or not sys.stderr.isatty():
+        configure_logs(renderer(json_logs))
         return Surroundings()
     from edge_client.display import Bar  # loads rich, which only a terminal needs
 
     bar = Bar()
-    configure_logs(structlog.dev.ConsoleRenderer(colors=True), bar.write_line)
+    configure_logs(renderer(json_logs), bar.write_line)
     return Surroundings(on_progress=bar.show)
 
 
-async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings) -> None:
-    transport = GrpcTransport(config.coordinator, config.state_dir)
-    identity = device_id(config.state_dir)
+async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: Surroundings) -> None:
+    transport = GrpcTransport(config.coordinator, state)
+    identity = device_id(state)
 
     async def work() -> None:
         calibration, settled = Calibration(), config
@@ -98,9 +99,7 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
         await agent.run()
 
     task = asyncio.ensure_future(work())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+    stop_on_signals(task.cancel)
     try:
         await task
     except asyncio.CancelledError:

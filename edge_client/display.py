@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from fedepth.printable import printable
 from fedepth.task import Progress as TaskProgress
+from fedepth.terminal import console
 
 
 class Bar:
@@ -19,13 +19,13 @@ class Bar:
     Lines and bar go through one console, so that neither overwrites the other.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, on: Console | None = None) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        self._console = console or _TerminalConsole(stderr=True)
+        self._console = on or console(stderr=True)
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._line: TaskID | None = None
 
@@ -59,11 +59,3 @@ class Bar:
             self._line = self._progress.add_task("", note="")
         self._progress.update(self._line, description=name, total=total, completed=done, note=note)
         self._progress.start()
-
-
-class _TerminalConsole(Console):
-    def on_broken_pipe(self) -> None:
-        """Called while the error is handled. Rich would end the program."""
-        error = sys.exc_info()[1]
-        if error is not None:
-            raise error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,43 +10,32 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from fedepth.commands import JsonOption, command_line, examples
 from fedepth.costs import Calibration, ModelCosts
-from fedepth.errors import ConfigError, FedepthError, PlanError
+from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
 from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
+from fedepth.program import run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
+from fedepth.terminal import console, print_json
 
-_PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 _ENDINGS = {
     Ending.LAST_UNIT: "the last units are trained",
     Ending.FROZEN_SUFFIX: "the last units are untrained, the head is trained",
     Ending.FROZEN_HEAD: "the last units and the head are untrained",
 }
 
-app = typer.Typer(
-    name="fedepth",
-    help="Plan training within a memory budget.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_line("fedepth", "Plan training within a memory budget.")
 
 
-@app.callback()
-def commands() -> None:
-    """Plan training within a memory budget."""
-
-
-@app.command("plan", epilog="Example: fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png")
+@app.command("plan", epilog=examples("fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png"))
 def plan_command(
     model: Annotated[str, typer.Argument(help="A zoo model, torchvision:NAME, timm:NAME, or module:function.")],
     budget: Annotated[str, typer.Option(help="Memory that training may use, such as 300MiB.")],
@@ -68,7 +55,7 @@ def plan_command(
         Path | None, typer.Option(help="A device's calibration: output of its fedepth-client calibrate --json.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
@@ -80,8 +67,7 @@ def plan_command(
     save_timeline = _plotting() if plot else None
     title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
     training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0)
-    errors = Console(stderr=True)
-    with errors.status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
+    with console(stderr=True).status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
         costs = replace(_trace(model, input_shape, classes, training), calibration=device)
         status.update("Comparing plans")
         try:
@@ -98,24 +84,20 @@ def plan_command(
         if plot and save_timeline:
             save_timeline(plot, moments, found.plan, title)
     if as_json:
-        print(json.dumps(_fields(model, samples, training, found, moments)))
+        print_json(_fields(model, samples, training, found, moments))
     else:
-        console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-        console.print(_stages(found.plan, title))
-        console.print(_coarser(found, budget_bytes, effective_batch(costs, training, samples)))
+        out = console()
+        out.print(_stages(found.plan, title))
+        out.print(_coarser(found, budget_bytes, effective_batch(costs, training, samples)))
         for line in _neighbours(found, budget_bytes):
-            console.print(line, markup=False, soft_wrap=True)
+            out.print(line, markup=False, soft_wrap=True)
         if plot:
-            console.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
+            out.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Runs a command. Errors of ours end it with their message and status 1."""
-    try:
-        app()
-    except FedepthError as error:
-        print(f"fedepth: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Runs a command and ends; see `fedepth.program`."""
+    run_program("fedepth", app)
 
 
 def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:

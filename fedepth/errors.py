@@ -11,6 +11,7 @@
     ├── TransportError     the other side cannot be reached or refused the call
     ├── ProtocolError      a message breaks the protocol (size, digest, order)
     ├── UpdateError        an update was refused; carries the reason's short name
+    ├── StartError         a job cannot be served as it is; says all that is wrong
     ├── JobError           no device can train the job as it is
     ├── StateError         what lies on disk does not fit the job or is damaged
     │   ├── LockedError        another process holds a lock; carries its process id
@@ -108,6 +109,10 @@ class UpdateError(FedepthError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class StartError(FedepthError):
+    """A job cannot be served as it is: its test data, its libraries, its disk. One message says all that is wrong."""
 
 
 class JobError(FedepthError):

@@ -36,7 +36,7 @@ from fedepth.job_sections import (
 )
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
-from fedepth.settings import read_toml, settings_path, suggestion, violation
+from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.task import MOST_CHANNELS, MOST_CLASSES, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -49,14 +49,16 @@ def load_config(path: Path) -> JobConfig:
     Raises:
         ConfigError: the file cannot be read, or a field is missing, misspelt or out of range.
     """
-    tables = read_toml(path)
-    _refuse_unknown(tables, path.name)
+    file = read_settings(path, path.name)
+    if not file.tables:
+        raise ConfigError(f"{file.name}: is empty; a job needs [job] name, [model] name, classes and input_shape")
+    _refuse_unknown(file)
     try:
-        config = msgspec.convert(tables, JobConfig)
+        config = msgspec.convert(file.tables, JobConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(path.name, str(error))) from None
-    _check_ranges(config, path.name)
-    return _with_weights_path(_with_test_path(config, path), path)
+        raise _explain(file, str(error)) from None
+    _check_ranges(config, file)
+    return _with_model_files(_with_test_path(config, file), file)
 
 
 def model_spec(config: JobConfig) -> ModelSpec:
@@ -139,113 +141,136 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
     )
 
 
-def _refuse_unknown(tables: dict[str, Any], file: str) -> None:
-    sections = {field.name: _section_type(field.type) for field in msgspec.structs.fields(JobConfig)}
-    for section, content in tables.items():
+def _wrong(file: SettingsFile, section: str, field: str, what: str) -> ConfigError:
+    """The message about a field."""
+    return ConfigError(f"{file.name}: [{section}] {field}: {what}{file.place(section, field)}")
+
+
+def _refuse_unknown(file: SettingsFile) -> None:
+    sections = section_types()
+    for section, content in file.tables.items():
         if section not in sections:
+            shown = printable(section[:MOST_NAME])
+            owner = next((name for name, kind in sections.items() if section in kind.__struct_fields__), "")
+            hint = f"; it belongs under [{owner}]" if owner and not isinstance(content, dict) else ""
             raise ConfigError(
-                f"{file}: [{printable(section[:MOST_NAME])}]: no such section{suggestion(section, sections)}"
+                f"{file.name}: [{shown}]: no such section{hint or suggestion(section, sections)}{file.place(section)}"
             )
         if not isinstance(content, dict):
-            raise ConfigError(f"{file}: [{section}]: must be a section, is {quoted(str(content))}")
+            raise ConfigError(
+                f"{file.name}: [{section}]: must be a section, is {quoted(str(content))}{file.place(section)}"
+            )
         known = {field.name for field in msgspec.structs.fields(sections[section])}
         for key in content:
             if key not in known:
-                raise ConfigError(
-                    f"{file}: [{section}] {printable(key[:MOST_NAME])}: no such setting{suggestion(key, known)}"
-                )
+                what = f"no such setting{suggestion(key, known)}"
+                raise _wrong(file, section, printable(key[:MOST_NAME]), what)
 
 
-def _section_type(kind: Any) -> Any:
-    """The type of a section that may be absent."""
-    return next((part for part in get_args(kind) if part is not type(None)), kind)
+def section_types() -> dict[str, type[msgspec.Struct]]:
+    """The sections of a job file by their names; what else a JobConfig holds is no part of the file."""
+    kinds = {field.name: get_args(field.type) or (field.type,) for field in msgspec.structs.fields(JobConfig)}
+    found = ((name, next((kind for kind in options if _is_section(kind)), None)) for name, options in kinds.items())
+    return {name: kind for name, kind in found if kind is not None}
 
 
-def _explain(file: str, message: str) -> str:
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _explain(file: SettingsFile, message: str) -> ConfigError:
     path, what = violation(message)
     missing = _MISSING.search(what)
+    if missing and path:
+        return _wrong(file, path, missing[1], "is missing")
     if missing:
-        where = f"[{path}] {missing[1]}" if path else f"[{missing[1]}]"
-        return f"{file}: {where}: is missing"
+        return ConfigError(f"{file.name}: [{missing[1]}]: is missing")
     section, _, field = path.partition(".")
-    return f"{file}: [{section}] {field}: {what[0].lower()}{what[1:]}"
+    return _wrong(file, section, field, f"{what[0].lower()}{what[1:]}")
 
 
-def _check_ranges(config: JobConfig, file: str) -> None:
+def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
     """What spans several fields, and what a type cannot say."""
     job, model, training = config.job, config.model, config.training
     _check_floats(config, file)
     if not _NAME.fullmatch(job.name):
-        raise ConfigError(
-            f"{file}: [job] name: must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}"
-        )
+        raise _wrong(file, "job", "name", f"must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}")
     if job.needed > job.devices_per_round:
-        raise ConfigError(
-            f"{file}: [job] quorum: must be at most devices_per_round ({job.devices_per_round}), is {job.needed}"
+        raise _wrong(
+            file, "job", "quorum", f"must be at most devices_per_round ({job.devices_per_round}), is {job.needed}"
         )
     if job.devices_per_round > config.limits.devices:
-        raise ConfigError(
-            f"{file}: [job] devices_per_round: must be at most [limits] devices ({config.limits.devices}), "
-            f"is {job.devices_per_round}"
+        raise _wrong(
+            file,
+            "job",
+            "devices_per_round",
+            f"must be at most [limits] devices ({config.limits.devices}), is {job.devices_per_round}",
         )
     if training.learning_rate_end > training.learning_rate:
-        raise ConfigError(
-            f"{file}: [training] learning_rate_end: must be at most learning_rate, "
-            f"{training.learning_rate}, is {training.learning_rate_end}"
+        raise _wrong(
+            file,
+            "training",
+            "learning_rate_end",
+            f"must be at most learning_rate, {training.learning_rate}, is {training.learning_rate_end}",
         )
     _check_aggregation(config, file)
     if not 1 <= len(model.name) <= MOST_NAME:
-        raise ConfigError(f"{file}: [model] name: must have 1 to {MOST_NAME} characters, has {len(model.name)}")
+        raise _wrong(file, "model", "name", f"must have 1 to {MOST_NAME} characters, has {len(model.name)}")
     _check_classes(model, file)
     if not 1 <= len(model.input_shape) <= 3:
-        raise ConfigError(
-            f"{file}: [model] input_shape: must be [channels, height, width] for images, or one or two numbers for "
-            f"vectors, series and token ids; has {len(model.input_shape)} numbers"
+        raise _wrong(
+            file,
+            "model",
+            "input_shape",
+            "must be [channels, height, width] for images, or one or two numbers for "
+            f"vectors, series and token ids; has {len(model.input_shape)} numbers",
         )
     if model.input_shape[0] > MOST_CHANNELS:
-        raise ConfigError(
-            f"{file}: [model] input_shape: must begin with at most {MOST_CHANNELS} channels, has {model.input_shape[0]}"
+        raise _wrong(
+            file,
+            "model",
+            "input_shape",
+            f"must begin with at most {MOST_CHANNELS} channels, has {model.input_shape[0]}",
         )
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
-            raise ConfigError(
-                f"{file}: [model] {field}: must have one number per channel ({model.input_shape[0]}), has {len(values)}"
+            raise _wrong(
+                file, "model", field, f"must have one number per channel ({model.input_shape[0]}), has {len(values)}"
             )
 
 
-def _check_floats(config: JobConfig, file: str) -> None:
+def _check_floats(config: JobConfig, file: SettingsFile) -> None:
     for name in ("job", "model", "training", "aggregation", "privacy"):
         section = getattr(config, name)
         for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, float):
                     continue
-                where = f"{file}: [{name}] {field}"
                 if not math.isfinite(number):
-                    raise ConfigError(f"{where}: must be a finite number, is {number}")
+                    raise _wrong(file, name, field, f"must be a finite number, is {number}")
                 if name != "job" and number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
-                    raise ConfigError(
-                        f"{where}: must be between {LEAST_FLOAT:g} and {MOST_FLOAT:g}, which float32 can be computed "
-                        f"with, is {number}"
-                    )
+                    what = f"must be between {LEAST_FLOAT:g} and {MOST_FLOAT:g}, which float32 can be computed with"
+                    raise _wrong(file, name, field, f"{what}, is {number}")
 
 
-def _check_aggregation(config: JobConfig, file: str) -> None:
+def _check_aggregation(config: JobConfig, file: SettingsFile) -> None:
     section, devices = config.aggregation, config.job.devices_per_round
     for field, owner in (("trim", "trimmed-mean"), ("max_change", "norm-clipping"), ("faulty", "krum")):
         if getattr(section, field) is not None and section.rule != owner:
-            raise ConfigError(
-                f'{file}: [aggregation] {field}: is a setting of the rule "{owner}"; the rule is "{section.rule}"'
+            raise _wrong(
+                file, "aggregation", field, f'is a setting of the rule "{owner}"; the rule is "{section.rule}"'
             )
     if config.privacy is not None and section.rule != "mean":
-        raise ConfigError(
-            f'{file}: [aggregation] rule: must be "mean" with [privacy], which clips by itself, is "{section.rule}"'
+        raise _wrong(
+            file, "aggregation", "rule", f'must be "mean" with [privacy], which clips by itself, is "{section.rule}"'
         )
     needed, what = _devices_for_rule(aggregation_rule(config))
     if devices < needed:
-        raise ConfigError(
-            f'{file}: [aggregation] rule: "{section.rule}" needs [job] devices_per_round to be at least {needed}, '
-            f"is {devices}: {what}"
+        raise _wrong(
+            file,
+            "aggregation",
+            "rule",
+            f'"{section.rule}" needs [job] devices_per_round to be at least {needed}, is {devices}: {what}',
         )
 
 
@@ -264,46 +289,50 @@ def _devices_for_rule(rule: Rule) -> tuple[int, str]:
             return 1, ""
 
 
-def _check_classes(model: ModelSection, file: str) -> None:
+def _check_classes(model: ModelSection, file: SettingsFile) -> None:
     classes = model.classes
     count = classes if isinstance(classes, int) else len(classes)
     if not 2 <= count <= MOST_CLASSES:
-        raise ConfigError(f"{file}: [model] classes: must be 2 to {MOST_CLASSES}, is {count}")
+        raise _wrong(file, "model", "classes", f"must be 2 to {MOST_CLASSES}, is {count}")
     if isinstance(classes, int):
         return
     twice = sorted(name for name, times in Counter(classes).items() if times > 1)
     if twice:
-        raise ConfigError(
-            f"{file}: [model] classes: must be unique, but {quoted(', '.join(twice))} occurs more than once"
-        )
+        raise _wrong(file, "model", "classes", f"must be unique, but {quoted(', '.join(twice))} occurs more than once")
     longest = max(map(len, classes))
     if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
-        raise ConfigError(
-            f"{file}: [model] classes: names must have at most {MOST_NAME} characters, the longest has {longest}, and "
-            f"{MOST_NAMES_BYTES} bytes together"
+        raise _wrong(
+            file,
+            "model",
+            "classes",
+            f"names must have at most {MOST_NAME} characters, the longest has {longest}, and "
+            f"{MOST_NAMES_BYTES} bytes together",
         )
 
 
-def _with_test_path(config: JobConfig, path: Path) -> JobConfig:
+def _with_test_path(config: JobConfig, file: SettingsFile) -> JobConfig:
     if config.test.data == DIGITS:
         return config
-    data = _path(path, "[test] data", config.test.data)
+    data = _path(file, "test", "data", config.test.data)
     if not data.exists():
-        raise ConfigError(f'{path.name}: [test] data: {data} does not exist; give a folder or "{DIGITS}"')
+        near = f'; give a folder or "{DIGITS}"'
+        raise _wrong(file, "test", "data", f"{printable(str(data))} does not exist{near}")
     return msgspec.structs.replace(config, test=TestSection(data=str(data)))
 
 
-def _path(file: Path, field: str, text: str) -> Path:
+def _path(file: SettingsFile, section: str, field: str, text: str) -> Path:
     try:
-        return settings_path(file.parent, text)
+        return settings_path(file.folder, text)
     except ConfigError as error:
-        raise ConfigError(f"{file.name}: {field}: {error}") from None
+        raise _wrong(file, section, field, str(error)) from None
 
 
-def _with_weights_path(config: JobConfig, path: Path) -> JobConfig:
-    if not config.model.weights:
-        return config
-    weights = _path(path, "[model] weights", config.model.weights)
-    if not weights.is_file():
-        raise ConfigError(f"{path.name}: [model] weights: {weights} is not a file")
-    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, weights=str(weights)))
+def _with_model_files(config: JobConfig, file: SettingsFile) -> JobConfig:
+    model = config.model
+    if model.weights:
+        weights = _path(file, "model", "weights", model.weights)
+        if not weights.is_file():
+            what = "is not a file" if weights.exists() else "does not exist"
+            raise _wrong(file, "model", "weights", f"{printable(str(weights))} {what}")
+        model = msgspec.structs.replace(model, weights=str(weights))
+    return msgspec.structs.replace(config, model=model, folder=str(file.folder))

@@ -179,6 +179,9 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job file that has passed every check.
 
     `test.data` is absolute or "digits", `model.weights` absolute or empty.
+
+    Attributes:
+        folder: where the job file lies, and a custom model's module may lie; "" if there is no file. Not a setting.
     """
 
     job: JobSection
@@ -191,3 +194,4 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitsSection = LimitsSection()
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection | None = None
+    folder: str = ""

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import structlog
 
-from fedepth.printable import printable
+from fedepth.printable import PLAIN, printable
 
 Write = Callable[[str], None]
+Words = Callable[[Mapping[str, Any]], str | None]
+
+_ON_EVERY_LINE = ("timestamp", "level", "lines_lost")
 
 
 def configure_logs(renderer: structlog.types.Processor, write: Write | None = None, level: int = logging.INFO) -> None:
@@ -36,6 +40,33 @@ def configure_logs(renderer: structlog.types.Processor, write: Write | None = No
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lines,
     )
+
+
+def renderer(json_lines: bool, words: Words | None = None) -> structlog.types.Processor:
+    """What turns an event into a line: one for people, in colours on a terminal that has them, or a JSON object.
+
+    Args:
+        words: an event as a sentence, which then stands instead of its fields; None where it has none.
+    """
+    if json_lines:
+        return structlog.processors.JSONRenderer()
+    console = structlog.dev.ConsoleRenderer(colors=_has_colors(sys.stderr))
+
+    def render(logger: Any, method: str, event: structlog.types.EventDict) -> str:
+        said = words(event) if words else None
+        if said is not None:
+            event = {**{key: event[key] for key in _ON_EVERY_LINE if key in event}, "event": said}
+        return console(logger, method, event)
+
+    return render
+
+
+def _has_colors(stream: TextIO | None) -> bool:
+    try:
+        terminal = stream is not None and stream.isatty()
+    except ValueError:  # it is closed
+        return False
+    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def make_printable(_: Any, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
@@ -118,7 +149,7 @@ class _RawLines:
 
     def write(self, line: str) -> None:
         """Raises OSError if not all of it could be written."""
-        left = memoryview(f"{line}\n".encode(self._encoding, "backslashreplace"))
+        left = memoryview(f"{line}\n".encode(self._encoding, PLAIN))
         if self._cut:
             left = memoryview(b"\n" + left)
         whole = len(left)

@@ -62,6 +62,7 @@ def prepare_model(
     *,
     seed: int,
     weights: Path | None = None,
+    folder: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> PreparedModel:
     """The same for a job: the graph is proved to be the model that its author wrote. Takes seconds to minutes.
@@ -69,6 +70,7 @@ def prepare_model(
     Args:
         seed: of its fresh weights.
         weights: a file with weights to begin with (fedepth.models.initial_weights).
+        folder: where the module of a custom model may lie; it comes before Python's own places.
         progress: is told what is being done.
 
     Raises:
@@ -78,7 +80,7 @@ def prepare_model(
     with _in_one_sentence(spec):
         progress("building the model")
         torch.manual_seed(seed)
-        module = zoo.build(spec)
+        module = zoo.build(spec, folder)
         notes = load_initial_weights(module, weights, classes) if weights else ()
         progress("exporting it as a graph")
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)

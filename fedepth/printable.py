@@ -6,7 +6,33 @@ them breaks in two is two log lines.
 
 from __future__ import annotations
 
+import codecs
+
 MOST_QUOTED = 200
+PLAIN = "fedepth.plain"  # an error handler for encodings: what a terminal cannot show, in characters that it can
+
+_SUBSTITUTES = {
+    "…": "...",
+    "→": "->",
+    "←": "<-",
+    "×": "x",
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "•": "*",
+    "·": "*",
+    "≤": "<=",
+    "≥": ">=",
+    "≈": "~",
+    "±": "+-",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+    "━": "-",
+    "─": "-",
+    "│": "|",
+}
 
 # Format characters that emoji and several scripts are written with, and that no terminal acts on.
 _JOINERS = frozenset("\u200c\u200d")
@@ -36,3 +62,13 @@ def shortened(text: str, most: int = MOST_QUOTED) -> str:
 def quoted(text: str, most: int = MOST_QUOTED) -> str:
     """The same in quotes."""
     return f"'{shortened(text, most)}'"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    return "".join(_SUBSTITUTES.get(each) or each.encode("unicode_escape").decode("ascii") for each in wrong), error.end
+
+
+codecs.register_error(PLAIN, _plain)

@@ -42,7 +42,10 @@ Progress = Callable[[str], None]
 def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
     """Raises ModelError: see `prepare_model`."""
     weights = Path(request.weights) if request.weights else None
-    prepared = prepare_model(request.model, request.training, seed=request.seed, weights=weights, progress=progress)
+    folder = Path(request.folder) if request.folder else None
+    prepared = prepare_model(
+        request.model, request.training, seed=request.seed, weights=weights, folder=folder, progress=progress
+    )
     output, graph = Path(request.output), Path(request.graph)
     for path in (output, graph):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from fedepth.task import ModelSpec, TrainingSpec
 class Prepare:
     """Turn a model into a graph, prove it, write the traced model to `graph` and its first weights to `output`.
 
-    `weights` is a file to begin with, or empty. Answers "layout" (ModelLayout), "notes", "digest" and "size_bytes" of
+    `weights` is a file to begin with, or empty; `folder` is where a custom model's module may lie, besides where Python
+    looks. Answers "layout" (ModelLayout), "notes", "digest" and "size_bytes" of
     the weights, "graph_digest" and "graph_bytes".
     """
 
@@ -24,6 +25,7 @@ class Prepare:
     weights: str
     graph: str
     output: str
+    folder: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,13 @@
-"""How the coordinator's log lines look: colours on a terminal, else key=value, or JSON if asked for."""
+"""How the coordinator's log lines look: those of every program, with events in words."""
 
 from __future__ import annotations
 
-import sys
-
 import structlog
+
+from coordinator.observe.words import in_words
+from fedepth import logs
 
 
 def renderer(json_lines: bool) -> structlog.types.Processor:
     """What turns an event into a line on standard error."""
-    if json_lines:
-        return structlog.processors.JSONRenderer()
-    if sys.stderr.isatty():
-        return structlog.dev.ConsoleRenderer()
-    return structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+    return logs.renderer(json_lines, in_words)

@@ -117,6 +117,24 @@ class FailureKind:
     at: float
 
 
+@dataclass(frozen=True)
+class RecordedChange:
+    """A setting that was changed between two starts.
+
+    Attributes:
+        round: the first round that it holds for.
+        accepted: it was asked about, and accepted by an option.
+        at: a Unix time.
+    """
+
+    round: int
+    setting: str
+    before: Any
+    now: Any
+    accepted: bool
+    at: float
+
+
 PREPARED_VERSION = 2  # since tensors say what they are
 
 

@@ -7,6 +7,7 @@ is deleted.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from coordinator.store.entries import (
     EndedTask,
     FailureKind,
     Prepared,
+    RecordedChange,
     RoundRecord,
     Sealed,
     Summary,
@@ -30,10 +32,11 @@ from coordinator.store.files import GRAPH, Files, lock_state, part_name, weights
 from coordinator.store.retention import finish_drops
 from coordinator.store.round_store import RoundStore, new_run_id
 from coordinator.store.storage import Directory, Storage
-from coordinator.store.tables import job
+from coordinator.store.tables import changes, job
 from coordinator.store.task_store import TaskStore
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON
+from fedepth.job_changes import Change, Kind, Settings, differences
 from fedepth.task import ModelSpec
 
 __all__ = ["Backup", "EndedTask", "FailureKind", "Prepared", "RoundRecord", "Sealed", "Store", "Summary", "TaskRecord"]
@@ -57,21 +60,32 @@ class Store(RoundStore, TaskStore):
         self._lock = lock
 
     @classmethod
-    def open(cls, directory: Path, name: str, model: ModelSpec, *, database: str = "", files: str = "") -> Store:
+    def open(
+        cls,
+        directory: Path,
+        name: str,
+        model: ModelSpec,
+        *,
+        database: str = "",
+        files: str = "",
+        settings: Settings | None = None,
+    ) -> Store:
         """Opens or creates the state of this job, and keeps others out. Hashes the weights in force.
 
         Args:
             database: URL of a PostgreSQL database; "" for SQLite in the directory.
             files: URL of a bucket, such as s3://bucket/prefix; "" for the directory.
+            settings: of the job, recorded if it is a new one. What they change of a job that has begun, its model too,
+                is then for the caller to ask (`changed`) and to take over.
 
         Raises:
-            StateError: another coordinator has it, it holds a job with another model, it is of a later version of
-                fedepth, or something in it is damaged, missing, or does not fit the rest.
+            StateError: another coordinator has it, it is of a later version of fedepth, or something in it is damaged,
+                missing, or does not fit the rest; or, without `settings`, it holds a job with another model.
         """
         store = cls._locked(directory, database, files)
         try:
             compare(store._database, store.files)
-            store._adopt(name, model)
+            store._adopt(name, model, settings)
             store._finish()
         except BaseException:
             store.close()
@@ -125,7 +139,7 @@ class Store(RoundStore, TaskStore):
             self._lock.close()
             self._lock = None
 
-    def _adopt(self, name: str, model: ModelSpec) -> None:
+    def _adopt(self, name: str, model: ModelSpec, settings: Settings | None) -> None:
         row = self._database.row(sa.select(job))
         if row is None:
             values = {
@@ -134,9 +148,12 @@ class Store(RoundStore, TaskStore):
                 "run_id": new_run_id(),
                 "model": to_json(model),
                 "prepared": "",
+                "settings": "" if settings is None else to_json(settings),
                 "created_at": time.time(),
             }
             self._database.write(job.insert().values(values))
+            return
+        if settings is not None:
             return
         held = msgspec.json.decode(row["model"], type=ModelSpec)
         for field in ("name", "classes", "input_shape", "mean", "std", "input_type"):
@@ -181,6 +198,50 @@ class Store(RoundStore, TaskStore):
     def job_name(self) -> str:
         return str(self._job()["name"])
 
+    def changed(self, settings: Settings) -> list[Change]:
+        """What these settings change of those that the job had last.
+
+        Of a job that an earlier version began, only what follows from its model and from what was prepared is known.
+        """
+        row = self._job()
+        held = msgspec.json.decode(row["settings"]) if row["settings"] else _known_settings(row)
+        return differences(held, settings)
+
+    def take_over(self, settings: Settings, changed: Sequence[Change]) -> int:
+        """Records the settings that hold from now on, and what they change. Returns the first round that they hold for.
+
+        Nothing is asked here: see `fedepth.job_changes.check_changes`.
+        """
+        latest = self.latest_round()
+        first = 1 if latest is None else latest.round + 1
+        with self._database.begin() as connection:
+            connection.execute(job.update().values(name=settings["job.name"], settings=to_json(settings)))
+            for change in changed:
+                values = {
+                    "round": first,
+                    "setting": change.setting,
+                    "before": to_json(change.before),
+                    "now": to_json(change.now),
+                    "accepted": change.kind is Kind.ASKS,
+                    "at": time.time(),
+                }
+                connection.execute(changes.insert().values(values))
+        return first
+
+    def changes(self) -> list[RecordedChange]:
+        """What was changed in the job file since the job began, oldest first."""
+        return [
+            RecordedChange(
+                row["round"],
+                row["setting"],
+                msgspec.json.decode(row["before"]),
+                msgspec.json.decode(row["now"]),
+                row["accepted"],
+                row["at"],
+            )
+            for row in self._database.rows(sa.select(changes).order_by(changes.c.id))
+        ]
+
     def prepared(self) -> Prepared | None:
         """What was recorded; None if nothing was, or by a version that knew no graphs, or if the graph's file is not
         the recorded one: it can be found out again."""
@@ -220,6 +281,21 @@ class Store(RoundStore, TaskStore):
         if row is None:
             raise StateError(f"{self.directory} holds no job yet; start the coordinator on it first")
         return row
+
+
+def _known_settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of an earlier version tells of the settings of its job."""
+    known = {f"model.{field}": value for field, value in msgspec.json.decode(row["model"]).items()}
+    try:
+        training = msgspec.json.decode(row["prepared"])["training"] if row["prepared"] else {}
+    except (*NOT_JSON, KeyError, TypeError):
+        training = {}
+    if not isinstance(training, dict):
+        training = {}
+    seed = training.pop("seed", None)
+    if seed is not None:
+        known["job.seed"] = seed - 1  # what is recorded is that of the first round
+    return known | {f"training.{field}": value for field, value in training.items()}
 
 
 def _storage(directory: Path, url: str) -> Storage:

@@ -17,7 +17,20 @@ job = sa.Table(
     sa.Column("run_id", sa.Text, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("prepared", sa.Text, nullable=False),
+    sa.Column("settings", sa.Text, nullable=False),  # JSON; "" if a version that did not record them made it
     sa.Column("created_at", sa.Double, nullable=False),
+)
+# What was changed in the job file between two starts. `before` and `now` are JSON.
+changes = sa.Table(
+    "changes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("setting", sa.Text, nullable=False),
+    sa.Column("before", sa.Text, nullable=False),
+    sa.Column("now", sa.Text, nullable=False),
+    sa.Column("accepted", sa.Boolean, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
 )
 # A round that a rollback took back keeps its number, and the round that replaces it has the same: hence the id.
 rounds = sa.Table(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +20,13 @@ from fedepth.models.source import error_line
 from fedepth.task import ModelSpec
 
 
-def build(spec: ModelSpec) -> nn.Module:
+def build(spec: ModelSpec, folder: Path | None = None) -> nn.Module:
     """Builds a model with fresh weights.
 
     Args:
         spec: `spec.name` is a name of the zoo, "torchvision:NAME", "timm:NAME", or "module:function" of the operator's
             own; such a function is called with the spec if it takes an argument, else without.
+        folder: where such a module is looked for first.
 
     Raises:
         ModelError: the name is unknown, or its code cannot be imported, fails, or gives no module.
@@ -38,7 +42,8 @@ def build(spec: ModelSpec) -> nn.Module:
         )
     if source in _LIBRARIES:
         return _built(lambda: _LIBRARIES[source](name, spec), spec)
-    return _call(_resolve(spec.name, spec.name), spec)
+    with _importing_from(folder):
+        return _call(_resolve(spec.name, spec.name, folder), spec)
 
 
 def digits_cnn(spec: ModelSpec) -> nn.Module:
@@ -160,10 +165,32 @@ def _with_gradient(model: nn.Module) -> nn.Module:
     return model
 
 
-def _resolve(path: str, name: str) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _importing_from(folder: Path | None) -> Iterator[None]:
+    """Not for longer than a custom model is built: a `queue.py` there must not be taken for Python's."""
+    if folder is None:
+        yield
+        return
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def _resolve(path: str, name: str, folder: Path | None = None) -> Callable[..., Any]:
     module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise ModelError(f"the model {name!r} cannot be imported: {error}; install what it needs") from error
+        where = f"in {folder} and " if folder else ""
+        raise ModelError(
+            f"the model {name!r} cannot be imported: {error}; it is looked for {where}where Python looks: install it, "
+            "or put its file there"
+        ) from error
     except ImportError as error:
         raise ModelError(f"the model {name!r} cannot be imported: {error}; install what it needs") from error
     except Exception as error:  # whatever that code does when it is imported

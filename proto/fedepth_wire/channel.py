@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
+from urllib.parse import quote
+
 import grpc
 
+from fedepth.address import Address, parse_address
 from fedepth_wire.bounds import CHUNK_BYTES
 
 # From a device, the largest is a chunk in its envelope: reports and results have less than half of that. From the
@@ -24,6 +28,9 @@ CLIENT_OPTIONS = [
     ("grpc.max_receive_message_length", COORDINATOR_MESSAGE_LIMIT_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),  # a coordinator that has moved is found at the next try
+    # A coordinator is reached directly. gRPC would go through http_proxy, which on many machines is set for the web and
+    # knows nothing of a LAN.
     ("grpc.enable_http_proxy", 0),
 ]
 SERVER_OPTIONS = [
@@ -37,5 +44,19 @@ SERVER_OPTIONS = [
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A plain-text channel to `address` ("host:port")."""
-    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+    """A plain-text channel to `address` (fedepth.address). Names are looked up as the system does, again and again.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    return grpc.aio.insecure_channel(target(parse_address(address)), options=CLIENT_OPTIONS)
+
+
+def target(address: Address) -> str:
+    """An address as gRPC wants it, with its scheme: by itself gRPC would take a host named "unix" for a scheme."""
+    host = address.ascii_host
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return f"dns:///{host}:{address.port}"
+    return f"ipv4:{host}:{address.port}" if version == 4 else f"ipv6:[{quote(host, safe=':')}]:{address.port}"

@@ -54,7 +54,8 @@ def test_errors_are_one_message_and_status_1(tmp_path: Path) -> None:
     told = run("serve", "--config", str(tmp_path / "job.toml"), "--state", str(tmp_path / "state"))
     assert told.returncode == 1
     assert told.stderr.splitlines() == [
-        "fedepth-coordinator: job.toml: [job] ruonds: no such setting; did you mean rounds?"
+        "fedepth-coordinator: job.toml: [job] ruonds: no such setting; did you mean rounds? (line 3, column 1: "
+        "'ruonds = 1')"
     ]
 
 

@@ -23,12 +23,15 @@ Play = Callable[[Callable[[Any], Awaitable[None]]], None]
 
 @pytest.fixture
 def play(kit: Any) -> Play:
-    """Runs a scene with a stub of a service whose job does nothing: every use of it is a failure."""
+    """Runs a scene with a stub of a service whose job only takes note of rejections: any other use is a failure."""
 
     async def served(scene: Callable[[Any], Awaitable[None]]) -> None:
         config = kit.config()
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        job: Any = SimpleNamespace(config=config, model=model_spec(config))
+        noted: list[Any] = []
+        job: Any = SimpleNamespace(
+            config=config, model=model_spec(config), rejected=lambda *rejection: noted.append(rejection)
+        )
         add_FederationServicer_to_server(FederationService(job), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

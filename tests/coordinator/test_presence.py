@@ -38,3 +38,23 @@ def test_a_hundred_thousand_strangers_leave_nothing_behind() -> None:
         presence.see(f"stranger-{now}", now)
         presence.everyone_waits(now)
     assert len(presence.live(100_000)) == 10
+
+
+def test_devices_that_were_rejected_are_counted_until_they_wait_or_stay_away() -> None:
+    presence = Presence(10)
+    assert presence.rejections(0) == ""
+    assert presence.reject("a", "board a: too small", 0)
+    assert not presence.reject("a", "board a: too small", 30)  # the same again
+    assert presence.rejections(60) == "1 device was rejected: board a: too small"
+    assert presence.reject("b", "board b: no samples", 60)
+    assert presence.rejections(60) == "2 devices were rejected, the last: board b: no samples"
+    presence.wait("b", 61)
+    assert presence.rejections(61) == "1 device was rejected: board a: too small"
+    assert presence.rejections(121) == ""
+
+
+def test_what_was_rejected_does_not_grow_without_end() -> None:
+    presence = Presence(10)
+    for number in range(1500):
+        presence.reject(f"device {number}", "no", 0)
+    assert presence.rejections(0).startswith("1000 devices were rejected")

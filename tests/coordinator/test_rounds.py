@@ -157,13 +157,19 @@ def test_too_few_devices_start_only_at_the_deadline_and_with_quorum() -> None:
     assert play.state.phase is Phase.GATHERING
 
 
-def test_that_devices_are_missing_is_said_ever_more_seldom() -> None:
-    play = Play(replace(RULES, quorum=2))
+def test_that_devices_are_missing_is_said_soon_and_again_and_when_it_changes() -> None:
+    play = Play(replace(RULES, quorum=3, devices_per_round=3))
     play.wait("a", 0)
-    said = [at for at in range(4 * 3600) if play.tick(at)]
-    assert said[:5] == [20, 40, 80, 160, 320]
-    assert said[-1] - said[-2] == 3600
-    assert play.tick(10**6) == [Log("round 1: waiting for 1 more of 2 devices, to start it")]
+    said = {at: actions for at in range(100) if (actions := play.tick(at))}
+    assert list(said) == [10, 30, 50, 70, 90]
+    assert said[10] == said[90] == [Log("round 1: waiting for 2 more of 3 devices")]
+    play.wait("b", 99)
+    assert play.tick(99.5) == []
+    assert play.tick(100) == [Log("round 1: waiting for 1 more of 3 devices")]
+    play.presence.reject("c", "board c: too small", 101)
+    assert play.tick(111) == [
+        Log("round 1: waiting for 1 more of 3 devices; 1 device was rejected: board c: too small"),
+    ]
 
 
 def test_the_draw_is_uniform_and_depends_on_seed_and_round_only() -> None:

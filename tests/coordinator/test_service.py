@@ -222,6 +222,10 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
         odd = await rig.ask("../a")
         assert "device id" in odd.rejected.message
         assert rig.job.presence.waiting == set()
+        words = rig.job.why_wait()
+        assert words.startswith("waiting for 1 more of 2 devices; 2 devices were rejected, the last: board ../a: ")
+        waiting = await rig.stub.JobStatus(pb.JobStatusRequest())
+        assert waiting.message.startswith("waiting for 2 more of 2 devices; 2 devices were rejected")
 
     play(scene)
 

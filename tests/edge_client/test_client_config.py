@@ -48,8 +48,11 @@ def test_defaults() -> None:
         ('[memory]\nreserve = "3M"', 'memory.reserve: "3M" is not a size'),
         ('[trainer]\nthreads = "many"', "trainer.threads: Expected `int`"),
         ("[trainer]\nlinger_s = inf", "trainer.linger_s is inf, but must be between 0 and 31536000"),
-        ('coordinator = "nowhere"', 'coordinator is "nowhere", expected HOST:PORT'),
-        ('coordinator = "host:70000"', "expected HOST:PORT"),
+        ('coordinator = "no where"', "coordinator: 'no where' is not an address that can be used"),
+        (
+            'coordinator = "host:70000"',
+            "coordinator: 'host:70000' is not an address that can be used: the port",
+        ),
         ("[retry]\nfirst_s = 500", "retry.first_s is 500"),
         ("memory = [", "is not valid TOML"),
     ],

@@ -146,3 +146,20 @@ def test_running_a_graph_loads_no_heavy_modules(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_module_of_a_custom_model_is_looked_for_in_the_folder_of_the_job_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, width in (("jobs", 3), ("elsewhere", 5)):
+        (tmp_path / place).mkdir()
+        code = f"from torch import nn\n\n\ndef build():\n    return nn.Linear(4, {width})\n"
+        (tmp_path / place / "model_beside_a_job.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    before = list(sys.path)
+    model = zoo.build(spec_of("model_beside_a_job:build"), tmp_path / "jobs")
+    assert isinstance(model, nn.Linear)
+    assert model.out_features == 3
+    assert sys.path == before
+    with pytest.raises(ModelError, match=rf"it is looked for in {tmp_path} and where Python looks"):
+        zoo.build(spec_of("no_such_module:build"), tmp_path)
