@@ -64,7 +64,7 @@ def test_numbers_that_float32_cannot_be_computed_with_are_told_as_that(tmp_path:
         load_config(write(tmp_path, with_value("training", "learning_rate", "1e39")))
     assert str(caught.value) == (
         "job.toml: [training] learning_rate: must be between 1e-18 and 1e+18, which float32 can be computed with, "
-        "is 1e+39"
+        "is 1e+39 (line 13, column 1: 'learning_rate = 1e39')"
     )
     for rate in ("1e18", "1e-18"):
         text = with_value("training", "learning_rate", rate)
