@@ -85,7 +85,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
     monkeypatch.setattr(global_model, "combine", kit.combine)
-    monkeypatch.setattr("coordinator.job.TICK_S", 0.01)
+    monkeypatch.setattr("coordinator.course.TICK_S", 0.01)
 
     @asynccontextmanager
     async def running(models: Any = None, **section: Any) -> AsyncIterator[Rig]:
