@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator import admission, global_model
+from coordinator import admission, closing
 from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.rounds import Phase
@@ -84,7 +84,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", kit.combine)
+    monkeypatch.setattr(closing, "combine", kit.combine)
     monkeypatch.setattr("coordinator.course.TICK_S", 0.01)
 
     @asynccontextmanager

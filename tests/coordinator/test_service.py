@@ -16,7 +16,7 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 
-from coordinator import admission, global_model
+from coordinator import admission, closing
 from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
@@ -92,7 +92,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", kit.combine)
+    monkeypatch.setattr(closing, "combine", kit.combine)
 
     @asynccontextmanager
     async def served(**section: Any) -> AsyncIterator[Rig]:
