@@ -308,7 +308,7 @@ def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
 async def _export(
     config: Any, state: Path, round_number: int | None, output: Path, database: str, files: str
 ) -> dict[str, Any]:
-    from coordinator.global_model import export_fields
+    from coordinator.evaluations import export_fields
     from coordinator.model_worker.client import ModelWorker
     from coordinator.store.records import Store
 

@@ -1,31 +1,27 @@
-"""The global model of a job: its first weights, and after every round their average, accuracy and ONNX file."""
+"""The global model of a job: its first weights, and which are in force."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 
+from coordinator.closing import Closing, Paths
+from coordinator.evaluations import Evaluations
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
-from coordinator.soundness import Evaluation, objection, pause
-from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord, Sealed
+from coordinator.soundness import pause
+from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord
 from coordinator.store.records import Store
-from fedepth.errors import ChildError, DamagedUpdateError, FedepthError, NotFiniteError, StateError, UnavailableError
-from fedepth.files import disk_errors
-from fedepth.job import aggregation_rule, model_spec, training_spec
+from fedepth.errors import StateError, UnavailableError
+from fedepth.job import model_spec, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
-
-TRIES = 3  # of what the model worker died of
-DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
 
 _log = structlog.get_logger()
 
@@ -78,10 +74,9 @@ class GlobalModel:
         """`parameters`: the names of the model's trainable parameters."""
         self._config = config
         self._store = store
-        self._models = models
         self._events = events
-        self._parameters = parameters
-        self._tries: Counter[tuple[str, int]] = Counter()  # what failed how often since the start
+        self._evaluations = Evaluations(config, store, models, events)
+        self._closing = Closing(config, store, events, self._evaluations, parameters)
         self.record = self._latest()
 
     def _latest(self) -> RoundRecord:
@@ -121,254 +116,26 @@ class GlobalModel:
         else:
             self._events.send("log", message=f"{path} could not be sent to a device; it is sound now")
 
-    async def close(self, number: int, results: Sequence[Result], paths: Callable[[Result], tuple[Path, ...]]) -> None:
-        """Combines a round's updates, evaluates what comes of them, and records the round: with the new weights in
-        force, or with those of before where the new ones are not sound. Can be done again after any failure.
+    async def close(self, number: int, results: Sequence[Result], paths: Paths) -> None:
+        """Closes a round with these updates (see `Closing`), unless that was done and the word of it lost.
 
         Raises:
             UnavailableError: something cannot be written now.
             FedepthError: they cannot be combined; the weights before stand.
         """
-        store, before = self._store, self._latest()
-        if before.round >= number:  # it was recorded, and the word of it was lost
-            await asyncio.to_thread(store.record_round, before)
-        self.record = before
+        before = self._latest()
         if before.round >= number:
-            return
-        base = await asyncio.to_thread(store.weights_in_force)
-        partial = store.files.partial_weights(number)
-        sound, note = await asyncio.to_thread(self._combine, number, base, results, paths, partial)
-        found = None if note else await self._evaluate_or_retry(number, partial)
-        if not note:
-            note = objection(found, store.summary().accuracy, self._config.guard)
-        aside = ""
-        in_force: Sealed | RoundRecord = before
-        if partial.exists():
-            sealed = await asyncio.to_thread(store.seal_weights, partial, number)
-            in_force, aside = (before, sealed.digest) if note else (sealed, "")
-        record = RoundRecord(
-            round=number,
-            digest=in_force.digest,
-            size_bytes=in_force.size_bytes,
-            closed_at=time.time(),
-            devices=len(sound),
-            samples=sum(result.sample_count for result in sound),
-            accuracy=None if found is None else found.accuracy,
-            loss=None if found is None else found.loss,
-            published=not note,
-            note=note,
-            aside_digest=aside,
-            epsilon=await asyncio.to_thread(self._spent_epsilon),
-        )
-        await asyncio.to_thread(store.record_round, record)
-        self.record = record
-        self._tell(record, [store.device_name(result.device_id) for result in sound])
+            await asyncio.to_thread(self._store.record_round, before)
+        self.record = before
+        if before.round < number:
+            self.record = await self._closing.close(number, before, results, paths)
 
-    def _combine(
-        self,
-        number: int,
-        base: Path,
-        results: Sequence[Result],
-        paths: Callable[[Result], tuple[Path, ...]],
-        output: Path,
-    ) -> tuple[list[Result], str]:
-        """Writes the new weights to `output`. Returns the updates in them, and why there are no weights, if so.
-
-        A part that is no longer what was accepted is fetched again where there is another copy. Where there is none,
-        the update is lost for good, since its device has let go of it: what is left is combined without it, and it is
-        told.
-        """
-        sound = list(results)
-        for _ in range(DAMAGED_TRIES):
-            if not sound:
-                break
-            try:
-                notes = combine(self._config, base, self.record.digest, sound, paths, self._parameters, output)
-            except NotFiniteError as error:
-                return sound, str(error)
-            except DamagedUpdateError as error:
-                damaged = set(error.paths)
-                sound = [each for each in sound if damaged.isdisjoint(paths(each)) or self._fetched(number, each)]
-                continue
-            for note in notes:
-                self._events.send("log", message=f"round {number}: {note}")
-            return sound, ""
-        return [], "the updates of the round are damaged on the coordinator's disk"
-
-    def _fetched(self, number: int, result: Result) -> bool:
-        try:
-            self._store.fetch_parts(result)
-        except UnavailableError:
-            raise
-        except StateError as error:
-            device = self._store.device_name(result.device_id)
-            self._events.send("update_damaged", round=number, device=device, task_id=result.task_id, message=str(error))
-            return False
-        return True
-
-    def _spent_epsilon(self) -> float | None:
-        """The differential privacy that all rounds have spent with this one, also those that were not published or
-        were taken back: their averages were made, and evaluated."""
-        privacy = self._config.privacy
-        if privacy is None:
-            return None
-        from fedepth.aggregation.privacy import spent_epsilon
-
-        return spent_epsilon(privacy.noise_multiplier, self._store.closed_rounds() + 1, privacy.delta)
+    async def make_up(self) -> None:
+        """Evaluates and exports what is missing of the rounds whose weights are kept (see `Evaluations`)."""
+        await self._evaluations.make_up(self.record)
+        self.record = self._latest()
 
     def why_paused(self) -> str:
         """Why no other round is to begin, as the record says; empty if one may."""
         guard = self._config.guard
         return pause(self._store.rounds(guard.pause_after), guard)
-
-    def _tell(self, record: RoundRecord, devices: Sequence[str]) -> None:
-        if record.published:
-            self._events.send("round_closed", round=record.round, updates=record.devices, samples=record.samples)
-        else:
-            self._events.send("not_published", round=record.round, reason=record.note, devices=devices)
-        if record.accuracy is not None:
-            self._events.send("evaluated", round=record.round, accuracy=record.accuracy, loss=record.loss)
-
-    async def make_up(self) -> None:
-        """Evaluates and exports what a crash or a failure has left out, of the rounds whose weights are kept.
-
-        A failure is logged, and the job goes on without it. What failed because the worker died is tried again; the
-        rest not before the next start.
-        """
-        for record in self._store.kept_rounds():
-            if record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
-                await self._make_up_evaluation(record)
-            while self._is_due(record) and self._tries["export", record.round] < TRIES:
-                if await self._export(record):
-                    break
-        self.record = self._latest()
-
-    async def _make_up_evaluation(self, record: RoundRecord) -> None:
-        try:
-            weights = await asyncio.to_thread(self._store.weights_of, record)
-        except UnavailableError:
-            raise
-        except StateError as error:  # of a round that is past: no reason to stop
-            self._note_failure("evaluate", record.round, error)
-            self._events.send("log", message=f"round {record.round} cannot be evaluated: {error}")
-            return
-        found = await self._evaluate_or_retry(record.round, weights)
-        if found is not None:
-            self._store.set_evaluation(record.round, found.accuracy, found.loss)
-            self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
-
-    def _is_due(self, record: RoundRecord) -> bool:
-        every, last = self._config.export.every, self._config.job.rounds
-        due = record.round >= last or (record.round > 0 and every and record.round % every == 0)
-        # Where the last rounds were not published, the job's result is that of the round before them.
-        due = due or (self.record.round >= last and record.digest == self.record.digest)
-        return bool(due) and not record.export_path
-
-    async def _evaluate(self, number: int, weights: Path) -> Evaluation | None:
-        """What these weights do on the job's test data; None if that cannot be found out, which is logged."""
-        try:
-            answer = await self._models.request(
-                "evaluate",
-                model=model_spec(self._config),
-                graph=str(self._store.files.graph()),
-                weights=str(weights),
-                test_data=self._config.test.data,
-            )
-        except UnavailableError:
-            raise
-        except FedepthError as error:
-            self._note_failure("evaluate", number, error)
-            self._events.send("log", message=f"round {number} could not be evaluated: {error}")
-            return None
-        return Evaluation(answer["accuracy"], answer["loss"])
-
-    async def _evaluate_or_retry(self, number: int, weights: Path) -> Evaluation | None:
-        """`_evaluate`, again with another worker where the worker died."""
-        found = None
-        while found is None and self._tries["evaluate", number] < TRIES:
-            found = await self._evaluate(number, weights)
-        return found
-
-    def _note_failure(self, what: str, number: int, error: FedepthError) -> None:
-        self._tries[what, number] += 1 if isinstance(error, ChildError) else TRIES
-
-    async def _export(self, record: RoundRecord) -> bool:
-        """ONNX with its parity report; whether that succeeded. If not, `fedepth-coordinator export` may be tried."""
-        try:
-            fields = await asyncio.to_thread(export_fields, self._config, self._store, record)
-            answer = await self._models.request("export", **fields)
-        except UnavailableError:
-            raise
-        except FedepthError as error:
-            self._note_failure("export", record.round, error)
-            self._events.send("log", message=f"round {record.round} could not be exported: {error}")
-            return False
-        self._store.set_export(record.round, answer["path"], answer["parity_max_abs"])
-        self._events.send(
-            "exported",
-            round=record.round,
-            path=answer["path"],
-            parity_max_abs=answer["parity_max_abs"],
-            samples=answer["samples"],
-        )
-        return True
-
-
-def combine(
-    config: JobConfig,
-    base: Path,
-    base_digest: str,
-    results: Sequence[Result],
-    paths: Callable[[Result], tuple[Path, ...]],
-    parameters: frozenset[str],
-    output: Path,
-) -> list[str]:
-    """Writes what the job's rule makes of updates to `output`, and returns what there is to tell of it.
-
-    Raises:
-        NotFiniteError: a new value would be no finite number; nothing is written.
-        DiskError: it cannot be written now.
-        StateError: an update does not fit the weights, or the weights are damaged.
-    """
-    # numpy: only when there is something to combine
-    from fedepth.aggregation.aggregate import aggregate
-    from fedepth.aggregation.updates import ClientUpdate
-
-    training = training_spec(config, 1)
-    updates = [
-        ClientUpdate(
-            paths(result),
-            float(result.sample_count),
-            tuple(part.digest for part in result.parts),
-            result.steps(training),
-        )
-        for result in results
-    ]
-    with disk_errors("the average cannot be written", output):
-        told = aggregate(
-            base, updates, output, aggregation_rule(config), parameters=parameters, base_digest=base_digest
-        )
-    names = [result.device_id for result in results]
-    notes = [
-        f"the {each.kind} of {names[each.update]} changed by {each.change:.3g}, and count as if by {each.bound:.3g}"
-        for each in told.clipped
-    ]
-    if told.left_out:
-        notes.append(f"left out, being far from the others: {', '.join(names[index] for index in told.left_out)}")
-    if told.unjudged:
-        notes.append(f"taken without being judged, for want of others: {', '.join(names[i] for i in told.unjudged)}")
-    return [*notes, *told.notes]
-
-
-def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output: str = "") -> dict[str, Any]:
-    """The request that exports a round's weights, to `output` or to their place in the state directory."""
-    return {
-        "model": model_spec(config),
-        "graph": str(store.files.graph()),
-        "weights": str(store.weights_of(weights)),
-        "weights_digest": weights.digest,
-        "job": config.job.name,
-        "round": weights.round,
-        "test_data": config.test.data,
-        "output": output or str(store.files.export(store.job_name, weights.round)),
-    }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import rounds
+from coordinator.course import Course
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
@@ -29,7 +30,6 @@ from coordinator.round_events import (
     GiveTask,
     Log,
     Progressed,
-    RoundDone,
     StartRound,
     TaskFailed,
     Tick,
@@ -37,7 +37,7 @@ from coordinator.round_events import (
 from coordinator.rounds import Phase
 from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads
-from fedepth.errors import JobError, StateError, UnavailableError, UpdateError
+from fedepth.errors import UnavailableError, UpdateError
 from fedepth.job import model_spec, policy, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.models.traced import read_costs
@@ -46,9 +46,6 @@ from fedepth.printable import shortened
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
-TICK_S = 0.2
-REMIND_S = 60.0  # how often trouble with the storage is told
-LONGEST_PAUSE_S = 20.0
 _MOST_SHOWN = 80  # characters of a name
 SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
 
@@ -102,12 +99,9 @@ class Job:
         self._prepared = prepared
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
-        self._to_tidy = True
         self._doubtful = False  # something may be recorded of which we were told that it could not be
-        self._trouble_told = float("-inf")
         self._commits: dict[str, _Commit] = {}  # by task
-        self._suspects: set[str] = set()  # digests of files that could not be sent
-        self._wake = asyncio.Event()
+        self._course = Course(self)
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
         self.presence = Presence(config.job.lease_s)
         self._recorded = set(store.accepted_ids(self.weights.record.round + 1))
@@ -137,6 +131,15 @@ class Job:
         )
         kept = self._assignments(finished + 1)
         return rounds.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
+
+    @property
+    def graph_digest(self) -> str:
+        """sha256 (hex) of the traced model."""
+        return self._prepared.graph_digest
+
+    def now(self) -> float:
+        """Seconds that never jump."""
+        return self._clock()
 
     def accepts(self, task_id: str) -> bool:
         """Whether an update for this task would count now."""
@@ -321,9 +324,8 @@ class Job:
         return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
 
     def suspect(self, digest: str) -> None:
-        """Notes that the file with this digest could not be sent: it is looked at before anything else is done."""
-        self._suspects.add(digest)
-        self._wake.set()
+        """Notes that the file with this digest could not be sent."""
+        self._course.suspect(digest)
 
     # --- what follows
 
@@ -351,7 +353,7 @@ class Job:
         if state.round != self.state.round:
             self._recorded.clear()
         if state.phase is not self.state.phase:
-            self._wake.set()
+            self._course.wake()
         self.state = state
         for action in actions:
             self._tell(action)
@@ -376,7 +378,7 @@ class Job:
         try:
             self.apply(event)
         except UnavailableError as error:
-            self._tell_trouble(error)
+            self._course.tell_trouble(error)
 
     def _task_record(self, action: GiveTask) -> TaskRecord:
         waiter = self._waiters[action.device_id]
@@ -443,83 +445,16 @@ class Job:
             JobError: no device can train this job.
             FedepthError: a round could not be averaged or recorded, for good. The state is sound; start again.
         """
-        pause = TICK_S
-        while True:
-            try:
-                await self._turn()
-                pause = TICK_S
-            except (UnavailableError, OSError) as error:
-                self._tell_trouble(error)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
-            if self.state.phase is Phase.AGGREGATING and pause == TICK_S:
-                continue
-            await self._sleep(pause)
+        await self._course.run()
 
-    async def _turn(self) -> None:
-        """What there is to do now. Every step of it can be done again."""
-        self._wake.clear()
-        self.apply(Tick(self._clock()))
-        if self.state.phase is Phase.STUCK:
-            raise JobError(f"{self.state.why}; mend the job file and start again")
-        for digest in tuple(self._suspects):
-            await self._look_at(digest)
-        if self.state.phase is Phase.AGGREGATING:
-            await self._close(self.state.round)
-        if self._to_tidy:
-            await self._tidy()
-        if self.state.phase is Phase.FINISHED and not self.finished.is_set():
-            self._finish()
-
-    async def _sleep(self, seconds: float) -> None:
-        waker = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait({waker}, timeout=seconds)
-        finally:
-            waker.cancel()
-
-    async def _look_at(self, digest: str) -> None:
-        """Sees that a file that could not be sent is sound, fetched again from where there is another copy.
-
-        Raises:
-            StateError: the job cannot go on without it.
-        """
-        if digest == self._prepared.graph_digest:
-            if await asyncio.to_thread(self.store.prepared) is None:
-                raise StateError(
-                    f"{self.store.files.graph()} is missing or damaged; start the coordinator again, it makes it anew"
-                )
-        else:
-            await self.weights.look_at(digest)
-        self._suspects.discard(digest)
-
-    async def _close(self, number: int) -> None:
-        if self.weights.record.round < number:
-            await self.weights.close(number, self.store.updates_of(number), self.uploads.paths)
-        paused = self.weights.why_paused()
-        self.apply(RoundDone(number, self._clock(), paused))
-        if paused:
-            self.events.send("paused", round=number, reason=paused)
-        self._to_tidy = True
-
-    async def _tidy(self) -> None:
-        """What a closed round leaves to do, or a crash has left."""
-        self.uploads.forget_round()
-        await asyncio.to_thread(self.store.prune, self.config.retention)
-        await self.weights.make_up()
-        self._to_tidy = False
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Lets everybody know that the job is over."""
         for device_id, waiter in list(self._waiters.items()):
             del self._waiters[device_id]
             if not waiter.answer.done():
                 waiter.answer.set_result(None)
         self.finished.set()
         self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
-
-    def _tell_trouble(self, error: UnavailableError | OSError) -> None:
-        if self._clock() - self._trouble_told >= REMIND_S:
-            self._trouble_told = self._clock()
-            self.events.send("log", message=f"the job cannot go on now, and tries again: {error}")
 
     # --- for people
 

@@ -133,7 +133,7 @@ class Agent:
             while await self._step():
                 pass
         finally:
-            await self._keeper.drop()
+            await self._keeper.close()
             await self._transport.close()
 
     async def _step(self) -> bool:

@@ -127,9 +127,6 @@ class TaskRunner:
             done = await self._trained_with_room(task, folder, planned_samples, reporter)
             self._keeper.rest()
             await self._store(done.result, _output(folder), reporter)
-        except asyncio.CancelledError:
-            await self._keeper.drop()
-            raise
         except FedepthError as error:
             return _failure(task, self._device_id, error)
         else:
@@ -342,6 +339,9 @@ class TaskRunner:
                         reporter.send(event)
                     if isinstance(event, StageDone):
                         early.add(event.part)
+        except asyncio.CancelledError:
+            await self._keeper.drop()  # which is how a training ends before its time
+            raise
         except ChildError as error:
             if not rehearsing:
                 raise

@@ -166,16 +166,21 @@ class Database:
         """The lock ends with its connection, such as when the server restarts: then it has to be taken again."""
         try:
             lock.execute(sa.select(1))
-        except sa.exc.DBAPIError:
+        except (sa.exc.DBAPIError, sa.exc.ResourceClosedError):  # the latter if the last try to take it again failed
             lock.close()
             self._take_lock()
 
     def _take_lock(self) -> None:
         with _translated(self.label):
             lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            if not lock.execute(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))).scalar():
+            try:
+                if not lock.execute(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))).scalar():
+                    raise StateError(
+                        f"{self.label} is in use by another coordinator; stop it, or name another --database"
+                    )
+            except BaseException:
                 lock.close()
-                raise StateError(f"{self.label} is in use by another coordinator; stop it, or name another --database")
+                raise
             self._lock = lock
 
 

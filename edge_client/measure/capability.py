@@ -194,7 +194,7 @@ async def measure_capability(
         try:
             return await measured_capability(wanted, bench, busy, on_progress)
         finally:
-            await keeper.drop()
+            await keeper.close()
 
 
 class Bench:

@@ -115,6 +115,7 @@ class TrainerKeeper:
         self._config = config
         self._argv = argv
         self._trainer: TrainerProcess | None = None
+        self._starting: asyncio.Task[TrainerProcess] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -132,14 +133,22 @@ class TrainerKeeper:
         """A warm trainer: the one that lingers, or a new one. Give it back with `rest` or `drop`."""
         await self._settle()
         if self._trainer is None or not self._trainer.alive:
-            self._trainer = await TrainerProcess.start(self._config, self._argv)
-            _log.info(
-                "trainer started",
-                pid=self._trainer.pid,
-                start_bytes=self._trainer.start_bytes,
-                allocator=self._trainer.allocator,
-            )
+            if self._starting is None:
+                self._starting = asyncio.create_task(TrainerProcess.start(self._config, self._argv))
+                self._starting.add_done_callback(self._note_start)
+            # Not cancelled with us: where rounds are shorter than a start, a device would never have a trainer.
+            await asyncio.shield(self._starting)
+            await self._settle()
+        assert self._trainer is not None
         return self._trainer
+
+    def _note_start(self, starting: asyncio.Task[TrainerProcess]) -> None:
+        self._starting = None
+        if starting.cancelled() or starting.exception() is not None:
+            return  # whoever waits has the error, and the next one tries again
+        self._trainer = trainer = starting.result()
+        _log.info("trainer started", pid=trainer.pid, start_bytes=trainer.start_bytes, allocator=trainer.allocator)
+        self.rest()
 
     def rest(self) -> None:
         """The trainer is idle from now on."""
@@ -147,8 +156,15 @@ class TrainerKeeper:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._config.linger_s, self._idle_long_enough)
 
+    async def close(self) -> None:
+        """Ends the trainer at once, also one that is just starting."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
+        await self.drop()
+
     async def drop(self) -> None:
-        """Ends the trainer at once."""
+        """Ends the trainer at once. One that is just starting has done nothing wrong."""
         await self._settle()
         trainer, self._trainer = self._trainer, None
         if trainer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.store.records import TaskRecord
+from coordinator import admission, closing, course
+from coordinator.global_model import prepare
+from coordinator.job import Job
+from coordinator.store.records import Store, TaskRecord
+from fedepth.aggregation import norms
+from fedepth.aggregation.rules import Norms
 from fedepth.budget import Budget
 from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.errors import ChildError
+from fedepth.job import model_spec
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
@@ -194,3 +202,42 @@ class Kit:
 @pytest.fixture
 def kit() -> Kit:
     return Kit()
+
+
+class Running:
+    """A job that runs by itself, with a stand-in for its model."""
+
+    def __init__(self, job: Job, models: Any, task: asyncio.Task[None]) -> None:
+        self.job = job
+        self.models = models
+        self.task = task
+
+
+@pytest.fixture
+def run_job(tmp_path: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a job with these [job] settings within an `async with` block; keeps its state for the next one.
+
+    Updates of any bytes are admitted, and their average is what `fake_combine` makes of them.
+    """
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
+    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
+    monkeypatch.setattr(closing, "combine", fake_combine)
+    monkeypatch.setattr(course, "TICK_S", 0.01)
+
+    @asynccontextmanager
+    async def running(models: Any = None, **section: Any) -> AsyncIterator[Running]:
+        config = kit.config(**section)
+        store = Store.open(tmp_path, config.job.name, model_spec(config))
+        models = models or kit.models()
+        job = Job(config, store, models, await prepare(config, store, models))
+        task = asyncio.create_task(job.run())
+        try:
+            yield Running(job, models, task)
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            await job.finish_commits()
+            job.plans.close()
+            store.close()
+
+    return running

@@ -5,25 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator import admission, global_model
-from coordinator.global_model import prepare
+from coordinator import admission
 from coordinator.job import Job
 from coordinator.rounds import Phase
-from coordinator.store.records import Store
 from coordinator.uploads import PartHeader
-from fedepth.aggregation import norms
-from fedepth.aggregation.rules import Norms
 from fedepth.errors import ChildError, JobError, UnavailableError, UpdateError
-from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Result, Task
 
 PART = b"trained tensors"
@@ -32,10 +25,11 @@ PART = b"trained tensors"
 class Rig:
     """A job that runs, and devices that call it without a network."""
 
-    def __init__(self, job: Job, kit: Any, models: Any) -> None:
+    def __init__(self, job: Job, kit: Any, models: Any, running: asyncio.Task[None]) -> None:
         self.job = job
         self.kit = kit
         self.models = models
+        self.running = running
 
     async def ask(self, device: str, **changes: Any) -> Task:
         report = replace(self.kit.report(device), **changes)
@@ -72,46 +66,23 @@ class Rig:
             assert not self.running.done(), self.running.result()
             await asyncio.sleep(0.01)
 
-    running: asyncio.Task[None]
-
 
 Scene = Callable[[Rig], Awaitable[None]]
 Play = Callable[..., None]
 
 
 @pytest.fixture
-def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+def play(kit: Any, run_job: Any) -> Play:
     """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
-    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
-    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", kit.combine)
-    monkeypatch.setattr("coordinator.job.TICK_S", 0.01)
-
-    @asynccontextmanager
-    async def running(models: Any = None, **section: Any) -> AsyncIterator[Rig]:
-        config = kit.config(**section)
-        store = Store.open(tmp_path, config.job.name, model_spec(config))
-        models = models or kit.models()
-        job = Job(config, store, models, await prepare(config, store, models))
-        rig = Rig(job, kit, models)
-        rig.running = asyncio.ensure_future(job.run())
-        try:
-            yield rig
-        finally:
-            rig.running.cancel()
-            await asyncio.wait({rig.running})
-            await job.finish_commits()
-            job.plans.close()
-            store.close()
 
     def run(scene: Scene, **options: Any) -> None:
         async def main() -> None:
-            async with running(**options) as rig:
-                await asyncio.wait_for(scene(rig), 30)
+            async with run_job(**options) as running:
+                await asyncio.wait_for(scene(Rig(running.job, kit, running.models, running.task)), 30)
 
         asyncio.run(main())
 
-    yield run
+    return run
 
 
 def fails(times: int, then: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,10 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 
-from coordinator import admission, global_model
-from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.service import FederationService
-from coordinator.store.records import Store
 from coordinator.store.storage import Directory
-from fedepth.aggregation import norms
-from fedepth.aggregation.rules import Norms
 from fedepth.errors import StateError
-from fedepth.job import model_spec
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"
@@ -88,35 +82,24 @@ Play = Callable[..., None]
 
 
 @pytest.fixture
-def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
-    """Runs a scene against a job with these [job] settings; keeps its state for the next one."""
-    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
-    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
-    monkeypatch.setattr(global_model, "combine", kit.combine)
+def play(kit: Any, run_job: Any) -> Play:
+    """Runs a scene against a served job with these [job] settings; keeps its state for the next one."""
 
     @asynccontextmanager
     async def served(**section: Any) -> AsyncIterator[Rig]:
-        config = kit.config(**section)
-        store = Store.open(tmp_path, config.job.name, model_spec(config))
-        models = kit.models()
-        job = Job(config, store, models, await prepare(config, store, models))
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        add_FederationServicer_to_server(FederationService(job), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        running = asyncio.ensure_future(job.run())
-        try:
-            async with open_channel(f"127.0.0.1:{port}") as channel:
-                yield Rig(job, FederationStub(channel), kit, running)
-        finally:
-            running.cancel()
-            await asyncio.wait({running})
-            job.events.close()
-            await server.stop(0)
-            await job.finish_commits()
-            store.close()
-        if not running.cancelled():
-            running.result()
+        async with run_job(**section) as running:
+            server = grpc.aio.server(options=SERVER_OPTIONS)
+            add_FederationServicer_to_server(FederationService(running.job), server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            try:
+                async with open_channel(f"127.0.0.1:{port}") as channel:
+                    yield Rig(running.job, FederationStub(channel), kit, running.task)
+            finally:
+                running.job.events.close()
+                await server.stop(0)
+            if running.task.done():
+                running.task.result()
 
     def run(scene: Scene, *, ends: bool = False, **section: Any) -> None:
         async def main() -> None:
@@ -127,7 +110,7 @@ def play(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
         asyncio.run(main())
 
-    yield run
+    return run
 
 
 def test_a_whole_job(play: Play) -> None:

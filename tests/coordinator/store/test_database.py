@@ -116,6 +116,28 @@ def test_a_server_that_restarts_does_not_end_the_job_or_its_lock(postgres: Any, 
     store.close()
 
 
+def test_a_server_that_stays_away_for_some_tries_does_not_end_the_job(
+    postgres: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(engine: sa.Engine) -> sa.Connection:
+        raise sa.exc.OperationalError("", {}, ConnectionError("the server is not there"))
+
+    plain.database = postgres.new_database()
+    store = plain.open()
+    end_connections(store._database)
+    with monkeypatch.context() as patch:
+        patch.setattr(sa.Engine, "connect", connect)
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="the server is not there"):
+                store.count_refusal("late", "while it was away", "t")
+    store.count_refusal("late", "after that", "t")
+    assert store.failure_counts() == {"refused/late": 1}
+    with pytest.raises(StateError, match="is in use by another coordinator"):
+        plain.folder = plain.folder.with_name("another state")
+        plain.open()
+    store.close()
+
+
 def test_a_record_that_is_cut_short_is_refused_wherever_it_is_cut(plain: Any) -> None:
     store = plain.open()
     for device in "abcdef":

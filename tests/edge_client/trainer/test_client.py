@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from edge_client.config import TrainerConfig
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
@@ -45,6 +46,31 @@ def test_a_lingering_trainer_is_taken_again(argv: list[str]) -> None:
         await keeper.drop()
 
     asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_a_start_goes_on_when_nobody_waits_for_it_any_more(argv: list[str]) -> None:
+    """Else a device whose trainer starts slowly would never have one where rounds are short."""
+
+    async def play() -> None:
+        keeper = TrainerKeeper(TrainerConfig(linger_s=60), argv)
+        for _ in range(3):
+            given_up = asyncio.ensure_future(keeper.take())
+            await asyncio.sleep(0)
+            given_up.cancel()
+            await asyncio.wait({given_up})
+            await keeper.drop()
+        pid = (await keeper.take()).pid
+        assert (await keeper.take()).pid == pid
+        await keeper.close()
+        starting = asyncio.ensure_future(keeper.take())
+        await asyncio.sleep(0)
+        await keeper.close()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    with capture_logs() as logs:
+        asyncio.run(asyncio.wait_for(play(), 60))
+    assert [line["event"] for line in logs] == ["trainer started"]
 
 
 @pytest.mark.parametrize("line", ['{"event": "done"}', '{"event": "ready"}', "[]"])

@@ -1,0 +1,186 @@
+"""Closing a round: its updates are combined, what comes of them is evaluated, and published or set aside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from coordinator.evaluations import Evaluations
+from coordinator.observe.events import Events
+from coordinator.soundness import objection
+from coordinator.store.entries import RoundRecord, Sealed
+from coordinator.store.records import Store
+from fedepth.errors import DamagedUpdateError, NotFiniteError, StateError, UnavailableError
+from fedepth.files import disk_errors
+from fedepth.job import aggregation_rule, training_spec
+from fedepth.job_sections import JobConfig
+from fedepth.task import Result
+
+DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
+
+Paths = Callable[[Result], tuple[Path, ...]]
+
+
+class Closing:
+    """Closes the rounds of one job, one at a time."""
+
+    def __init__(
+        self, config: JobConfig, store: Store, events: Events, evaluations: Evaluations, parameters: frozenset[str]
+    ) -> None:
+        """`parameters`: the names of the model's trainable parameters."""
+        self._config = config
+        self._store = store
+        self._events = events
+        self._evaluations = evaluations
+        self._parameters = parameters
+
+    async def close(self, number: int, before: RoundRecord, results: Sequence[Result], paths: Paths) -> RoundRecord:
+        """Combines a round's updates, evaluates what comes of them, and records the round: with the new weights in
+        force, or with those of before where the new ones are not sound. Can be done again after any failure.
+
+        Args:
+            before: the last recorded round.
+            paths: where the parts of an update lie.
+
+        Raises:
+            UnavailableError: something cannot be written now.
+            FedepthError: they cannot be combined; the weights before stand.
+        """
+        store = self._store
+        base = await asyncio.to_thread(store.weights_in_force)
+        partial = store.files.partial_weights(number)
+        sound, note = await asyncio.to_thread(self._combine, number, base, before.digest, results, paths, partial)
+        found = None if note else await self._evaluations.evaluate(number, partial)
+        if not note:
+            note = objection(found, store.summary().accuracy, self._config.guard)
+        aside = ""
+        in_force: Sealed | RoundRecord = before
+        if partial.exists():
+            sealed = await asyncio.to_thread(store.seal_weights, partial, number)
+            in_force, aside = (before, sealed.digest) if note else (sealed, "")
+        record = RoundRecord(
+            round=number,
+            digest=in_force.digest,
+            size_bytes=in_force.size_bytes,
+            closed_at=time.time(),
+            devices=len(sound),
+            samples=sum(result.sample_count for result in sound),
+            accuracy=None if found is None else found.accuracy,
+            loss=None if found is None else found.loss,
+            published=not note,
+            note=note,
+            aside_digest=aside,
+            epsilon=await asyncio.to_thread(self._spent_epsilon),
+        )
+        await asyncio.to_thread(store.record_round, record)
+        self._tell(record, [store.device_name(result.device_id) for result in sound])
+        return record
+
+    def _combine(
+        self,
+        number: int,
+        base: Path,
+        base_digest: str,
+        results: Sequence[Result],
+        paths: Paths,
+        output: Path,
+    ) -> tuple[list[Result], str]:
+        """Writes the new weights to `output`. Returns the updates in them, and why there are no weights, if so.
+
+        A part that is no longer what was accepted is fetched again where there is another copy. Where there is none,
+        the update is lost for good, since its device has let go of it: what is left is combined without it, and it is
+        told.
+        """
+        sound = list(results)
+        for _ in range(DAMAGED_TRIES):
+            if not sound:
+                break
+            try:
+                notes = combine(self._config, base, base_digest, sound, paths, self._parameters, output)
+            except NotFiniteError as error:
+                return sound, str(error)
+            except DamagedUpdateError as error:
+                damaged = set(error.paths)
+                sound = [each for each in sound if damaged.isdisjoint(paths(each)) or self._fetched(number, each)]
+                continue
+            for note in notes:
+                self._events.send("log", message=f"round {number}: {note}")
+            return sound, ""
+        return [], "the updates of the round are damaged on the coordinator's disk"
+
+    def _fetched(self, number: int, result: Result) -> bool:
+        try:
+            self._store.fetch_parts(result)
+        except UnavailableError:
+            raise
+        except StateError as error:
+            device = self._store.device_name(result.device_id)
+            self._events.send("update_damaged", round=number, device=device, task_id=result.task_id, message=str(error))
+            return False
+        return True
+
+    def _spent_epsilon(self) -> float | None:
+        """The differential privacy that all rounds have spent with this one, also those that were not published or
+        were taken back: their averages were made, and evaluated."""
+        privacy = self._config.privacy
+        if privacy is None:
+            return None
+        from fedepth.aggregation.privacy import spent_epsilon
+
+        return spent_epsilon(privacy.noise_multiplier, self._store.closed_rounds() + 1, privacy.delta)
+
+    def _tell(self, record: RoundRecord, devices: Sequence[str]) -> None:
+        if record.published:
+            self._events.send("round_closed", round=record.round, updates=record.devices, samples=record.samples)
+        else:
+            self._events.send("not_published", round=record.round, reason=record.note, devices=devices)
+        if record.accuracy is not None:
+            self._events.send("evaluated", round=record.round, accuracy=record.accuracy, loss=record.loss)
+
+
+def combine(
+    config: JobConfig,
+    base: Path,
+    base_digest: str,
+    results: Sequence[Result],
+    paths: Paths,
+    parameters: frozenset[str],
+    output: Path,
+) -> list[str]:
+    """Writes what the job's rule makes of updates to `output`, and returns what there is to tell of it.
+
+    Raises:
+        NotFiniteError: a new value would be no finite number; nothing is written.
+        DiskError: it cannot be written now.
+        StateError: an update does not fit the weights, or the weights are damaged.
+    """
+    # numpy: only when there is something to combine
+    from fedepth.aggregation.aggregate import aggregate
+    from fedepth.aggregation.updates import ClientUpdate
+
+    training = training_spec(config, 1)
+    updates = [
+        ClientUpdate(
+            paths(result),
+            float(result.sample_count),
+            tuple(part.digest for part in result.parts),
+            result.steps(training),
+        )
+        for result in results
+    ]
+    with disk_errors("the average cannot be written", output):
+        told = aggregate(
+            base, updates, output, aggregation_rule(config), parameters=parameters, base_digest=base_digest
+        )
+    names = [result.device_id for result in results]
+    notes = [
+        f"the {each.kind} of {names[each.update]} changed by {each.change:.3g}, and count as if by {each.bound:.3g}"
+        for each in told.clipped
+    ]
+    if told.left_out:
+        notes.append(f"left out, being far from the others: {', '.join(names[index] for index in told.left_out)}")
+    if told.unjudged:
+        notes.append(f"taken without being judged, for want of others: {', '.join(names[i] for i in told.unjudged)}")
+    return [*notes, *told.notes]

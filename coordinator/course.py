@@ -1,0 +1,123 @@
+"""What a job does by itself: it lets time pass, closes rounds, makes up for what is missing, and tries all of it again.
+
+Every step can be done again, and is, until it succeeds or the job ends with a sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from coordinator.round_events import RoundDone, Tick
+from coordinator.rounds import Phase
+from fedepth.errors import JobError, StateError, UnavailableError
+
+if TYPE_CHECKING:
+    from coordinator.job import Job
+
+TICK_S = 0.2
+REMIND_S = 60.0  # how often trouble with the storage is told
+LONGEST_PAUSE_S = 20.0
+
+
+class Course:
+    """The course of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._wake = asyncio.Event()
+        self._to_tidy = True
+        self._suspects: set[str] = set()  # digests of files that could not be sent
+        self._trouble_told = float("-inf")
+
+    def wake(self) -> None:
+        """There is something to do before the next tick."""
+        self._wake.set()
+
+    def suspect(self, digest: str) -> None:
+        """Notes that the file with this digest could not be sent or read: it is looked at before a round is closed."""
+        self._suspects.add(digest)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Lets time pass, and closes rounds, until it is cancelled.
+
+        Raises:
+            JobError: no device can train this job.
+            FedepthError: a round could not be averaged or recorded, for good. The state is sound; start again.
+        """
+        job = self._job
+        pause = TICK_S
+        while True:
+            try:
+                await self._turn()
+                pause = TICK_S
+            except (UnavailableError, OSError) as error:
+                self.tell_trouble(error)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            if job.state.phase is Phase.AGGREGATING and pause == TICK_S:
+                continue
+            await self._sleep(pause)
+
+    async def _turn(self) -> None:
+        """What there is to do now. Every step of it can be done again."""
+        job = self._job
+        self._wake.clear()
+        job.apply(Tick(job.now()))
+        if job.state.phase is Phase.STUCK:
+            raise JobError(f"{job.state.why}; mend the job file and start again")
+        for digest in tuple(self._suspects):
+            await self._look_at(digest)
+        if job.state.phase is Phase.AGGREGATING:
+            await self._close(job.state.round)
+        if self._to_tidy:
+            await self._tidy()
+        if job.state.phase is Phase.FINISHED and not job.finished.is_set():
+            job.finish()
+
+    async def _sleep(self, seconds: float) -> None:
+        waker = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({waker}, timeout=seconds)
+        finally:
+            waker.cancel()
+
+    async def _look_at(self, digest: str) -> None:
+        """Sees that a file that could not be sent is sound, fetched again from where there is another copy.
+
+        Raises:
+            StateError: the job cannot go on without it.
+        """
+        job = self._job
+        if digest == job.graph_digest:
+            if await asyncio.to_thread(job.store.prepared) is None:
+                raise StateError(
+                    f"{job.store.files.graph()} is missing or damaged; start the coordinator again, it makes it anew"
+                )
+        else:
+            await job.weights.look_at(digest)
+        self._suspects.discard(digest)
+
+    async def _close(self, number: int) -> None:
+        job = self._job
+        if job.weights.record.round < number:
+            await job.weights.close(number, job.store.updates_of(number), job.uploads.paths)
+        paused = job.weights.why_paused()
+        job.apply(RoundDone(number, job.now(), paused))
+        if paused:
+            job.events.send("paused", round=number, reason=paused)
+        self._to_tidy = True
+
+    async def _tidy(self) -> None:
+        """What a closed round leaves to do, or a crash has left."""
+        job = self._job
+        job.uploads.forget_round()
+        await asyncio.to_thread(job.store.prune, job.config.retention)
+        await job.weights.make_up()
+        self._to_tidy = False
+
+    def tell_trouble(self, error: UnavailableError | OSError) -> None:
+        now = self._job.now()
+        if now - self._trouble_told >= REMIND_S:
+            self._trouble_told = now
+            self._job.events.send("log", message=f"the job cannot go on now, and tries again: {error}")
