@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import grpc
 import msgspec
 import typer
-from fedepth_wire.channel import open_channel
+from fedepth_wire.channel import open_channel, unresolved
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.table import Table
@@ -38,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
+StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.")]
 DatabaseOption = Annotated[
     str,
     typer.Option(
@@ -276,9 +276,14 @@ def _event(line: str) -> dict[str, Any]:
 
 
 def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
+    details = printable(error.details() or "")
+    if unresolved(details):
+        return TransportError(
+            f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "
+            f"`getent hosts {parse_address(address).host}`, or give the IP address"
+        )
     return TransportError(
-        f"no answer from a coordinator at {address} ({error.code().name}: {printable(error.details() or '')}); "
-        "is it running there?"
+        f"no answer from a coordinator at {address} ({error.code().name}: {details}); is it running there?"
     )
 
 

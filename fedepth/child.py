@@ -42,6 +42,7 @@ class Child:
             env={**os.environ, **(environment or {})},
             limit=LINE_LIMIT_BYTES,
             start_new_session=True,
+            cwd=None if _has_working_directory() else "/",
         )
         return cls(name, process)
 
@@ -107,6 +108,15 @@ class Child:
         returncode = await self._process.wait()
         how = f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
         return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
+
+
+def _has_working_directory() -> bool:
+    """Without one, torch's libraries end the process that loads them. No relative path can mean anything then."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def run_child(main: Callable[[], None]) -> None:

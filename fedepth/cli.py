@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,10 @@ def _calibration(path: Path) -> Calibration:
 
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
+    try:
+        os.getcwd()
+    except OSError:  # torch's libraries would end this process
+        raise ConfigError("the working directory does not exist any more; change to another one") from None
     try:
         from fedepth.prepare import trace_model
     except ImportError as error:

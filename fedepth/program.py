@@ -225,7 +225,7 @@ def _told(name: str, error: BaseException, folder: Path | None) -> int:
         return 128 + signal.SIGPIPE
     if isinstance(error, OSError) and error.errno in _MACHINE:
         where = f"{printable(os.fsdecode(error.filename))}: " if isinstance(error.filename, (str, bytes)) else ""
-        if not where and _unwritten(sys.stdout):
+        if not where and _refuses(sys.stdout):
             where = "standard output cannot be written: "
         say(name, f"{where}{error.strerror or error}")
         return FAILED
@@ -322,10 +322,11 @@ def _flushed(name: str, status: int) -> int:
     return status
 
 
-def _unwritten(stream: IO[str] | None) -> bool:
-    """Whether a stream still holds what could not be written."""
+def _refuses(stream: IO[str] | None) -> bool:
+    """Whether it is a stream that could not be written. One without a buffer, as with python -u, is tried again."""
     try:
         if stream is not None:
+            stream.write("\n")
             stream.flush()
     except (OSError, ValueError):
         return True

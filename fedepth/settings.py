@@ -56,7 +56,12 @@ def settings_path(folder: Path, text: str) -> Path:
     try:
         path = (folder / Path(text).expanduser()).resolve()
         path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL in it; no such home, or links in a circle
+        str(path).encode("utf-8")
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long; a NUL in it, or bytes that are no text; no such home, or links in a circle
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{quoted(text)} is not a path: {why}") from None
     return path
