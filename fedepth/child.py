@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -113,7 +114,7 @@ class Child:
 def _has_working_directory() -> bool:
     """Without one, torch's libraries end the process that loads them. No relative path can mean anything then."""
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError:
         return False
     return True

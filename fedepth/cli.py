@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +133,7 @@ def _calibration(path: Path) -> Calibration:
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError:  # torch's libraries would end this process
         raise ConfigError("the working directory does not exist any more; change to another one") from None
     try:

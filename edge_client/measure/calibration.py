@@ -167,9 +167,7 @@ def cache_dir(state: str = "") -> Path:
     """
     try:
         folder = (
-            user_folder(
-                "XDG_CACHE_HOME", ".cache", "set XDG_CACHE_HOME to a folder that can be written, or give --state"
-            )
+            user_folder("XDG_CACHE_HOME", ".cache", "set HOME or XDG_CACHE_HOME to a folder that can be written")
             / "fedepth-client"
         )
     except StateError:
