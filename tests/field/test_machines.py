@@ -83,7 +83,7 @@ KERNELS: dict[str, tuple[dict[str, str | bytes], int, str]] = {
         in_cgroup("max")
         | {"proc/self/mountinfo": V2.replace("fs/cgroup", "my\\040fs"), "sys/my fs/job/memory.max": "9"},
         9,
-        "",
+        "what is used under that limit is not known",
     ),
     "a mount point that is no text": (
         in_cgroup("max")
