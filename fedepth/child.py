@@ -121,9 +121,12 @@ def _has_working_directory() -> bool:
 
 
 def run_child(main: Callable[[], None]) -> None:
-    """Runs a child's `main`, and ends quietly when nobody listens any more: whoever started it is gone."""
+    """Runs a child's `main`, and ends quietly when it is interrupted, and when nobody listens any more: whoever started
+    it is gone."""
     try:
         main()
+    except KeyboardInterrupt:
+        os._exit(130)
     except BrokenPipeError:
         os._exit(0)  # without flushing what nobody reads, which would fail once more
 
