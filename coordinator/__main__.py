@@ -1,6 +1,6 @@
 """`python -m coordinator` and `fedepth-coordinator`: quiet if stopped while it still loads its libraries."""
 
-from fedepth.program import start
+from fedepth.start import start
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import grpc
 import msgspec
 import typer
-from fedepth_wire.channel import open_channel
+from fedepth_wire.channel import open_channel, unresolved
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.table import Table
@@ -33,7 +33,7 @@ _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes",
 
 app = command_line("fedepth-coordinator", "Run and monitor a federated training job.")
 
-StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
+StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.")]
 DatabaseOption = Annotated[
     str,
     typer.Option(
@@ -299,9 +299,14 @@ def _event(line: str) -> dict[str, Any]:
 
 
 def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
+    details = printable(error.details() or "")
+    if unresolved(details):
+        return TransportError(
+            f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "
+            f"`getent hosts {parse_address(address).host}`, or give the IP address"
+        )
     return TransportError(
-        f"no answer from a coordinator at {address} ({error.code().name}: {printable(error.details() or '')}); "
-        "is it running there?"
+        f"no answer from a coordinator at {address} ({error.code().name}: {details}); is it running there?"
     )
 
 

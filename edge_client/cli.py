@@ -17,7 +17,7 @@ from rich.table import Table
 
 from edge_client import config as settings
 from edge_client.daemon import Start
-from edge_client.measure.calibration import Calibrated, calibrated
+from edge_client.measure.calibration import Calibrated, cache_dir, calibrated
 from edge_client.measure.capability import (
     Capability,
     CapabilityRequest,
@@ -111,7 +111,9 @@ def calibrate(
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
     with console(stderr=True).status("starting") as status:
-        found = asyncio.run(calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True))
+        folder = cache_dir(chosen.state)
+        measuring = calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True, folder=folder)
+        found = asyncio.run(measuring)
     if as_json:
         print_json(found)
     else:
@@ -194,7 +196,8 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
 async def _report(wanted: CapabilityRequest, config: settings.Config, on_progress: Callable[[str], None]) -> Capability:
     """With the device's own calibration and the allocator that suits it."""
     busy = busy_share()  # before we keep the device busy ourselves
-    calibration = (await calibrated(config.trainer, on_progress, memory=config.memory)).calibration
+    folder = cache_dir(config.state)
+    calibration = (await calibrated(config.trainer, on_progress, memory=config.memory, folder=folder)).calibration
     settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
     return await measure_capability(wanted, settled, calibration=calibration, busy=busy, on_progress=on_progress)
 

@@ -21,7 +21,6 @@ remind_s = 180
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ import msgspec
 
 from fedepth.address import parse_address
 from fedepth.errors import ConfigError
+from fedepth.files import user_folder
 from fedepth.printable import printable, shortened
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
@@ -164,11 +164,12 @@ def check_runnable(config: Config) -> None:
 
 
 def default_state_dir() -> Path:
-    """`$XDG_STATE_HOME/fedepth-client`, else below ~/.local/state (XDG Base Directory Specification 0.8)."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    # The specification: a relative path in the variable is invalid and must be ignored.
-    home = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
-    return home / "fedepth-client"
+    """`$XDG_STATE_HOME/fedepth-client`, else below ~/.local/state.
+
+    Raises:
+        StateError: there is no home directory.
+    """
+    return user_folder("XDG_STATE_HOME", ".local/state", "give --state DIR, or set HOME") / "fedepth-client"
 
 
 def _with_full_paths(file: SettingsFile) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from edge_client.agent import Agent, Surroundings
 from edge_client.config import Config
 from edge_client.identity import StateLock, device_id
-from edge_client.measure.calibration import calibrated
+from edge_client.measure.calibration import cache_dir, calibrated
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, ModelError, PlanError, StateError
@@ -88,7 +88,9 @@ async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: 
     async def work() -> None:
         calibration, settled = Calibration(), config
         try:
-            calibration = (await calibrated(config.trainer, _log_step, memory=config.memory)).calibration
+            folder = cache_dir(config.state)
+            found = await calibrated(config.trainer, _log_step, memory=config.memory, folder=folder)
+            calibration = found.calibration
             settled = replace(config, trainer=replace(config.trainer, allocator=calibration.allocator))
         except (PlanError, ChildError, ModelError, StateError) as error:
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.

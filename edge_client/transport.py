@@ -346,6 +346,8 @@ class GrpcTransport:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE not in details:
             come_back = _COME_BACK.search(details)
             return BusyError(f"{self.address}: {details}", float(come_back[1]) if come_back else None)
+        if wire_channel.unresolved(details):
+            return UnreachableError(f"{self.address}: this machine cannot resolve that name ({details})")
         kind = UnreachableError if code in _AWAY else ServerError if code in _SERVERS_OWN else TransportError
         return kind(f"{self.address}: {code.name}: {details}")
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -42,6 +43,7 @@ class Child:
             env={**os.environ, **(environment or {})},
             limit=LINE_LIMIT_BYTES,
             start_new_session=True,
+            cwd=None if _has_working_directory() else "/",
         )
         return cls(name, process)
 
@@ -109,10 +111,22 @@ class Child:
         return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
 
 
+def _has_working_directory() -> bool:
+    """Without one, torch's libraries end the process that loads them. No relative path can mean anything then."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
+
+
 def run_child(main: Callable[[], None]) -> None:
-    """Runs a child's `main`, and ends quietly when nobody listens any more: whoever started it is gone."""
+    """Runs a child's `main`, and ends quietly when it is interrupted, and when nobody listens any more: whoever started
+    it is gone."""
     try:
         main()
+    except KeyboardInterrupt:
+        os._exit(130)
     except BrokenPipeError:
         os._exit(0)  # without flushing what nobody reads, which would fail once more
 

@@ -121,6 +121,10 @@ def _calibration(path: Path) -> Calibration:
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
     try:
+        Path.cwd()
+    except OSError:  # torch's libraries would end this process
+        raise ConfigError("the working directory does not exist any more; change to another one") from None
+    try:
         from fedepth.prepare import trace_model
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error

@@ -10,18 +10,73 @@ import fcntl
 import hashlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import msgspec
 
-from fedepth.errors import DiskError, LockedError
+from fedepth.errors import DiskError, LockedError, StateError
+from fedepth.printable import printable, quoted
 
 PIECE_BYTES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def user_folder(variable: str, below_home: str, advice: str) -> Path:
+    """A folder of the user's as in the XDG Base Directory Specification 0.8: `variable`, else `below_home`.
+
+    Raises:
+        StateError: there is no home directory, as in a container that runs under a number that no account has. The
+            message ends with `advice`.
+    """
+    base = os.environ.get(variable, "")
+    try:
+        # The specification: a relative path in the variable is invalid and must be ignored.
+        folder = Path(base) if base.startswith("/") else Path.home() / below_home
+    except RuntimeError:
+        raise StateError(
+            f"there is no home directory: HOME is not set, and user id {os.getuid()} has no account here; {advice}"
+        ) from None
+    check_text(folder)
+    return folder
+
+
+def real_folder(path: Path) -> Path:
+    """The absolute path of a folder, which need not exist.
+
+    Raises:
+        StateError: there is none, or nothing can be recorded that lies there.
+    """
+    try:
+        found = path.resolve()
+        other = found.exists() and not found.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # no working directory; links in a circle; a NUL in it
+        raise StateError(
+            f"{quoted(str(path))} is not a folder's path: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if other:
+        raise StateError(f"{printable(str(found))} is not a folder; give --state another one")
+    check_text(found)
+    return found
+
+
+def check_text(path: Path) -> None:
+    """Names that are not text can be recorded nowhere: neither in JSON nor in a database.
+
+    Raises:
+        StateError: it holds bytes that are not text in this system's encoding.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise StateError(
+            f"{quoted(str(path))} holds bytes that are no text in this system's encoding "
+            f"({sys.getfilesystemencoding()}); rename the folder, or set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import importlib
 import os
 import platform
 import re
@@ -39,6 +38,7 @@ STATUSES = (
     "that holds its trace; 129, 130, 141, 143 ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM."
 )
 KEPT_REPORTS = 10
+GRACE_S = 10.0  # for putting things in order after a signal, which some library may have kept from us
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What the machine answers when it is full, broken or forbids something: nothing that a program can do wrong.
@@ -62,6 +62,7 @@ _MACHINE = frozenset(
         errno.ETXTBSY,
     }
 )
+_OUTPUT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})  # what standard output may answer
 _VERSIONS = ("torch", "grpcio", "onnx", "onnxruntime", "rich", "typer")  # distributions, as far as they are installed
 # Passwords, in URLs (user:password@host, ?password=...) and in what looks like a setting.
 _USER = re.compile(r"(?P<before>://)[^/\s'\"]*@")
@@ -71,13 +72,17 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
+_AGAIN_S = 0.01
 _stopped_by: signal.Signals | None = None
+_lost = False  # an interruption was raised where Python cannot raise
 
 
-def start(module: str) -> None:
-    """Loads a program's module and calls its `main`. A signal that comes meanwhile waits until that can answer it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    importlib.import_module(module).main()
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end.
+
+    A class of its own: Python ends itself by SIGINT once a plain KeyboardInterrupt has passed through an `eval`, as
+    that of a dataclass that is being made, whoever catches it.
+    """
 
 
 def run_program(name: str, run: Callable[[], object], folder: Path | None = None) -> NoReturn:
@@ -96,7 +101,10 @@ def run_program(name: str, run: Callable[[], object], folder: Path | None = None
         status = OK if _stopped_by is None else 128 + _stopped_by
     except BaseException as error:  # noqa: BLE001 - nothing passes the door unsaid
         status = _told(name, error, folder)
-    sys.exit(_flushed(name, status))
+    status = _flushed(name, status)
+    if status > 128:
+        os._exit(status)  # Python takes a second to end, and a signal would meet no handler any more
+    sys.exit(status)
 
 
 def stop_on_signals(stop: Callable[[], object]) -> None:
@@ -158,8 +166,8 @@ def _prepare_streams() -> None:
 
 def _catch_signals() -> None:
     """Every signal that stops us becomes a KeyboardInterrupt, so that what is open is closed on the way out."""
-    global _stopped_by
-    _stopped_by = None
+    global _stopped_by, _lost
+    _stopped_by, _lost = None, False
     for number in _STOPPING:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _on_signal)
@@ -171,19 +179,35 @@ def _on_signal(number: int, _: FrameType | None) -> None:
     global _stopped_by
     if _stopped_by is None:
         _stopped_by = signal.Signals(number)
+        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
     elif number == signal.SIGINT:
         os._exit(128 + number)
     else:
         return  # it is ending already
-    raise KeyboardInterrupt
+    raise Stopped
+
+
+def _on_last_signal(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def _on_alarm(_: int, __: FrameType | None) -> None:
+    """The time for an end in order is over, or an interruption was lost and comes again."""
+    global _lost
+    if not _lost:
+        os._exit(128 + (_stopped_by or signal.SIGTERM))
+    _lost = False
+    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+    raise Stopped
 
 
 def _on_unraisable(what: Any) -> None:
-    """Where Python cannot raise, such as in a destructor, an interruption is tried again."""
-    if isinstance(what.exc_value, KeyboardInterrupt):
-        global _stopped_by
-        number, _stopped_by = _stopped_by or signal.SIGINT, None
-        signal.raise_signal(number)
+    """Python cannot raise in some places, such as a destructor."""
+    global _lost
+    if isinstance(what.exc_value, Stopped):
+        _lost = True
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
     elif not isinstance(what.exc_value, BrokenPipeError):
         sys.__unraisablehook__(what)
 
@@ -225,7 +249,7 @@ def _told(name: str, error: BaseException, folder: Path | None) -> int:
         return 128 + signal.SIGPIPE
     if isinstance(error, OSError) and error.errno in _MACHINE:
         where = f"{printable(os.fsdecode(error.filename))}: " if isinstance(error.filename, (str, bytes)) else ""
-        if not where and _unwritten(sys.stdout):
+        if not where and error.errno in _OUTPUT and _refuses(sys.stdout):
             where = "standard output cannot be written: "
         say(name, f"{where}{error.strerror or error}")
         return FAILED
@@ -302,7 +326,9 @@ def _report_folders(folder: Path | None) -> Iterator[Path]:
 
 def _flushed(name: str, status: int) -> int:
     """The status, once all that was printed has left. What cannot leave must not fail again when Python ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to put in order
+    for number in _STOPPING:  # from here on there is nothing to put in order
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _on_signal):
+            signal.signal(number, _on_last_signal)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -322,10 +348,11 @@ def _flushed(name: str, status: int) -> int:
     return status
 
 
-def _unwritten(stream: IO[str] | None) -> bool:
-    """Whether a stream still holds what could not be written."""
+def _refuses(stream: IO[str] | None) -> bool:
+    """Whether it is a stream that could not be written. One without a buffer, as with python -u, is tried again."""
     try:
         if stream is not None:
+            stream.write("\n")
             stream.flush()
     except (OSError, ValueError):
         return True

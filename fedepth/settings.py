@@ -133,7 +133,9 @@ def settings_path(folder: Path, text: str) -> Path:
     try:
         path = (folder / Path(text).expanduser()).resolve()
         path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL in it; no such home, or links in a circle
+        str(path).encode("utf-8")
+    # Too long; a NUL in it, or bytes that are no text; no such home, or links in a circle.
+    except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"{error}".rstrip(".")
         instead = "; write the path in full" if text.startswith("~") else ""
         raise ConfigError(f"{quoted(text)} is not a path: {why}{instead}") from None

@@ -18,7 +18,7 @@ from fedepth.aggregation.updates import ClientUpdate
 from fedepth.errors import FedepthError
 
 # Any other way to end is a surprise: 0 done, 1 with a sentence on standard error, 2 for a command line that is wrong.
-DOCUMENTED = (0, 1, 2)
+DOCUMENTED = (0, 1, 2, 128 + signal.SIGTERM)  # fedepth.program; what we end while it starts says 143
 SENTENCES = ("fedepth-coordinator: ", "fedepth-client: ")
 
 

@@ -6,6 +6,7 @@ A commit that has returned survives a power cut, in either.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from sqlalchemy import event
 
 from coordinator.store.migrations import check_revision, migrate
 from fedepth.errors import StateError, UnavailableError
-from fedepth.files import make_durable
+from fedepth.files import disk_errors, make_durable
 
 BUSY_S = 10.0  # how long a SQLite transaction waits for another one
 
@@ -79,7 +80,11 @@ class Database:
                 "and the --database that it was given"
             )
         if self.path is not None:
-            _check_length(self.path)
+            with disk_errors("the record cannot be read", self.path):
+                _check_length(self.path)
+            if not os.access(self.path.parent, os.W_OK):
+                self._engine.dispose()
+                self._engine = _reading_engine(self.path)
         with self._connect(self._engine) as connection:
             self._check_sound(connection)
             check_revision(connection, self.label)
@@ -142,9 +147,10 @@ class Database:
     def copy_to(self, path: Path) -> None:
         """Writes a consistent copy of a SQLite record to a new file, while others write to the record."""
         assert self.path is not None
+        original = _reading_uri(self.path)
         with (
             _translated(self.label),
-            contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=BUSY_S)) as source,
+            contextlib.closing(sqlite3.connect(original, uri=True, timeout=BUSY_S)) as source,
             contextlib.closing(sqlite3.connect(path)) as target,
         ):
             source.backup(target)
@@ -194,7 +200,9 @@ def open_engine(path: Path) -> sa.Engine:
     """SQLite in WAL mode; every commit is on the disk when it returns."""
     # The driver's own handling of transactions leaves changes of tables out of them.
     engine = sa.create_engine(
-        f"sqlite:///{path}", connect_args={"timeout": BUSY_S, "isolation_level": None}, hide_parameters=True
+        sa.URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_S, "isolation_level": None},
+        hide_parameters=True,
     )
 
     def prepare(connection: Any, _record: Any) -> None:
@@ -209,6 +217,20 @@ def open_engine(path: Path) -> sa.Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
+
+
+def _reading_engine(path: Path) -> sa.Engine:
+    """For a record that cannot be written, such as one on a read-only disk."""
+    url = sa.URL.create("sqlite", database=_reading_uri(path), query={"uri": "true"})
+    return sa.create_engine(url, connect_args={"timeout": BUSY_S}, hide_parameters=True)
+
+
+def _reading_uri(path: Path) -> str:
+    """Where SQLite cannot make the files that go with a log, it reads a record only if it is told that there is none
+    (https://www.sqlite.org/wal.html#read_only_databases)."""
+    log = path.with_name(f"{path.name}-wal")
+    fixed = not os.access(path.parent, os.W_OK) and not (log.is_file() and log.stat().st_size > 0)
+    return f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if fixed else ''}"
 
 
 def _check_length(path: Path) -> None:

@@ -35,7 +35,7 @@ from coordinator.store.storage import Directory, Storage
 from coordinator.store.tables import changes, job
 from coordinator.store.task_store import TaskStore
 from fedepth.errors import StateError, UnavailableError
-from fedepth.files import NOT_JSON
+from fedepth.files import NOT_JSON, real_folder
 from fedepth.job_changes import Change, Kind, Settings, differences
 from fedepth.task import ModelSpec
 
@@ -109,7 +109,7 @@ class Store(RoundStore, TaskStore):
         Raises:
             StateError: there is none, or it is of another version.
         """
-        directory = directory.resolve()
+        directory = real_folder(directory)
         opened = Database(directory, database)
         try:
             opened.open_for_reading()
@@ -120,7 +120,7 @@ class Store(RoundStore, TaskStore):
 
     @classmethod
     def _locked(cls, directory: Path, database: str, files: str) -> Store:
-        directory = directory.resolve()  # the record names files in it, for whoever reads it from elsewhere
+        directory = real_folder(directory)  # the record names files in it, for whoever reads it from elsewhere
         opened = Database(directory, database)
         place = Files(directory, _storage(directory, files))
         place.create()

@@ -36,7 +36,7 @@ from fedepth.errors import ChildError, LockedError, PlanError, StateError
 from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.estimate.tracer.client import Tracer, tracer
-from fedepth.files import disk_errors, lock_file
+from fedepth.files import disk_errors, lock_file, user_folder
 from fedepth.models.traced import read_costs
 from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size
@@ -130,7 +130,7 @@ async def calibrated(
         ConfigError: tcmalloc was asked for by name and is not installed.
         StateError: the folder cannot be written.
     """
-    folder = folder or default_cache_dir()
+    folder = folder or cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "calibration.lock").touch()
@@ -158,10 +158,31 @@ async def calibrated(
         return found
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/fedepth-client`, else below ~/.cache (XDG Base Directory Specification 0.8)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "fedepth-client"
+def cache_dir(state: str = "") -> Path:
+    """`$XDG_CACHE_HOME/fedepth-client`, else below ~/.cache; in the state directory, if one was given, where there is
+    no home directory, or none that can be written.
+
+    Raises:
+        StateError: there is no such folder.
+    """
+    try:
+        folder = (
+            user_folder("XDG_CACHE_HOME", ".cache", "set HOME or XDG_CACHE_HOME to a folder that can be written")
+            / "fedepth-client"
+        )
+    except StateError:
+        if not state:
+            raise
+        return Path(state) / "cache"
+    return Path(state) / "cache" if state and not _can_be_written(folder) else folder
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def choose(trials: tuple[AllocatorTrial, ...]) -> AllocatorTrial:
@@ -186,7 +207,11 @@ def _fingerprint(config: TrainerConfig) -> str:
 def _processor() -> str:
     """A short digest of the first processor's kind: kernels, and what they copy, depend on it."""
     fields: dict[str, str] = {}
-    for line in _CPUINFO.read_text().splitlines():
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # hidden, or another system
+        text = ""
+    for line in text.splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     kind = [platform.machine(), *(fields.get(name, "") for name in _CPU_FIELDS)]

@@ -247,7 +247,10 @@ class Bench:
 
 def busy_share() -> float:
     """The share of this device's cores that was busy in the last minute."""
-    return min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    try:
+        return min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    except OSError:  # not every system says so
+        return 0.0
 
 
 async def measured_capability(

@@ -17,9 +17,12 @@ import psutil
 
 from edge_client.config import MemoryConfig
 from fedepth.budget import Budget, MemoryLimit
+from fedepth.printable import printable, quoted
 
 # cgroup v1 writes "no limit" as the largest multiple of a page in a signed 64-bit number.
 _UNLIMITED = 1 << 60
+_MOST_BYTES = 4 << 20  # of a file of the kernel's; machines with thousands of mounts have hundreds of kB
+_DECIMAL = re.compile(r"[0-9]{1,20}")
 _RLIMITS = {"Max data size": "RLIMIT_DATA", "Max address space": "RLIMIT_AS"}
 
 
@@ -60,29 +63,34 @@ class Memory:
 
 
 def measure(root: Path = Path("/")) -> Memory:
-    """Reads everything anew; takes about a millisecond."""
+    """Reads everything anew; takes about a millisecond.
+
+    It never fails. What cannot be read or believed is left out, and named in the notes; where nothing says how much is
+    free, nothing is.
+    """
     if not sys.platform.startswith("linux"):
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        limit = MemoryLimit("psutil", memory.available, memory.total)
-        return Memory(memory.total, (limit,), swap_bytes=swap.total, swap_free_bytes=swap.free)
-    info = _meminfo(root)
+        return _from_psutil()
+    doubts: list[str] = []
+    total, available = _free(root, doubts)
     limits = [
-        MemoryLimit("MemAvailable", _available(info), info["MemTotal"]),
-        *_cgroup_limits(root),
-        *_process_limits(root),
+        MemoryLimit("MemAvailable", available, total),
+        *_cgroup_limits(root, doubts),
+        *_process_limits(root, doubts),
     ]
-    board = (_read(root / "proc/device-tree/model") or "").strip("\0 \n")
-    jetson = "jetson" in board.lower() or (root / "etc/nv_tegra_release").exists()
+    info = _meminfo(root)
+    board = printable((_read(root / "proc/device-tree/model") or "").strip("\0 \n"))
+    jetson = "jetson" in board.lower() or _exists(root / "etc/nv_tegra_release")
+    swap = info.get("SwapTotal", 0)
     return Memory(
-        total_bytes=info["MemTotal"],
+        total_bytes=total,
         limits=tuple(limits),
-        swap_bytes=info.get("SwapTotal", 0),
-        swap_free_bytes=info.get("SwapFree", 0),
+        swap_bytes=swap,
+        swap_free_bytes=min(swap, info.get("SwapFree", 0)),
         board=board or ("NVIDIA Jetson" if jetson else ""),
         unified=jetson,
         cuda=_cuda(root),
         pressure=_pressure(root),
-        notes=tuple(_notes(root, board, limits)),
+        notes=(*_notes(root, board, limits), *dict.fromkeys(doubts)),
     )
 
 
@@ -123,29 +131,59 @@ def _without(limit: MemoryLimit, held_bytes: int) -> MemoryLimit:
     return replace(limit, available_bytes=min(available, limit.limit_bytes or available))
 
 
+def _from_psutil() -> Memory:
+    try:
+        memory = psutil.virtual_memory()
+    except (psutil.Error, OSError, RuntimeError, ValueError) as error:
+        return Memory(0, (MemoryLimit("psutil", 0, 0),), notes=(f"the system does not say what is free: {error}",))
+    limit = MemoryLimit("psutil", max(0, min(memory.available, memory.total)), memory.total)
+    try:
+        swap = psutil.swap_memory()
+    except (psutil.Error, OSError, RuntimeError, ValueError):
+        return Memory(memory.total, (limit,))
+    return Memory(memory.total, (limit,), swap_bytes=swap.total, swap_free_bytes=swap.free)
+
+
 def _meminfo(root: Path) -> dict[str, int]:
-    return _kib_fields((root / "proc/meminfo").read_text())
+    return _kib_fields(_read(root / "proc/meminfo") or "")
 
 
 def _kib_fields(text: str) -> dict[str, int]:
     """ "Name:  123 kB" lines, in bytes."""
-    return {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+    found = re.findall(r"^(\w+):[ \t]*([0-9]{1,18}) kB[ \t]*$", text, re.MULTILINE | re.ASCII)
+    return {name: int(value) << 10 for name, value in found}
 
 
-def _available(info: dict[str, int]) -> int:
-    """psutil's `available`: MemAvailable, unless a container's lxcfs gives more than there is."""
-    available = info.get("MemAvailable", info["MemFree"])
-    return available if available <= info["MemTotal"] else info["MemFree"]
+def _free(root: Path, doubts: list[str]) -> tuple[int, int]:
+    """Total and available bytes: psutil's `available`, which is MemAvailable, unless a container's lxcfs gives more
+    than there is. Kernels before 3.14, and some containers, say MemFree only, which is never more."""
+    info = _meminfo(root)
+    total, available, free = (info.get(name) for name in ("MemTotal", "MemAvailable", "MemFree"))
+    if not total:
+        known = [each for each in (available, free) if each is not None]
+        doubts.append("/proc/meminfo does not say how much memory there is, so that what is free cannot be believed")
+        return 0, 0 if not known else min(known)
+    believable = [each for each in (available, free) if each is not None and each <= total]
+    if available is None or available > total:
+        doubts.append(
+            "/proc/meminfo says nothing believable of MemAvailable; "
+            + ("MemFree stands for it, which is less" if believable else "nothing is taken to be free")
+        )
+        return total, believable[-1] if believable else 0
+    return total, available
 
 
-def _process_limits(root: Path) -> Iterator[MemoryLimit]:
+def _process_limits(root: Path, doubts: list[str]) -> Iterator[MemoryLimit]:
     """Resource limits that a trainer inherits. It is a new process, so all of a limit is left to it."""
     for line in (_read(root / "proc/self/limits") or "").splitlines():
         for prefix, name in _RLIMITS.items():
-            if line.startswith(prefix):
-                soft = line[len(prefix) :].split()[0]
-                if soft != "unlimited":
-                    yield MemoryLimit(name, int(soft), int(soft))
+            if not line.startswith(prefix):
+                continue
+            soft = line[len(prefix) :].split()[:1]
+            if soft and (number := _decimal(soft[0])) is not None:
+                yield MemoryLimit(name, number, number)
+            elif soft != ["unlimited"]:
+                doubts.append(f"/proc/self/limits says nothing believable of {name}, which is left out")
 
 
 @dataclass(frozen=True)
@@ -157,21 +195,36 @@ class _Mount:
     version: int
 
 
-def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
+def _cgroup_limits(root: Path, doubts: list[str]) -> Iterator[MemoryLimit]:
     """The bound of every memory cgroup that we are in, from our own up to the hierarchy's root."""
     mounts = _mounts(root)
+    unmounted = True
+    memory_cgroups = []
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
-        version = 2 if hierarchy == "0" and not controllers else 1
-        if version == 1 and "memory" not in controllers.split(","):
+        hierarchy, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not colon or not path.startswith("/"):
+            doubts.append(f"/proc/self/cgroup has a line that cannot be read, {quoted(line, 80)}, which is left out")
             continue
-        for mount in mounts:
-            if mount.version == version:
-                yield from _ancestors(root, mount, PurePosixPath(path))
-                break
+        version = 2 if hierarchy == "0" and not controllers else 1
+        if version == 2 or "memory" in controllers.split(","):
+            memory_cgroups.append(path)
+            mount = _mount_of([each for each in mounts if each.version == version], PurePosixPath(path))
+            if mount is not None:
+                unmounted = False
+                yield from _ancestors(root, mount, PurePosixPath(path), doubts)
+    if memory_cgroups and unmounted:
+        names = quoted(", ".join(memory_cgroups), 80)
+        doubts.append(f"no cgroup hierarchy with memory is mounted here: limits of {names} are not known")
 
 
-def _ancestors(root: Path, mount: _Mount, path: PurePosixPath) -> Iterator[MemoryLimit]:
+def _mount_of(mounts: list[_Mount], path: PurePosixPath) -> _Mount | None:
+    """The mount that shows a cgroup and most of those above it. A container's own may show it under another path."""
+    showing = [mount for mount in mounts if path.is_relative_to(mount.root)]
+    return min(showing or mounts, key=lambda mount: len(mount.root.parts), default=None)
+
+
+def _ancestors(root: Path, mount: _Mount, path: PurePosixPath, doubts: list[str]) -> Iterator[MemoryLimit]:
     # A container sees its own cgroup as the mount's root; a path outside of it cannot be followed.
     inside = path.relative_to(mount.root) if path.is_relative_to(mount.root) else PurePosixPath(".")
     if ".." in inside.parts:
@@ -179,33 +232,53 @@ def _ancestors(root: Path, mount: _Mount, path: PurePosixPath) -> Iterator[Memor
     read = _limit_v2 if mount.version == 2 else _limit_v1
     for number, folder in enumerate((inside, *inside.parents)):
         shown = mount.point / folder
-        limit = read(root / shown.relative_to("/"), str(shown), number == 0)
+        limit = read(root / shown.relative_to("/"), printable(str(shown)), number == 0, doubts)
         if limit:
             yield limit
 
 
-def _limit_v2(folder: Path, origin: str, _own: bool) -> MemoryLimit | None:
+def _limit_v2(folder: Path, origin: str, _own: bool, doubts: list[str]) -> MemoryLimit | None:
     # Above memory.high the kernel throttles until work comes to a halt, so it bounds us like memory.max.
-    bounds = [_number(folder / name) for name in ("memory.max", "memory.high")]
-    return _headroom(folder, origin, bounds, "memory.current", "inactive_file")
+    bounds = [_bound(folder / name, doubts) for name in ("memory.max", "memory.high")]
+    return _headroom(folder, origin, bounds, "memory.current", "inactive_file", doubts)
 
 
-def _limit_v1(folder: Path, origin: str, own: bool) -> MemoryLimit | None:
+def _limit_v1(folder: Path, origin: str, own: bool, doubts: list[str]) -> MemoryLimit | None:
     # Without use_hierarchy, an ancestor's limit does not count what its children use.
     if not own and _number(folder / "memory.use_hierarchy") == 0:
         return None
-    bounds = [_number(folder / "memory.limit_in_bytes")]
-    return _headroom(folder, origin, bounds, "memory.usage_in_bytes", "total_inactive_file")
+    bounds = [_bound(folder / "memory.limit_in_bytes", doubts)]
+    return _headroom(folder, origin, bounds, "memory.usage_in_bytes", "total_inactive_file", doubts)
 
 
-def _headroom(folder: Path, origin: str, bounds: list[int | None], usage: str, cached: str) -> MemoryLimit | None:
+def _bound(path: Path, doubts: list[str]) -> int | None:
+    """A cgroup's limit; None if it has none, or none that can be believed."""
+    text = _read(path)
+    if text is None:
+        if _exists(path):
+            doubts.append(f"{_shown(path)} cannot be read, and is left out")
+        return None
+    text = text.strip()
+    number = _decimal(text)
+    if number is None and text not in ("max", "-1"):
+        doubts.append(f"{_shown(path)} says {quoted(text, 40)}, which is no limit, and is left out")
+    return number
+
+
+def _headroom(
+    folder: Path, origin: str, bounds: list[int | None], usage: str, cached: str, doubts: list[str]
+) -> MemoryLimit | None:
     """limit − (current − inactive_file): the kernel drops inactive file pages before it refuses memory."""
     finite = [bound for bound in bounds if bound is not None and bound < _UNLIMITED]
     if not finite:
         return None
     limit = min(finite)
-    stat = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE))
-    used = max(0, (_number(folder / usage) or 0) - int(stat.get(cached, 0)))
+    stat = dict(re.findall(r"^(\w+) ([0-9]{1,19})$", _read(folder / "memory.stat") or "", re.MULTILINE | re.ASCII))
+    current = _number(folder / usage)
+    if current is None:
+        doubts.append(f"{_shown(folder / usage)} cannot be read: what is used under that limit is not known")
+        current = 0
+    used = max(0, current - min(current, int(stat.get(cached, 0))))
     return MemoryLimit(origin, max(0, limit - used), limit)
 
 
@@ -214,29 +287,39 @@ def _mounts(root: Path) -> list[_Mount]:
     mounts = []
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         left, _, right = line.partition(" - ")
-        fields, (kind, _, options) = left.split(), right.split(maxsplit=2)
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+        fields, (kind, *source) = left.split(" "), right.split(" ") or [""]
+        options = source[-1].split(",") if source else []
+        if len(fields) > 4 and (kind == "cgroup2" or (kind == "cgroup" and "memory" in options)):
             point, top = PurePosixPath(_unescape(fields[4])), PurePosixPath(_unescape(fields[3]))
-            mounts.append(_Mount(point, top, 2 if kind == "cgroup2" else 1))
+            if point.is_absolute() and ".." not in point.parts:
+                mounts.append(_Mount(point, top, 2 if kind == "cgroup2" else 1))
     return mounts
 
 
 def _unescape(text: str) -> str:
-    """proc_pid_mountinfo(5): blanks and backslashes are written as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+    """proc_pid_mountinfo(5): blanks and backslashes are written as octal numbers, byte by byte."""
+    return re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _cuda(root: Path) -> tuple[str, ...]:
     """Discrete GPUs as NVIDIA's driver lists them; asking torch would cost hundreds of MiB."""
     names = []
-    for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+    try:
+        files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    except OSError:
+        files = []
+    for file in files:
         match = re.search(r"^Model:\s*(.+?)\s*$", _read(file) or "", re.MULTILINE)
-        names.append(match[1] if match else "NVIDIA GPU")
+        names.append(printable(match[1]) if match else "NVIDIA GPU")
     return tuple(names)
 
 
 def _pressure(root: Path) -> Pressure | None:
-    match = re.search(r"^some avg10=([\d.]+) avg60=([\d.]+)", _read(root / "proc/pressure/memory") or "", re.MULTILINE)
+    match = re.search(
+        r"^some avg10=([0-9]{1,3}(?:\.[0-9]{1,9})?) avg60=([0-9]{1,3}(?:\.[0-9]{1,9})?) ",
+        _read(root / "proc/pressure/memory") or "",
+        re.MULTILINE,
+    )
     return Pressure(float(match[1]), float(match[2])) if match else None
 
 
@@ -260,17 +343,33 @@ def _memory_cgroup_off(root: Path) -> bool:
         point = root / mount.point.relative_to("/")
         if mount.version == 1 or "memory" in (_read(point / "cgroup.controllers") or "").split():
             return False
-    return (root / "proc/cgroups").exists() or "cgroup_disable=memory" in (_read(root / "proc/cmdline") or "").split()
+    return _exists(root / "proc/cgroups") or "cgroup_disable=memory" in (_read(root / "proc/cmdline") or "").split()
 
 
 def _number(path: Path) -> int | None:
-    text = (_read(path) or "").strip()
-    return int(text) if text.isdecimal() else None
+    return _decimal((_read(path) or "").strip())
+
+
+def _decimal(text: str) -> int | None:
+    """A number as the kernel writes it: what is longer than 64 bits take is none."""
+    return int(text) if _DECIMAL.fullmatch(text) else None
+
+
+def _shown(path: Path) -> str:
+    return printable("/".join(path.parts[-2:]))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _read(path: Path) -> str | None:
     """The file's text; None where it is absent, forbidden, or the kernel answers that it is switched off."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        with open(path, "rb") as file:
+            return file.read(_MOST_BYTES).decode("utf-8", errors="surrogateescape")
+    except (OSError, ValueError):  # ValueError: a path with a NUL in it
         return None

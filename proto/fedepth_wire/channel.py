@@ -60,3 +60,8 @@ def target(address: Address) -> str:
     except ValueError:
         return f"dns:///{host}:{address.port}"
     return f"ipv4:{host}:{address.port}" if version == 4 else f"ipv6:[{quote(host, safe=':')}]:{address.port}"
+
+
+def unresolved(details: str) -> bool:
+    """Whether a call's details say that the name of the other side could not be looked up."""
+    return "hostname lookup error" in details or "DNS resolution failed" in details
