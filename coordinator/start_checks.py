@@ -139,15 +139,19 @@ def _told(data: str, counts: Sequence[int], classes: Sequence[str]) -> Findings:
 
 
 async def _ask(request: Request, argv: Sequence[str]) -> Answer:
-    child = await Child.start("the look at the test data", argv)
+    child = await Child.start("the look at the test data", argv, on_line=_pass_on)
     try:
         await child.send(request)
         return msgspec.convert(await child.receive(), Answer)
     except (ChildError, msgspec.ValidationError) as error:
-        return Answer(problem=f"{error}; what it wrote above says why")
+        return Answer(problem=f"{error}; its lines in the log say why")
     finally:
         child.kill()
         await child.stop()
+
+
+def _pass_on(line: str) -> None:
+    _log.warning("test data", said=line)
 
 
 def writable(option: str, path: Path) -> list[str]:

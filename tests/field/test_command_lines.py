@@ -79,12 +79,12 @@ def test_the_version_is_told_without_loading_torch(program: str) -> None:
 
 
 def test_the_same_thing_has_the_same_option() -> None:
-    """One name, one type, wherever it is."""
-    kinds: dict[str, set[str]] = {}
+    """One name stands for a flag or for a value, wherever it is."""
+    kinds: dict[str, set[bool]] = {}
     for program, name in COMMANDS:
         for each in commands(program)[name].params:
             for option in each.opts if each.param_type_name == "option" else ():
-                kinds.setdefault(option, set()).add(each.type.name)
+                kinds.setdefault(option, set()).add(bool(each.is_flag))
     assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
     for program, name in WITHOUT_RESULT:
         assert {"--json-logs", "--exit-when-done", "--config", "--state"} <= options(program, name)
