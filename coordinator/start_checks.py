@@ -155,21 +155,15 @@ def _pass_on(line: str) -> None:
 
 
 def writable(option: str, path: Path) -> list[str]:
-    """What keeps a file or folder from being made at `path`."""
-    folder = path.parent
-    if path.is_dir() and option != "--state":
+    """What keeps a file from being made at `path`."""
+    folder = path.absolute().parent
+    if path.is_dir():
         return [f"{option}: {printable(str(path))} is a folder; name a file"]
-    if option == "--state":
-        folder = path
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist; make it"
-        return [f"{option}: {printable(str(folder.absolute()))} {what}, or name another place"]
+        return [f"{option}: {printable(str(folder))} {what}, or name another place"]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [
-            f"{option}: {printable(str(folder.absolute()))} cannot be written; change its permissions, or name another"
-        ]
+        return [f"{option}: {printable(str(folder))} cannot be written; change its permissions, or name another place"]
     return []
 
 
