@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,7 @@ def missing_libraries(config: JobConfig) -> list[str]:
     problems = []
     if source in ("torchvision", "timm") and colon:
         wanted.append((source, "fedepth[timm]" if source == "timm" else "fedepth[train]", config.model.name))
-    elif colon and source and not _can_be_imported(source.partition(".")[0], config.folder):
+    elif colon and source and not _can_be_imported(source.partition(".")[0], *filter(None, [config.folder]), ""):
         where = f"in {printable(config.folder)} and " if config.folder else ""
         problems.append(
             f"[model] name: there is no module {shortened(source)}, looked for {where}where Python looks; put its file "
@@ -90,13 +91,21 @@ def missing_libraries(config: JobConfig) -> list[str]:
     return problems
 
 
-def _can_be_imported(module: str, folder: str = "") -> bool:
-    if folder and any((Path(folder) / name).exists() for name in (f"{module}.py", module)):
+def _can_be_imported(module: str, *folders: str) -> bool:
+    """Whether there is such a module in these folders ("" is the working directory), or where Python looks.
+
+    It is not loaded.
+    """
+    if module in sys.modules:
         return True
     try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+        return any(find(module) is not None for find in (_in(folders), importlib.util.find_spec))
+    except (ImportError, ValueError, OSError):
         return False
+
+
+def _in(folders: Sequence[str]) -> Callable[[str], ModuleSpec | None]:
+    return lambda module: PathFinder.find_spec(module, folders)
 
 
 async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) -> Findings:

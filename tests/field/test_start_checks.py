@@ -119,10 +119,14 @@ def test_models_and_libraries_that_are_not_there(tmp_path: Path, monkeypatch: py
     assert problems("digits-cnn") == []
     assert "there is no model digits-cmm; did you mean digits-cnn?; others are" in problems("digits-cmm")[0]
     assert f"there is no module mynet, looked for in {tmp_path} and where" in problems("mynet:build")[0]
-    (tmp_path / "mynet.py").write_text("", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # where the model worker looks, too
+    (tmp_path / "cwd_net.py").touch()
+    assert problems("cwd_net:build") == []
+    (tmp_path / "mynet.py").touch()
+    monkeypatch.chdir("/")
     assert problems("mynet:build") == []
     there = start_checks._can_be_imported
-    monkeypatch.setattr(start_checks, "_can_be_imported", lambda module, folder="": module != "onnx" and there(module))
+    monkeypatch.setattr(start_checks, "_can_be_imported", lambda module, *folders: module != "onnx" and there(module))
     assert problems("resnet18") == ["onnx is not installed, which the export needs: pip install 'fedepth[coordinator]'"]
 
 
