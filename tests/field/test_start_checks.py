@@ -18,7 +18,7 @@ from coordinator import start_checks
 from coordinator.evaluation_data import Answer, Request, look
 from coordinator.server import ServeOptions, serve
 from coordinator.start_checks import Findings, disk_findings, examine, examine_test_data, missing_libraries, writable
-from coordinator.store.records import Store
+from coordinator.store.records import RoundRecord, Store
 from fedepth.data.idx import write_idx
 from fedepth.errors import FedepthError, StartError, StateError, TransportError
 from fedepth.job import load_config, model_spec
@@ -157,6 +157,16 @@ def test_disk_space(tmp_path: Path, free: int, weights: int, begun: bool, proble
     assert warning in " ".join(found.warnings)
 
 
+def begun(state: Path, config: JobConfig) -> None:
+    """A job that has its first weights."""
+    store = Store.open(state, "demo", model_spec(config), settings=settings_of(config))
+    partial = state / "weights" / "new.partial"
+    partial.write_bytes(b"weights")
+    sealed = store.seal_weights(partial, 0)
+    store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+    store.close()
+
+
 class NoModels:
     """No model is to be prepared where the start is refused."""
 
@@ -181,7 +191,7 @@ def start(config: JobConfig, options: ServeOptions, found: Findings | None = Non
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     state = tmp_path / "state"
-    Store.open(state, "demo", model_spec(config), settings=settings_of(config)).close()
+    begun(state, config)
     changed = msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, batch=64))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -202,7 +212,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_start_that_is_refused_takes_nothing_over(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     state = tmp_path / "state"
-    Store.open(state, "demo", model_spec(config), settings=settings_of(config)).close()
+    begun(state, config)
     more = msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, rounds=99))
     start(more, ServeOptions(state, port=0), Findings(("no",)))
     store = Store.read(state)
