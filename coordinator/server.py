@@ -129,7 +129,7 @@ def _opened(
         errors += map(StartError, disk.problems)
         if errors:
             raise together(errors)
-        first = store.take_over(settings, changed)
+        first = store.take_over(model_spec(config), settings, changed)
     except BaseException:
         store.close()
         raise

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,7 @@ def missing_libraries(config: JobConfig) -> list[str]:
     problems = []
     if source in ("torchvision", "timm") and colon:
         wanted.append((source, "fedepth[timm]" if source == "timm" else "fedepth[train]", config.model.name))
-    elif colon and source and not _can_be_imported(source.partition(".")[0], config.folder):
+    elif colon and source and not _can_be_imported(source.partition(".")[0], *filter(None, [config.folder]), ""):
         where = f"in {printable(config.folder)} and " if config.folder else ""
         problems.append(
             f"[model] name: there is no module {shortened(source)}, looked for {where}where Python looks; put its file "
@@ -90,13 +91,21 @@ def missing_libraries(config: JobConfig) -> list[str]:
     return problems
 
 
-def _can_be_imported(module: str, folder: str = "") -> bool:
-    if folder and any((Path(folder) / name).exists() for name in (f"{module}.py", module)):
+def _can_be_imported(module: str, *folders: str) -> bool:
+    """Whether there is such a module in these folders ("" is the working directory), or where Python looks.
+
+    It is not loaded.
+    """
+    if module in sys.modules:
         return True
     try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+        return any(find(module) is not None for find in (_in(folders), importlib.util.find_spec))
+    except (ImportError, ValueError, OSError):
         return False
+
+
+def _in(folders: Sequence[str]) -> Callable[[str], ModuleSpec | None]:
+    return lambda module: PathFinder.find_spec(module, folders)
 
 
 async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) -> Findings:
@@ -139,33 +148,31 @@ def _told(data: str, counts: Sequence[int], classes: Sequence[str]) -> Findings:
 
 
 async def _ask(request: Request, argv: Sequence[str]) -> Answer:
-    child = await Child.start("the look at the test data", argv)
+    child = await Child.start("the look at the test data", argv, on_line=_pass_on)
     try:
         await child.send(request)
         return msgspec.convert(await child.receive(), Answer)
     except (ChildError, msgspec.ValidationError) as error:
-        return Answer(problem=f"{error}; what it wrote above says why")
+        return Answer(problem=f"{error}; its lines in the log say why")
     finally:
         child.kill()
         await child.stop()
 
 
+def _pass_on(line: str) -> None:
+    _log.warning("test data", said=line)
+
+
 def writable(option: str, path: Path) -> list[str]:
-    """What keeps a file or folder from being made at `path`."""
-    folder = path.parent
-    if path.is_dir() and option != "--state":
+    """What keeps a file from being made at `path`."""
+    folder = path.absolute().parent
+    if path.is_dir():
         return [f"{option}: {printable(str(path))} is a folder; name a file"]
-    if option == "--state":
-        folder = path
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist; make it"
-        return [f"{option}: {printable(str(folder.absolute()))} {what}, or name another place"]
+        return [f"{option}: {printable(str(folder))} {what}, or name another place"]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [
-            f"{option}: {printable(str(folder.absolute()))} cannot be written; change its permissions, or name another"
-        ]
+        return [f"{option}: {printable(str(folder))} cannot be written; change its permissions, or name another place"]
     return []
 
 

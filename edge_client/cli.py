@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import structlog
 import typer
 from msgspec.structs import replace
 from rich.table import Table
@@ -33,6 +31,7 @@ from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ConfigError, StateError
+from fedepth.logs import configure_logs, renderer
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
 from fedepth.program import hand_over, run_program
@@ -110,6 +109,7 @@ def calibrate(
     An agent does this automatically when it first starts and when torch or the allocator has changed.
     """
     chosen = settings.load(config, _given({"trainer.threads": threads}))
+    _log_warnings_only()
     with console(stderr=True).status("starting") as status:
         folder = cache_dir(chosen.state)
         measuring = calibrated(chosen.trainer, status.update, memory=chosen.memory, again=True, folder=folder)
@@ -233,11 +233,8 @@ def _plotting(path: Path) -> Callable[[Path, Capability], None]:
 
 
 def _log_warnings_only() -> None:
-    """To standard error: standard output belongs to the report."""
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    """To standard error: standard output belongs to what was asked for."""
+    configure_logs(renderer(json_lines=False), level=logging.WARNING)
 
 
 def _table(memory: Memory, budget: Budget | None) -> Table:

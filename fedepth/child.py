@@ -1,7 +1,8 @@
 """A child process that speaks JSON lines over its standard streams, and ends when its standard input closes.
 
 The agent starts its trainer and the coordinator its model worker this way: memory that Python and torch have taken is
-given back for certain only when a process ends. Standard error is passed on, so that nothing a child says is lost.
+given back for certain only when a process ends. Nothing that a child says on standard error is lost: it is passed on as
+it is, or line by line to whoever wants it in a log.
 """
 
 from __future__ import annotations
@@ -20,18 +21,31 @@ from fedepth.errors import ChildError
 from fedepth.files import NOT_JSON
 
 LINE_LIMIT_BYTES = 4 << 20
+_PIECE_BYTES = 64 << 10
+_LAST_WORDS_S = 1.0  # how long to wait for them where something else holds the pipe of a child that has ended
 
 
 class Child:
     """A running child. Not safe for use by two tasks at once."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, on_line: Callable[[str], None] | None = None
+    ) -> None:
         self.name = name
         self._process = process
+        self._listening = on_line and asyncio.create_task(_listen(process, on_line))
 
     @classmethod
-    async def start(cls, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+    async def start(
+        cls,
+        name: str,
+        argv: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Child:
         """Starts `argv` with `environment` added to ours, in a session of its own.
+
+        `on_line` is called with every line that it writes to standard error, which is ours without it.
 
         A session of its own keeps Ctrl-C from reaching the child before its parent has decided what to do; it still
         cannot outlive us, since its standard input closes when we end.
@@ -40,12 +54,13 @@ class Child:
             *argv,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=None if on_line is None else asyncio.subprocess.PIPE,
             env={**os.environ, **(environment or {})},
             limit=LINE_LIMIT_BYTES,
             start_new_session=True,
             cwd=None if _has_working_directory() else "/",
         )
-        return cls(name, process)
+        return cls(name, process, on_line)
 
     @property
     def pid(self) -> int:
@@ -100,13 +115,20 @@ class Child:
         except asyncio.TimeoutError:
             self.kill()
             await self._process.wait()
+        await self._heard()
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
+    async def _heard(self) -> None:
+        if self._listening:
+            await asyncio.wait({self._listening}, timeout=_LAST_WORDS_S)
+            self._listening.cancel()
+
     async def _gone(self) -> ChildError:
         returncode = await self._process.wait()
+        await self._heard()
         how = f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
         return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
 
@@ -118,6 +140,19 @@ def _has_working_directory() -> bool:
     except OSError:
         return False
     return True
+
+
+async def _listen(process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
+    assert process.stderr is not None
+    left = b""
+    while data := await process.stderr.read(_PIECE_BYTES):
+        *lines, left = (left + data).split(b"\n")
+        if len(left) > _PIECE_BYTES:  # of a child that ends no line
+            lines, left = [*lines, left], b""
+        for line in filter(bytes.strip, lines):
+            on_line(line.decode("utf-8", "backslashreplace").rstrip())
+    if left.strip():
+        on_line(left.decode("utf-8", "backslashreplace").rstrip())
 
 
 def run_child(main: Callable[[], None]) -> None:

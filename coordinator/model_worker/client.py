@@ -94,7 +94,7 @@ class ModelWorker:
     async def _ready(self) -> Child:
         if self._child is not None and self._child.alive:
             return self._child
-        self._child = await Child.start("model worker", self._argv)
+        self._child = await Child.start("model worker", self._argv, on_line=_pass_on)
         first = await self._child.receive()
         if not isinstance(first, dict) or first.get("event") != "ready":
             raise ChildError(f"model worker began with {str(first)[:80]!r} instead of ready")
@@ -130,6 +130,11 @@ class ModelWorker:
             child.kill()
         with contextlib.suppress(ChildError):  # it is to end; how it ends no longer matters
             await child.stop()
+
+
+def _pass_on(line: str) -> None:
+    """What it writes to standard error, such as a warning of a library or a trace."""
+    _log.warning("model worker", said=line)
 
 
 def _as_error(fields: dict[str, Any]) -> FedepthError:

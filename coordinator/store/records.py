@@ -202,12 +202,15 @@ class Store(RoundStore, TaskStore):
         """What these settings change of those that the job had last.
 
         Of a job that an earlier version began, only what follows from its model and from what was prepared is known.
+        One that has no weights yet, since its first start failed, has not begun: all of it may be put right.
         """
         row = self._job()
+        if self.latest_round() is None:
+            return []
         held = msgspec.json.decode(row["settings"]) if row["settings"] else _known_settings(row)
         return differences(held, settings)
 
-    def take_over(self, settings: Settings, changed: Sequence[Change]) -> int:
+    def take_over(self, model: ModelSpec, settings: Settings, changed: Sequence[Change]) -> int:
         """Records the settings that hold from now on, and what they change. Returns the first round that they hold for.
 
         Nothing is asked here: see `fedepth.job_changes.check_changes`.
@@ -215,7 +218,8 @@ class Store(RoundStore, TaskStore):
         latest = self.latest_round()
         first = 1 if latest is None else latest.round + 1
         with self._database.begin() as connection:
-            connection.execute(job.update().values(name=settings["job.name"], settings=to_json(settings)))
+            values = {"name": settings["job.name"], "model": to_json(model), "settings": to_json(settings)}
+            connection.execute(job.update().values(values))
             for change in changed:
                 values = {
                     "round": first,

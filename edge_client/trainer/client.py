@@ -47,7 +47,7 @@ class TrainerProcess:
             ChildError: it cannot be started, ended, said something else than `ready`, or was silent for START_S.
         """
         try:
-            child = await Child.start("trainer", argv, environment(config.allocator, config.threads))
+            child = await Child.start("trainer", argv, environment(config.allocator, config.threads), _pass_on)
         except OSError as error:  # too many processes, or no memory for one more
             raise ChildError(f"the trainer cannot be started: {error.strerror or error}") from error
         started = False
@@ -184,6 +184,11 @@ class TrainerKeeper:
         if self._stopping:
             await self._stopping
             self._stopping = None
+
+
+def _pass_on(line: str) -> None:
+    """What it writes to standard error, such as a warning of a library or a trace."""
+    _log.warning("trainer", said=line)
 
 
 def torch_version() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.store.entries import Prepared
-from coordinator.store.records import Store
+from coordinator.store.records import RoundRecord, Store
 from fedepth.files import write_atomically
 from fedepth.job import load_config, model_spec, section_types, training_spec
 from fedepth.job_changes import KINDS, Kind, refusal, settings_of
@@ -96,6 +96,20 @@ def opened(state: Path, config: JobConfig) -> Store:
     return Store.open(state, config.job.name, model_spec(config), settings=settings_of(config))
 
 
+def begun(state: Path, config: JobConfig) -> None:
+    """A job that has its first weights."""
+    store = opened(state, config)
+    begin(store)
+    store.close()
+
+
+def begin(store: Store) -> None:
+    partial = store.directory / "weights" / "new.partial"
+    partial.write_bytes(b"weights")
+    sealed = store.seal_weights(partial, 0)
+    store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+
+
 def test_every_setting_has_a_kind() -> None:
     settings = {f"{name}.{field}" for name, kind in section_types().items() for field in kind.__struct_fields__}
     assert settings == set(KINDS)
@@ -104,10 +118,10 @@ def test_every_setting_has_a_kind() -> None:
 @pytest.mark.parametrize(("old", "new", "kind", "said"), CASES, ids=[new.replace("\n", " ") for _, new, _, _ in CASES])
 def test_a_changed_setting(tmp_path: Path, old: str, new: str, kind: Kind | None, said: list[str]) -> None:
     assert old in JOB
-    before, now = (settings_of(config_of(tmp_path, text)) for text in (JOB, JOB.replace(old, new, 1)))
+    now = settings_of(config_of(tmp_path, JOB.replace(old, new, 1)))
     state = tmp_path / "state"
-    Store.open(state, "demo", model_spec(config_of(tmp_path, JOB)), settings=before).close()
-    store = Store.open(state, "demo", model_spec(config_of(tmp_path, JOB)), settings=now)
+    begun(state, config_of(tmp_path, JOB))
+    store = opened(state, config_of(tmp_path, JOB.replace(old, new, 1)))
     changed = store.changed(now)
     store.close()
     assert (kind is None) == (not changed)
@@ -126,15 +140,28 @@ def test_a_changed_setting(tmp_path: Path, old: str, new: str, kind: Kind | None
 
 
 def test_what_is_taken_over_is_recorded_with_its_round(tmp_path: Path) -> None:
-    opened(tmp_path / "state", config_of(tmp_path, JOB)).close()
+    begun(tmp_path / "state", config_of(tmp_path, JOB))
     now = config_of(tmp_path, JOB.replace("rounds = 4", "rounds = 9").replace("0.05", "0.01"))
     for _ in range(2):  # the second start changes nothing
         store = opened(tmp_path / "state", now)
-        assert store.take_over(settings_of(now), store.changed(settings_of(now))) == 1
+        assert store.take_over(model_spec(now), settings_of(now), store.changed(settings_of(now))) == 1
         told = [(each.round, each.setting, each.before, each.now, each.accepted) for each in store.changes()]
         assert told == [(1, "job.rounds", 4, 9, False), (1, "training.learning_rate", 0.05, 0.01, True)]
         assert store.changed(settings_of(now)) == []
         store.close()
+
+
+def test_a_job_that_has_no_weights_yet_may_be_put_right(tmp_path: Path) -> None:
+    """Its first start failed, perhaps for want of this very change."""
+    opened(tmp_path / "state", config_of(tmp_path, JOB)).close()
+    now = config_of(tmp_path, JOB.replace("[1, 8, 8]", "[1, 16, 16]").replace("seed = 7", "seed = 8"))
+    store = opened(tmp_path / "state", now)
+    assert store.changed(settings_of(now)) == []
+    store.take_over(model_spec(now), settings_of(now), [])
+    begin(store)
+    assert store.changed(settings_of(now)) == []
+    store.close()
+    Store.open(tmp_path / "state", "demo", model_spec(now)).close()  # it is the recorded model now
 
 
 def test_a_file_with_weights_may_move(tmp_path: Path) -> None:
@@ -148,6 +175,7 @@ def test_a_job_of_an_earlier_version_is_compared_by_what_it_recorded(tmp_path: P
     store = Store.open(tmp_path / "state", "demo", model_spec(config))  # which records no settings
     write_atomically(store.files.graph(), b"graph")
     layout = ModelLayout(units=(), head=())
+    begin(store)
     store.record_prepared(Prepared(layout, training_spec(config, 1), "0" * 64, 5))
     assert store.changed(settings_of(config)) == []
     for old, new, said in (

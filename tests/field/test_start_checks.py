@@ -18,7 +18,7 @@ from coordinator import start_checks
 from coordinator.evaluation_data import Answer, Request, look
 from coordinator.server import ServeOptions, serve
 from coordinator.start_checks import Findings, disk_findings, examine, examine_test_data, missing_libraries, writable
-from coordinator.store.records import Store
+from coordinator.store.records import RoundRecord, Store
 from fedepth.data.idx import write_idx
 from fedepth.errors import FedepthError, StartError, StateError, TransportError
 from fedepth.job import load_config, model_spec
@@ -119,10 +119,14 @@ def test_models_and_libraries_that_are_not_there(tmp_path: Path, monkeypatch: py
     assert problems("digits-cnn") == []
     assert "there is no model digits-cmm; did you mean digits-cnn?; others are" in problems("digits-cmm")[0]
     assert f"there is no module mynet, looked for in {tmp_path} and where" in problems("mynet:build")[0]
-    (tmp_path / "mynet.py").write_text("", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # where the model worker looks, too
+    (tmp_path / "cwd_net.py").touch()
+    assert problems("cwd_net:build") == []
+    (tmp_path / "mynet.py").touch()
+    monkeypatch.chdir("/")
     assert problems("mynet:build") == []
     there = start_checks._can_be_imported
-    monkeypatch.setattr(start_checks, "_can_be_imported", lambda module, folder="": module != "onnx" and there(module))
+    monkeypatch.setattr(start_checks, "_can_be_imported", lambda module, *folders: module != "onnx" and there(module))
     assert problems("resnet18") == ["onnx is not installed, which the export needs: pip install 'fedepth[coordinator]'"]
 
 
@@ -153,6 +157,16 @@ def test_disk_space(tmp_path: Path, free: int, weights: int, begun: bool, proble
     assert warning in " ".join(found.warnings)
 
 
+def begun(state: Path, config: JobConfig) -> None:
+    """A job that has its first weights."""
+    store = Store.open(state, "demo", model_spec(config), settings=settings_of(config))
+    partial = state / "weights" / "new.partial"
+    partial.write_bytes(b"weights")
+    sealed = store.seal_weights(partial, 0)
+    store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+    store.close()
+
+
 class NoModels:
     """No model is to be prepared where the start is refused."""
 
@@ -177,7 +191,7 @@ def start(config: JobConfig, options: ServeOptions, found: Findings | None = Non
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     state = tmp_path / "state"
-    Store.open(state, "demo", model_spec(config), settings=settings_of(config)).close()
+    begun(state, config)
     changed = msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, batch=64))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -198,7 +212,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_start_that_is_refused_takes_nothing_over(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     state = tmp_path / "state"
-    Store.open(state, "demo", model_spec(config), settings=settings_of(config)).close()
+    begun(state, config)
     more = msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, rounds=99))
     start(more, ServeOptions(state, port=0), Findings(("no",)))
     store = Store.read(state)
