@@ -4,6 +4,7 @@ coordinator = "192.168.1.10:8970"
 data = "/srv/fedepth/data"
 state = "/var/lib/fedepth"
 name = "kitchen"
+most_damaged = 0.05   # share of image files that may be damaged; they are left out
 [memory]
 cap = "300MiB"        # what training may add; 0 for no cap
 reserve = "64MiB"     # left to others
@@ -29,6 +30,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from fedepth.data.damage import MOST_DAMAGED
 from fedepth.errors import ConfigError
 from fedepth.printable import shortened
 from fedepth.settings import read_toml, settings_path, suggestion, violation
@@ -100,11 +102,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str = ""
     state: str = ""
     name: str = ""
+    most_damaged: float = MOST_DAMAGED
     memory: MemoryConfig = MemoryConfig()
     trainer: TrainerConfig = TrainerConfig()
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.most_damaged <= 1:  # nor NaN
+            raise ValueError(f"most_damaged is {self.most_damaged}, but must be between 0 and 1")
         if self.coordinator:
             match = _ADDRESS.fullmatch(self.coordinator)
             if match is None or not 0 < int(match["port"]) < 65536:

@@ -19,6 +19,7 @@ from edge_client.agent import Agent, Surroundings
 from edge_client.config import Config
 from edge_client.identity import StateLock, device_id
 from edge_client.measure.calibration import calibrated
+from edge_client.samples import Samples
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, FedepthError, ModelError, PlanError, StateError
@@ -85,6 +86,8 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
     identity = device_id(config.state_dir)
 
     async def work() -> None:
+        samples = Samples(config)
+        await samples.look()  # where there is nothing to train on, nothing need be measured either
         calibration, settled = Calibration(), config
         try:
             calibration = (await calibrated(config.trainer, _log_step, memory=config.memory)).calibration
@@ -93,7 +96,13 @@ async def _run(config: Config, exit_when_done: bool, surroundings: Surroundings)
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
             structlog.get_logger().warning("calibration failed; planning with default figures", error=str(error))
         agent = Agent(
-            settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings
+            settled,
+            identity,
+            transport,
+            calibration,
+            exit_when_done=exit_when_done,
+            samples=samples,
+            surroundings=surroundings,
         )
         await agent.run()
 

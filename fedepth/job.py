@@ -23,8 +23,9 @@ from fedepth.aggregation.rules import (
     TrimmedMean,
     WeightedMean,
 )
+from fedepth.data.labels import listed, normalised
 from fedepth.errors import ConfigError
-from fedepth.job_sections import DIGITS, MOST_NAME, MOST_NAMES_BYTES, JobConfig, ModelSection, TestSection
+from fedepth.job_sections import DIGITS, MOST_NAME, MOST_NAMES_BYTES, JobConfig, ModelSection
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import read_toml, settings_path, suggestion, violation
@@ -54,15 +55,16 @@ def model_spec(config: JobConfig) -> ModelSpec:
     """The model as it is sent to devices and to the model worker."""
     section = config.model
     classes = section.classes
-    names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else classes
+    names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else map(normalised, classes)
     channels = section.input_shape[0]
     return ModelSpec(
         name=section.name,
-        classes=names,
+        classes=tuple(names),
         input_shape=section.input_shape,
         mean=section.mean or (0.0,) * channels,
         std=section.std or (1.0,) * channels,
         input_type=section.input_type,
+        first_label=section.first_label,
     )
 
 
@@ -251,11 +253,9 @@ def _check_classes(model: ModelSection, file: str) -> None:
         raise ConfigError(f"{file}: [model] classes: must be 2 to {MOST_CLASSES}, is {count}")
     if isinstance(classes, int):
         return
-    twice = sorted(name for name, times in Counter(classes).items() if times > 1)
+    twice = sorted(name for name, times in Counter(map(normalised, classes)).items() if times > 1)
     if twice:
-        raise ConfigError(
-            f"{file}: [model] classes: must be unique, but {quoted(', '.join(twice))} occurs more than once"
-        )
+        raise ConfigError(f"{file}: [model] classes: must be unique, but {listed(twice)} occurs more than once")
     longest = max(map(len, classes))
     if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
         raise ConfigError(
@@ -270,7 +270,7 @@ def _with_test_path(config: JobConfig, path: Path) -> JobConfig:
     data = _path(path, "[test] data", config.test.data)
     if not data.exists():
         raise ConfigError(f'{path.name}: [test] data: {data} does not exist; give a folder or "{DIGITS}"')
-    return msgspec.structs.replace(config, test=TestSection(data=str(data)))
+    return msgspec.structs.replace(config, test=msgspec.structs.replace(config.test, data=str(data)))
 
 
 def _path(file: Path, field: str, text: str) -> Path:

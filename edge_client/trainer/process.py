@@ -18,7 +18,15 @@ import torch
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import run_child
-from fedepth.errors import DataError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.errors import (
+    DamagedFileError,
+    DataError,
+    DivergedError,
+    FedepthError,
+    ModelError,
+    OverBudgetError,
+    PlanError,
+)
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, status_bytes
 from fedepth.plan import Stage
@@ -30,6 +38,7 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
     OverBudgetError: Outcome.OVER_BUDGET,
     DataError: Outcome.DATA,
+    DamagedFileError: Outcome.DATA,
     ModelError: Outcome.MODEL,
     DivergedError: Outcome.DIVERGED,
 }
@@ -126,6 +135,7 @@ def main() -> None:
                 stage=getattr(error, "stage", 0),
                 miss_bytes=getattr(error, "miss_bytes", 0),
                 capped=getattr(error, "capped", False),
+                damaged=isinstance(error, DamagedFileError),
             )
         except Exception as error:
             # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
@@ -155,6 +165,7 @@ def assignment(request: TrainRequest) -> Assignment:
         enforce=request.enforce,
         most_samples=request.most_samples,
         release_freed=request.release_freed,
+        damage=frozenset(request.damage),
     )
 
 

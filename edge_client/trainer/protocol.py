@@ -28,6 +28,7 @@ class TrainRequest:
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
+        damage: keys of image files to leave out (fedepth.data.damage).
     """
 
     task: Task
@@ -43,6 +44,7 @@ class TrainRequest:
     enforce: bool
     most_samples: int = 0
     release_freed: bool = False
+    damage: tuple[int, ...] = ()
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):
@@ -121,6 +123,7 @@ class Failed(_Event, tag="failed", frozen=True):
     """The task ended without an update; the trainer lives on.
 
     `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
+    `damaged`: an image file cannot be read; without it the task may go well.
     """
 
     outcome: Outcome
@@ -130,6 +133,7 @@ class Failed(_Event, tag="failed", frozen=True):
     stage: int = 0
     miss_bytes: int = 0
     capped: bool = False
+    damaged: bool = False
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

@@ -31,7 +31,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from fedepth.errors import DataError
+from fedepth.data.folders import RAW_SUFFIXES
+from fedepth.errors import DamagedFileError, DataError
 from fedepth.printable import printable, shortened
 
 # Decoders in C that start no other program. What a file holds decides among them, not its name. Taken from their
@@ -49,9 +50,6 @@ _FORMATS = tuple(
     )
 )
 _BY_NAME = {".tga": (TgaImagePlugin.TgaImageFile.format,)}  # whose first bytes tell nothing
-_RAW_SUFFIXES = frozenset(
-    {".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
-)
 # (where, bytes, what): formats that people have and that are not read.
 _FOREIGN: tuple[tuple[int, bytes, str], ...] = (
     *((4, b"ftyp" + brand, "an HEIC image") for brand in (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1")),
@@ -114,7 +112,8 @@ def decode_image(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         A C-contiguous array of this shape, values 0 to 255 in sRGB.
 
     Raises:
-        DataError: in one sentence, what file cannot be read, why, and what to do.
+        DamagedFileError: in one sentence, what file cannot be read, why, and what to do.
+        DataError: it takes more memory than there is.
         ValueError: `shape` is not one of an image.
     """
     if len(shape) != 3 or shape[0] not in _MODES or min(shape) < 1:
@@ -133,7 +132,8 @@ def decode_image(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         ) from None
     except Exception as error:  # Pillow's decoders meet damage with every kind of error
         what = shortened(str(error)) or type(error).__name__
-        raise DataError(f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it") from error
+        message = f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it"
+        raise DamagedFileError(message, path) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
 
 
@@ -141,7 +141,7 @@ def check_image(path: Path) -> None:
     """Looks whether a file begins as an image that `decode_image` reads, without decoding its pixels.
 
     Raises:
-        DataError: as `decode_image`, which may still find damage behind the header.
+        DamagedFileError: as `decode_image`, which may still find damage behind the header.
     """
     try:
         with _opened(path) as file, warnings.catch_warnings():
@@ -151,7 +151,8 @@ def check_image(path: Path) -> None:
         raise
     except Exception as error:
         what = shortened(str(error)) or type(error).__name__
-        raise DataError(f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it") from error
+        message = f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it"
+        raise DamagedFileError(message, path) from error
 
 
 class _TooLarge(Exception):
@@ -168,17 +169,18 @@ def _opened(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         what = error.strerror or str(error)
-        raise DataError(f"{printable(str(path))} cannot be opened: {what}; make it readable or remove it") from None
+        message = f"{printable(str(path))} cannot be opened: {what}; make it readable or remove it"
+        raise DamagedFileError(message, path) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         os.close(descriptor)
         what = "is not a file" if not stat.S_ISREG(status.st_mode) else "is empty"
-        raise DataError(f"{printable(str(path))} {what}; remove it from the data")
+        raise DamagedFileError(f"{printable(str(path))} {what}; remove it from the data", path)
     return os.fdopen(descriptor, "rb")
 
 
 def _open(file: BinaryIO, path: Path) -> Image.Image:
-    if path.suffix.lower() in _RAW_SUFFIXES:
+    if path.suffix.lower() in RAW_SUFFIXES:
         # Many are TIFF files whose first image is a thumbnail.
         raise _foreign(path, "a camera's raw file")
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a photo of 200 megapixels is no attack; see _decoded
@@ -191,7 +193,7 @@ def _open(file: BinaryIO, path: Path) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = most
 
 
-def _unidentified(path: Path, head: bytes) -> DataError:
+def _unidentified(path: Path, head: bytes) -> DamagedFileError:
     for start, magic, what in _FOREIGN:
         if head[start:].startswith(magic):
             return _foreign(path, what)
@@ -199,16 +201,19 @@ def _unidentified(path: Path, head: bytes) -> DataError:
     if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
         return _foreign(path, "an SVG drawing")
     if text.startswith((b"<!doctype html", b"<html")):
-        return DataError(f"{printable(str(path))} is a web page, not an image; download it again or remove it")
+        message = f"{printable(str(path))} is a web page, not an image; download it again or remove it"
+        return DamagedFileError(message, path)
     begins = head[:8].hex(" ")
-    return DataError(
+    return DamagedFileError(
         f"{printable(str(path))} cannot be read as an image: no format that is read begins with {begins}; "
-        "repair or remove it"
+        "repair or remove it",
+        path,
     )
 
 
-def _foreign(path: Path, what: str) -> DataError:
-    return DataError(f"{printable(str(path))} is {what}, which is not read; convert it to JPEG or PNG, or remove it")
+def _foreign(path: Path, what: str) -> DamagedFileError:
+    message = f"{printable(str(path))} is {what}, which is not read; convert it to JPEG or PNG, or remove it"
+    return DamagedFileError(message, path)
 
 
 def _decoded(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> Image.Image:
@@ -304,10 +309,11 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
         band = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
         low, high = band.min(), band.max()
         if not 0 <= low <= high <= most:  # nor NaN
-            raise DataError(
+            raise DamagedFileError(
                 f"{printable(str(path))} holds {'floating-point' if is_float else 'integer'} values from {low:g} to "
                 f"{high:g}, of which nobody can say what is white; only 0 to {most:g} are read: save it with 8 or 16 "
-                "bits, or remove it"
+                "bits, or remove it",
+                path,
             )
         scaled = np.rint(band * np.float32(255 / most)).astype(np.uint8)
         gray[rows] = 255 - scaled if inverted else scaled

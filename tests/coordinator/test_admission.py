@@ -398,7 +398,7 @@ CLASSES = ("0", "1")
         ({"name": "a\nb"}, r"name 'a\\nb' has characters that cannot be shown"),
         ({"name": "\u202eevil"}, r"'\\u202eevil' has characters"),
         ({"hardware": "x" * 1025}, "describes its hardware in 1025 characters, allowed are 1024"),
-        ({"class_counts": (1,) * 3}, "the data has 3 classes, the job has 2: 0, 1; give"),
+        ({"class_counts": (1,) * 3}, "the data has 3 classes, the job has 2: '0', '1'; give"),
         ({"class_counts": (21, -1)}, "20 samples, but by class they are 20, the smallest class with -1"),
         ({"class_counts": (10, 11)}, "20 samples, but by class they are 21"),
         ({"sample_count": 0}, "no training samples"),
