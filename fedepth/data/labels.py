@@ -10,11 +10,12 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from fedepth.printable import printable, visible
+from fedepth.printable import printable, shortened, visible
 
 _NAMES_SHOWN = 10
 _MOST_COMPARED = 1000  # classes; comparing takes a while, and a device may send any names
 _NAME_SHOWN = 60
+_MOST_TOLD = 2000  # characters, fewer than a message to a device may have
 _NEAR = 0.6  # difflib's own measure of what is similar
 
 
@@ -42,7 +43,7 @@ def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str:
     ]
     more = f" and {len(unknown) - len(near)} more" if len(unknown) > len(near) else ""
     count = "1 folder that is not a class" if len(unknown) == 1 else f"{len(unknown)} folders that are not classes"
-    return f"{count} of the job ({listed(classes)}): {'; '.join(told)}{more}"
+    return shortened(f"{count} of the job ({listed(classes)}): {'; '.join(told)}{more}", _MOST_TOLD)
 
 
 def listed(names: Sequence[str]) -> str:

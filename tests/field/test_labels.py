@@ -111,6 +111,8 @@ def test_many_unknown_names_are_cut() -> None:
     assert "500 folders that are not classes of the job" in told
     assert told.endswith("and 490 more")
     assert len(told) < 2000
+    hostile = unknown_names(["\U000e0100" * 200] * 20, ("\U000e0100" * 200, "b"))
+    assert len(hostile) <= 2001
 
 
 @pytest.mark.parametrize(
