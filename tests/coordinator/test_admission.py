@@ -20,7 +20,7 @@ from fedepth.errors import UpdateError
 from fedepth.job_sections import LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import Result
+from fedepth.task import ModelSpec, Result
 from fedepth.weights import save, write_tensors
 
 LAYOUT = ModelLayout(
