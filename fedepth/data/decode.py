@@ -73,6 +73,15 @@ _FOREIGN: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\0\5\x16\7", "an AppleDouble file, which macOS writes beside the real one"),
     (0, b"\0\0\1\0", "an icon"),
 )
+_BEGINNINGS = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"RIFF", "WebP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"BM", "BMP"),
+)
 _HEAD_BYTES = 1024
 # After a JPEG is scaled while it is decoded. Beyond it, one image takes over half a GiB.
 _MOST_PIXELS = 1 << 27
@@ -204,11 +213,9 @@ def _unidentified(path: Path, head: bytes) -> DamagedFileError:
         message = f"{printable(str(path))} is a web page, not an image; download it again or remove it"
         return DamagedFileError(message, path)
     begins = head[:8].hex(" ")
-    return DamagedFileError(
-        f"{printable(str(path))} cannot be read as an image: no format that is read begins with {begins}; "
-        "repair or remove it",
-        path,
-    )
+    kind = next((name for magic, name in _BEGINNINGS if head.startswith(magic)), "")
+    why = f"its header is not that of a whole {kind}" if kind else f"no format that is read begins with {begins}"
+    return DamagedFileError(f"{printable(str(path))} cannot be read as an image: {why}; repair or remove it", path)
 
 
 def _foreign(path: Path, what: str) -> DamagedFileError:

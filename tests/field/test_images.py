@@ -326,7 +326,12 @@ REFUSED: list[tuple[str, Build, str]] = [
         (f"cut.{end}", cut(noise(), 0.6), "cannot be read as an image")
         for end in ("jpg", "png", "gif", "bmp", "webp", "ppm", "tif")
     ),
-    ("head.jpg", cut(noise(), 0.02), "cannot be read as an image"),
+    ("head.jpg", cut(noise(), 0.02), "cannot be read as an image: Truncated File Read"),
+    (
+        "head.png",
+        holding(b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0"),
+        "its header is not that of a whole PNG; repair or remove it",
+    ),
     ("pipe.jpg", os.mkfifo, "is not a file; remove it from the data"),
     ("folder.jpg", Path.mkdir, "is not a file; remove it from the data"),
     ("absent.jpg", lambda path: None, "cannot be opened: No such file or directory"),
