@@ -195,6 +195,11 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
         {"a": 1},
         {("", "beside the folder 'train', which is read"): (1, "b/")},
     ),
+    "names that are no text": (
+        {os.fsdecode(b"caf\xe9/\xff.png"): IMAGE, os.fsdecode(b"caf\xe9/\xff.txt"): b"x"},
+        {os.fsdecode(b"caf\xe9"): 1},
+        {(os.fsdecode(b"caf\xe9"), "not an image (.txt)"): (1, os.fsdecode(b"caf\xe9/\xff.txt"))},
+    ),
     "splits with a capital": ({"Train/a/1.png": IMAGE, "Validation/a/2.png": IMAGE}, {"a": 1}, {}),
 }
 
@@ -361,6 +366,14 @@ def test_a_record_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
         (tmp_path / "state" / name).write_bytes(b"damaged")
     assert load_damage(tmp_path / "state/data-check").fingerprint is None
     assert look(tmp_path)[0].count == 3
+
+
+def test_names_that_are_no_text_are_logged_and_reported_as_text(tmp_path: Path) -> None:
+    put(tmp_path / "data", {os.fsdecode(b"caf\xe9/\xff.png"): cut, os.fsdecode(b"caf\xe9/a.png"): IMAGE})
+    samples, logs = look(tmp_path, most_damaged=1)
+    assert samples.class_names == ("caf\\udce9",)
+    assert all(str(value).isprintable() for line in logs for value in line.values())
+    assert "caf\\udce9/\\udcff.png cannot be read" in logs[-1]["file"]
 
 
 def test_what_cannot_be_recorded_counts_all_the_same(tmp_path: Path) -> None:
