@@ -22,12 +22,13 @@ from coordinator.store.records import TaskRecord
 from fedepth.aggregation.rules import Norms
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
+from fedepth.data.labels import by_class, labels_outside, lacking, listed, unknown_names
 from fedepth.errors import StateError, UpdateError
 from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
 from fedepth.plan import Plan
 from fedepth.printable import printable, quoted
-from fedepth.task import DeviceReport, Result, StageResult
+from fedepth.task import DeviceReport, ModelSpec, Result, StageResult
 
 if TYPE_CHECKING:
     from fedepth.weights import Array, Reader
@@ -51,8 +52,12 @@ _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def check_report(report: DeviceReport, classes: Sequence[str], limits: LimitsSection) -> str:
-    """Why a device with this report cannot take part as it is; empty if it can."""
+def check_report(report: DeviceReport, classes: Sequence[str], limits: LimitsSection, first_label: int = 0) -> str:
+    """Why a device with this report cannot take part as it is; empty if it can.
+
+    Args:
+        first_label: the label of the first class, where labels are numbers.
+    """
     if not _DEVICE_ID.fullmatch(report.device_id):
         return f"device id {quoted(report.device_id, 80)} is not 1 to 64 letters, digits, '.', '_' or '-'"
     if not 0 < len(report.name) <= MOST_NAME:
@@ -64,7 +69,8 @@ def check_report(report: DeviceReport, classes: Sequence[str], limits: LimitsSec
         if length > MOST_DESCRIPTION:
             return f"the device describes its {field} in {length} characters, allowed are {MOST_DESCRIPTION}"
     return (
-        _objection_to_samples(report, classes, limits)
+        _objection_to_classes(report, classes, first_label)
+        or _objection_to_samples(report, limits)
         or _objection_to_budget(report.budget)
         or _objection_to_calibration(report.calibration)
     )
@@ -139,15 +145,33 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
         _check_values(holders[name], tensor)
 
 
-def _objection_to_samples(report: DeviceReport, classes: Sequence[str], limits: LimitsSection) -> str:
-    counts = report.class_counts
-    # A device that does not know the job's classes yet may hold samples of only some of them.
-    if len(counts) > len(classes):
-        listed = printable(", ".join(classes[:20])[:MOST_NAME]) + ("…" if len(classes) > 20 else "")
+def lacking_classes(report: DeviceReport, model: ModelSpec) -> tuple[str, ...]:
+    """The classes of the job of which a device with this report, which is in order, has no sample."""
+    if not report.class_counts:
+        return ()
+    counts = by_class(report.class_names, report.class_counts, model.classes, model.first_label)
+    return lacking(model.classes, counts)
+
+
+def _objection_to_classes(report: DeviceReport, classes: Sequence[str], first_label: int) -> str:
+    """A device that does not know the job's classes yet may hold samples of only some of them."""
+    names, counts = report.class_names, report.class_counts
+    if names:
+        if len(names) != len(counts):
+            return f"the device reports {len(names)} class folders and counts of {len(counts)}"
+        unknown = unknown_names(names, classes)
+        return f"the data has {unknown}; rename what is misspelt, move the rest away" if unknown else ""
+    if first_label == 0 and counts and counts[0] and len(counts) > len(classes):
         return (
-            f"the data has {len(counts)} classes, the job has {len(classes)}: {listed}; "
+            f"the data has {len(counts)} classes, the job has {len(classes)}: {listed(classes)}; "
             "give the device data with the job's classes"
         )
+    outside = labels_outside([label for label, count in enumerate(counts) if count], classes, first_label)
+    return f"the data {outside}" if outside else ""
+
+
+def _objection_to_samples(report: DeviceReport, limits: LimitsSection) -> str:
+    counts = report.class_counts
     if report.sample_count <= 0:
         return "the device has no training samples; add data and ask again"
     if report.sample_count > limits.samples_per_device:

@@ -71,6 +71,7 @@ class Evaluations:
                 graph=str(self._store.files.graph()),
                 weights=str(weights),
                 test_data=self._config.test.data,
+                most_damaged=self._config.test.most_damaged,
             )
         except UnavailableError:
             raise

@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from coordinator.admission import lacking_classes
 from coordinator.instances import Caller, Instances
 from coordinator.observe.events import Events
 from coordinator.store.records import Store
 from fedepth.errors import UnavailableError
-from fedepth.task import DeviceReport
+from fedepth.task import DeviceReport, ModelSpec
 
+_CLASSES_SHOWN = 100
 RECORD_S = 600.0  # a device that says nothing new is recorded so often, with what memory it has
 
 
@@ -34,12 +36,18 @@ class Fleet:
     """The devices that called last, at most so many; the record has them all."""
 
     def __init__(
-        self, store: Store, events: Events, most_devices: int, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        events: Events,
+        most_devices: int,
+        clock: Callable[[], float] = time.monotonic,
+        model: ModelSpec | None = None,
     ) -> None:
         self._store = store
         self._events = events
         self._most_devices = most_devices
         self._clock = clock
+        self._model = model  # says which classes a device lacks
         self._instances = Instances(clock)
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
@@ -84,6 +92,7 @@ class Fleet:
                 samples=report.sample_count,
                 budget=report.budget.budget_bytes,
                 hardware=report.hardware,
+                lacking=lacking_classes(report, self._model)[:_CLASSES_SHOWN] if self._model else (),
             )
         return None
 

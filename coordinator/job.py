@@ -91,8 +91,8 @@ class Job:
         self.config = config
         self.store = store
         self.events = Events()
-        self.fleet = Fleet(store, self.events, config.limits.devices, clock)
         self.model = model_spec(config)
+        self.fleet = Fleet(store, self.events, config.limits.devices, clock, self.model)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
         self.plans = Plans(read_costs(store.files.graph()), policy(config))

@@ -51,7 +51,7 @@ class FederationService(FederationServicer):
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
         job = self._job
-        problem = check_report(report, job.model.classes, job.config.limits)
+        problem = check_report(report, job.model.classes, job.config.limits, job.model.first_label)
         if problem:
             return self._rejected(report, problem)
         refusal = job.fleet.see(report, peer)

@@ -17,11 +17,13 @@ import structlog
 
 from edge_client.backoff import Backoff, Clock, DiskWait, Reminder
 from edge_client.config import Config
+from edge_client.data_check.client import check_files
 from edge_client.delivery import Delivery
 from edge_client.lease import Lease
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
 from edge_client.outbox import Outbox
+from edge_client.samples import CheckFiles, Samples
 from edge_client.task_run import TaskRunner
 from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
@@ -34,13 +36,13 @@ from edge_client.transport import (
 from fedepth import __version__
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
-from fedepth.data.scan import scan
-from fedepth.errors import DataError, DiskError, ProtocolError, TransportError
-from fedepth.files import disk_errors
+from fedepth.data.scan import DataSummary
+from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 POLL_S = 30.0
+LOOK_S = 60.0  # how often data is looked at while the coordinator rejects it
 AFTER_FAILURE_S = 10.0  # a device that declines is not asked again in the same breath
 LONGEST_AFTER_FAILURE_S = 3600.0
 FINISHED_POLL_S = 60.0
@@ -53,9 +55,10 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What tests replace: the trainer's command line, memory, time, and where progress is shown."""
+    """What tests replace: the trainer's command line, the check of files, memory, time, and where progress is shown."""
 
     trainer_argv: Sequence[str] = TRAINER_ARGV
+    check_files: CheckFiles = check_files
     measure: Callable[[], Memory] = measure
     clock: Clock = field(default_factory=Clock)
     on_progress: Callable[[Progress | None], None] = lambda progress: None
@@ -72,6 +75,7 @@ class Agent:
         calibration: Calibration | None = None,
         *,
         exit_when_done: bool = False,
+        samples: Samples | None = None,
         surroundings: Surroundings | None = None,
     ) -> None:
         around = surroundings or Surroundings()
@@ -92,8 +96,10 @@ class Agent:
         )
         self._lease = Lease(transport, around.on_progress, device_id)
         self._delivery = Delivery(device_id, self._outbox, transport, self._backoff, self._lease)
+        self._samples = samples or Samples(config, around.check_files)
         self._runner = TaskRunner(
             config,
+            self._samples,
             device_id,
             transport,
             self._keeper,
@@ -115,10 +121,10 @@ class Agent:
 
         Raises:
             DataError, DiskError: the data directory cannot be used at the start.
-            ChildError: the trainer cannot be started at all.
+            ChildError: the trainer, or the check of the data, cannot be started at all.
         """
         try:
-            self._count_samples()
+            await self._samples.look()
             self._memory = self._around.measure()
             for note in self._memory.notes:
                 _log.warning("memory", note=note)
@@ -127,7 +133,7 @@ class Agent:
                 "agent ready",
                 device=self._device_id,
                 coordinator=self._transport.address,
-                samples=self._samples,
+                samples=self._samples.count,
                 budget=format_size(self._budget().budget_bytes),
             )
             while await self._step():
@@ -185,11 +191,22 @@ class Agent:
                 file = self._config.state_dir / "device-id"
                 remedy = {"remedy": f"if this device is a copy of another, delete {file} to join as a new device"}
             _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause, **remedy)
-        await self._around.clock.sleep(pause)
-        before = self._samples
-        await self._count_again()
-        if self._samples != before:
-            _log.info("the training samples have changed; asking again", before=before, now=self._samples)
+        await self._pause_unless_data_changes(pause, self._samples.summary)
+
+    async def _pause_unless_data_changes(self, pause: float, before: DataSummary) -> bool:
+        """Sleeps so long, or until there is other data, which may have been what was wrong. Whether there is."""
+        while pause > 0:
+            await self._around.clock.sleep(min(pause, LOOK_S))
+            pause -= LOOK_S
+            await self._count_again()
+            if self._samples.differs(before):
+                _log.info(
+                    "the training samples have changed; asking again",
+                    before=before.sample_count,
+                    now=self._samples.count,
+                )
+                return True
+        return False
 
     async def _take_on(self, task: Task) -> None:
         """Works on a task, unless it is trained already, or is known to fail."""
@@ -231,7 +248,7 @@ class Agent:
         )
         self._lease.note(Progress(task.task_id, task.attempt, self._device_id, "downloading"))
         async with self._lease.renewed() as beat:
-            work = asyncio.create_task(self._runner.run(task, self._samples))
+            work = asyncio.create_task(self._runner.run(task, self._samples.count))
             try:
                 await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
@@ -246,21 +263,17 @@ class Agent:
                 await asyncio.wait({work})  # until it has cleaned up
         await self._finish(end)
 
-    def _count_samples(self) -> None:
-        with disk_errors("the training samples cannot be counted", self._config.data_dir):
-            summary = scan(self._config.data_dir, None)
-        self._samples, self._class_counts = summary.sample_count, summary.class_counts
-
     async def _count_again(self) -> None:
         try:
-            await asyncio.to_thread(self._count_samples)
-        except (DataError, DiskError) as error:
+            await self._samples.look()
+        except (DataError, DiskError, ChildError) as error:
             if self._uncounted.due(str(error)):
                 _log.error("the training samples cannot be counted; using the last count", error=str(error))
         else:
             self._uncounted.over()
 
     async def _finish(self, end: Result | Failure) -> None:
+        before = self._samples.summary
         await self._count_again()  # the next task is asked for with what is there by then
         if isinstance(end, Result):
             self._failed = ("", 0)
@@ -270,17 +283,20 @@ class Agent:
             self._hopeless = end
         _log.error("task ended without an update", task=end.task_id, outcome=end.outcome.value, message=end.message)
         await self._delivery.report_failure(end)
-        await self._pause_after(f"{end.outcome.value}: {end.message}")
+        await self._pause_after(f"{end.outcome.value}: {end.message}", before if end.outcome is Outcome.DATA else None)
 
-    async def _pause_after(self, failure: str) -> None:
+    async def _pause_after(self, failure: str, data: DataSummary | None) -> None:
         """Before the next task is asked for. What fails again in the same words is likely to fail always: the pause
-        doubles each time."""
+        doubles each time, and ends early where what failed was to use `data` and there is other data by now."""
         last, times = self._failed
         self._failed = (failure, times + 1 if failure == last else 1)
         pause = min(AFTER_FAILURE_S * 2.0 ** (self._failed[1] - 1), LONGEST_AFTER_FAILURE_S)
         if self._failed[1] > 1:
             _log.warning("the same failure again", times=self._failed[1], next_task_in_s=pause)
-        await self._around.clock.sleep(pause)
+        if data is None:
+            await self._around.clock.sleep(pause)
+        elif await self._pause_unless_data_changes(pause, data):
+            self._failed, self._hopeless = ("", 0), None
 
     async def _learn_start(self) -> None:
         """Starts a first trainer: a budget without its start in it would promise too much."""
@@ -299,8 +315,9 @@ class Agent:
             device_id=self._device_id,
             name=self._config.name or socket.gethostname(),
             budget=self._budget(),
-            sample_count=self._samples,
-            class_counts=self._class_counts,
+            sample_count=self._samples.count,
+            class_counts=self._samples.summary.class_counts,
+            class_names=self._samples.class_names,
             hardware=f"{memory.board or platform.system()} ({platform.machine()})",
             accelerator=", ".join(memory.cuda) or (memory.board if memory.unified else ""),
             software=f"Python {platform.python_version()}, torch {torch_version()}",

@@ -4,6 +4,7 @@ coordinator = "192.168.1.10:8970"
 data = "/srv/fedepth/data"
 state = "/var/lib/fedepth"
 name = "kitchen"
+most_damaged = 0.05   # share of image files that may be damaged; they are left out
 [memory]
 cap = "300MiB"        # what training may add; 0 for no cap
 reserve = "64MiB"     # left to others
@@ -29,6 +30,7 @@ from typing import Any, Literal
 import msgspec
 
 from fedepth.address import parse_address
+from fedepth.data.damage import MOST_DAMAGED
 from fedepth.errors import ConfigError
 from fedepth.files import user_folder
 from fedepth.printable import printable, shortened
@@ -101,11 +103,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str = ""
     state: str = ""
     name: str = ""
+    most_damaged: float = MOST_DAMAGED
     memory: MemoryConfig = MemoryConfig()
     trainer: TrainerConfig = TrainerConfig()
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.most_damaged <= 1:  # nor NaN
+            raise ValueError(f"most_damaged is {self.most_damaged}, but must be between 0 and 1")
         if not self.coordinator:
             return
         try:

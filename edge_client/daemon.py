@@ -19,6 +19,7 @@ from edge_client.agent import Agent, Surroundings
 from edge_client.config import Config
 from edge_client.identity import StateLock, device_id
 from edge_client.measure.calibration import cache_dir, calibrated
+from edge_client.samples import Samples
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, ModelError, PlanError, StateError
@@ -86,6 +87,8 @@ async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: 
     identity = device_id(state)
 
     async def work() -> None:
+        samples = Samples(config)
+        await samples.look()  # where there is nothing to train on, nothing need be measured either
         calibration, settled = Calibration(), config
         try:
             folder = cache_dir(config.state)
@@ -96,7 +99,13 @@ async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: 
             # Tasks may still come out well, and if not, say so. Nothing is recorded, so the next start measures.
             structlog.get_logger().warning("calibration failed; planning with default figures", error=str(error))
         agent = Agent(
-            settled, identity, transport, calibration, exit_when_done=exit_when_done, surroundings=surroundings
+            settled,
+            identity,
+            transport,
+            calibration,
+            exit_when_done=exit_when_done,
+            samples=samples,
+            surroundings=surroundings,
         )
         await agent.run()
 

@@ -18,12 +18,12 @@ from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
 from edge_client.outbox import Outbox, trained_result
 from edge_client.progress import ProgressReporter
+from edge_client.samples import Samples
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import RESULT, Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
 from edge_client.transport import TemporaryError, Transport
 from fedepth.budget import Budget
 from fedepth.costs import Calibration, ModelCosts
-from fedepth.data.scan import scan
 from fedepth.errors import (
     ChildError,
     DataError,
@@ -46,6 +46,7 @@ from fedepth.task import Failure, Outcome, Progress, Result, Task
 SMALLER_PLANS = 4
 FETCHES = 3  # of a file that comes damaged
 DISK_WAITS = 10  # of DISK_PAUSE_S each
+CHECKS = 2  # of the data, in one task
 _SMALLEST_STEP = 0.05
 _PLANS_REMEMBERED = 64
 _log = structlog.get_logger()
@@ -72,6 +73,7 @@ class TaskRunner:
     def __init__(
         self,
         config: Config,
+        samples: Samples,
         device_id: str,
         transport: Transport,
         keeper: TrainerKeeper,
@@ -83,6 +85,7 @@ class TaskRunner:
         calibration: Calibration,
     ) -> None:
         self._config = config
+        self._samples = samples
         self._calibration = calibration
         self._device_id = device_id
         self._transport = transport
@@ -142,12 +145,14 @@ class TaskRunner:
     async def _trained_with_room(
         self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter
     ) -> Done:
-        """`_trained`, again while the disk does not take what it writes. A task that has waited long is given back:
-        another device can train it meanwhile."""
+        """`_trained_on_sound_files`, again while the disk does not take what it writes.
+
+        A task that has waited long is given back: another device can train it meanwhile.
+        """
         self.room_bytes = 0
         for wait in itertools.count(1):
             try:
-                done = await self._trained(task, folder, planned_samples, reporter)
+                done = await self._trained_on_sound_files(task, folder, planned_samples, reporter)
             except DiskError as error:
                 self.room_bytes = error.needed_bytes
                 if wait > DISK_WAITS:
@@ -159,9 +164,27 @@ class TaskRunner:
                 return done
         raise AssertionError("not reached")
 
+    async def _trained_on_sound_files(
+        self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter
+    ) -> Done:
+        """Trains. Where a file turns out to be damaged, all are decoded, and training begins anew without those that
+        are damaged; what is reported is what was trained on."""
+        checks = 0
+        while True:
+            try:
+                return await self._trained(task, folder, planned_samples, reporter)
+            except _TrainerFailed as error:
+                checks += 1
+                if not error.end.damaged or checks > CHECKS:
+                    raise
+                _log.warning("a file turned out to be damaged; checking all of them", message=error.end.message)
+            await self._keeper.drop()  # its memory may be needed to decode them
+            reporter.activity("checking the data")
+            await self._samples.look(decode=True)
+
     async def _trained(self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter) -> Done:
         with disk_errors("the task cannot be worked on", folder):
-            summary = await asyncio.to_thread(scan, self._config.data_dir, task.model.classes)
+            summary = await asyncio.to_thread(self._samples.for_task, task)
             graph = await self._fetched(self._transport.fetch_graph, task)
             costs = await asyncio.to_thread(read_costs, graph)
             check_plan(costs, task.plan)
@@ -180,6 +203,7 @@ class TaskRunner:
                 device_id=self._device_id,
                 enforce=self._config.trainer.enforce,
                 most_samples=planned_samples,
+                damage=tuple(self._samples.damage.keys),
             )
             samples = min(summary.sample_count, planned_samples)
             costs = replace(costs, calibration=self._calibration)

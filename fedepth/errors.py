@@ -3,6 +3,7 @@
     FedepthError
     ├── ConfigError        a setting is missing, misspelt or out of range; names the field
     ├── DataError          a data directory or a label cannot be used
+    │   └── DamagedFileError   one image file cannot be read; carries its path
     ├── ModelError         a model cannot be built, exported or split, or its graph is not the model
     ├── PlanError          no plan fits the budget; carries the needed and the free bytes
     ├── OverBudgetError    training met its memory limit; carries the stage and the measured miss
@@ -37,6 +38,18 @@ class ConfigError(FedepthError):
 
 class DataError(FedepthError):
     """A data directory is missing, empty, unreadable, or holds labels outside the job's classes."""
+
+
+class DamagedFileError(DataError):
+    """An image file cannot be read, whatever memory there is. Data can be used without it.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class ModelError(FedepthError):

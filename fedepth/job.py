@@ -23,6 +23,7 @@ from fedepth.aggregation.rules import (
     TrimmedMean,
     WeightedMean,
 )
+from fedepth.data.labels import listed, normalised
 from fedepth.errors import ConfigError
 from fedepth.job_sections import (
     DIGITS,
@@ -32,7 +33,6 @@ from fedepth.job_sections import (
     MOST_NAMES_BYTES,
     JobConfig,
     ModelSection,
-    TestSection,
 )
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
@@ -65,15 +65,16 @@ def model_spec(config: JobConfig) -> ModelSpec:
     """The model as it is sent to devices and to the model worker."""
     section = config.model
     classes = section.classes
-    names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else classes
+    names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else map(normalised, classes)
     channels = section.input_shape[0]
     return ModelSpec(
         name=section.name,
-        classes=names,
+        classes=tuple(names),
         input_shape=section.input_shape,
         mean=section.mean or (0.0,) * channels,
         std=section.std or (1.0,) * channels,
         input_type=section.input_type,
+        first_label=section.first_label,
     )
 
 
@@ -296,9 +297,9 @@ def _check_classes(model: ModelSection, file: SettingsFile) -> None:
         raise _wrong(file, "model", "classes", f"must be 2 to {MOST_CLASSES}, is {count}")
     if isinstance(classes, int):
         return
-    twice = sorted(name for name, times in Counter(classes).items() if times > 1)
+    twice = sorted(name for name, times in Counter(map(normalised, classes)).items() if times > 1)
     if twice:
-        raise _wrong(file, "model", "classes", f"must be unique, but {quoted(', '.join(twice))} occurs more than once")
+        raise _wrong(file, "model", "classes", f"must be unique, but {listed(twice)} occurs more than once")
     longest = max(map(len, classes))
     if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
         raise _wrong(
@@ -317,7 +318,7 @@ def _with_test_path(config: JobConfig, file: SettingsFile) -> JobConfig:
     if not data.exists():
         near = f'; give a folder or "{DIGITS}"'
         raise _wrong(file, "test", "data", f"{printable(str(data))} does not exist{near}")
-    return msgspec.structs.replace(config, test=TestSection(data=str(data)))
+    return msgspec.structs.replace(config, test=msgspec.structs.replace(config.test, data=str(data)))
 
 
 def _path(file: SettingsFile, section: str, field: str, text: str) -> Path:

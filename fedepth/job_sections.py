@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from fedepth.data.damage import MOST_DAMAGED
 from fedepth.plan import CacheType
-from fedepth.task import InputType
+from fedepth.task import MOST_CLASSES, InputType
 
 DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
@@ -60,6 +61,7 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         weights: a local file with weights to begin with, relative to the job file; empty for fresh ones.
         input_type: what the data holds: numbers, or token ids.
+        first_label: of data with numbers for labels (IDX files), the number of the first class: 1 for EMNIST's letters.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: tuple[Positive, ...] = ()
     weights: str = ""
     input_type: InputType = InputType.FLOAT
+    first_label: Annotated[int, Meta(ge=0, le=MOST_CLASSES)] = 0
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,11 +91,16 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits"."""
+    """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits".
+
+    Attributes:
+        most_damaged: share of its image files that may be damaged; they are left out.
+    """
 
     __test__ = False  # the name is the section's, not a test's
 
     data: str
+    most_damaged: Annotated[float, Meta(ge=0, le=1)] = MOST_DAMAGED
 
 
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

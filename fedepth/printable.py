@@ -37,6 +37,19 @@ _SUBSTITUTES = {
 # Format characters that emoji and several scripts are written with, and that no terminal acts on.
 _JOINERS = frozenset("\u200c\u200d")
 
+# Printable by the rules of Unicode, but nothing to see (Default_Ignorable_Code_Point, and a blank that is a symbol).
+_UNSEEN = (
+    ("\u034f", "\u034f"),
+    ("\u115f", "\u1160"),
+    ("\u17b4", "\u17b5"),
+    ("\u180b", "\u180f"),
+    ("\u2800", "\u2800"),
+    ("\u3164", "\u3164"),
+    ("\ufe00", "\ufe0f"),
+    ("\uffa0", "\uffa0"),
+    ("\U000e0100", "\U000e01ef"),
+)
+
 
 def printable(text: str) -> str:
     """`text` with escapes (`\\n`, `\\x1b`, `\\u202e`) for whatever is not printable.
@@ -52,6 +65,20 @@ def printable(text: str) -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def visible(text: str, most: int = MOST_QUOTED) -> str:
+    """In quotes, with escapes also for what is printable and yet cannot be seen: joiners, variation selectors, fillers.
+
+    For names that are compared: two that look alike must not read alike.
+    """
+    shown = "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if character in _JOINERS or any(first <= character <= last for first, last in _UNSEEN)
+        else printable(character)
+        for character in text[:most]
+    )
+    return f"'{shown}{'…' if len(text) > most else ''}'"
 
 
 def shortened(text: str, most: int = MOST_QUOTED) -> str:

@@ -43,6 +43,8 @@ class DeviceReport:
         instance: drawn at random at each start of an agent and kept nowhere, so that two agents that run with one
             device id, such as from a copied memory card, can be told apart.
         hostname: of the machine that the agent runs on, to find it by.
+        class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC). Empty
+            where data has numbers for labels: counts are then by those, from 0 on.
     """
 
     device_id: str
@@ -57,6 +59,7 @@ class DeviceReport:
     calibration: Calibration = Calibration()
     instance: str = ""
     hostname: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class ModelSpec:
         mean: per channel, for values in 0..1; channels are the first dimension.
         std: per channel, for values in 0..1.
         input_type: what the input holds.
+        first_label: of data with numbers for labels, the number of the first class.
     """
 
     name: str
@@ -79,6 +83,7 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_type: InputType = InputType.FLOAT
+    first_label: int = 0
 
 
 @dataclass(frozen=True)

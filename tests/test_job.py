@@ -225,6 +225,12 @@ def test_the_samples_of_a_round_can_be_added_up() -> None:
     [
         ("classes = 10", "classes = 32769", r"\[model\] classes: must be 2 to 32768, is 32769"),
         ("classes = 10", f'classes = ["a", "{"b" * 201}"]', r"at most 200 characters, the longest has 201"),
+        ("classes = 10", "classes = 10\nfirst_label = -1", r"\[model\] first_label: "),
+        (
+            "classes = 10",
+            'classes = ["caf\u00e9", "cafe\u0301"]',
+            r"\[model\] classes: must be unique, but 'café' occurs",
+        ),
         ("classes = 10", 'classes = ["a", "b", "a"]', r"\[model\] classes: must be unique, but 'a' occurs"),
         ('name = "digits-cnn"', f'name = "{"x" * 201}"', r"\[model\] name: must have 1 to 200 characters, has 201"),
         ("[1, 8, 8]", "[131073]", r"\[model\] input_shape: must begin with at most 131072 channels"),

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from coordinator.model_worker.protocol import Evaluate, Export, Prepare
 from fedepth.child import run_child
-from fedepth.data.read import Images, open_images
+from fedepth.data.damage import check_share
+from fedepth.data.read import Images, open_images, read_sound
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export
@@ -35,6 +36,7 @@ from fedepth.weights import save
 BATCH_BYTES = 16 << 20
 LARGEST_BATCH = 256
 EXPORT_SAMPLES = 256
+DAMAGED_SHOWN = 3
 
 Progress = Callable[[str], None]
 
@@ -62,25 +64,38 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
 
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
-    """Raises ModelError, StateError: see `load_model`. DataError: there are no test images."""
+    """Raises ModelError, StateError: see `load_model`. DataError: there are no test images, or too many damaged."""
     model = load_model(read_traced(Path(request.graph)).graph, Path(request.weights))
     images = _test_images(request.test_data, request.model)
-    correct, loss = 0, 0.0
+    correct, loss, samples = 0, 0.0, 0
+    damaged: dict[int, str] = {}
     batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * int(np.prod(request.model.input_shape)))))
     for start in range(0, len(images), batch):
         indices = np.arange(start, min(start + batch, len(images)))
+        pixels, sound, errors = read_sound(images, indices)
+        damaged.update((len(damaged) + number, str(error)) for number, error in enumerate(errors))
+        samples += len(sound)
+        check_share(len(images) - len(damaged), len(damaged), request.most_damaged, damaged, "[test] most_damaged")
+        if not len(sound):
+            continue
         with torch.inference_mode():
-            logits = model(torch.from_numpy(model_inputs(images.read(indices), request.model)))
-            labels = torch.from_numpy(images.labels[indices])
+            logits = model(torch.from_numpy(model_inputs(pixels, request.model)))
+            labels = torch.from_numpy(images.labels[sound])
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(dim=1) == labels).sum())
-    return {"accuracy": correct / len(images), "loss": loss / len(images), "samples": len(images)}
+    if damaged:
+        shown = "; ".join([*damaged.values()][:DAMAGED_SHOWN])
+        progress(f"{len(damaged)} of {len(images)} test images are damaged and left out, such as: {shown}")
+    return {"accuracy": correct / samples, "loss": loss / samples, "samples": samples}
 
 
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`. DataError: there are no test images."""
     images = _test_images(request.test_data, request.model)
     chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
+    pixels, _, errors = read_sound(images, chosen)
+    if not len(pixels):
+        raise errors[0]
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -91,7 +106,7 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
         job=request.job,
         round=request.round,
         weights_digest=request.weights_digest,
-        inputs=model_inputs(images.read(chosen), request.model),
+        inputs=model_inputs(pixels, request.model),
     )
     return asdict(report)
 
@@ -125,7 +140,8 @@ def answer(line: bytes, progress: Progress = lambda text: None) -> dict[str, Any
         with disk_errors(f"the model worker could not {do}", Path.cwd()):
             return {"ok": action(request, progress)}
     except FedepthError as error:
-        return {"error": {"type": type(error).__name__, "message": str(error)}}
+        kind = DataError if isinstance(error, DataError) else type(error)  # its kinds are of use to none but us
+        return {"error": {"type": kind.__name__, "message": str(error)}}
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedepth.data.damage import MOST_DAMAGED
 from fedepth.task import ModelSpec, TrainingSpec
 
 
@@ -30,17 +31,21 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Test weights. `test_data` is a path, or "digits". Answers "accuracy" (0..1), "loss" and "samples"."""
+    """Test weights. `test_data` is a path, or "digits". Answers "accuracy" (0..1), "loss" and "samples".
+
+    Up to the share `most_damaged` of the images may be damaged: they are left out, and not among "samples".
+    """
 
     model: ModelSpec
     graph: str
     weights: str
     test_data: str
+    most_damaged: float = MOST_DAMAGED
 
 
 @dataclass(frozen=True)
 class Export:
-    """Export weights to ONNX, compared on the first test images. Answers the fields of ExportReport."""
+    """Export weights to ONNX, compared on test images that can be read. Answers the fields of ExportReport."""
 
     model: ModelSpec
     graph: str

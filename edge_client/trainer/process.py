@@ -21,7 +21,16 @@ import torch
 from edge_client.trainer.protocol import RESULT, TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import run_child
-from fedepth.errors import DataError, DiskError, DivergedError, FedepthError, ModelError, OverBudgetError, PlanError
+from fedepth.errors import (
+    DamagedFileError,
+    DataError,
+    DiskError,
+    DivergedError,
+    FedepthError,
+    ModelError,
+    OverBudgetError,
+    PlanError,
+)
 from fedepth.files import write_atomically
 from fedepth.memory import allocator
 from fedepth.memory.meter import Baseline, status_bytes
@@ -34,6 +43,7 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
     OverBudgetError: Outcome.OVER_BUDGET,
     DataError: Outcome.DATA,
+    DamagedFileError: Outcome.DATA,
     ModelError: Outcome.MODEL,
     DivergedError: Outcome.DIVERGED,
 }
@@ -135,6 +145,7 @@ def main() -> None:
                 capped=getattr(error, "capped", False),
                 disk=isinstance(error, DiskError),
                 disk_bytes=error.needed_bytes if isinstance(error, DiskError) else 0,
+                damaged=isinstance(error, DamagedFileError),
             )
         except Exception as error:
             # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
@@ -164,6 +175,7 @@ def assignment(request: TrainRequest) -> Assignment:
         enforce=request.enforce,
         most_samples=request.most_samples,
         release_freed=request.release_freed,
+        damage=frozenset(request.damage),
     )
 
 

@@ -30,6 +30,7 @@ class TrainRequest:
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
+        damage: keys of image files to leave out (fedepth.data.damage).
     """
 
     task: Task
@@ -45,6 +46,7 @@ class TrainRequest:
     enforce: bool
     most_samples: int = 0
     release_freed: bool = False
+    damage: tuple[int, ...] = ()
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):
@@ -124,6 +126,7 @@ class Failed(_Event, tag="failed", frozen=True):
 
     `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
     `disk`: a disk did not take what the training writes; `disk_bytes` must be free there, 0 if nobody knows.
+    `damaged`: an image file cannot be read; without it the task may go well.
     """
 
     outcome: Outcome
@@ -135,6 +138,7 @@ class Failed(_Event, tag="failed", frozen=True):
     capped: bool = False
     disk: bool = False
     disk_bytes: int = 0
+    damaged: bool = False
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

@@ -1,7 +1,7 @@
 """IDX files, the format of MNIST (http://yann.lecun.com/exdb/mnist/), read by ranges. No numpy.
 
-Two zero bytes, the element type (8: unsigned byte, the only one read here), the number of dimensions, each
-extent as 4 bytes big-endian, then the elements in row-major order.
+Two zero bytes, the element type (8: unsigned byte; labels may also be other integers), the number of dimensions,
+each extent as 4 bytes big-endian, then the elements, big-endian, in row-major order.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _UNSIGNED_BYTE = 8
+# Integers, by their type in the file: numpy's name, and the bytes of one.
+_INTEGERS = {_UNSIGNED_BYTE: (">u1", 1), 9: (">i1", 1), 11: (">i2", 2), 12: (">i4", 4)}
+_STRUCT_FORMATS = {">u1": ">B", ">i1": ">b", ">i2": ">h", ">i4": ">i"}
 _DIMENSIONS_LIMIT = 4
 _EXTENT_LIMIT = 1 << 31
 _GZIP_RATIO = 1032  # deflate cannot do better (zlib's technical notes), so that a larger claim is false
 _PIECE_BYTES = 1 << 20
+_DIMENSIONS = re.compile(r"[-_.]idx([1-4])(?![0-9])", re.IGNORECASE)
 
 
 def write_idx(path: Path, array: Buffer) -> None:
@@ -65,7 +70,7 @@ def write_idx_items(path: Path, shape: Sequence[int], pieces: Iterable[Buffer]) 
 
 
 class IdxFile:
-    """An IDX file of unsigned bytes.
+    """An IDX file of unsigned bytes, or one of integers.
 
     Items are read where they are asked for. A gzipped file cannot be read so: the first read of items decompresses
     it into a nameless file, which is gone when this object is.
@@ -73,19 +78,23 @@ class IdxFile:
     Attributes:
         shape: (items, …).
         item_bytes: bytes per item.
+        dtype: of its elements, as numpy names it: ">u1" for bytes.
     """
 
-    def __init__(self, path: Path, dimensions: int | None, scratch: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, dimensions: int | None, scratch: Path | None = None, *, any_integers: bool = False
+    ) -> None:
         """Reads the header.
 
         Args:
             dimensions: that it has to have; None for any number, which its name then tells.
             scratch: an existing folder for the decompressed file, on a disk; without one, the system's folder for
                 temporary files, which may lie in memory.
+            any_integers: signed ones, and of up to 4 bytes, are welcome too.
 
         Raises:
-            DataError: the file is not an IDX file of unsigned bytes in `dimensions` dimensions, or too short or
-                too long for what its header says (a gzipped file: only if no compression could explain it).
+            DataError: the file is not an IDX file of unsigned bytes (or integers) in `dimensions` dimensions, or too
+                short or too long for what its header says (a gzipped file: only if no compression could explain it).
         """
         self.path = path
         self._zipped = path.suffix == ".gz"
@@ -94,9 +103,10 @@ class IdxFile:
         self._scratch = scratch
         self._plain: BinaryIO | None = None
         size = path.stat().st_size
-        self.shape = self._parse(self._read_start(), dimensions)
-        self.item_bytes = math.prod(self.shape[1:])
-        self._size = self._start + math.prod(self.shape)
+        kind, self.shape = self._parse(self._read_start(), dimensions, _INTEGERS if any_integers else (_UNSIGNED_BYTE,))
+        self.dtype, width = _INTEGERS[kind]
+        self.item_bytes = width * math.prod(self.shape[1:])
+        self._size = self._start + width * math.prod(self.shape)
         if self._size > size * _GZIP_RATIO if self._zipped else self._size != size:
             raise DataError(
                 f"{path} is damaged: its header says {self.shape}, {self._size} bytes in all, it has {size}"
@@ -147,6 +157,16 @@ class IdxFile:
                 + ("more bytes than that" if surplus else f"{left} bytes less")
             )
 
+    def values(self) -> Iterator[int]:
+        """All elements, as integers, in order and in little memory.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        for piece in self.pieces():  # of whole elements: 1 MiB is a multiple of every width
+            for (value,) in struct.iter_unpack(_STRUCT_FORMATS[self.dtype], piece):
+                yield value
+
     def _decompressed(self) -> BinaryIO:
         if self._plain is None:
             plain = cast(BinaryIO, tempfile.TemporaryFile(dir=self._scratch))  # noqa: SIM115 - it is kept open
@@ -169,20 +189,22 @@ class IdxFile:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{self.path} is damaged: {error}") from None
 
-    def _parse(self, start: bytes, dimensions: int) -> tuple[int, ...]:
-        expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
-        if len(start) < self._start or start[:4] != expected:
+    def _parse(self, start: bytes, dimensions: int, kinds: Collection[int]) -> tuple[int, tuple[int, ...]]:
+        """The element type and the shape."""
+        kind = start[2] if len(start) == self._start else 0
+        if kind not in kinds or start[:4] != bytes((0, 0, kind, dimensions)):
             raise DataError(
                 f"{self.path} is damaged or of another kind: it begins with "
                 f"{start[:4].hex(' ') or 'nothing'}, an IDX file of unsigned bytes in {dimensions} "
-                f"dimensions with {expected.hex(' ')}"
+                f"dimensions with {bytes((0, 0, _UNSIGNED_BYTE, dimensions)).hex(' ')}"
             )
         shape = struct.unpack_from(f">{dimensions}I", start, 4)
         if min(shape[1:], default=1) < 1 or max(shape) >= _EXTENT_LIMIT:
             raise DataError(f"{self.path} is damaged: its header says {shape}")
-        return shape
+        return kind, shape
 
 
 def _named_dimensions(path: Path) -> int:
-    """3 for `train-images-idx3-ubyte`."""
-    return next((number for number in range(1, _DIMENSIONS_LIMIT + 1) if f"-idx{number}-" in path.name), 3)
+    """3 for `train-images-idx3-ubyte` and `train-images.idx3-ubyte`."""
+    found = _DIMENSIONS.search(path.name)
+    return int(found[1]) if found else 3

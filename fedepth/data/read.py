@@ -13,17 +13,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fedepth.data.decode import decode_image
 from fedepth.data.digits import load_digits
 from fedepth.data.idx import IdxFile
 from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
-from fedepth.errors import DataError
+from fedepth.errors import DamagedFileError, DataError
 from fedepth.task import InputType, ModelSpec
 
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 DIGITS = "digits"
-_MODES = {1: "L", 3: "RGB"}
+_CHANNELS = (1, 3)
 
 
 class Images(Protocol):
@@ -43,12 +44,18 @@ class Images(Protocol):
         """
 
 
-def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scratch: Path | None = None) -> Images:
+def open_images(
+    source: Path | str,
+    spec: ModelSpec,
+    split: str = "train",
+    scratch: Path | None = None,
+    damage: frozenset[int] = frozenset(),
+) -> Images:
     """Opens a data directory (see fedepth.data.scan), or "digits" for the set that comes with scikit-learn.
 
     Images of another size are resized (bilinear; the digits bicubic), colours become gray or gray becomes
     RGB as `spec.input_shape` asks. Class folders are labelled by their place in `spec.classes`; IDX labels
-    are such places.
+    are such places, counted from `spec.first_label`.
 
     Args:
         source: the directory, or "digits"; a folder of that name needs its absolute path.
@@ -56,6 +63,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scrat
             items have the model's input shape.
         split: "train" or "test".
         scratch: a folder on a disk, where gzipped files are decompressed to nameless ones.
+        damage: keys of image files to leave out (fedepth.data.damage).
 
     Raises:
         DataError: the data cannot be used, or is not what the model takes.
@@ -66,7 +74,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scrat
         if idx is None:
             raise DataError(f"model {spec.name} takes inputs of shape {shape}; such data is read from IDX files only")
         return _open_items(*idx, spec, scratch)
-    if shape[0] not in _MODES or min(shape) < 1:
+    if shape[0] not in _CHANNELS or min(shape) < 1:
         raise DataError(f"model {spec.name} takes {shape}; images are read as (1 or 3, height, width)")
     if str(source) == DIGITS:
         images, labels = load_digits(split)
@@ -75,7 +83,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scrat
     directory = Path(source)
     idx = find_idx(directory, split)
     if idx is None:
-        return _FileImages(find_folders(directory, spec.classes, split), shape)
+        return _FileImages(find_folders(directory, spec.classes, split, damage), shape)
     return _open_idx(*idx, spec, scratch)
 
 
@@ -123,37 +131,28 @@ class _FileImages:
     def read(self, indices: npt.NDArray[Any]) -> Bytes:
         batch = np.empty((len(indices), *self._shape), np.uint8)
         for place, index in enumerate(indices.tolist()):
-            pixels = self._decode(self._files[index])
-            batch[place] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+            batch[place] = decode_image(self._files[index], self._shape)
         return batch
-
-    def _decode(self, path: Path) -> Bytes:
-        mode = _MODES[self._shape[0]]
-        try:
-            with Image.open(path) as image:
-                # A JPEG is then decoded near its final size: a 12-megapixel photo would take 36 MB otherwise.
-                image.draft(mode, (self._shape[2], self._shape[1]))
-                return np.asarray(_resized(image.convert(mode), self._shape, Image.Resampling.BILINEAR))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}; repair or remove it") from error
-        except MemoryError:
-            raise DataError(
-                f"{path} takes more memory to decode than training may take; scale it down towards "
-                f"{self._shape[2]}×{self._shape[1]} pixels, or save it as JPEG, which is decoded near its final size"
-            ) from None
 
 
 def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
-    images, labels_file = IdxFile(images_path, 3, scratch), IdxFile(labels_path, 1)
-    check_pair(images, labels_file)
-    labels = np.frombuffer(b"".join(labels_file.pieces()), np.uint8).astype(np.int64)
-    check_labels(labels_path, np.unique(labels).tolist(), spec.classes)
+    images = IdxFile(images_path, 3, scratch)
+    labels = _labels(labels_path, images, spec)
 
     def fetch(indices: npt.NDArray[Any]) -> Bytes:
         data = images.read_items(indices.tolist())
         return np.frombuffer(data, np.uint8).reshape(-1, *images.shape[1:])
 
     return _GrayImages(fetch, labels, spec.input_shape, Image.Resampling.BILINEAR)
+
+
+def _labels(path: Path, items: IdxFile, spec: ModelSpec) -> Labels:
+    """The labels of items, as places in the job's classes."""
+    file = IdxFile(path, 1, any_integers=True)
+    check_pair(items, file)
+    labels = np.frombuffer(b"".join(file.pieces()), file.dtype).astype(np.int64)
+    check_labels(path, np.unique(labels).tolist(), spec.classes, spec.first_label)
+    return labels - spec.first_label
 
 
 class _Items:
@@ -172,13 +171,31 @@ class _Items:
 
 
 def _open_items(items_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
-    items, labels_file = IdxFile(items_path, None, scratch), IdxFile(labels_path, 1)
-    check_pair(items, labels_file)
+    items = IdxFile(items_path, None, scratch)
+    labels = _labels(labels_path, items, spec)
     if items.shape[1:] != tuple(spec.input_shape):
         raise DataError(f"{items_path} holds items of shape {items.shape[1:]}, the model takes {spec.input_shape}")
-    labels = np.frombuffer(b"".join(labels_file.pieces()), np.uint8).astype(np.int64)
-    check_labels(labels_path, np.unique(labels).tolist(), spec.classes)
     return _Items(items, labels)
+
+
+def read_sound(images: Images, indices: npt.NDArray[Any]) -> tuple[Bytes, npt.NDArray[Any], list[DamagedFileError]]:
+    """The images that can be read of those at `indices`, which of these they are, and what is wrong with the rest."""
+    try:
+        return images.read(indices), indices, []
+    except DamagedFileError:
+        pass
+    damaged: list[DamagedFileError] = []
+    sound: list[Bytes] = []
+    kept: list[int] = []
+    for index in indices.tolist():
+        try:
+            sound.append(images.read(np.array([index])))
+        except DamagedFileError as error:
+            damaged.append(error)
+        else:
+            kept.append(index)
+    empty = np.empty((0,), indices.dtype)
+    return np.concatenate(sound) if sound else np.empty((0,), np.uint8), np.array(kept) if kept else empty, damaged
 
 
 def _resized(image: Image.Image, shape: Sequence[int], resampling: Image.Resampling) -> Image.Image:

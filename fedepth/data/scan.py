@@ -1,25 +1,38 @@
 """What a data directory holds: its layout, and how many samples of each class. Standard library only.
 
-Two layouts are understood. "idx": `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, gzipped or not;
-the test split's names begin with `t10k` or `test`. "folders": `CLASS/*.jpg` below the directory or its
-`train` folder; the test split lies in a folder `test` or `val`.
+Two layouts are understood. "idx": pairs such as `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, gzipped or
+not, under the names that people have (`train-images.idx3-ubyte`, `emnist-letters-train-images-idx3-ubyte`), in the
+directory or up to two levels down (`MNIST/raw`); the test split's names have `t10k` or `test` instead. "folders":
+`CLASS/**/*.jpg` below the directory or its `train` folder; the test split lies in a folder `test` or `val`.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from fedepth.data.folders import LeftOut, Picture, Walk, file_key
 from fedepth.data.idx import IdxFile
+from fedepth.data.labels import labels_outside, normalised, unknown_names
 from fedepth.errors import DataError
+from fedepth.printable import printable, visible
+from fedepth.task import MOST_CLASSES
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-_IDX_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
-_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+_IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+_IDX_NAME = re.compile(
+    r"(?:(?P<set>.+)[-_.])?(?P<split>train|t10k|test)[-_.](?P<kind>images|labels)[-_.]idx[1-4](?:[-_.][a-z0-9]+)?"
+    r"(?P<zipped>\.gz)?",
+    re.IGNORECASE,
+)
+_IDX_LEVELS = 2
 _NAMES_SHOWN = 10
+_KEYS = 1 << 64
 T = TypeVar("T")
 
 
@@ -32,95 +45,195 @@ class DataSummary:
         class_counts: how many of each class, in label order.
         layout: "idx" or "folders".
         classes: the names behind `class_counts`: the job's, or else the folders' names or label values.
+        left_out: what lies there and is not taken.
+        damaged: of it, how many image files are empty or damaged.
+        notes: what else a person should know: where IDX files were found, which folders count as one class.
+        fingerprint: changes with every file that is taken.
     """
 
     sample_count: int
     class_counts: tuple[int, ...]
     layout: str
     classes: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    damaged: int = 0
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    fingerprint: int = field(default=0, compare=False)
 
 
-def scan(directory: Path, classes: Sequence[str] | None, split: str = "train") -> DataSummary:
-    """Counts the samples in a directory, without decoding an image.
+class IdxPair(NamedTuple):
+    """The two files of an IDX data set."""
+
+    images: Path
+    labels: Path
+
+
+def scan(
+    directory: Path,
+    classes: Sequence[str] | None,
+    split: str = "train",
+    *,
+    first_label: int = 0,
+    damage: frozenset[int] = frozenset(),
+) -> DataSummary:
+    """Counts the samples in a directory, without opening an image.
 
     Args:
         directory: see the module.
         classes: the job's class names in label order; None takes what is there.
         split: "train" or "test".
+        first_label: of IDX labels, the one that stands for the first class. With `classes` None counts begin with
+            label 0, whatever it says.
+        damage: keys of files that are known to be damaged (fedepth.data.damage).
 
     Raises:
         DataError: the directory is missing, holds no images, holds labels outside `classes`, or is damaged.
     """
-    idx = find_idx(directory, split)
-    if idx is not None:
-        return _scan_idx(*idx, classes)
-    found = _by_class(directory, classes, split, lambda files: sum(1 for _ in files))  # none of them is kept
+    pair = find_idx(directory, split)
+    if pair is not None:
+        return _scan_idx(directory, pair, classes, first_label)
+    fingerprint = 0
+
+    def count(pictures: Iterator[Picture]) -> dict[str, int]:
+        nonlocal fingerprint
+        counts: Counter[str] = Counter()
+        for picture in pictures:  # none of them is kept
+            counts[picture.name] += 1
+            fingerprint = (fingerprint + picture.key) % _KEYS
+        return counts
+
+    found, walk = _by_class(directory, classes, split, damage, count, 0)
     return DataSummary(
         sample_count=sum(found.values()),
         class_counts=tuple(found.values()),
         layout="folders",
         classes=tuple(found),
+        left_out=walk.left_out,
+        damaged=walk.damaged,
+        notes=_merged(walk),
+        fingerprint=fingerprint,
     )
 
 
-def find_idx(directory: Path, split: str) -> tuple[Path, Path] | None:
+def find_idx(directory: Path, split: str) -> IdxPair | None:
     """The IDX files (images, labels) of a split; None if the directory has another layout.
 
     Raises:
-        DataError: the directory is missing, there is no such split, or one of the two files is missing.
+        DataError: the directory is missing or cannot be read, there is no such split, one of the two files is missing,
+            or there are several such sets.
     """
     _check_directory(directory, split)
-    for prefix in _IDX_PREFIXES[split]:
-        found = (_first_file(directory, f"{prefix}-images-idx{dimensions}-ubyte") for dimensions in (3, 2, 4))
-        images = next(filter(None, found), None)
-        labels = _first_file(directory, f"{prefix}-labels-idx1-ubyte")
-        if images and labels:
-            return images, labels
-        if images or labels:
-            missing = "labels-idx1" if images else "images-idx3"
-            raise DataError(f"{directory} holds {(images or labels)} but no {prefix}-{missing}-ubyte[.gz]")
-    return None
+    found: dict[tuple[Path, str, str], dict[str, Path]] = {}
+    for folder in _near_folders(directory):
+        for entry in sorted(os.listdir(folder)):  # noqa: PTH208 - names, of which there may be a million
+            name = _IDX_NAME.fullmatch(entry)
+            path = folder / entry
+            if name is None or name["split"].lower() not in _IDX_SPLITS[split] or not path.is_file():
+                continue
+            files = found.setdefault((folder.resolve(), (name["set"] or "").lower(), name["split"].lower()), {})
+            kind = name["kind"].lower()
+            if kind not in files or files[kind].suffix == ".gz":  # unpacked ones can be read at any place
+                files[kind] = path
+    if not found:
+        return None
+    if len(found) > 1:
+        sets = [next(iter(files.values())) for files in found.values()]
+        raise DataError(
+            f"{printable(str(directory))} holds {len(sets)} data sets for {split}: {_listed(list(map(str, sets)))}; "
+            "move all but one away, or name the folder of one"
+        )
+    (((folder, prefix, name_of_split), files),) = found.items()
+    if len(files) == 1:
+        ((kind, path),) = files.items()
+        missing = "labels-idx1" if kind == "images" else "images-idx3"
+        full = f"{prefix}-{name_of_split}" if prefix else name_of_split
+        raise DataError(f"{printable(str(folder))} holds {printable(path.name)} but no {full}-{missing}-ubyte[.gz]")
+    return IdxPair(files["images"], files["labels"])
 
 
-def find_folders(directory: Path, classes: Sequence[str] | None, split: str) -> dict[str, list[Path]]:
-    """The image files of a split by class, in label order, sorted by name; a class without images has none.
+def find_folders(
+    directory: Path, classes: Sequence[str] | None, split: str, damage: frozenset[int] = frozenset()
+) -> dict[str, list[Path]]:
+    """The image files of a split by class, in label order, sorted by path; a class without images has none.
 
     Raises:
         DataError: there are no images, or folders with images that are not classes of the job.
     """
-    return _by_class(directory, classes, split, sorted)
+
+    def collect(pictures: Iterator[Picture]) -> dict[str, list[Path]]:
+        files: dict[str, list[str]] = {}
+        for picture in pictures:
+            files.setdefault(picture.name, []).append(picture.path)
+        root = split_root(directory, classes or (), split)
+        return {name: [root / path for path in sorted(paths)] for name, paths in files.items()}
+
+    none: list[Path] = []
+    return _by_class(directory, classes, split, damage, collect, none)[0]
 
 
 def _by_class(
-    directory: Path, classes: Sequence[str] | None, split: str, take: Callable[[Iterator[Path]], T]
-) -> dict[str, T]:
-    """What `take` makes of the image files of every class, in label order; of a class without images too."""
+    directory: Path,
+    classes: Sequence[str] | None,
+    split: str,
+    damage: frozenset[int],
+    take: Callable[[Iterator[Picture]], dict[str, T]],
+    nothing: T,
+) -> tuple[dict[str, T], Walk]:
+    """What `take` makes of the images by class folder, in label order; of a class without images `nothing`."""
+    walk = walk_folders(directory, classes, split, damage)
+    try:
+        taken = take(iter(walk))
+    except OSError as error:
+        raise DataError(
+            f"data directory {printable(str(walk.root))} cannot be read: {error.strerror}; correct the setting `data` "
+            "or the permissions"
+        ) from None
+    if classes is not None:
+        unknown = unknown_names(sorted(name for name in taken if name), classes)
+        if unknown:
+            raise DataError(f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away")
+    if not taken:
+        raise DataError(_no_images(walk))
+    names = [normalised(name) for name in classes] if classes is not None else sorted(taken)
+    called = classes if classes is not None else names
+    return {label: taken.get(name, nothing) for label, name in zip(called, names, strict=True)}, walk
+
+
+def walk_folders(
+    directory: Path, classes: Sequence[str] | None, split: str, damage: frozenset[int] = frozenset()
+) -> Walk:
+    """The walk over the class folders of a split.
+
+    Raises:
+        DataError: the directory is missing or cannot be read, or there is no such split.
+    """
     _check_directory(directory, split)
-    root = _split_root(directory, classes or (), split)
-    reserved = {name for names in _FOLDERS.values() for name in names} if root == directory else set()
-    reserved -= set(classes or ())
-    found = {name: take(iter(())) for name in classes or ()}
-    unknown: list[str] = []
-    for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith(".") or folder.name in reserved:
-            continue
-        files = take(file for file in folder.iterdir() if _is_image(file))
-        if not files:
-            continue
-        if classes is not None and folder.name not in found:
-            unknown.append(folder.name)
-        found[folder.name] = files
-    if unknown:
-        raise DataError(
-            f"{root} has folders {_listed(unknown)} that are not classes of the job ({_listed(classes or ())}); "
-            "rename them or move them away"
-        )
-    if not any(found.values()):
-        raise DataError(
-            f"{root} holds no images: expected are folders, one for each class, with files "
-            f"*{', *'.join(sorted(IMAGE_SUFFIXES))}, or train-images-idx3-ubyte and train-labels-idx1-ubyte"
-        )
-    return found
+    root = split_root(directory, classes or (), split)
+    known = {name for names in _FOLDERS.values() for name in names} - {name.lower() for name in classes or ()}
+    beside = _folder_names(directory) if root != directory else []
+    reserved = frozenset(name for name in _folder_names(root) if name.lower() in known) if root == directory else set()
+    walk = Walk(root, frozenset(reserved), damage, "" if root == directory else f"{root.name}/")
+    for name in beside:
+        if name != root.name and name.lower() not in known and not name.startswith("."):
+            walk.leave_out("", f"{name}/", f"beside the folder {visible(root.name)}, which is read")
+    return walk
+
+
+def _no_images(walk: Walk) -> str:
+    message = (
+        f"{printable(str(walk.root))} holds no images: expected are folders, one for each class, with files "
+        "such as *.jpg and *.png, or train-images-idx3-ubyte and train-labels-idx1-ubyte"
+    )
+    rows = [f"{row.count} × {row.reason}, such as {printable(row.example)}" for row in walk.left_out[:_NAMES_SHOWN]]
+    return f"{message}; it does hold {'; '.join(rows)}" if rows else message
+
+
+def _merged(walk: Walk) -> tuple[str, ...]:
+    return tuple(
+        f"folders {' and '.join(called)} count as one class: their names differ only in how Unicode writes them"
+        for called in walk.names.values()
+        if len(called) > 1
+    )
 
 
 def check_pair(images: IdxFile, labels: IdxFile) -> None:
@@ -134,57 +247,103 @@ def check_pair(images: IdxFile, labels: IdxFile) -> None:
         raise DataError(f"{images.path} holds no images")
 
 
-def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str]) -> None:
-    """Raises DataError if a label value is not an index into `classes`."""
-    outside = [str(label) for label in labels if label >= len(classes)]
-    if outside:
+def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str], first_label: int = 0) -> None:
+    """Raises DataError if a label value, of those that occur, stands for none of `classes`."""
+    objection = labels_outside(labels, classes, first_label)
+    if objection:
+        raise DataError(f"{path} {objection}")
+
+
+def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, first_label: int) -> DataSummary:
+    labels = IdxFile(pair.labels, 1, any_integers=True)
+    check_pair(IdxFile(pair.images, None), labels)
+    counts = Counter(labels.values())
+    lowest, highest = min(counts), max(counts)
+    if lowest < 0 or highest > MOST_CLASSES:
         raise DataError(
-            f"{path} has labels {_listed(outside)}; the job has the {len(classes)} classes "
-            f"{_listed(classes)}, that is labels 0 to {len(classes) - 1}"
+            f"{pair.labels} has labels from {lowest} to {highest}; labels count classes, from 0 to at most "
+            f"{MOST_CLASSES}"
         )
-
-
-def _scan_idx(images_path: Path, labels_path: Path, classes: Sequence[str] | None) -> DataSummary:
-    labels = IdxFile(labels_path, 1)
-    check_pair(IdxFile(images_path, None), labels)
-    counts: Counter[int] = Counter()
-    for piece in labels.pieces():
-        counts.update(piece)
-    names = tuple(classes) if classes is not None else tuple(map(str, range(max(counts) + 1)))
-    check_labels(labels_path, sorted(counts), names)
+    if classes is None:
+        first_label, names = 0, tuple(map(str, range(highest + 1)))
+    else:
+        names = tuple(classes)
+    check_labels(pair.labels, sorted(counts), names, first_label)
     return DataSummary(
         sample_count=len(labels),
-        class_counts=tuple(counts[label] for label in range(len(names))),
+        class_counts=tuple(counts[first_label + place] for place in range(len(names))),
         layout="idx",
         classes=names,
+        notes=(f"reading {pair.images} and {pair.labels.name}",),
+        fingerprint=sum(file_key(str(path), path.stat()) for path in pair) % _KEYS,
     )
 
 
 def _check_directory(directory: Path, split: str) -> None:
     if split not in _FOLDERS:
         raise DataError(f"there is no split {split!r}; splits are {', '.join(_FOLDERS)}")
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise DataError(f"data directory {directory} {what}; correct the setting `data`")
+    try:
+        is_folder, exists = directory.is_dir(), directory.exists()
+        if is_folder:
+            os.scandir(directory).close()
+    except OSError as error:
+        raise DataError(
+            f"data directory {printable(str(directory))} cannot be read: {error.strerror}; correct the setting `data` "
+            "or the permissions"
+        ) from None
+    if not is_folder:
+        what = "is not a directory" if exists else "does not exist"
+        raise DataError(f"data directory {printable(str(directory))} {what}; correct the setting `data`")
 
 
-def _split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
+def split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
+    """The folder with the class folders of a split.
+
+    Raises:
+        DataError: there is none for tests.
+    """
+    names = {name.lower(): name for name in reversed(_folder_names(directory)) if name not in classes}
     for name in _FOLDERS[split]:
-        if name not in classes and (directory / name).is_dir():
-            return directory / name
+        if name in names:
+            return directory / names[name]
     if split == "test":
-        raise DataError(f"{directory} holds no test split: no folder test or val, no t10k-images-idx3-ubyte")
+        raise DataError(
+            f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
+        )
     return directory
 
 
-def _first_file(directory: Path, name: str) -> Path | None:
-    return next((path for path in (directory / name, directory / f"{name}.gz") if path.is_file()), None)
+def _folder_names(directory: Path) -> list[str]:
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _near_folders(directory: Path) -> list[Path]:
+    """The directory, and the folders up to two levels down, without links and hidden ones."""
+    level, found = [directory], [directory]
+    for _ in range(_IDX_LEVELS):
+        below: list[Path] = []
+        for folder in level:
+            try:
+                with os.scandir(folder) as entries:
+                    inner = sorted(
+                        entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")
+                    )
+            except OSError:
+                continue  # the walk over class folders names it
+            below += [folder / name for name in inner]
+        found += below
+        level = below
+    return [folder for folder in found if os.access(folder, os.R_OK | os.X_OK)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
+    shown = ", ".join(printable(name) for name in names[:_NAMES_SHOWN])
     return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown

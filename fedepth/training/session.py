@@ -43,6 +43,7 @@ class Assignment:
         most_samples: train on the first so many of the data, which may have grown since; 0 for all.
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
+        damage: keys of image files to leave out (fedepth.data.damage).
     """
 
     task: Task
@@ -57,6 +58,7 @@ class Assignment:
     enforce: bool
     most_samples: int = 0
     release_freed: bool = False
+    damage: frozenset[int] = frozenset()
 
 
 class SessionHooks(Hooks, Protocol):
@@ -100,7 +102,9 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     check_plan(traced.costs, plan)
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    images: Images = open_images(assignment.data, task.model, "train", scratch=assignment.cache)
+    images: Images = open_images(
+        assignment.data, task.model, "train", scratch=assignment.cache, damage=assignment.damage
+    )
     if 0 < assignment.most_samples < len(images):
         images = FirstImages(images, assignment.most_samples)
     with open_weights(assignment.weights) as weights:

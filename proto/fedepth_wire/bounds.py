@@ -80,6 +80,7 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "software": _LONG_TEXT,
         "sample_count": _COUNT,
         "class_counts": Bound(most=MOST_COUNT, elements=MOST_CLASSES),
+        "class_names": Bound(length=MOST_LONG_TEXT, elements=MOST_CLASSES),
     },
     "Calibration": {
         "kept": _NOT_NEGATIVE,

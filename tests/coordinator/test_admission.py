@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.admission import check_report, check_result, check_update
+from coordinator.admission import check_report, check_result, check_update, lacking_classes
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.costs import Calibration
 from fedepth.errors import UpdateError
 from fedepth.job_sections import LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import Result
+from fedepth.task import ModelSpec, Result
 from fedepth.weights import save, write_tensors
 
 LAYOUT = ModelLayout(
@@ -398,7 +398,14 @@ CLASSES = ("0", "1")
         ({"name": "a\nb"}, r"name 'a\\nb' has characters that cannot be shown"),
         ({"name": "\u202eevil"}, r"'\\u202eevil' has characters"),
         ({"hardware": "x" * 1025}, "describes its hardware in 1025 characters, allowed are 1024"),
-        ({"class_counts": (1,) * 3}, "the data has 3 classes, the job has 2: 0, 1; give"),
+        ({"class_counts": (1,) * 3}, "the data has 3 classes, the job has 2: '0', '1'; give"),
+        (
+            {"class_counts": (0, 10, 10)},
+            r"has labels 2; .* labels 0 to 1; the labels here start at 1: if 1 stands for '0'",
+        ),
+        ({"class_names": ("1", "2")}, "1 folder that is not a class of the job .*: folder '2'"),
+        ({"class_names": ("1", "0\u200b")}, r"folder '0\\u200b' - did you mean class '0'\?; rename"),
+        ({"class_names": ("1", "0", "1")}, "the device reports 3 class folders and counts of 2"),
         ({"class_counts": (21, -1)}, "20 samples, but by class they are 20, the smallest class with -1"),
         ({"class_counts": (10, 11)}, "20 samples, but by class they are 21"),
         ({"sample_count": 0}, "no training samples"),
@@ -446,3 +453,15 @@ def test_a_device_without_a_class_is_welcome(kit: Any) -> None:
     """It may not know the job's classes yet."""
     assert check_report(replace(kit.report("a"), class_counts=()), CLASSES, LIMITS) == ""
     assert check_report(replace(kit.report("a"), class_counts=(20,)), CLASSES, LIMITS) == ""
+    of_one = replace(kit.report("a"), class_names=("1",), class_counts=(20,))
+    assert check_report(of_one, CLASSES, LIMITS) == ""
+    assert lacking_classes(of_one, ModelSpec("m", CLASSES, (1, 8, 8), (0.0,), (1.0,))) == ("0",)
+
+
+def test_labels_that_start_at_1_are_welcome_where_the_job_says_so(kit: Any) -> None:
+    report = replace(kit.report("a"), class_counts=(0, 20, 0))
+    assert check_report(report, CLASSES, LIMITS, first_label=1) == ""
+    model = ModelSpec("m", CLASSES, (1, 8, 8), (0.0,), (1.0,), first_label=1)
+    assert lacking_classes(report, model) == ("1",)
+    told = check_report(replace(report, class_counts=(5, 15)), CLASSES, LIMITS, first_label=1)
+    assert "has labels 0; the job has the 2 classes '0', '1', that is labels 1 to 2" in told

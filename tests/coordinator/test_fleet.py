@@ -51,6 +51,21 @@ def test_a_poll_that_says_nothing_new_writes_nothing(rig: Rig) -> None:
     assert rig.fleet.name("a") == "porch"
 
 
+def test_a_device_is_told_with_the_classes_that_it_lacks(
+    tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+    events = Events()
+    monkeypatch.setattr(events, "send", lambda event, **fields: sent.append(fields))
+    model = model_spec(kit.config())
+    store = Store.open(tmp_path, "demo", model)
+    fleet = Fleet(store, events, 2, model=model)
+    report = replace(kit.report("a"), class_names=model.classes[:2], class_counts=(20, 0))
+    assert fleet.see(report, PEER) is None
+    store.close()
+    assert sent[0]["lacking"] == model.classes[1:]
+
+
 def test_a_device_more_than_the_job_takes_is_refused_with_the_number(rig: Rig) -> None:
     assert rig.fleet.see(rig.kit.report("a"), PEER) is None
     assert rig.fleet.see(rig.kit.report("b"), PEER) is None

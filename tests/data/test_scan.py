@@ -27,7 +27,7 @@ def put_folders(directory: Path, **counts: int) -> None:
     for name, count in counts.items():
         (directory / name).mkdir(parents=True)
         for number in range(count):
-            (directory / name / f"{number}.png").write_bytes(b"")
+            (directory / name / f"{number}.png").write_bytes(b"x")
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -78,7 +78,7 @@ def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
 def test_only_image_files_are_counted(tmp_path: Path) -> None:
     put_folders(tmp_path, ant=0)
     for name in ("a.JPG", "b.jpeg", "c.bmp", "d.webp", "notes.txt", ".hidden.png"):
-        (tmp_path / "ant" / name).write_bytes(b"")
+        (tmp_path / "ant" / name).write_bytes(b"x")
     (tmp_path / "ant" / "folder.png").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / ".cache").mkdir()
@@ -118,13 +118,15 @@ def test_a_missing_test_split_is_told(tmp_path: Path) -> None:
 
 def test_folders_outside_the_classes_are_named_with_the_classes(tmp_path: Path) -> None:
     put_folders(tmp_path, ant=1, wasp=1, bee=1)
-    with pytest.raises(DataError, match=r"folders bee, wasp that are not classes of the job \(ant, cat\)"):
+    with pytest.raises(
+        DataError, match=r"2 folders that are not classes of the job \('ant', 'cat'\): folder 'bee'; folder 'wasp'"
+    ):
         scan(tmp_path, ("ant", "cat"))
 
 
 def test_labels_outside_the_classes_are_named_with_the_classes(tmp_path: Path) -> None:
     put_idx(tmp_path, [0, 9, 1, 2])
-    with pytest.raises(DataError, match=r"has labels 2, 9; the job has the 2 classes a, b, that is labels 0 to 1"):
+    with pytest.raises(DataError, match=r"has labels 2, 9; the job has the 2 classes 'a', 'b', that is labels 0 to 1"):
         scan(tmp_path, ("a", "b"))
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_client.data_check.protocol import CheckRequest
 from fedepth.costs import ModelCosts, Size, UnitCost
+from fedepth.data.check import check_data
+from fedepth.data.damage import Damage
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import make_plan
 from fedepth.task import ModelSpec, PartInfo, Result, StageResult, Task, TrainingSpec
@@ -16,6 +19,16 @@ from tests.unit_costs import unit_cost
 MIB = 1 << 20
 WEIGHTS = b"weights" * 1000
 SAMPLES = 6  # what `data` holds
+# A PNG of one gray pixel.
+PICTURE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636800000082008177cd72b6"
+    "0000000049454e44ae426082"
+)
+
+
+async def checked_here(request: CheckRequest, on_progress: Callable[[int], None]) -> Damage:
+    """A check of data files as the agent's child does it, without the child."""
+    return check_data(Path(request.directory), Path(request.record), decode=request.decode, on_progress=on_progress)
 
 
 def unit(name: str) -> UnitCost:
@@ -88,10 +101,10 @@ def make_result(plan_for: Callable[[int], Plan], tmp_path: Path) -> Callable[...
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six files in two classes; only a trainer would open them."""
+    """Six images in two classes."""
     folder = tmp_path / "data"
     for name, count in (("a", 4), ("b", 2)):
         (folder / "train" / name).mkdir(parents=True)
         for number in range(count):
-            (folder / "train" / name / f"{number}.png").write_bytes(b"not decoded by the agent")
+            (folder / "train" / name / f"{number}.png").write_bytes(PICTURE)
     return folder

@@ -35,7 +35,7 @@ from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
-from tests.edge_client.conftest import GRAPH
+from tests.edge_client.conftest import GRAPH, PICTURE, checked_here
 
 MIB = 1 << 20
 START = 10 * MIB  # what the fake trainer says of itself
@@ -159,7 +159,7 @@ class Bench:
     def agent(self, transport: FakeTransport, scenes: list[Any], *, stay: bool = False, **overrides: Any) -> Agent:
         (self.root / "scenes.json").write_text(json.dumps(scenes))
         argv = [sys.executable, str(FAKE_TRAINER), str(self.root / "scenes.json"), str(self.root / "journal")]
-        around = Surroundings(trainer_argv=argv, measure=self.memory, clock=self.clock)
+        around = Surroundings(trainer_argv=argv, check_files=checked_here, measure=self.memory, clock=self.clock)
         config = self.config(**overrides)
         return Agent(config, "device", transport, exit_when_done=not stay, surroundings=around)
 
@@ -347,7 +347,7 @@ def test_data_that_changes_after_it_was_reported_is_trained_and_then_counted(
     def more_or_less() -> None:
         picture = bench.data / "train/a/new.png"
         if change == "new":
-            picture.write_bytes(b"x")
+            picture.write_bytes(PICTURE)
         else:
             next(iter(sorted((bench.data / "train/a").iterdir()))).unlink()
 
@@ -492,7 +492,9 @@ def test_a_trainer_that_cannot_start_at_all_ends_the_agent(bench: Bench, transpo
         bench.config(),
         "device",
         transport,
-        surroundings=Surroundings(trainer_argv=[sys.executable, "-c", "raise SystemExit(3)"], clock=bench.clock),
+        surroundings=Surroundings(
+            trainer_argv=[sys.executable, "-c", "raise SystemExit(3)"], check_files=checked_here, clock=bench.clock
+        ),
     )
     with pytest.raises(ChildError, match="ended with status 3"):
         asyncio.run(agent.run())

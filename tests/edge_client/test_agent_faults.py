@@ -30,6 +30,7 @@ from edge_client.transport import (
 )
 from fedepth.errors import DiskError, FedepthError, TransportError
 from fedepth.task import DeviceReport, Failure, Outcome, Result, Task
+from tests.edge_client.conftest import PICTURE
 from tests.edge_client.faults import Disk
 from tests.edge_client.test_agent import OK, Bench, FakeTransport, MakeTask
 
@@ -455,7 +456,7 @@ def test_a_rejected_device_says_so_once_and_looks_at_its_data_again(bench: Bench
     class Adding(FakeTransport):
         async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
             if len(self.reports) == 2:
-                (bench.data / "train/a/new.png").write_bytes(b"x")
+                (bench.data / "train/a/new.png").write_bytes(PICTURE)
             return await super().next_task(report, wait_s)
 
     adding = Adding(transport.weights, [Rejected("too few samples", 30.0)] * 5)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from coordinator.model_worker import process
 from fedepth.child import Child, module_argv
@@ -97,6 +98,23 @@ def test_evaluation_counts_and_averages(ready: Path, tmp_path: Path, label: int)
     assert told["samples"] == len(labels)
     assert told["accuracy"] == pytest.approx(share)
     assert told["loss"] == pytest.approx(100 * (1 - share), rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [0.05, 0.5])
+def test_damaged_test_images_are_left_out_up_to_a_share(ready: Path, tmp_path: Path, most: float) -> None:
+    for name in "012":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "test" / name / "x.png")
+    (tmp_path / "test/2/x.png").write_bytes(b"damaged")
+    graph, weights = str(ready / "graph.json"), str(always_class(ready, tmp_path / "w", 1))
+    request = {"model": SPEC, "graph": graph, "weights": weights, "test_data": str(tmp_path), "most_damaged": most}
+    *said, told = talk("evaluate", **request)
+    if most < 0.3:
+        assert told["error"]["type"] == "DataError"
+        assert "1 of 3 image files are damaged (33%), and [test] most_damaged allows 5%" in told["error"]["message"]
+        return
+    assert (told["ok"]["samples"], told["ok"]["accuracy"]) == (2, 0.5)
+    assert "1 of 3 test images are damaged and left out, such as:" in said[-1]["text"]
 
 
 def test_batches_do_not_change_an_evaluation(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:

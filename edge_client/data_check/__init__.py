@@ -1,0 +1,1 @@
+"""The check of image files: a child of the agent that holds PIL and numpy."""

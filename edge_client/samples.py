@@ -1,0 +1,150 @@
+"""What this device can train on: counted, with damaged files left out, and said once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from edge_client.config import Config
+from edge_client.data_check.client import check_files
+from edge_client.data_check.protocol import CheckRequest
+from fedepth.data.damage import Damage, check_share, load_damage
+from fedepth.data.labels import lacking, listed
+from fedepth.data.scan import DataSummary, scan
+from fedepth.errors import DataError
+from fedepth.files import disk_errors
+from fedepth.printable import printable
+from fedepth.task import Task
+
+CheckFiles = Callable[[CheckRequest, Callable[[int], None]], Awaitable[Damage]]
+
+_ROWS = 20  # of what is left out; and so many damaged files
+_log = structlog.get_logger()
+
+
+class Samples:
+    """The training data of one device.
+
+    Attributes:
+        summary: of the last look.
+        damage: the files that were left out at it.
+    """
+
+    def __init__(self, config: Config, check: CheckFiles = check_files) -> None:
+        self._directory = config.data_dir
+        self._most_damaged = config.most_damaged
+        self._record = config.state_dir / "data-check"
+        self._check = check
+        self._told: object = None
+        self._looked = False
+        self._told_lacking: tuple[str, str] = ("", "")
+        self.summary = DataSummary(0, (), "", ())
+        self.damage = Damage()
+
+    @property
+    def count(self) -> int:
+        return self.summary.sample_count
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As a report has them: what is no text cannot be sent."""
+        return tuple(map(printable, self.summary.classes)) if self.summary.layout == "folders" else ()
+
+    def differs(self, other: DataSummary) -> bool:
+        """Whether there is other data than at that look."""
+        return (self.summary.fingerprint, self.summary.class_counts, self.summary.classes) != (
+            other.fingerprint,
+            other.class_counts,
+            other.classes,
+        )
+
+    async def look(self, *, decode: bool = False) -> None:
+        """Counts what is there by now; files that are new or changed are checked first.
+
+        Says what is left out, if it is not the same as the last time.
+
+        Args:
+            decode: a file turned out to be damaged where no look at it could tell: decode all of them.
+
+        Raises:
+            DataError: there is nothing to train on, or too much of it is damaged.
+            DiskError: it cannot be read.
+            ChildError: the check of the files failed.
+        """
+        damage = self.damage if self.damage.unsaved else load_damage(self._record)
+        summary = await asyncio.to_thread(self._scan, damage)
+        is_new = summary.fingerprint != damage.fingerprint or (not self._looked and damage.damaged)
+        self._looked = True
+        if summary.layout == "folders" and (is_new or (decode and not damage.decoded)):
+            total = summary.sample_count
+
+            def progress(files: int) -> None:
+                _log.info("checking the image files", files=files, of=total)
+
+            request = CheckRequest(str(self._directory.resolve()), str(self._record), decode)
+            damage = await self._check(request, progress)
+            if damage.unsaved:
+                _log.warning("the check of the data cannot be recorded; it is repeated", error=damage.unsaved)
+            try:
+                summary = await asyncio.to_thread(self._scan, damage)
+            except DataError:  # nothing is left
+                check_share(0, len(damage.damaged), self._most_damaged, damage.damaged, "most_damaged")
+                raise
+        self.summary, self.damage = summary, damage
+        self._tell()
+        check_share(summary.sample_count, summary.damaged, self._most_damaged, damage.damaged, "most_damaged")
+
+    def for_task(self, task: Task) -> DataSummary:
+        """The samples by class of the job. Says once which classes this device lacks.
+
+        Raises:
+            DataError: there are samples of other classes.
+        """
+        spec = task.model
+        summary = scan(self._directory, spec.classes, first_label=spec.first_label, damage=self.damage.keys)
+        check_share(summary.sample_count, summary.damaged, self._most_damaged, self.damage.damaged, "most_damaged")
+        missing = lacking(spec.classes, summary.class_counts)
+        if missing and self._told_lacking != (task.job, listed(missing)):
+            self._told_lacking = (task.job, listed(missing))
+            _log.warning(
+                "this device has no samples of some classes of the job",
+                job=task.job,
+                lacking=listed(missing),
+                classes=len(spec.classes),
+            )
+        return summary
+
+    def _scan(self, damage: Damage) -> DataSummary:
+        with disk_errors("the training samples cannot be counted", self._directory):
+            return scan(self._directory, None, damage=damage.keys)
+
+    def _tell(self) -> None:
+        summary, damaged = self.summary, self.damage.damaged
+        what = (summary.class_counts, summary.left_out, summary.notes)
+        if what == self._told:
+            return
+        self._told = what
+        left_out = sum(row.count for row in summary.left_out)
+        _log.info(
+            "training data",
+            directory=printable(str(self._directory)),
+            samples=summary.sample_count,
+            classes=sum(1 for count in summary.class_counts if count),
+            left_out=left_out,
+        )
+        for note in summary.notes:
+            _log.info("training data", note=printable(note))
+        for row in summary.left_out[:_ROWS]:
+            _log.warning(
+                "left out of the training data",
+                folder=printable(row.folder) or ".",
+                reason=row.reason,
+                number=row.count,
+                such_as=printable(row.example),
+            )
+        if len(summary.left_out) > _ROWS:
+            _log.warning("left out of the training data", further_reasons=len(summary.left_out) - _ROWS)
+        for message in [*damaged.values()][:_ROWS] if summary.damaged else ():
+            _log.warning("damaged", file=message)

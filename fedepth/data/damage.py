@@ -1,0 +1,101 @@
+"""The image files of a data directory that are known to be damaged, kept between starts. Standard library and msgspec.
+
+Two files: `NAME` in JSON says what is damaged, and is all that an agent and its trainer need; `NAME.sound` has the keys
+of the files that were found to be sound, 8 bytes each, so that the next check opens only those that are new or changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from fedepth.errors import DataError
+from fedepth.files import NOT_JSON, write_atomically
+
+MOST_DAMAGED = 0.05
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What the last check of a data directory found.
+
+    Attributes:
+        damaged: what is wrong with a file, by its key (fedepth.data.folders).
+        fingerprint: of the sound files; None if nothing was checked yet.
+        decoded: every file was decoded, not only looked at.
+        unsaved: why this could not be recorded; empty if it was.
+    """
+
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    fingerprint: int | None = None
+    decoded: bool = False
+    unsaved: str = ""
+
+    @property
+    def keys(self) -> frozenset[int]:
+        """Of the damaged files."""
+        return frozenset(self.damaged)
+
+
+def load_damage(path: Path) -> Damage:
+    """The record at `path`; an empty one if there is none that can be read, since it can be made again."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Damage)
+    except (OSError, *NOT_JSON):
+        return Damage()
+
+
+def save_damage(path: Path, damage: Damage, sound: array[int]) -> None:
+    """Replaces the record.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    swapped = array("Q", sound)
+    if sys.byteorder == "big":
+        swapped.byteswap()
+    write_atomically(_sound_path(path), swapped.tobytes())
+    write_atomically(path, msgspec.json.encode(damage))
+
+
+def load_sound(path: Path) -> array[int]:
+    """The keys of the sound files, rising; none if they cannot be read."""
+    sound: array[int] = array("Q")
+    try:
+        sound.frombytes(_sound_path(path).read_bytes())
+    except (OSError, ValueError):
+        return array("Q")
+    if sys.byteorder == "big":
+        sound.byteswap()
+    return sound
+
+
+def check_share(taken: int, damaged: int, most: float, messages: Mapping[int, str], setting: str) -> None:
+    """Whether the data can be used without its damaged files.
+
+    Args:
+        most: the largest share of damaged files, 0 to 1.
+        messages: what is wrong with each, as far as it is known.
+        setting: what a person sets it with.
+
+    Raises:
+        DataError: more of them are damaged.
+    """
+    if not damaged or damaged <= most * (taken + damaged):
+        return
+    examples = "; ".join([*messages.values()][:_SHOWN]) or "they are empty"
+    raise DataError(
+        f"{damaged} of {taken + damaged} image files are damaged ({damaged / (taken + damaged):.0%}), and {setting} "
+        f"allows {most:.0%}: repair or remove them, or raise it; such as: {examples}"
+    )
+
+
+def _sound_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sound")

@@ -1,0 +1,134 @@
+"""What a data set calls its classes, compared with what a job calls them. Standard library only.
+
+Names are compared after Unicode normalisation (NFC): macOS and Linux write an "é" differently. Nothing else is
+taken for equal, but what comes close is suggested.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from fedepth.printable import printable, shortened, visible
+
+_NAMES_SHOWN = 10
+_MOST_COMPARED = 1000  # classes; comparing takes a while, and a device may send any names
+_NAME_SHOWN = 60
+_MOST_TOLD = 2000  # characters, fewer than a message to a device may have
+_NEAR = 0.6  # difflib's own measure of what is similar
+
+
+def normalised(name: str) -> str:
+    """The name as it is compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str:
+    """What is wrong with folders whose names are not classes of the job, in a few words each; empty if all are.
+
+    Args:
+        names: of folders.
+        classes: of the job, in label order.
+    """
+    known = {normalised(name) for name in classes}
+    unknown = [name for name in names if normalised(name) not in known]
+    if not unknown:
+        return ""
+    near = [(name, _nearest(name, classes)) for name in unknown[:_NAMES_SHOWN]]
+    told = [
+        f"folder {visible(name, _NAME_SHOWN)}"
+        + (f" - did you mean class {visible(match, _NAME_SHOWN)}{_difference(name, match)}?" if match else "")
+        for name, match in near
+    ]
+    more = f" and {len(unknown) - len(near)} more" if len(unknown) > len(near) else ""
+    count = "1 folder that is not a class" if len(unknown) == 1 else f"{len(unknown)} folders that are not classes"
+    return shortened(f"{count} of the job ({listed(classes)}): {'; '.join(told)}{more}", _MOST_TOLD)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, quoted, and how many more there are."""
+    shown = ", ".join(visible(name, _NAME_SHOWN) for name in names[:_NAMES_SHOWN])
+    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
+
+
+def lacking(classes: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
+    """The classes without a sample; `counts` are in label order."""
+    return tuple(name for name, count in zip(classes, counts, strict=True) if not count)
+
+
+def by_class(names: Sequence[str], counts: Sequence[int], classes: Sequence[str], first_label: int) -> tuple[int, ...]:
+    """Samples by class of the job, of what a device has counted.
+
+    Args:
+        names: of its folders, or none where `counts` are by label value from 0 on.
+        counts: by those; all of them belong to classes of the job.
+        classes: of the job, in label order.
+        first_label: the label of the first class.
+    """
+    if not names:
+        of_classes = tuple(counts[first_label : first_label + len(classes)])
+        return of_classes + (0,) * (len(classes) - len(of_classes))
+    counted = dict(zip(map(normalised, names), counts, strict=True))
+    return tuple(counted.get(normalised(name), 0) for name in classes)
+
+
+def labels_outside(labels: Sequence[int], classes: Sequence[str], first_label: int) -> str:
+    """What is wrong with label values that stand for no class; empty if all do.
+
+    Args:
+        labels: those that occur, rising.
+    """
+    last = first_label + len(classes) - 1
+    outside = [label for label in labels if not first_label <= label <= last]
+    if not outside:
+        return ""
+    shown = ", ".join(map(str, outside[:_NAMES_SHOWN]))
+    more = f" and {len(outside) - _NAMES_SHOWN} more" if len(outside) > _NAMES_SHOWN else ""
+    message = (
+        f"has labels {shown}{more}; the job has the {len(classes)} classes {listed(classes)}, that is labels "
+        f"{first_label} to {last}"
+    )
+    lowest, highest = labels[0], labels[-1]
+    if lowest != first_label and lowest >= 0 and highest - lowest < len(classes):
+        message += (
+            f"; the labels here start at {lowest}: if {lowest} stands for {visible(classes[0], _NAME_SHOWN)}, set "
+            f"[model] first_label = {lowest} in the job file"
+        )
+    return message
+
+
+def _nearest(name: str, classes: Sequence[str]) -> str:
+    """The class that a folder was probably meant for; empty if none is like it."""
+    loose = {_loosely(each): each for each in reversed(classes)}
+    if _loosely(name) in loose:
+        return loose[_loosely(name)]
+    if len(loose) > _MOST_COMPARED:
+        return ""
+    near = difflib.get_close_matches(_loosely(name), loose, n=1, cutoff=_NEAR)
+    return loose[near[0]] if near else ""
+
+
+def _loosely(name: str) -> str:
+    """Without what is easily overlooked: case, width, blanks, separators, and what cannot be seen."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(character for character in folded if character.isalnum())
+
+
+def _difference(name: str, match: str) -> str:
+    """Names the first letters that differ where they look alike: a Latin and a Cyrillic "a"."""
+    for one, other in zip(normalised(name), normalised(match), strict=False):
+        if one != other:
+            if not (one.isalpha() and other.isalpha()) or _script(one) == _script(other):
+                return ""
+            return f" (there {_code_point(other)} in place of {_code_point(one)})"
+    return ""
+
+
+def _script(letter: str) -> str:
+    """ "LATIN" of an "é", as its name begins."""
+    return unicodedata.name(letter, "").partition(" ")[0]
+
+
+def _code_point(character: str) -> str:
+    return f"U+{ord(character):04X} {unicodedata.name(character, '') or printable(character)}"
