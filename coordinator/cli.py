@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from fedepth.errors import FedepthError, ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
+from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET
 from fedepth.printable import printable, quoted
 from fedepth.sizes import format_size
 
@@ -35,6 +37,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class Precision(str, Enum):
+    """Of an export's numbers."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
 
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.", file_okay=False)]
 DatabaseOption = Annotated[
@@ -120,16 +130,41 @@ def export_command(
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            min=LOWEST_OPSET, max=HIGHEST_OPSET, help="ONNX operator set; default: the lowest that is needed."
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of weights and most operators. Input and output are float32.")
+    ] = None,
+    preprocessing: Annotated[
+        bool | None,
+        typer.Option(
+            "--preprocessing/--no-preprocessing", help="Take bytes (uint8, 0..255) and normalise in the file."
+        ),
+    ] = None,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
-    """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed."""
-    from fedepth.job import load_config
+    """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed.
 
-    answer = asyncio.run(_export(load_config(config), state, round_number, output, database, files))
+    --opset, --precision and --preprocessing override [export] in the job file.
+    """
+    from fedepth.job import load_config, with_export
+
+    chosen = precision.value if precision else None
+    job = with_export(load_config(config), opset=opset, precision=chosen, preprocessing=preprocessing)
+    answer = asyncio.run(_export(job, state, round_number, output, database, files))
     print(
-        f"{answer['path']}: {answer['size_bytes']} bytes, largest difference {answer['parity_max_abs']:.1e} "
-        f"over {answer['samples']} samples, same top answer: {'yes' if answer['top1_equal'] else 'no'}"
+        f"{printable(answer['path'])}: {answer['size_bytes']} bytes, opset {answer['opset']}, IR version "
+        f"{answer['ir_version']}, {answer['precision']}; classes in {printable(answer['labels_path'])}"
+    )
+    ties = f", {answer['ties']} too close to tell" if answer["ties"] else ""
+    print(
+        f"compared on {printable(answer['compared_on'])}: largest difference {answer['parity_max_abs']:.1e}, same top "
+        f"answer for {answer['top1_equal']} of {answer['samples']}{ties}"
     )
 
 
@@ -232,7 +267,7 @@ def describe(event: dict[str, Any]) -> str:
     name = event.pop("event", "?")
     event.pop("time", None)
     stages = event.pop("stages", [])
-    text = printable(" ".join(f"{key}={value}" for key, value in event.items()))
+    text = printable(" ".join(f"{key}={'unknown' if value is None else value}" for key, value in event.items()))
     for stage in stages:
         text += (
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "

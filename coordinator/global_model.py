@@ -25,6 +25,7 @@ from fedepth.layout import ModelLayout
 from fedepth.task import Result
 
 TRIES = 3  # of what the model worker died of
+NO_TEST_DATA = "no [test] data: the accuracy stays unknown, and exports are compared on random inputs"
 DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
 
 _log = structlog.get_logger()
@@ -37,6 +38,8 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         FedepthError: the model cannot be built, or the state is damaged.
     """
     training = training_spec(config, 1)
+    if not config.test_data:
+        _log.info("job", note=NO_TEST_DATA)
     await asyncio.to_thread(store.verify_latest)
     known = store.prepared()
     started = store.latest_round() is not None
@@ -210,7 +213,8 @@ class GlobalModel:
         rest not before the next start.
         """
         for record in self._store.kept_rounds():
-            if record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
+            missing = record.round > 0 and record.accuracy is None and bool(self._config.test_data)
+            if missing and self._tries["evaluate", record.round] < TRIES:
                 await self._make_up_evaluation(record)
             while self._is_due(record) and self._tries["export", record.round] < TRIES:
                 if await self._export(record):
@@ -246,7 +250,7 @@ class GlobalModel:
                 model=model_spec(self._config),
                 graph=str(self._store.files.graph()),
                 weights=str(weights),
-                test_data=self._config.test.data,
+                test_data=self._config.test_data,
             )
         except UnavailableError:
             raise
@@ -257,9 +261,9 @@ class GlobalModel:
         return Evaluation(answer["accuracy"], answer["loss"])
 
     async def _evaluate_or_retry(self, number: int, weights: Path) -> Evaluation | None:
-        """`_evaluate`, again with another worker where the worker died."""
+        """`_evaluate`, again with another worker where the worker died; None where there is nothing to evaluate on."""
         found = None
-        while found is None and self._tries["evaluate", number] < TRIES:
+        while self._config.test_data and found is None and self._tries["evaluate", number] < TRIES:
             found = await self._evaluate(number, weights)
         return found
 
@@ -284,6 +288,7 @@ class GlobalModel:
             path=answer["path"],
             parity_max_abs=answer["parity_max_abs"],
             samples=answer["samples"],
+            compared_on=answer["compared_on"],
         )
         return True
 
@@ -343,6 +348,7 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
         "weights_digest": weights.digest,
         "job": config.job.name,
         "round": weights.round,
-        "test_data": config.test.data,
+        "test_data": config.test_data,
+        "choices": config.export,
         "output": output or str(store.files.export(store.job_name, weights.round)),
     }

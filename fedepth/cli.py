@@ -1,4 +1,4 @@
-"""The command `fedepth`: questions about the method that need neither a coordinator nor a device."""
+"""The command `fedepth`: what needs neither a coordinator nor a device: questions about the method, exported models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, FedepthError, PlanError
@@ -23,8 +24,12 @@ from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
+from fedepth.printable import printable
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
+
+if TYPE_CHECKING:
+    from fedepth.export.infer import Prediction
 
 _PLAIN_WIDTH = 120  # of tables that are piped or written to a file
 _ENDINGS = {
@@ -35,7 +40,7 @@ _ENDINGS = {
 
 app = typer.Typer(
     name="fedepth",
-    help="Plan training within a memory budget.",
+    help="Plan training within a memory budget; run exported models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,7 +50,7 @@ app = typer.Typer(
 
 @app.callback()
 def commands() -> None:
-    """Plan training within a memory budget."""
+    """Plan training within a memory budget; run exported models."""
 
 
 @app.command("plan", epilog="Example: fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png")
@@ -107,6 +112,42 @@ def plan_command(
             console.print(line, markup=False, soft_wrap=True)
         if plot:
             console.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
+
+
+@app.command("infer", epilog="Example: fedepth infer digits.onnx photos/ --top 3")
+def infer_command(
+    model: Annotated[Path, typer.Argument(help="An ONNX file that a job or fedepth-coordinator export wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show of each file.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what an exported model says of images. Needs no torch.
+
+    Images are read as in training and normalised as the file says. A file that cannot be read is named, and the exit
+    code is then 1.
+    """
+    try:
+        from fedepth.export import infer
+    except ImportError as error:
+        raise ConfigError(
+            f"{error}. Running an exported model needs onnxruntime: pip install 'fedepth[infer]'"
+        ) from error
+
+    deployed = infer.open_deployed(model)
+    found, left_out = infer.image_files(files)
+    predictions = list(infer.classify(deployed, found, top))
+    if as_json:
+        print(infer.as_json(deployed, predictions))
+    else:
+        Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False).print(_predictions(predictions))
+    if left_out:
+        suffixes = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+        print(printable(f"left out, being no images: {suffixes}"), file=sys.stderr)
+    unread = [each for each in predictions if each.error]
+    for each in unread:
+        print(printable(f"fedepth: {each.error}"), file=sys.stderr)
+    if unread:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -211,6 +252,19 @@ def _stages(plan: Plan, title: str) -> Table:
     if plan.ending is Ending.FROZEN_HEAD:
         notes.append("The head stays at its global value: the preceding units are untrained.")
     table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
+    return table
+
+
+def _predictions(predictions: Sequence[Prediction]) -> Table:
+    """One row per class of each file that could be read."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("file", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    for each in predictions:
+        for place, (name, probability) in enumerate(each.classes):
+            file = "" if place else printable(str(each.file))
+            table.add_row(Text(file), Text(printable(name)), f"{probability:.1%}")
     return table
 
 

@@ -28,7 +28,7 @@ from fedepth.job_sections import DIGITS, MOST_NAME, MOST_NAMES_BYTES, JobConfig,
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import read_toml, settings_path, suggestion, violation
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES, ModelSpec, TrainingSpec
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, InputType, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -82,6 +82,18 @@ def aggregation_rule(config: JobConfig) -> Rule:
             return NormClipping(section.max_change)
         case "krum":
             return Krum(1 if section.faulty is None else section.faulty)
+
+
+def with_export(config: JobConfig, **choices: Any) -> JobConfig:
+    """The job with other choices for its exports, those that are not None.
+
+    Raises:
+        ConfigError: they do not suit the job.
+    """
+    given = {name: value for name, value in choices.items() if value is not None}
+    changed = msgspec.structs.replace(config, export=msgspec.structs.replace(config.export, **given))
+    _check_export(changed, "export")
+    return changed
 
 
 def policy(config: JobConfig) -> Policy:
@@ -189,6 +201,12 @@ def _check_ranges(config: JobConfig, file: str) -> None:
             f"{training.learning_rate}, is {training.learning_rate_end}"
         )
     _check_aggregation(config, file)
+    _check_export(config, file)
+    if config.test is None and config.guard.largest_drop < 1:
+        raise ConfigError(
+            f"{file}: [guard] largest_drop: needs test data to know the accuracy; add [test] data, or leave it out: an "
+            "average that is not finite is kept back all the same"
+        )
     if not 1 <= len(model.name) <= MOST_NAME:
         raise ConfigError(f"{file}: [model] name: must have 1 to {MOST_NAME} characters, has {len(model.name)}")
     _check_classes(model, file)
@@ -229,6 +247,14 @@ def _check_aggregation(config: JobConfig, file: str) -> None:
         )
 
 
+def _check_export(config: JobConfig, file: str) -> None:
+    export = config.export
+    if export.preprocessing and config.model.input_type is InputType.TOKENS:
+        raise ConfigError(f"{file}: [export] preprocessing: token ids need none; leave it out")
+    if export.input_name == export.output_label:
+        raise ConfigError(f"{file}: [export] output_name: must not be the input's, {quoted(export.input_name)}")
+
+
 def _devices_for_rule(rule: Rule) -> tuple[int, str]:
     """The smallest number of updates with which a rule does anything, and why."""
     match rule:
@@ -265,7 +291,7 @@ def _check_classes(model: ModelSection, file: str) -> None:
 
 
 def _with_test_path(config: JobConfig, path: Path) -> JobConfig:
-    if config.test.data == DIGITS:
+    if config.test is None or config.test.data == DIGITS:
         return config
     data = _path(path, "[test] data", config.test.data)
     if not data.exists():

@@ -5,8 +5,9 @@ Both sides may load this module, so it imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fedepth.job_sections import ExportSection
 from fedepth.task import ModelSpec, TrainingSpec
 
 
@@ -38,7 +39,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Export weights to ONNX, compared on the first test images. Answers the fields of ExportReport."""
+    """Export weights to ONNX as `choices` say, compared on test data, or on random inputs where there are none.
+
+    `test_data` is a path, "digits", or empty. Answers the fields of ExportReport, and "compared_on" for people.
+    """
 
     model: ModelSpec
     graph: str
@@ -48,3 +52,4 @@ class Export:
     round: int
     test_data: str
     output: str
+    choices: ExportSection = field(default_factory=ExportSection)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fedepth.data.decode import MODES, decode_image
 from fedepth.data.digits import load_digits
 from fedepth.data.idx import IdxFile
 from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
@@ -23,7 +24,6 @@ Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 DIGITS = "digits"
-_MODES = {1: "L", 3: "RGB"}
 
 
 class Images(Protocol):
@@ -66,7 +66,7 @@ def open_images(source: Path | str, spec: ModelSpec, split: str = "train", scrat
         if idx is None:
             raise DataError(f"model {spec.name} takes inputs of shape {shape}; such data is read from IDX files only")
         return _open_items(*idx, spec, scratch)
-    if shape[0] not in _MODES or min(shape) < 1:
+    if shape[0] not in MODES or min(shape) < 1:
         raise DataError(f"model {spec.name} takes {shape}; images are read as (1 or 3, height, width)")
     if str(source) == DIGITS:
         images, labels = load_digits(split)
@@ -123,24 +123,8 @@ class _FileImages:
     def read(self, indices: npt.NDArray[Any]) -> Bytes:
         batch = np.empty((len(indices), *self._shape), np.uint8)
         for place, index in enumerate(indices.tolist()):
-            pixels = self._decode(self._files[index])
-            batch[place] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+            batch[place] = decode_image(self._files[index], self._shape)
         return batch
-
-    def _decode(self, path: Path) -> Bytes:
-        mode = _MODES[self._shape[0]]
-        try:
-            with Image.open(path) as image:
-                # A JPEG is then decoded near its final size: a 12-megapixel photo would take 36 MB otherwise.
-                image.draft(mode, (self._shape[2], self._shape[1]))
-                return np.asarray(_resized(image.convert(mode), self._shape, Image.Resampling.BILINEAR))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}; repair or remove it") from error
-        except MemoryError:
-            raise DataError(
-                f"{path} takes more memory to decode than training may take; scale it down towards "
-                f"{self._shape[2]}×{self._shape[1]} pixels, or save it as JPEG, which is decoded near its final size"
-            ) from None
 
 
 def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
