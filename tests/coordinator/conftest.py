@@ -165,6 +165,7 @@ class FakeModels:
             "path": fields["output"],
             "parity_max_abs": 1e-7,
             "samples": 100,
+            "compared_on": "100 samples of the test data",
             "top1_equal": True,
             "ties": 0,
             "size_bytes": 4,
