@@ -78,7 +78,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
     graph = read_traced(Path(request.graph)).graph
-    samples, compared_on = _samples(request, graph)
+    samples, compared_on = comparison_samples(request, graph)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -96,7 +96,7 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     return asdict(report)
 
 
-def _samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
+def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
     if request.test_data:

@@ -55,6 +55,30 @@ def exported(spec: ModelSpec) -> Exported:
     return export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
 
 
+@pytest.fixture(autouse=True)
+def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes seconds for a model: it is asked once for each, but where its own work is looked at."""
+    if "torch_itself" not in request.fixturenames:
+        monkeypatch.setattr(module, "_traced", traced)
+
+
+@pytest.fixture
+def torch_itself() -> None:
+    """For tests that look at what torch does."""
+
+
+_TRACED: dict[str, Any] = {}
+_trace = module._traced
+
+
+def traced(model: Model, spec: ModelSpec, choices: ExportSection, opsets: tuple[int, ...]) -> Any:
+    copy = onnx.ModelProto()
+    if spec.name not in _TRACED:
+        _TRACED[spec.name] = _trace(model, spec, choices, opsets)
+    copy.CopyFrom(_TRACED[spec.name])
+    return copy
+
+
 def write_weights(spec: ModelSpec, path: Path) -> Path:
     tensors = {name: tensor.detach().clone() for name, tensor in exported(spec).tensors.items()}
     model = Model(exported(spec).graph)
@@ -115,14 +139,14 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     assert told["fedepth_version"] == fedepth.__version__
 
 
-def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
+def test_equal_weights_give_equal_files(tmp_path: Path, torch_itself: None) -> None:
     images = samples_for(DIGITS, 2)
     first = run_export(DIGITS, tmp_path, images, "first.onnx")
     second = run_export(DIGITS, tmp_path, images, "second.onnx")
     assert Path(first.path).read_bytes() == Path(second.path).read_bytes()
 
 
-def test_torchs_chatter_stays_away(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_torchs_chatter_stays_away(tmp_path: Path, capfd: pytest.CaptureFixture[str], torch_itself: None) -> None:
     run_export(DIGITS, tmp_path, samples_for(DIGITS, 2))
     assert capfd.readouterr().out == ""
 

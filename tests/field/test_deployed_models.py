@@ -343,16 +343,24 @@ def test_options_override_the_job_file(tmp_path: Path) -> None:
         ("empty", "256 random inputs, since the test data cannot be read: .*empty"),
     ],
 )
-def test_an_export_without_test_data_is_compared_on_random_inputs_and_says_so(
-    graph: tuple[Exported, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str | None, said: str
+def test_without_test_data_random_inputs_are_compared_and_it_says_so(
+    graph: tuple[Exported, Path], tmp_path: Path, data: str | None, said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    where = "" if data is None else str(tmp_path / data)
+    samples, told = process.comparison_samples(Export(SPEC, "g", "w", "d", "job", 1, where, "m.onnx"), graph[0].graph)
+    assert re.fullmatch(said + ".*", told)
+    assert samples.shape == (256, 3, 8, 8)
+
+
+def test_an_export_without_test_data_is_written(
+    graph: tuple[Exported, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported, weights = graph
-    (tmp_path / "empty").mkdir()
     monkeypatch.setattr(process, "read_traced", lambda path: SimpleNamespace(graph=exported.graph))
-    where = "" if data is None else str(tmp_path / data)
-    request = Export(SPEC, "g", str(weights), "d", "job", 1, where, str(tmp_path / "out" / "m.onnx"))
+    request = Export(SPEC, "g", str(weights), "d", "job", 1, "", str(tmp_path / "out" / "m.onnx"))
     told = process.export_onnx(request, lambda text: None)
-    assert re.fullmatch(said + ".*", told["compared_on"])
+    assert told["compared_on"] == "256 random inputs, since the job has no test data"
     assert (told["samples"], told["top1_equal"] + told["ties"]) == (256, 256)
     assert (tmp_path / "out" / "m.onnx").stat().st_size == told["size_bytes"]
 
