@@ -176,7 +176,7 @@ async def loss_of(job: Path, graph: Path, weights: Path) -> float:
             model=model_spec(config),
             graph=str(graph),
             weights=str(weights),
-            test_data=config.test.data,
+            test_data=config.test_data,
         )
     finally:
         await worker.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
+from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET
 from fedepth.printable import printable, quoted, shortened
 from fedepth.program import run_program
 from fedepth.sizes import format_size
@@ -32,6 +34,14 @@ _HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
 app = command_line("fedepth-coordinator", "Run and monitor a federated training job.")
+
+
+class Precision(str, Enum):
+    """Of an export's numbers."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
 
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of the job's durable state.")]
 DatabaseOption = Annotated[
@@ -119,20 +129,45 @@ def export_command(
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            min=LOWEST_OPSET, max=HIGHEST_OPSET, help="ONNX operator set; default: the lowest that is needed."
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of weights and most operators. Input and output are float32.")
+    ] = None,
+    preprocessing: Annotated[
+        bool | None,
+        typer.Option(
+            "--preprocessing/--no-preprocessing", help="Take bytes (uint8, 0..255) and normalise in the file."
+        ),
+    ] = None,
     as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
 ) -> None:
-    """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed."""
-    from fedepth.job import load_config
+    """Export a round's weights to ONNX and compare the outputs with torch's. No running coordinator is needed.
 
-    answer = asyncio.run(_export(load_config(config), state, round_number, output, database, files))
+    --opset, --precision and --preprocessing override [export] in the job file.
+    """
+    from fedepth.job import load_config, with_export
+
+    chosen = precision.value if precision else None
+    job = with_export(load_config(config), opset=opset, precision=chosen, preprocessing=preprocessing)
+    answer = asyncio.run(_export(job, state, round_number, output, database, files))
     if as_json:
         print_json(answer)
         return
     print(
-        f"{answer['path']}: {answer['size_bytes']} bytes, largest difference {answer['parity_max_abs']:.1e} "
-        f"over {answer['samples']} samples, same top answer: {'yes' if answer['top1_equal'] else 'no'}"
+        f"{printable(answer['path'])}: {answer['size_bytes']} bytes, opset {answer['opset']}, IR version "
+        f"{answer['ir_version']}, {answer['precision']}; classes in {printable(answer['labels_path'])}"
+    )
+    ties = f", {answer['ties']} too close to tell" if answer["ties"] else ""
+    print(
+        f"compared on {printable(answer['compared_on'])}: largest difference {answer['parity_max_abs']:.1e}, same top "
+        f"answer for {answer['top1_equal']} of {answer['samples']}{ties}"
     )
 
 

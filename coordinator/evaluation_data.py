@@ -54,12 +54,15 @@ def look(request: Request) -> Answer:
 def _counts(request: Request) -> tuple[int, ...]:
     import numpy as np
 
-    from fedepth.data.read import DIGITS, open_images
+    from fedepth.data.read import DIGITS, open_images, read_sound
 
     images = open_images(request.data if request.data == DIGITS else Path(request.data), request.model, "test")
     if len(images) == 0:
         raise DataError(f"{request.data} holds no test samples")
-    images.read(np.linspace(0, len(images) - 1, min(DECODED, len(images))).astype(np.int64))
+    chosen = np.linspace(0, len(images) - 1, min(DECODED, len(images))).astype(np.int64)
+    _, sound, errors = read_sound(images, chosen)
+    if not len(sound):
+        raise errors[0]
     return tuple(np.bincount(images.labels, minlength=len(request.model.classes)).tolist())
 
 

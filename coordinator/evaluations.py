@@ -36,7 +36,8 @@ class Evaluations:
         rest not before the next start.
         """
         for record in self._store.kept_rounds():
-            if record.round > 0 and record.accuracy is None and self._tries["evaluate", record.round] < TRIES:
+            missing = record.round > 0 and record.accuracy is None and self._config.test is not None
+            if missing and self._tries["evaluate", record.round] < TRIES:
                 await self._make_up_evaluation(record)
             while self._is_due(record, in_force) and self._tries["export", record.round] < TRIES:
                 if await self._export(record):
@@ -70,8 +71,8 @@ class Evaluations:
                 model=model_spec(self._config),
                 graph=str(self._store.files.graph()),
                 weights=str(weights),
-                test_data=self._config.test.data,
-                most_damaged=self._config.test.most_damaged,
+                test_data=self._config.test_data,
+                most_damaged=self._config.most_damaged,
             )
         except UnavailableError:
             raise
@@ -82,10 +83,12 @@ class Evaluations:
         return Evaluation(answer["accuracy"], answer["loss"])
 
     async def evaluate(self, number: int, weights: Path) -> Evaluation | None:
-        """What these weights do on the job's test data, tried again with another worker where the worker died; None if
-        that cannot be found out, which is logged."""
+        """What these weights do on the job's test data, tried again with another worker where the worker died.
+
+        None where the job has no test data, or where that cannot be found out, which is logged.
+        """
         found = None
-        while found is None and self._tries["evaluate", number] < TRIES:
+        while self._config.test is not None and found is None and self._tries["evaluate", number] < TRIES:
             found = await self._evaluate(number, weights)
         return found
 
@@ -110,6 +113,7 @@ class Evaluations:
             path=answer["path"],
             parity_max_abs=answer["parity_max_abs"],
             samples=answer["samples"],
+            compared_on=answer["compared_on"],
         )
         return True
 
@@ -123,6 +127,7 @@ def export_fields(config: JobConfig, store: Store, weights: RoundRecord, output:
         "weights_digest": weights.digest,
         "job": config.job.name,
         "round": weights.round,
-        "test_data": config.test.data,
+        "test_data": config.test_data,
+        "choices": config.export,
         "output": output or str(store.files.export(store.job_name, weights.round)),
     }

@@ -23,6 +23,8 @@ from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
 from fedepth.task import Result
 
+NO_TEST_DATA = "no [test] data: the accuracy stays unknown, and exports are compared on random inputs"
+
 _log = structlog.get_logger()
 
 
@@ -33,6 +35,8 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         FedepthError: the model cannot be built, or the state is damaged.
     """
     training = training_spec(config, 1)
+    if not config.test_data:
+        _log.info("job", note=NO_TEST_DATA)
     known = store.prepared()
     started = store.latest_round() is not None
     if started:

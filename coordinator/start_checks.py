@@ -111,12 +111,14 @@ def _in(folders: Sequence[str]) -> Callable[[str], ModuleSpec | None]:
 async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) -> Findings:
     """Opens the test data and reads a few samples of it: in a child process, but for the set of digits."""
     spec = model_spec(config)
-    if config.test.data == DIGITS:
+    if not config.test_data:
+        return Findings()  # it is told when the model is prepared
+    if config.test_data == DIGITS:
         return _digits(spec)
-    answer = await _ask(Request(config.test.data, spec), argv)
+    answer = await _ask(Request(config.test_data, spec), argv)
     if answer.problem:
         return Findings((f"[test] data: {answer.problem}",))
-    return _told(config.test.data, answer.class_counts, spec.classes)
+    return _told(config.test_data, answer.class_counts, spec.classes)
 
 
 def _digits(spec: ModelSpec) -> Findings:

@@ -1,16 +1,17 @@
-"""The command `fedepth`: questions about the method that need neither a coordinator nor a device."""
+"""The command `fedepth`: what needs neither a coordinator nor a device: questions about the method, exported models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from fedepth.commands import JsonOption, command_line, examples
 from fedepth.costs import Calibration, ModelCosts
@@ -21,10 +22,14 @@ from fedepth.files import NOT_JSON
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
+from fedepth.printable import printable
 from fedepth.program import run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
+
+if TYPE_CHECKING:
+    from fedepth.export.infer import Prediction
 
 _ENDINGS = {
     Ending.LAST_UNIT: "the last units are trained",
@@ -32,7 +37,7 @@ _ENDINGS = {
     Ending.FROZEN_HEAD: "the last units and the head are untrained",
 }
 
-app = command_line("fedepth", "Plan training within a memory budget.")
+app = command_line("fedepth", "Plan training within a memory budget; run exported models.")
 
 
 @app.command("plan", epilog=examples("fedepth plan preresnet20 --budget 60MiB --policy paper --plot plan.png"))
@@ -93,6 +98,42 @@ def plan_command(
             out.print(line, markup=False, soft_wrap=True)
         if plot:
             out.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
+
+
+@app.command("infer", epilog=examples("fedepth infer digits.onnx photos/ --top 3"))
+def infer_command(
+    model: Annotated[Path, typer.Argument(help="An ONNX file that a job or fedepth-coordinator export wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show of each file.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what an exported model says of images. Needs no torch.
+
+    Images are read as in training and normalised as the file says. A file that cannot be read is named, and the exit
+    code is then 1.
+    """
+    try:
+        from fedepth.export import infer
+    except ImportError as error:
+        raise ConfigError(
+            f"{error}. Running an exported model needs onnxruntime: pip install 'fedepth[infer]'"
+        ) from error
+
+    deployed = infer.open_deployed(model)
+    found, left_out = infer.image_files(files)
+    predictions = list(infer.classify(deployed, found, top))
+    if as_json:
+        print(infer.as_json(deployed, predictions))
+    else:
+        console().print(_predictions(predictions))
+    if left_out:
+        suffixes = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+        console(stderr=True, soft_wrap=True).print(printable(f"left out, being no images: {suffixes}"), markup=False)
+    unread = [each for each in predictions if each.error]
+    for each in unread:
+        console(stderr=True, soft_wrap=True).print(printable(f"fedepth: {each.error}"), markup=False)
+    if unread:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -197,6 +238,19 @@ def _stages(plan: Plan, title: str) -> Table:
     if plan.ending is Ending.FROZEN_HEAD:
         notes.append("The head stays at its global value: the preceding units are untrained.")
     table.caption = " ".join([*notes, "Needs: the predicted peak and its margin."])
+    return table
+
+
+def _predictions(predictions: Sequence[Prediction]) -> Table:
+    """One row per class of each file that could be read."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("file", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    for each in predictions:
+        for place, (name, probability) in enumerate(each.classes):
+            file = "" if place else printable(str(each.file))
+            table.add_row(Text(file), Text(printable(name)), f"{probability:.1%}")
     return table
 
 

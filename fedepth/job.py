@@ -37,7 +37,7 @@ from fedepth.job_sections import (
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES, ModelSpec, TrainingSpec
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, InputType, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -94,6 +94,20 @@ def aggregation_rule(config: JobConfig) -> Rule:
             return NormClipping(section.max_change)
         case "krum":
             return Krum(1 if section.faulty is None else section.faulty)
+
+
+def with_export(config: JobConfig, **choices: Any) -> JobConfig:
+    """The job with other choices for its exports, those that are not None.
+
+    Raises:
+        ConfigError: they do not suit the job.
+    """
+    given = {name: value for name, value in choices.items() if value is not None}
+    changed = msgspec.structs.replace(config, export=msgspec.structs.replace(config.export, **given))
+    wrong = _wrong_export(changed)
+    if wrong:
+        raise ConfigError(f"export: {wrong[0]}: {wrong[1]}")
+    return changed
 
 
 def policy(config: JobConfig) -> Policy:
@@ -215,6 +229,17 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
             f"must be at most learning_rate, {training.learning_rate}, is {training.learning_rate_end}",
         )
     _check_aggregation(config, file)
+    wrong = _wrong_export(config)
+    if wrong:
+        raise _wrong(file, "export", *wrong)
+    if config.test is None and config.guard.largest_drop < 1:
+        raise _wrong(
+            file,
+            "guard",
+            "largest_drop",
+            "needs test data to know the accuracy; add [test] data, or leave it out: an average that is not finite is "
+            "kept back all the same",
+        )
     if not 1 <= len(model.name) <= MOST_NAME:
         raise _wrong(file, "model", "name", f"must have 1 to {MOST_NAME} characters, has {len(model.name)}")
     _check_classes(model, file)
@@ -275,6 +300,16 @@ def _check_aggregation(config: JobConfig, file: SettingsFile) -> None:
         )
 
 
+def _wrong_export(config: JobConfig) -> tuple[str, str] | None:
+    """The setting of [export] that does not suit the job, and why."""
+    export = config.export
+    if export.preprocessing and config.model.input_type is InputType.TOKENS:
+        return "preprocessing", "token ids need none; leave it out"
+    if export.input_name == export.output_label:
+        return "output_name", f"must not be the input's, {quoted(export.input_name)}"
+    return None
+
+
 def _devices_for_rule(rule: Rule) -> tuple[int, str]:
     """The smallest number of updates with which a rule does anything, and why."""
     match rule:
@@ -312,7 +347,7 @@ def _check_classes(model: ModelSection, file: SettingsFile) -> None:
 
 
 def _with_test_path(config: JobConfig, file: SettingsFile) -> JobConfig:
-    if config.test.data == DIGITS:
+    if config.test is None or config.test.data == DIGITS:
         return config
     data = _path(file, "test", "data", config.test.data)
     if not data.exists():

@@ -17,6 +17,7 @@ MOST_SAMPLES = 1 << 40
 MOST_DEVICES = 1 << 20
 MOST_SECONDS = 10 * 365 * 86400
 MOST_NAME = 200  # characters in the name of a class or a model
+LOWEST_OPSET, HIGHEST_OPSET = 13, 23  # before 13 operators such as Softmax mean something else; torch goes up to 23
 MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every task
 # Of numbers that models are computed with, unless they are 0. A product or a quotient of any two is then finite in
 # float32, and so is the step that AdamW makes of its learning rate.
@@ -26,6 +27,7 @@ MOST_FLOAT = 1e18
 AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
+TensorName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
 Seconds = Annotated[float, Meta(gt=0, le=MOST_SECONDS)]
 
 
@@ -93,6 +95,8 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits".
 
+    Without this section the accuracy stays unknown, and exports are compared on random inputs.
+
     Attributes:
         most_damaged: share of its image files that may be damaged; they are left out.
     """
@@ -104,16 +108,37 @@ class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[export]: an ONNX file every so many rounds; 0 for only at the end."""
+    """[export]: an ONNX file every so many rounds, 0 for only at the end; and what is in it.
+
+    Attributes:
+        opset: version of the operator set; by default the lowest that the model needs.
+        precision: of weights and most operators; input and output stay float32.
+        preprocessing: the file takes the bytes of an image (uint8, 0..255) and normalises them itself.
+        output: what the file gives for every class.
+        input_name: of the file's input.
+        output_name: of the file's output; by default what `output` says.
+    """
 
     every: Annotated[int, Meta(ge=0)] = 0
+    opset: Annotated[int, Meta(ge=LOWEST_OPSET, le=HIGHEST_OPSET)] | None = None
+    precision: Literal["float32", "float16"] = "float32"
+    preprocessing: bool = False
+    output: Literal["logits", "probabilities"] = "logits"
+    input_name: TensorName = "images"
+    output_name: TensorName | None = None
+
+    @property
+    def output_label(self) -> str:
+        """The name of the output in force."""
+        return self.output_name or self.output
 
 
 class GuardSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[guard]: when the average of a round is not published. One that gives no finite loss never is.
 
     Attributes:
-        largest_drop: of accuracy on the test data, as a fraction, against the model in force; 1 allows any.
+        largest_drop: of accuracy on the test data, as a fraction, against the model in force; 1 allows any. Without
+            test data it is not known, and only an average that is not finite is kept back.
         pause_after: so many rounds in a row that are not published pause the job.
         learn_norms: refuse an update that goes much further for each step than the others of its round, once there are
             five of them.
@@ -194,7 +219,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     job: JobSection
     model: ModelSection
-    test: TestSection
+    test: TestSection | None = None
     training: TrainingSection = TrainingSection()
     export: ExportSection = ExportSection()
     guard: GuardSection = GuardSection()
@@ -203,3 +228,13 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection | None = None
     folder: str = ""
+
+    @property
+    def test_data(self) -> str:
+        """Where the test data are; empty where the job has none."""
+        return "" if self.test is None else self.test.data
+
+    @property
+    def most_damaged(self) -> float:
+        """Share of the test data that may be damaged."""
+        return MOST_DAMAGED if self.test is None else self.test.most_damaged

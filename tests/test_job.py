@@ -104,7 +104,15 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
             "augmentation": ('"mixup"',),
         },
         "test": {"data": ('"nowhere"', "7")},
-        "export": {"every": ("-1", "true")},
+        "export": {
+            "every": ("-1", "true"),
+            "opset": ("12", "24", '"18"'),
+            "precision": ('"int8"',),
+            "preprocessing": ("1",),
+            "output": ('"classes"',),
+            "input_name": ('""', '"two words"', "7"),
+            "output_name": ('""', '"images"'),
+        },
         "aggregation": {
             "rule": ('"best"', '"median-of-means"'),
             "trim": ("0", "0.5", "nan", "0.1"),  # 0.1 belongs to another rule than the default
@@ -145,7 +153,7 @@ def in_section(line: str, section: str) -> bool:
         ("[training]", "[trainning]", "job.toml: [trainning]: no such section; did you mean training?"),
         ('name = "demo"', "", "job.toml: [job] name: is missing"),
         ("[test]\ndata", "[export]\nevery = 1\n[test]\ndatum", "did you mean data?"),
-        ('[test]\ndata = "digits"\n', "", "job.toml: [test]: is missing"),
+        ('data = "digits"\n', "", "job.toml: [test] data: is missing"),
     ],
 )
 def test_misspelt_and_missing_names_are_told(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from coordinator.model_worker.protocol import Evaluate, Export, Prepare
 from fedepth.child import run_child
 from fedepth.data.damage import check_share
-from fedepth.data.read import Images, open_images, read_sound
+from fedepth.data.read import Bytes, Images, open_images, read_sound
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
-from fedepth.export.onnx import export
+from fedepth.export.onnx import export, random_samples
 from fedepth.files import disk_errors, file_digest
+from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
 from fedepth.models.traced import read_traced, write_traced
 from fedepth.prepare import prepare_model
@@ -90,25 +91,40 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
 
 
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
-    """Raises ExportError, ModelError, StateError: see `export`. DataError: there are no test images."""
-    images = _test_images(request.test_data, request.model)
-    chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
-    pixels, _, errors = read_sound(images, chosen)
-    if not len(pixels):
-        raise errors[0]
+    """Raises ExportError, ModelError, StateError: see `export`."""
+    graph = read_traced(Path(request.graph)).graph
+    samples, compared_on = comparison_samples(request, graph)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
         request.model,
-        read_traced(Path(request.graph)).graph,
+        graph,
         Path(request.weights),
         output,
         job=request.job,
         round=request.round,
         weights_digest=request.weights_digest,
-        inputs=model_inputs(pixels, request.model),
+        samples=samples,
+        compared_on=compared_on,
+        choices=request.choices,
     )
     return asdict(report)
+
+
+def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
+    """What an export is compared on, and what that is, for people."""
+    why = "the job has no test data"
+    if request.test_data:
+        try:
+            images = _test_images(request.test_data, request.model)
+            chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
+            pixels, sound, errors = read_sound(images, chosen)
+            if not len(sound):
+                raise errors[0]
+            return pixels, f"{len(sound)} samples of the test data"
+        except (DataError, OSError) as error:
+            why = f"the test data cannot be read: {error}"
+    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
 def _test_images(test_data: str, spec: ModelSpec) -> Images:

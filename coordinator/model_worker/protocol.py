@@ -5,9 +5,10 @@ Both sides may load this module, so it imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedepth.data.damage import MOST_DAMAGED
+from fedepth.job_sections import ExportSection
 from fedepth.task import ModelSpec, TrainingSpec
 
 
@@ -45,7 +46,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Export weights to ONNX, compared on test images that can be read. Answers the fields of ExportReport."""
+    """Export weights to ONNX as `choices` say, compared on test data, or on random inputs where there are none.
+
+    `test_data` is a path, "digits", or empty. Answers the fields of ExportReport, and "compared_on" for people.
+    """
 
     model: ModelSpec
     graph: str
@@ -55,3 +59,4 @@ class Export:
     round: int
     test_data: str
     output: str
+    choices: ExportSection = field(default_factory=ExportSection)

@@ -5,7 +5,7 @@ STATE/model/graph.json                               the job's graph and costs (
 STATE/weights/round-0000-DIGEST.safetensors          the global weights after each round; 0 is the start
 STATE/weights/round-0007-DIGEST.aside.safetensors    an average that was not published
 STATE/spool/TASK-ATTEMPT/part-0000.safetensors       parts of updates
-STATE/exports/                                       ONNX files
+STATE/exports/                                       ONNX files, and labels.txt with the names of the classes
 STATE/lock                                           held while a server runs
 
 DIGEST is the first 12 digits of the sha256: no file of weights ever takes the place of another.
@@ -25,6 +25,7 @@ from fedepth.errors import LockedError, StateError
 from fedepth.files import disk_errors, file_digest, lock_file, make_durable
 
 GRAPH = "model/graph.json"
+LABELS = "exports/labels.txt"
 
 _FOLDERS = ("model", "weights", "spool", "exports")
 _WEIGHTS = re.compile(r"weights/round-(\d{4,})(-[0-9a-f]{12}(\.aside)?)?\.safetensors")

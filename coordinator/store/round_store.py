@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from coordinator.store.database import Database
 from coordinator.store.entries import RoundRecord, Sealed, Summary, finite, round_from, round_row
-from coordinator.store.files import Files, aside_name, weights_name
+from coordinator.store.files import LABELS, Files, aside_name, weights_name
 from coordinator.store.retention import drop, drop_spools_before, finish_drops, names_of, staying
 from coordinator.store.tables import dropping, job, rounds, sealing, tasks, updates
 from fedepth.errors import StateError, UnavailableError
@@ -226,6 +226,8 @@ class RoundStore:
         export = Path(path)
         if export.parent == self.files.path("exports"):
             self.files.storage.keep(f"exports/{export.name}")
+            if self.files.path(LABELS).exists():
+                self.files.storage.keep(LABELS)
         self._set(round_number, export_path=path, parity_max_abs=finite(parity_max_abs))
 
     def _set(self, round_number: int, **values: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from fedepth.models.graph import Argument, Operation, Tensor, Value
+from fedepth.models.graph import Argument, Graph, Operation, Tensor, Value
 from fedepth.models.lower import FlatProgram
 
 # Below this, or the smallest embedding's size, where no table can be found.
@@ -32,25 +33,51 @@ def largest_id(module: nn.Module, programs: Iterable[FlatProgram], tensors: Mapp
         programs: the model's, whose input is ids.
         tensors: that they name.
     """
-    if found := [limit for program in programs for limit in _limits(program, tensors)]:
+    found: list[int] = []
+    for program in programs:
+        values = program.values
+
+        def shape_of(table: Argument, values: Any = values) -> Sequence[Any]:
+            if isinstance(table, Tensor):
+                return tensors[table.name].shape
+            return values[table.number].shape if isinstance(table, Value) else ()
+
+        found += _limits((step.operation for step in program.steps), shape_of)
+    if found:
         return max(0, min(found))
     sizes = [each.num_embeddings for each in module.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)]
     return min([_FEW, *sizes]) - 1
 
 
-def _limits(program: FlatProgram, tensors: Mapping[str, torch.Tensor]) -> Iterator[int]:
-    """For every table that is read at ids, the largest one that it has a row for."""
+def largest_id_of(graph: Graph) -> int:
+    """The same of a model whose module is not at hand, as far as its first unit tells."""
+
+    def shape_of(table: Argument) -> tuple[int, ...]:
+        return graph.tensors[table.name][1] if isinstance(table, Tensor) else ()
+
+    if found := list(_limits(graph.units[0].evaluation.operations, shape_of)):
+        return max(0, min(found))
+    lookups = (
+        each for unit in (*graph.units, graph.head) for step in unit.evaluation.operations for each in _lookups(step)
+    )
+    return min([_FEW, *(shape_of(table)[0] for table, _, _ in lookups if shape_of(table))]) - 1
+
+
+def _limits(operations: Iterable[Operation], shape_of: Callable[[Argument], Sequence[Any]]) -> Iterator[int]:
+    """For every table that is read at ids, the largest one that it has a row for.
+
+    Args:
+        operations: in order; value 0 holds the ids.
+        shape_of: a table's shape, in which what depends on the batch is no int; empty where it is not known.
+    """
     added = {0: 0}  # from each value that holds ids to what has been added to them
 
     def of(argument: Argument) -> int | None:
         return added.get(argument.number) if isinstance(argument, Value) else None
 
-    for step in program.steps:
-        operation = step.operation
+    for operation in operations:
         for table, dimension, ids in _lookups(operation):
-            shape = tensors[table.name].shape if isinstance(table, Tensor) else ()
-            if isinstance(table, Value):
-                shape = program.values[table.number].shape  # type: ignore[assignment]
+            shape = shape_of(table)
             rows = shape[dimension] if -len(shape) <= dimension < len(shape) else None
             if (shift := of(ids)) is not None and isinstance(rows, int):
                 yield rows - 1 - shift

@@ -71,15 +71,15 @@ def plan_of(*ranges: tuple[int, int], untrained: tuple[int, ...] = ()) -> Plan:
 
 def config_of(**job: Any) -> JobConfig:
     """A job with these [job] settings; those that are sections stand beside it."""
-    others = {key: value for key, value in job.items() if isinstance(value, dict)}
+    others = {key: value for key, value in job.items() if isinstance(value, dict) or key == "test"}
     settings = {key: value for key, value in job.items() if key not in others}
     section = {"name": "demo", "rounds": 1, "devices_per_round": 2, "gather_s": 0, "lease_s": 30, **settings}
     return msgspec.convert(
         {
+            "test": {"data": "digits"},
             **others,
             "job": section,
             "model": {"name": "fake", "classes": 2, "input_shape": [1, 8, 8]},
-            "test": {"data": "digits"},
             "training": {"batch": 8},
         },
         JobConfig,
@@ -173,6 +173,7 @@ class FakeModels:
             "path": fields["output"],
             "parity_max_abs": 1e-7,
             "samples": 100,
+            "compared_on": "100 samples of the test data",
             "top1_equal": True,
             "ties": 0,
             "size_bytes": 4,

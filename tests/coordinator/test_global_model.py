@@ -101,6 +101,21 @@ def test_the_mean_of_the_updates_is_in_force_and_evaluated(rigs: Any) -> None:
     assert rig.models.asked == ["evaluate"]
 
 
+def test_without_test_data_a_round_is_published_and_its_accuracy_stays_unknown(rigs: Any) -> None:
+    rig = rigs(test=None)
+    rig.update("a", 1.0)
+    record = rig.close()
+    assert (record.published, record.accuracy, record.loss) == (True, None, None)
+    asyncio.run(rig.model.make_up())
+    assert rig.models.asked == []
+    assert [each["event"] for each in rig.sent] == ["round_closed"]
+    last = rig.kit.config(rounds=1, test=None)
+    model = GlobalModel(last, rig.store, rig.models, _Recorder(rig.sent), rig.kit.layout.parameters)
+    asyncio.run(model.make_up())
+    assert rig.models.asked == ["export"]
+    assert rig.sent[-1]["compared_on"] == "100 samples of the test data"
+
+
 def test_the_job_chooses_the_rule(rigs: Any) -> None:
     rig = rigs(devices_per_round=3, aggregation={"rule": "median"})
     for device, value in (("a", 1.0), ("b", 2.0), ("c", 1000.0)):

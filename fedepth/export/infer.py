@@ -1,0 +1,225 @@
+"""What an exported model says of image files. Needs onnxruntime, numpy and Pillow; no torch, no onnx."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from fedepth.data.decode import decode_image
+from fedepth.data.folders import IMAGE_SUFFIXES
+from fedepth.data.transforms import normalise
+from fedepth.errors import DataError, ModelError
+from fedepth.printable import quoted, shortened
+from fedepth.task import InputType, ModelSpec
+
+AT_ONCE = 32
+# What ONNX Runtime raises; there is no base class of their own.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+# Characters that end a line (str.splitlines), and the one that they are written with.
+_LINE_ENDS = str.maketrans(
+    {each: each.encode("unicode_escape").decode() for each in "\\\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """An exported model that is ready to run.
+
+    Attributes:
+        path: the ONNX file.
+        spec: classes, input and normalisation, as the file's metadata say.
+        job: the job that trained it.
+        round: the round that gave its weights.
+        preprocessing: it normalises its input itself.
+        probabilities: it gives probabilities, and not logits.
+    """
+
+    path: Path
+    session: Any
+    spec: ModelSpec
+    job: str
+    round: str
+    input_name: str
+    output_name: str
+    preprocessing: bool
+    probabilities: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a file: the likeliest classes with their probabilities; or why it says nothing."""
+
+    file: Path
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+
+def labels_text(classes: Sequence[str]) -> str:
+    """The classes in label order, one a line; what ends a line, and the backslash, as in Python (`\\n`, `\\\\`)."""
+    return "".join(name.translate(_LINE_ENDS) + "\n" for name in classes)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return shortened(lines[0] if lines else type(error).__name__)
+
+
+def open_deployed(path: Path) -> Deployed:
+    """Opens a file that `fedepth-coordinator export` or a job wrote.
+
+    Raises:
+        ModelError: it is missing, damaged, too new for the ONNX Runtime that is installed, or not from fedepth.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except RUNTIME_ERRORS as error:
+        raise ModelError(
+            f"{path} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {first_line(error)}; it is damaged, "
+            "not an ONNX file, or written for a newer runtime: export it again, with a lower opset if need be"
+        ) from None
+    told = session.get_modelmeta().custom_metadata_map
+    missing = [key for key in ("job", "classes", "input_shape", "mean", "std") if key not in told]
+    if missing:
+        raise ModelError(
+            f"{path} is not a model that fedepth exported: its metadata have no {missing[0]}; infer needs a file of "
+            "fedepth-coordinator export"
+        )
+    try:
+        spec = ModelSpec(
+            name=path.name,
+            classes=msgspec.json.decode(told["classes"], type=tuple[str, ...]),
+            input_shape=msgspec.json.decode(told["input_shape"], type=tuple[int, ...]),
+            mean=msgspec.json.decode(told["mean"], type=tuple[float, ...]),
+            std=msgspec.json.decode(told["std"], type=tuple[float, ...]),
+            input_type=InputType(told.get("input_type", "float")),
+        )
+        preprocessing = msgspec.json.decode(told.get("preprocessing", "false"), type=bool)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise ModelError(f"{path}: its metadata cannot be read: {first_line(error)}; export it again") from None
+    (given,), (taken,) = session.get_outputs(), session.get_inputs()
+    if list(given.shape[1:]) != [len(spec.classes)] or tuple(taken.shape[1:]) != spec.input_shape:
+        raise ModelError(
+            f"{path}: its metadata tell of inputs {spec.input_shape} and {len(spec.classes)} classes, its graph of "
+            f"{tuple(taken.shape[1:])} and {given.shape[-1]}; export it again"
+        )
+    return Deployed(
+        path=path,
+        session=session,
+        spec=spec,
+        job=told["job"],
+        round=told.get("round", ""),
+        input_name=taken.name,
+        output_name=given.name,
+        preprocessing=preprocessing,
+        probabilities=told.get("output") == "probabilities",
+    )
+
+
+def probabilities(model: Deployed, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """(N, classes) for images of shape (N, C, H, W), 0..255."""
+    inputs = images if model.preprocessing else normalise(images, model.spec)
+    outputs = model.session.run([model.output_name], {model.input_name: inputs})[0].astype(np.float64)
+    if model.probabilities:
+        return np.asarray(outputs)
+    powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def classify(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
+    """What a model says of image files, one after the other; read as in training.
+
+    Raises:
+        ModelError: it takes no images.
+    """
+    shape = model.spec.input_shape
+    if len(shape) != 3 or shape[0] not in (1, 3) or model.spec.input_type is not InputType.FLOAT:
+        raise ModelError(
+            f"{model.path} takes {model.spec.input_type.value} inputs of shape {shape}; infer reads image files only: "
+            "run this file with onnxruntime, as docs/export.md shows"
+        )
+    for start in range(0, len(files), AT_ONCE):
+        read: list[npt.NDArray[np.uint8] | str] = [_decoded(file, shape) for file in files[start : start + AT_ONCE]]
+        images = [each for each in read if not isinstance(each, str)]
+        rows = iter(list(probabilities(model, np.stack(images))) if images else [])
+        for file, each in zip(files[start : start + AT_ONCE], read, strict=True):
+            if isinstance(each, str):
+                yield Prediction(file, error=each)
+            elif not np.isfinite(row := next(rows)).all():
+                yield Prediction(file, error=f"{model.path} gives no finite numbers for {file}")
+            else:
+                best = np.argsort(-row, kind="stable")[:top]
+                yield Prediction(file, tuple((model.spec.classes[index], float(row[index])) for index in best))
+
+
+def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
+    """The files that are meant, folders with all images below them; and how many files in folders are left out, by
+    suffix.
+
+    Raises:
+        DataError: one of them does not exist, or there is no image among them.
+    """
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{quoted(str(path))} does not exist; give image files, or folders of them")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+            if file.name.startswith("."):
+                left_out["hidden"] += 1
+            elif file.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(file)
+            else:
+                left_out[file.suffix.lower() or "without a suffix"] += 1
+    if not found:
+        raise DataError(
+            f"no images in {', '.join(map(str, paths))}: looked for *{', *'.join(sorted(IMAGE_SUFFIXES))} in folders"
+        )
+    return found, left_out
+
+
+def as_json(model: Deployed, predictions: Sequence[Prediction]) -> str:
+    """One JSON object."""
+    files = [
+        {"file": str(each.file), "error": each.error}
+        if each.error
+        else {
+            "file": str(each.file),
+            "classes": [{"class": name, "probability": probability} for name, probability in each.classes],
+        }
+        for each in predictions
+    ]
+    return json.dumps({"model": str(model.path), "job": model.job, "round": model.round, "files": files})
+
+
+def _decoded(file: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | str:
+    try:
+        return decode_image(file, shape)
+    except DataError as error:
+        return str(error)
