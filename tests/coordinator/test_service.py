@@ -201,7 +201,7 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
         assert small.rejected.retry_after_ms > 0
         assert "100 B" in small.rejected.message
         other = await rig.ask("a", classes=3)
-        assert "3 classes, the job has 2: 0, 1" in other.rejected.message
+        assert "3 classes, the job has 2: '0', '1'" in other.rejected.message
         odd = await rig.ask("../a")
         assert "device id" in odd.rejected.message
         assert rig.job.presence.waiting == set()
