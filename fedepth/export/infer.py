@@ -81,7 +81,7 @@ def labels_text(classes: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What a library says of a failure, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shortened(lines[0] if lines else type(error).__name__)
+    return shortened(lines[0].rstrip(".") if lines else type(error).__name__)
 
 
 def open_deployed(path: Path) -> Deployed:

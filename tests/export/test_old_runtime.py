@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from fedepth.data.transforms import model_inputs
 from fedepth.export.onnx import export, random_samples
 from fedepth.job_sections import ExportSection
 from fedepth.models import zoo
-from fedepth.models.export import Exported, export_model
+from fedepth.models.export import export_model
 from fedepth.task import ModelSpec
 from fedepth.weights import save
 
@@ -41,21 +40,16 @@ class Case:
 
 CASES = {
     "cnn": Case("digits-cnn", (1, 8, 8), ExportSection(preprocessing=True, output="probabilities"), 14),
-    "resnet": Case("preresnet20", (3, 16, 16), ExportSection(precision="float16", preprocessing=True), 14),
+    "resnet": Case("preresnet20", (3, 16, 16), ExportSection(precision="float16", preprocessing=True, opset=19), 19),
     "mobilenet": Case("mobilenet-v3-small", (3, 32, 32), ExportSection(), 14),
-    "vit": Case(f"{__name__}:tiny_vit", (3, 16, 16), ExportSection(), 17),
-    "vit16": Case(f"{__name__}:tiny_vit", (3, 16, 16), ExportSection(precision="float16", opset=19), 19),
+    # In float16, since the current ONNX Runtime crashes on others (fedepth.export.float16).
+    "vit": Case(f"{__name__}:tiny_vit", (3, 16, 16), ExportSection(precision="float16"), 17),
 }
 
 
 def tiny_vit(spec: ModelSpec) -> torch.nn.Module:
     """The zoo's Vision Transformer with one layer: those of ViT-Tiny take ten times as long."""
     return zoo._vit(spec, patch=8, width=32, depth=1, heads=2)
-
-
-@functools.cache
-def graph_of(spec: ModelSpec) -> Exported:
-    return export_model(zoo.build(spec), spec.name, spec.input_shape, "F32", len(spec.classes))
 
 
 def environment(cache: Path) -> Path:
@@ -96,7 +90,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     for name, case in CASES.items():
         spec = ModelSpec(case.model, TEN, case.shape, (0.4,) * case.shape[0], (0.3,) * case.shape[0])
         torch.manual_seed(1)
-        exported = graph_of(spec)
+        exported = export_model(zoo.build(spec), spec.name, spec.input_shape, "F32", len(spec.classes))
         weights = folder / f"{name}.safetensors"
         save(weights, {key: tensor.detach().numpy() for key, tensor in exported.tensors.items()})
         samples = random_samples(spec, exported.graph, 4)

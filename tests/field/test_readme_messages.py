@@ -20,11 +20,18 @@ LEAST_SHARE = 0.3  # of the sentence
 # What a row begins with, and words in a message, a log line or an option that it is about.
 WORDS = {
     "the coordinator cannot be reached": "coordinator cannot be reached; retrying until it answers",
+    "the coordinator has moved": "grpc.dns_min_time_between_resolutions_ms",
+    "the coordinator cannot listen": "cannot listen on ",
     "the coordinator comes back": "coordinator is back",
     "the coordinator is busy": "coordinator is busy; retrying until it is not",
     "the device's disk is full": "asking for no task: what is trained could not be stored",
     "a task is offered again": "this task is trained already; delivering its update instead of training again",
     "the coordinator neither takes nor refuses": "set aside",
+    "there is nothing to train on": " holds no images: expected are folders, one for each class, with files ",
+    "files in the data are no images": "left out of the training data",
+    "image files are damaged": " cannot be read as an image: ",
+    "a device lacks some of the classes": "this device has no samples of some classes of the job",
+    "IDX labels start at 1": "; the labels here start at ",
     "free memory shrinks during a task": "planning smaller from now on",
     "a plan needs more than predicted": "rehears",
     "no smaller plan would save that much": "the smallest plan",
@@ -38,6 +45,9 @@ WORDS = {
     "every device fails in the same way": "; mend the job file and start again",
     "two devices have one identity": "to join as a new device",
     "a device reports more than can be": "samples, the job allows",
+    "the state cannot be read or written": "the record cannot be read",
+    "a program is stopped": "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM",
+    "fedepth has a bug": "this is a bug in fedepth: ",
     "the log cannot be written": "lines_lost",
     "the coordinator stops": "To resume after a stop or a crash, run it again with the same --state.",
 }
