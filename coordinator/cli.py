@@ -88,9 +88,11 @@ def serve_command(
     from coordinator.observe.logs import renderer
     from coordinator.server import ServeOptions, serve
     from coordinator.start_checks import examine
+    from fedepth.heap import share_one_arena
     from fedepth.job import load_config
     from fedepth.logs import configure_logs
 
+    share_one_arena()
     configure_logs(renderer(json_logs))
     options = ServeOptions(state, host, port, port_file, exit_when_done, database, files, accept_changes)
 

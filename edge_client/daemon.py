@@ -6,8 +6,6 @@ It loads no library for command lines: with typer and what typer brings, an idle
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import platform
 import sys
 from pathlib import Path
 
@@ -23,14 +21,11 @@ from edge_client.samples import Samples
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
 from fedepth.errors import ChildError, ModelError, PlanError, StateError
+from fedepth.heap import give_back_freed, share_one_arena
 from fedepth.logs import configure_logs, renderer
 from fedepth.program import run_program, stop_on_signals
 
-# <malloc.h>
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
-_KEEP_BYTES = 64 << 10
+_KEEP_BYTES = 64 << 10  # of freed memory
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -43,7 +38,8 @@ class Start(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Runs the agent that the first argument, a `Start` as JSON, describes."""
-    stay_small()
+    share_one_arena()
+    give_back_freed(_KEEP_BYTES)
     start = msgspec.json.decode(sys.argv[1], type=Start)
     run_program("fedepth-client", lambda: _serve(start), Path(start.config.state) if start.config.state else None)
 
@@ -52,23 +48,6 @@ def _serve(start: Start) -> None:
     state = start.config.state_dir
     with StateLock(state):
         asyncio.run(_run(start.config, state, start.exit_when_done, _surroundings(start.json_logs)))
-
-
-def stay_small() -> None:
-    """Makes glibc give back what was freed, and share one arena among gRPC's threads.
-
-    By itself glibc raises its thresholds to the size of the largest buffer that was ever freed, 1 MiB after the first
-    transfer, and then keeps such buffers. Other C libraries have no such setting and need none.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    library = ctypes.CDLL(None)
-    for setting, value in (
-        (_M_ARENA_MAX, 1),
-        (_M_MMAP_THRESHOLD, _KEEP_BYTES),
-        (_M_TRIM_THRESHOLD, _KEEP_BYTES),
-    ):
-        library.mallopt(setting, value)
 
 
 def _surroundings(json_logs: bool) -> Surroundings:

@@ -64,7 +64,7 @@ def rows() -> list[tuple[str, str]]:
 def texts() -> tuple[tuple[str, ...], ...]:
     """The string literals of the programs, as their fixed parts; between two of them anything may stand."""
     found = []
-    for package in ("fedepth", "coordinator", "edge_client"):
+    for package in ("fedepth", "coordinator", "edge_client", "proto/fedepth_wire"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -1,0 +1,38 @@
+"""Settings of glibc's allocator for processes that run for months. Other C libraries have and need none.
+
+glibc gives threads that meet at the allocator arenas of their own, and what is freed in one of them stays there. Over
+2,000 rounds the resident memory of a coordinator rose by 8 MiB in steps, with nothing more in use; with one arena it
+stays where it was after a hundred.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+
+def share_one_arena() -> None:
+    """All threads share one arena."""
+    _set((_M_ARENA_MAX, 1))
+
+
+def give_back_freed(keep_bytes: int) -> None:
+    """What was freed is given back to the system where it is more than `keep_bytes` in one piece.
+
+    By itself glibc raises its thresholds to the size of the largest buffer that was ever freed, 1 MiB after the first
+    transfer, and then keeps such buffers.
+    """
+    _set((_M_MMAP_THRESHOLD, keep_bytes), (_M_TRIM_THRESHOLD, keep_bytes))
+
+
+def _set(*settings: tuple[int, int]) -> None:
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    for setting, value in settings:
+        library.mallopt(setting, value)
