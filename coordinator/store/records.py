@@ -139,6 +139,10 @@ class Store(RoundStore, TaskStore):
             self._lock.close()
             self._lock = None
 
+    def check_hold(self) -> None:
+        """Sees that nobody else has had the record since it was opened; see `Database.check_hold`."""
+        self._database.check_hold()
+
     def _adopt(self, name: str, model: ModelSpec, settings: Settings | None) -> None:
         row = self._database.row(sa.select(job))
         if row is None:
