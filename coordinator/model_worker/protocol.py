@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from fedepth.task import ModelSpec, TrainingSpec
 
+ALIVE_S = 5.0  # how often a worker says that it lives, while it works
+
 
 @dataclass(frozen=True)
 class Prepare:
