@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -26,6 +26,9 @@ from fedepth.task import Result
 
 TRIES = 3  # of what the model worker died of
 DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
+REMIND_S = 60.0  # how often what the job waits for is told
+
+T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -37,7 +40,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         FedepthError: the model cannot be built, or the state is damaged.
     """
     training = training_spec(config, 1)
-    known = store.prepared()
+    known = await asyncio.to_thread(store.prepared)
     started = store.latest_round() is not None
     if started:
         await asyncio.to_thread(store.weights_in_force)
@@ -58,14 +61,14 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         _log.info("model", note=note)
     layout = msgspec.convert(answer["layout"], ModelLayout)
     prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION)
-    store.record_prepared(prepared)
+    await asyncio.to_thread(store.record_prepared, prepared)
     if started:
         partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
     else:
         sealed = await asyncio.to_thread(store.seal_weights, partial, 0)
         if sealed.digest != answer["digest"]:
             raise StateError(f"initial weights have sha256 {sealed.digest[:12]}…, the model worker said otherwise")
-        store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
+        await asyncio.to_thread(store.record_round, RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
     return prepared
 
 
@@ -82,7 +85,32 @@ class GlobalModel:
         self._events = events
         self._parameters = parameters
         self._tries: Counter[tuple[str, int]] = Counter()  # what failed how often since the start
+        self._doing: tuple[str, float] | None = None  # and since when
         self.record = self._latest()
+
+    def doing(self) -> str:
+        """What is being done to the model, and for how long by now; empty if nothing is."""
+        if self._doing is None:
+            return ""
+        what, since = self._doing
+        passed = time.monotonic() - since
+        if passed < 1:
+            return what
+        return f"{what}, for {passed:.0f} s now" if passed < 120 else f"{what}, for {passed / 60:.0f} min now"
+
+    async def _wait_for(self, what: str, work: Awaitable[T]) -> T:
+        """Waits for what may take long, and tells from time to time that it still does."""
+        self._doing = (what, time.monotonic())
+        waited = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({waited}, timeout=REMIND_S))[0]:
+                self._events.send("log", message=self.doing())
+            return waited.result()
+        finally:
+            self._doing = None
+            if not waited.done():
+                waited.cancel()
+                await asyncio.wait({waited})
 
     def _latest(self) -> RoundRecord:
         record = self._store.latest_round()
@@ -137,7 +165,10 @@ class GlobalModel:
             return
         base = await asyncio.to_thread(store.weights_in_force)
         partial = store.files.partial_weights(number)
-        sound, note = await asyncio.to_thread(self._combine, number, base, results, paths, partial)
+        sound, note = await self._wait_for(
+            f"round {number}: the updates are being combined",
+            asyncio.to_thread(self._combine, number, base, results, paths, partial),
+        )
         found = None if note else await self._evaluate_or_retry(number, partial)
         if not note:
             note = objection(found, store.summary().accuracy, self._config.guard)
@@ -267,13 +298,14 @@ class GlobalModel:
     async def _evaluate(self, number: int, weights: Path) -> Evaluation | None:
         """What these weights do on the job's test data; None if that cannot be found out, which is logged."""
         try:
-            answer = await self._models.request(
+            asked = self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
                 graph=str(self._store.files.graph()),
                 weights=str(weights),
                 test_data=self._config.test.data,
             )
+            answer = await self._wait_for(f"round {number}: the model is being evaluated", asked)
         except UnavailableError:
             raise
         except FedepthError as error:
@@ -296,14 +328,15 @@ class GlobalModel:
         """ONNX with its parity report; whether that succeeded. If not, `fedepth-coordinator export` may be tried."""
         try:
             fields = await asyncio.to_thread(export_fields, self._config, self._store, record)
-            answer = await self._models.request("export", **fields)
+            asked = self._models.request("export", **fields)
+            answer = await self._wait_for(f"round {record.round}: the model is being exported", asked)
         except UnavailableError:
             raise
         except FedepthError as error:
             self._note_failure("export", record.round, error)
             self._events.send("log", message=f"round {record.round} could not be exported: {error}")
             return False
-        self._store.set_export(record.round, answer["path"], answer["parity_max_abs"])
+        await asyncio.to_thread(self._store.set_export, record.round, answer["path"], answer["parity_max_abs"])
         self._events.send(
             "exported",
             round=record.round,

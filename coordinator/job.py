@@ -16,7 +16,7 @@ from typing import Any
 
 from coordinator import rounds
 from coordinator.fleet import Fleet
-from coordinator.global_model import GlobalModel
+from coordinator.global_model import REMIND_S, GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.plans import Plans
@@ -47,7 +47,7 @@ from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 TICK_S = 0.2
-REMIND_S = 60.0  # how often trouble with the storage is told
+HOLD_S = 5.0  # how often it is checked that nobody else has the record
 LONGEST_PAUSE_S = 20.0
 _MOST_SHOWN = 80  # characters of a name
 SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
@@ -105,6 +105,7 @@ class Job:
         self._to_tidy = True
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._trouble_told = float("-inf")
+        self._held_at = clock()  # when the record was known to be ours
         self._commits: dict[str, _Commit] = {}  # by task
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._wake = asyncio.Event()
@@ -256,7 +257,8 @@ class Job:
         except UpdateError as error:
             self.refuse(result.task_id, result.attempt, result.device_id, error)
             raise
-        except (UnavailableError, OSError):
+        except (UnavailableError, OSError) as error:
+            self._tell_trouble(error)
             self._doubtful = True  # the record may have it, and only the word of it be lost
             self.suspect(self.weights.record.digest)  # updates are compared with them
             raise
@@ -458,6 +460,9 @@ class Job:
     async def _turn(self) -> None:
         """What there is to do now. Every step of it can be done again."""
         self._wake.clear()
+        if self._clock() - self._held_at >= HOLD_S:  # a job that idles writes nothing, and would not notice
+            await asyncio.to_thread(self.store.check_hold)
+            self._held_at = self._clock()
         self.apply(Tick(self._clock()))
         if self.state.phase is Phase.STUCK:
             raise JobError(f"{self.state.why}; mend the job file and start again")
@@ -535,7 +540,7 @@ class Job:
             "accuracy": -1.0 if latest.accuracy is None else latest.accuracy,
             "weights_digest": self.weights.record.digest,
             "onnx_path": latest.export_path,
-            "message": self.state.why or self._why_nothing_happens(),
+            "message": self.state.why or self.weights.doing() or self._why_nothing_happens(),
             "epsilon": latest.epsilon or 0.0,
             "unpublished": latest.unpublished,
         }
