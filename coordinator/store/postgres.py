@@ -84,6 +84,7 @@ class Watch:
         self._silent = False
         self._closed = False
         self._thread: threading.Thread | None = None
+        event.listen(engine, "do_connect", self._opening)
         event.listen(engine, "connect", self._opened)
         event.listen(engine, "close", self._closing)
 
@@ -97,7 +98,7 @@ class Watch:
         call = object()
         with self._changed:
             if self._silent:
-                raise TimeoutError(f"it did not answer within {self._answer_s:g} s, and has not come back since")
+                raise TimeoutError(self._why())
             self._ends[call] = time.monotonic() + (longest_s or self._answer_s)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="database watch", daemon=True)
@@ -112,6 +113,13 @@ class Watch:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _why(self) -> str:
+        return f"it did not answer within {self._answer_s:g} s, and has not come back since"
+
+    def _opening(self, dialect: sa.Dialect, *_how: Any) -> None:
+        if self._silent:  # a call that was cut off must not wait for a new connection next
+            raise dialect.loaded_dbapi.OperationalError(self._why())
 
     def _opened(self, connection: Any, _record: Any) -> None:
         with self._changed:
