@@ -93,6 +93,7 @@ class Job:
     ) -> None:
         self.config = config
         self.store = store
+        store.answer_promptly()
         self.events = Events()
         self.fleet = Fleet(store, self.events, config.limits.devices, clock)
         self.model = model_spec(config)

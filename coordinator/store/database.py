@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from coordinator.store.migrations import check_revision, migrate
-from coordinator.store.postgres import Watch, advice, is_temporary, open_postgres
+from coordinator.store.postgres import ANSWER_S, Watch, advice, is_temporary, open_postgres
 from coordinator.store.tables import holder
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import make_durable
@@ -122,6 +122,11 @@ class Database:
             self._hold_lock()
             with self._writing.begin() as connection:
                 yield connection
+
+    def answer_promptly(self) -> None:
+        """From now on a server that does not answer is given up after seconds: an event loop waits for it."""
+        if self._watch is not None:
+            self._watch.set_limits(ANSWER_S)
 
     def check_hold(self) -> None:
         """Sees that the record is still ours alone, as every transaction that writes does.
@@ -235,7 +240,7 @@ class Database:
         if found != self._name:
             raise StateError(
                 f"{self.label}: the record was changed by another program while the connection was cut: "
-                f"{found or 'nobody'} has it now, {self._name} had it before; start the coordinator again"
+                f"{found or 'nobody'} has had it since, not {self._name}; start the coordinator again"
             )
 
     def _give_up(self, connection: sa.Connection) -> NoReturn:

@@ -13,7 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 
-ANSWER_S = 5.0  # how long a transaction may take; all of ours are short
+ANSWER_S = 5.0  # how long a transaction may take while an event loop waits for it; all of ours are short
+PATIENT_S = 60.0  # and before: a long record is read at the start, and by commands, perhaps over a slow network
 REST_S = 5.0  # how long a server that did not answer is left alone before it is tried again
 
 # What libpq and the server's own bounds can do. A URL may say otherwise.
@@ -27,7 +28,7 @@ _CONNECT = {
 }
 # A server that lost sight of us must let go of the job's lock; over a Unix socket these have no effect.
 _SESSION = {
-    "statement_timeout": f"{int(ANSWER_S * 1000)}",
+    "statement_timeout": f"{int(PATIENT_S * 1000)}",
     "lock_timeout": f"{int(ANSWER_S * 1000)}",
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
@@ -74,10 +75,10 @@ class Watch:
     connection again, which the thread tries by itself.
     """
 
-    def __init__(self, engine: sa.Engine, answer_s: float = ANSWER_S, rest_s: float = REST_S) -> None:
+    def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._answer_s = answer_s
-        self._rest_s = rest_s
+        self._answer_s = PATIENT_S
+        self._rest_s = REST_S
         self._changed = threading.Condition()
         self._ends: dict[object, float] = {}  # when each call in progress has taken too long
         self._connections: dict[int, Any] = {}  # those of the driver, by id
@@ -87,6 +88,12 @@ class Watch:
         event.listen(engine, "do_connect", self._opening)
         event.listen(engine, "connect", self._opened)
         event.listen(engine, "close", self._closing)
+
+    def set_limits(self, answer_s: float, rest_s: float = REST_S) -> None:
+        """From now on a call may take `answer_s`, and a server that did not answer is left alone for `rest_s`."""
+        with self._changed:
+            self._answer_s, self._rest_s = answer_s, rest_s
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def call(self, longest_s: float = 0.0) -> Iterator[None]:

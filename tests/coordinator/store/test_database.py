@@ -14,7 +14,6 @@ import pytest
 import sqlalchemy as sa
 
 from coordinator.store.database import Database, open_engine
-from coordinator.store.postgres import Watch
 from coordinator.store.tables import job
 from fedepth.errors import StateError, UnavailableError
 
@@ -241,21 +240,17 @@ class DeafServer:
         self._listening.close()
 
 
-def set_patience(watch: Watch | None, answer_s: float) -> None:
-    assert watch is not None
-    watch._answer_s, watch._rest_s = answer_s, answer_s / 5
-    with watch._changed:
-        watch._changed.notify_all()
-
-
 def test_a_server_that_does_not_answer_is_left_alone_until_it_does(postgres: Any, plain: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = DeafServer(Path(folder), postgres.socket_folder)
         url = postgres.new_database()
         plain.database = f"{url.split('?')[0]}?host={folder}"
         store = plain.open()
+        store.answer_promptly()
+        watch = store._database._watch
+        assert watch is not None
         server.hears.clear()
-        set_patience(store._database._watch, 0.1)
+        watch.set_limits(0.1)
         with pytest.raises(UnavailableError, match="cannot be used now"):  # and does not wait for ever
             store.count_refusal("late", "not heard", "t")
         for look in (store.check_hold, store.failure_counts):
@@ -263,7 +258,7 @@ def test_a_server_that_does_not_answer_is_left_alone_until_it_does(postgres: Any
                 look()
         server.hears.set()
         while True:
-            set_patience(store._database._watch, 5.0)  # and ends its rest
+            watch.set_limits(5.0)  # and ends its rest
             try:
                 store.count_refusal("late", "heard", "t")
                 break
