@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coordinator.evaluations import Evaluations
+from coordinator.long_work import LongWork
 from coordinator.observe.events import Events
 from coordinator.soundness import objection
 from coordinator.store.entries import RoundRecord, Sealed
@@ -27,7 +28,13 @@ class Closing:
     """Closes the rounds of one job, one at a time."""
 
     def __init__(
-        self, config: JobConfig, store: Store, events: Events, evaluations: Evaluations, parameters: frozenset[str]
+        self,
+        config: JobConfig,
+        store: Store,
+        events: Events,
+        evaluations: Evaluations,
+        parameters: frozenset[str],
+        long_work: LongWork,
     ) -> None:
         """`parameters`: the names of the model's trainable parameters."""
         self._config = config
@@ -35,6 +42,7 @@ class Closing:
         self._events = events
         self._evaluations = evaluations
         self._parameters = parameters
+        self._long_work = long_work
 
     async def close(self, number: int, before: RoundRecord, results: Sequence[Result], paths: Paths) -> RoundRecord:
         """Combines a round's updates, evaluates what comes of them, and records the round: with the new weights in
@@ -51,7 +59,10 @@ class Closing:
         store = self._store
         base = await asyncio.to_thread(store.weights_in_force)
         partial = store.files.partial_weights(number)
-        sound, note = await asyncio.to_thread(self._combine, number, base, before.digest, results, paths, partial)
+        sound, note = await self._long_work.wait_for(
+            f"round {number}: the updates are being combined",
+            asyncio.to_thread(self._combine, number, base, before.digest, results, paths, partial),
+        )
         found = None if note else await self._evaluations.evaluate(number, partial)
         if not note:
             note = objection(found, store.summary().accuracy, self._config.guard)

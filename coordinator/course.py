@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from coordinator.job import Job
 
 TICK_S = 0.2
+HOLD_S = 5.0  # how often it is checked that nobody else has the record
 REMIND_S = 60.0  # how often trouble with the storage is told
 LONGEST_PAUSE_S = 20.0
 
@@ -29,6 +30,7 @@ class Course:
         self._to_tidy = True
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._trouble_told = float("-inf")
+        self._held_at = job.now()  # when the record was known to be ours
 
     def wake(self) -> None:
         """There is something to do before the next tick."""
@@ -63,6 +65,9 @@ class Course:
         """What there is to do now. Every step of it can be done again."""
         job = self._job
         self._wake.clear()
+        if job.now() - self._held_at >= HOLD_S:  # a job that idles writes nothing, and would not notice
+            await asyncio.to_thread(job.store.check_hold)
+            self._held_at = job.now()
         job.apply(Tick(job.now()))
         if job.state.phase is Phase.STUCK:
             raise JobError(f"{job.state.why}; mend the job file and start again")

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from coordinator.long_work import LongWork
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
 from coordinator.soundness import Evaluation
@@ -22,11 +23,12 @@ TRIES = 3  # of what the model worker died of
 class Evaluations:
     """Has the model worker evaluate and export the weights of rounds."""
 
-    def __init__(self, config: JobConfig, store: Store, models: Models, events: Events) -> None:
+    def __init__(self, config: JobConfig, store: Store, models: Models, events: Events, long_work: LongWork) -> None:
         self._config = config
         self._store = store
         self._models = models
         self._events = events
+        self._long_work = long_work
         self._tries: Counter[tuple[str, int]] = Counter()  # what failed how often since the start
 
     async def make_up(self, in_force: RoundRecord) -> None:
@@ -66,7 +68,7 @@ class Evaluations:
 
     async def _evaluate(self, number: int, weights: Path) -> Evaluation | None:
         try:
-            answer = await self._models.request(
+            asked = self._models.request(
                 "evaluate",
                 model=model_spec(self._config),
                 graph=str(self._store.files.graph()),
@@ -74,6 +76,7 @@ class Evaluations:
                 test_data=self._config.test_data,
                 most_damaged=self._config.most_damaged,
             )
+            answer = await self._long_work.wait_for(f"round {number}: the model is being evaluated", asked)
         except UnavailableError:
             raise
         except FedepthError as error:
@@ -99,14 +102,15 @@ class Evaluations:
         """ONNX with its parity report; whether that succeeded. If not, `fedepth-coordinator export` may be tried."""
         try:
             fields = await asyncio.to_thread(export_fields, self._config, self._store, record)
-            answer = await self._models.request("export", **fields)
+            asked = self._models.request("export", **fields)
+            answer = await self._long_work.wait_for(f"round {record.round}: the model is being exported", asked)
         except UnavailableError:
             raise
         except FedepthError as error:
             self._note_failure("export", record.round, error)
             self._events.send("log", message=f"round {record.round} could not be exported: {error}")
             return False
-        self._store.set_export(record.round, answer["path"], answer["parity_max_abs"])
+        await asyncio.to_thread(self._store.set_export, record.round, answer["path"], answer["parity_max_abs"])
         self._events.send(
             "exported",
             round=record.round,

@@ -12,6 +12,7 @@ import structlog
 
 from coordinator.closing import Closing, Paths
 from coordinator.evaluations import Evaluations
+from coordinator.long_work import LongWork
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
 from coordinator.soundness import pause
@@ -37,7 +38,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     training = training_spec(config, 1)
     if not config.test_data:
         _log.info("job", note=NO_TEST_DATA)
-    known = store.prepared()
+    known = await asyncio.to_thread(store.prepared)
     started = store.latest_round() is not None
     if started:
         await asyncio.to_thread(store.weights_in_force)
@@ -58,14 +59,14 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         _log.info("model", note=note)
     layout = msgspec.convert(answer["layout"], ModelLayout)
     prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION)
-    store.record_prepared(prepared)
+    await asyncio.to_thread(store.record_prepared, prepared)
     if started:
         partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
     else:
         sealed = await asyncio.to_thread(store.seal_weights, partial, 0)
         if sealed.digest != answer["digest"]:
             raise StateError(f"initial weights have sha256 {sealed.digest[:12]}…, the model worker said otherwise")
-        store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
+        await asyncio.to_thread(store.record_round, RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
     return prepared
 
 
@@ -79,8 +80,9 @@ class GlobalModel:
         self._config = config
         self._store = store
         self._events = events
-        self._evaluations = Evaluations(config, store, models, events)
-        self._closing = Closing(config, store, events, self._evaluations, parameters)
+        self.long_work = LongWork(events)
+        self._evaluations = Evaluations(config, store, models, events, self.long_work)
+        self._closing = Closing(config, store, events, self._evaluations, parameters, self.long_work)
         self.record = self._latest()
 
     def _latest(self) -> RoundRecord:

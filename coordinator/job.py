@@ -90,6 +90,7 @@ class Job:
     ) -> None:
         self.config = config
         self.store = store
+        store.answer_promptly()
         self.events = Events()
         self.model = model_spec(config)
         self.fleet = Fleet(store, self.events, config.limits.devices, clock, self.model)
@@ -259,7 +260,8 @@ class Job:
         except UpdateError as error:
             self.refuse(result.task_id, result.attempt, result.device_id, error)
             raise
-        except (UnavailableError, OSError):
+        except (UnavailableError, OSError) as error:
+            self._course.tell_trouble(error)
             self._doubtful = True  # the record may have it, and only the word of it be lost
             self.suspect(self.weights.record.digest)  # updates are compared with them
             raise
@@ -470,7 +472,7 @@ class Job:
             "accuracy": -1.0 if latest.accuracy is None else latest.accuracy,
             "weights_digest": self.weights.record.digest,
             "onnx_path": latest.export_path,
-            "message": self.state.why or self._why_nothing_happens(),
+            "message": self.state.why or self.weights.long_work.describe() or self._why_nothing_happens(),
             "epsilon": latest.epsilon or 0.0,
             "unpublished": latest.unpublished,
         }

@@ -23,7 +23,7 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 from coordinator.admission import check_report
 from coordinator.job import Job
 from coordinator.uploads import PartHeader
-from fedepth.errors import PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
+from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
 LONGEST_WAIT_MS = 60_000
@@ -195,6 +195,9 @@ async def _answering(
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, busy)
     except TransportError as error:
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
+    except FedepthError as error:  # of the state: the job finds it too, and ends with it
+        _log.error("a call failed", error=str(error))
+        await _abort(context, grpc.StatusCode.INTERNAL, error)
     except Exception as error:  # noqa: BLE001 - logged, and told to the device as what it is
         # A mistake of ours: the device must not take it for its own, and it belongs into the log.
         _log.exception("a call failed on an unexpected error")

@@ -11,6 +11,8 @@ from fedepth.data.damage import MOST_DAMAGED
 from fedepth.job_sections import ExportSection
 from fedepth.task import ModelSpec, TrainingSpec
 
+ALIVE_S = 5.0  # how often a worker says that it lives, while it works
+
 
 @dataclass(frozen=True)
 class Prepare:

@@ -19,6 +19,13 @@ from coordinator.store.storage import NOT_WRITTEN, Directory
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import disk_errors, file_digest, make_durable
 
+# A service that hangs is one that is away, and whoever calls tries again: nothing here waits for minutes. By default a
+# try may take a minute in botocore, and both botocore and s3fs try five times.
+CONNECT_S = 5.0
+READ_S = 10.0
+TRIES = 2
+_CONFIG = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"total_max_attempts": 1}}
+
 
 class Bucket:
     """Files in a bucket. What is used of them lies in the state directory too, and is fetched again when it does not.
@@ -34,7 +41,8 @@ class Bucket:
         self._url = url.rstrip("/")
         self._system: Any
         # No listing is remembered: another process may change the bucket.
-        self._system, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+        self._system, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, config_kwargs=_CONFIG)
+        self._system.retries = TRIES
         self._root = str(root)
 
     def keep(self, name: str) -> None:
@@ -111,7 +119,8 @@ class Bucket:
         try:
             yield
         except (OSError, BotoCoreError) as error:
+            why = str(error) or f"it did not answer within {READ_S:g} s"  # TimeoutError says nothing
             raise UnavailableError(
-                f"{self._url}/{name} cannot be reached now: {error}; see that the bucket exists, and that the address "
+                f"{self._url}/{name} cannot be reached now: {why}; see that the bucket exists, and that the address "
                 "and the key in the environment are right"
             ) from error

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy import event
 
 from coordinator.store.migrations import check_revision, migrate
+from coordinator.store.postgres import ANSWER_S, Watch, advice, is_temporary, open_postgres
+from coordinator.store.tables import holder
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import disk_errors, make_durable
 
 BUSY_S = 10.0  # how long a SQLite transaction waits for another one
+MIGRATION_S = 120.0  # how long the tables of a record may take to be made anew
 
 _NAME = "job.sqlite"
 _HEADER_BYTES = 100
@@ -42,7 +47,7 @@ class Database:
             parsed = _parse(url)
             self.label = f"{parsed.get_backend_name()}://{parsed.host or ''}/{parsed.database}"
             try:
-                self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+                self._engine = open_postgres(parsed)
             except ModuleNotFoundError as error:
                 raise StateError(
                     f"--database needs {error.name}, which is not installed: pip install 'fedepth[postgres]'"
@@ -50,8 +55,11 @@ class Database:
         else:
             self.label = str(self.path)
             self._engine = open_engine(self.path)
+        self._watch = Watch(self._engine) if self.path is None else None
         self._writing = self._engine.execution_options(fedepth_writes=True)
         self._lock: sa.Connection | None = None
+        self._lock_process = 0  # of the server, which holds the lock for us
+        self._name = ""  # ours, as the record's holder; empty if we are not
         self._one_writer = threading.Lock()  # so that what a transaction has read holds until it ends
 
     def open(self) -> None:
@@ -61,12 +69,21 @@ class Database:
             StateError: it cannot be used; says why.
         """
         if self.path is None:
-            self._take_lock()
+            with self._bounded():
+                self._take_lock()
         else:
             _check_length(self.path)
-        with self.begin() as connection:
+        name = f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(4)})"
+        with self._bounded(MIGRATION_S), self._writing.begin() as connection:
             self._check_sound(connection)
+            if self.path is None:
+                connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             migrate(connection, self.label)
+            if self.path is None:
+                connection.execute(holder.delete())
+                connection.execute(holder.insert().values(id=1, name=name))
+        if self.path is None:
+            self._name = name
 
     def open_for_reading(self) -> None:
         """Whether the record can be read, beside a running coordinator if need be; changes nothing.
@@ -94,6 +111,8 @@ class Database:
             self._lock.close()
             self._lock = None
         self._engine.dispose()
+        if self._watch is not None:
+            self._watch.close()
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
@@ -101,12 +120,27 @@ class Database:
 
         Raises:
             UnavailableError: the database cannot be reached or written just now; nothing of the block is recorded.
+            StateError: another program has had the record meanwhile.
         """
-        with self._one_writer:
-            if self._lock is not None:
-                self._hold_lock(self._lock)
-            with self._connect(self._writing) as connection:
+        with self._one_writer, self._bounded():
+            self._hold_lock()
+            with self._writing.begin() as connection:
                 yield connection
+
+    def answer_promptly(self) -> None:
+        """From now on a server that does not answer is given up after seconds: an event loop waits for it."""
+        if self._watch is not None:
+            self._watch.set_limits(ANSWER_S)
+
+    def check_hold(self) -> None:
+        """Sees that the record is still ours alone, as every transaction that writes does.
+
+        Raises:
+            UnavailableError: the database cannot be reached just now.
+            StateError: another program has had the record meanwhile.
+        """
+        with self._one_writer, self._bounded():
+            self._hold_lock()
 
     def rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """What a query finds."""
@@ -158,8 +192,14 @@ class Database:
 
     @contextlib.contextmanager
     def _connect(self, engine: sa.Engine) -> Iterator[sa.Connection]:
-        with _translated(self.label), engine.begin() as connection:
+        with self._bounded(), engine.begin() as connection:
             yield connection
+
+    @contextlib.contextmanager
+    def _bounded(self, longest_s: float = 0.0) -> Iterator[None]:
+        """What is done with the database within the block fails with errors of ours, and ends in time."""
+        with _translated(self.label), contextlib.nullcontext() if self._watch is None else self._watch.call(longest_s):
+            yield
 
     def _check_sound(self, connection: sa.Connection) -> None:
         if self.path is None:
@@ -168,26 +208,63 @@ class Database:
         if found != "ok":
             raise StateError(f"{self.label} is damaged ({' '.join(str(found).split())}); {HOW_TO_RESTORE}")
 
-    def _hold_lock(self, lock: sa.Connection) -> None:
-        """The lock ends with its connection, such as when the server restarts: then it has to be taken again."""
-        try:
-            lock.execute(sa.select(1))
-        except (sa.exc.DBAPIError, sa.exc.ResourceClosedError):  # the latter if the last try to take it again failed
-            lock.close()
-            self._take_lock()
+    def _hold_lock(self) -> None:
+        """The lock ends with its connection, such as when the server restarts: then it has to be taken again.
+
+        Whoever had it in between has left his name in the record; what we remember of the record may be wrong then.
+        """
+        if not self._name:
+            return
+        if self._lock is not None:
+            try:
+                self._lock.execute(sa.select(1))
+                return
+            except sa.exc.DBAPIError:
+                lock, self._lock = self._lock, None
+                lock.invalidate()  # lest the lock goes back into the pool, where it has survived
+                lock.close()
+        self._take_lock()
 
     def _take_lock(self) -> None:
-        with _translated(self.label):
-            lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            try:
-                if not lock.execute(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))).scalar():
-                    raise StateError(
-                        f"{self.label} is in use by another coordinator; stop it, or name another --database"
-                    )
-            except BaseException:
-                lock.close()
-                raise
-            self._lock = lock
+        lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            taken = lock.execute(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))).scalar()
+            if self._name:
+                self._check_holder(lock)
+            if not taken:
+                self._give_up(lock)
+            self._lock_process = int(lock.execute(sa.select(sa.func.pg_backend_pid())).scalar_one())
+        except BaseException:
+            lock.invalidate()
+            lock.close()
+            raise
+        self._lock = lock
+
+    def _check_holder(self, connection: sa.Connection) -> None:
+        found = connection.execute(sa.select(holder.c.name)).scalar()
+        if found != self._name:
+            raise StateError(
+                f"{self.label}: the record was changed by another program while the connection was cut: "
+                f"{found or 'nobody'} has had it since, not {self._name}; start the coordinator again"
+            )
+
+    def _give_up(self, connection: sa.Connection) -> NoReturn:
+        """Says why the lock cannot be taken. Where the server has not noticed yet that our last connection is gone, it
+        is told to."""
+        if not self._name:
+            raise StateError(f"{self.label} is in use by another coordinator; stop it, or name another --database")
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "WHERE locktype = 'advisory' AND granted AND pid = :process "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            ),
+            {"process": self._lock_process},
+        )
+        raise UnavailableError(
+            f"{self.label} cannot be used now: a connection that was cut still holds the job's lock there; "
+            "it was told to end"
+        )
 
 
 HOW_TO_RESTORE = (
@@ -279,10 +356,17 @@ def _translated(label: str) -> Iterator[None]:
         cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         if getattr(cause, "sqlite_errorname", "") in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
             raise StateError(f"{label} cannot be read: {cause}; {HOW_TO_RESTORE}") from None
-        if not isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sqlite3.OperationalError)):
-            raise StateError(f"{label} does not take this: {str(cause).strip()}") from error
+        state = getattr(cause, "sqlstate", None) or ""
+        broken = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sqlite3.OperationalError))
+        if not (is_temporary(state) if state else broken):
+            said, named = " ".join(str(cause).split()), f" (SQLSTATE {state})" if state else ""
+            raise StateError(f"{label} does not take this: {said}{named}; {advice(state)}") from error
         raise UnavailableError(
             f"{label} cannot be used now: {str(cause).strip()}; see that the database runs and its disk has room"
+        ) from error
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"{label} cannot be used now: {error}; see that the database runs and can be reached"
         ) from error
     except sa.exc.TimeoutError as error:
         raise UnavailableError(f"{label} gave no connection in time: {error}; try again") from error

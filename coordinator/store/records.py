@@ -139,6 +139,14 @@ class Store(RoundStore, TaskStore):
             self._lock.close()
             self._lock = None
 
+    def answer_promptly(self) -> None:
+        """For whoever calls from an event loop; see `Database.answer_promptly`."""
+        self._database.answer_promptly()
+
+    def check_hold(self) -> None:
+        """Sees that nobody else has had the record since it was opened; see `Database.check_hold`."""
+        self._database.check_hold()
+
     def _adopt(self, name: str, model: ModelSpec, settings: Settings | None) -> None:
         row = self._database.row(sa.select(job))
         if row is None:

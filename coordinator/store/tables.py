@@ -20,6 +20,13 @@ job = sa.Table(
     sa.Column("settings", sa.Text, nullable=False),  # JSON; "" if a version that did not record them made it
     sa.Column("created_at", sa.Double, nullable=False),
 )
+# Who had the lock last, of those that may write: one row. It tells one that lost the lock whether another took it.
+holder = sa.Table(
+    "holder",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+)
 # What was changed in the job file between two starts. `before` and `now` are JSON.
 changes = sa.Table(
     "changes",

@@ -15,8 +15,9 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from coordinator import admission
 from coordinator.job import Job
 from coordinator.rounds import Phase
+from coordinator.store.records import Store
 from coordinator.uploads import PartHeader
-from fedepth.errors import ChildError, JobError, UnavailableError, UpdateError
+from fedepth.errors import ChildError, JobError, StateError, UnavailableError, UpdateError
 from fedepth.task import Failure, Outcome, Result, Task
 
 PART = b"trained tensors"
@@ -380,6 +381,60 @@ def test_an_export_that_the_worker_died_of_is_tried_again(play: Play, kit: Any) 
         assert rig.job.store.rounds()[1].export_path.endswith("demo-round-0001.onnx")
 
     play(scene, models=Mortal())
+
+
+def test_what_the_job_waits_for_is_in_its_status_and_its_log(
+    play: Play, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.long_work.REMIND_S", 0.01)
+
+    class Slow:
+        """Takes its time for an evaluation."""
+
+        def __init__(self) -> None:
+            self.models = kit.models()
+            self.go_on = asyncio.Event()
+
+        async def request(self, do: str, **fields: Any) -> dict[str, Any]:
+            if do == "evaluate":
+                await self.go_on.wait()
+            answer: dict[str, Any] = await self.models.request(do, **fields)
+            return answer
+
+    async def scene(rig: Rig) -> None:
+        async def reminded() -> None:
+            async for line in rig.job.events.watch(rig.job.state_event()):
+                if "round 1: the model is being evaluated" in line:
+                    return
+
+        reminder = asyncio.ensure_future(reminded())
+        await rig.round()
+        await reminder
+        assert rig.job.status()["message"] == "round 1: the model is being evaluated"
+        rig.models.go_on.set()
+        await rig.reach(rig.job.finished.is_set)
+        assert rig.job.status()["message"] == ""
+
+    play(scene, models=Slow())
+
+
+def test_a_job_that_idles_notices_that_its_record_is_not_its_own_any_more(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.course.HOLD_S", 0.0)
+    told = [UnavailableError("the database is away"), StateError("another program has had the record")]
+
+    def check_hold(_store: Store) -> None:
+        raise told.pop(0)
+
+    monkeypatch.setattr(Store, "check_hold", check_hold)
+
+    async def scene(rig: Rig) -> None:
+        with pytest.raises(StateError, match="another program has had the record"):
+            await rig.running
+        assert told == []
+
+    play(scene)
 
 
 @pytest.mark.parametrize("step", ["record_step", "record_update", "record_round"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
 from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
@@ -18,6 +19,7 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationSe
 
 from coordinator.job import Job
 from coordinator.service import FederationService
+from coordinator.store.records import Store
 from coordinator.store.storage import Directory
 from fedepth.errors import StateError
 from fedepth.task import Failure, Outcome, Progress, Result, Task
@@ -233,6 +235,27 @@ def test_weights_and_graph_stream_from_an_offset(play: Play) -> None:
 
 async def fetch(rig: Rig, digest: str) -> bytes:
     return b"".join([chunk.data async for chunk in rig.stub.FetchFile(pb.FetchFileRequest(digest=digest))])
+
+
+def test_a_call_that_meets_a_state_that_cannot_be_used_is_logged_in_a_sentence(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_store: Store) -> None:
+        raise StateError("the record was changed by another program")
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(Store, "summary", refuse)
+        with structlog.testing.capture_logs() as logged, pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.JobStatus(pb.JobStatusRequest())
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        (entry,) = logged
+        assert entry == {
+            "event": "a call failed",
+            "error": "the record was changed by another program",
+            "log_level": "error",
+        }
+
+    play(scene)
 
 
 Damage = Callable[[Path], Any]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import s3fs
 
+from coordinator.store import bucket
 from coordinator.store.records import Prepared
 from fedepth.errors import StateError, UnavailableError
 from fedepth.job import training_spec
@@ -129,6 +132,22 @@ def test_a_bucket_of_another_job_is_refused(far: Any, tmp_path: Any) -> None:
     far.folder = tmp_path / "another"
     with pytest.raises(StateError, match="holds weights of rounds 0 and 1 that"):
         far.open()
+
+
+def test_a_service_that_does_not_answer_is_told(far: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_CONFIG", {**bucket._CONFIG, "read_timeout": 0.2})
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        with pytest.raises(UnavailableError, match=r"s3://test-.* cannot be reached now: \S.*; see that"):
+            far.open()
+        deaf.settimeout(0)
+        tries = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                deaf.accept()[0].close()
+                tries += 1
+        assert tries == bucket.TRIES
+    assert bucket.TRIES * (bucket.CONNECT_S + bucket.READ_S) <= 30
 
 
 def test_a_bucket_that_is_not_there_is_told(far: Any) -> None:

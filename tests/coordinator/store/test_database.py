@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -106,36 +111,162 @@ def test_a_server_that_restarts_does_not_end_the_job_or_its_lock(postgres: Any, 
     plain.folder = tmp_path / "another state"
     with pytest.raises(StateError, match="is in use by another coordinator"):
         plain.open()
-    # Another coordinator was faster: this one must not write any more.
+    store.close()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("look", ["check_hold", "write"])
+def test_one_that_lost_its_lock_to_another_writes_no_more(
+    postgres: Any, plain: Any, tmp_path: Path, stays: bool, look: str
+) -> None:
+    plain.database = postgres.new_database()
+    store = plain.open()
     end_connections(store._database)
+    plain.folder = tmp_path / "another state"
     other = plain.open()
-    with pytest.raises(StateError, match="is in use by another coordinator"):
-        store.count_refusal("late", "by one that lost its place", "t")
-    assert other.failure_counts() == {"refused/late": 1}
+    if not stays:
+        other.close()
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"changed by another program while .*; start the coordinator again") as no:
+            store.check_hold() if look == "check_hold" else store.count_refusal(
+                "late", "by one that lost its place", "t"
+            )
+        assert not isinstance(no.value, UnavailableError)
+    assert other.failure_counts() == {}
     other.close()
     store.close()
 
 
-def test_a_server_that_stays_away_for_some_tries_does_not_end_the_job(
-    postgres: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def connect(engine: sa.Engine) -> sa.Connection:
-        raise sa.exc.OperationalError("", {}, ConnectionError("the server is not there"))
-
+def test_a_lock_that_an_old_connection_holds_is_taken_back(postgres: Any, plain: Any) -> None:
+    """The server may notice later than we that a connection is gone."""
     plain.database = postgres.new_database()
     store = plain.open()
-    end_connections(store._database)
-    with monkeypatch.context() as patch:
-        patch.setattr(sa.Engine, "connect", connect)
-        for _ in range(3):
-            with pytest.raises(UnavailableError, match="the server is not there"):
-                store.count_refusal("late", "while it was away", "t")
-    store.count_refusal("late", "after that", "t")
-    assert store.failure_counts() == {"refused/late": 1}
-    with pytest.raises(StateError, match="is in use by another coordinator"):
-        plain.folder = plain.folder.with_name("another state")
-        plain.open()
+    database = store._database
+    kept, database._lock = database._lock, None
+    with pytest.raises(UnavailableError, match="still holds the job's lock"):
+        store.check_hold()
+    while True:
+        try:
+            store.check_hold()
+            break
+        except UnavailableError:
+            continue
+    kept.invalidate()
+    kept.close()
     store.close()
+
+
+def test_a_server_that_cannot_be_reached_for_several_calls_is_told_each_time(
+    postgres: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.database = postgres.new_database()
+    store = plain.open()
+    dialect = store._database._engine.dialect
+
+    def refuse(*_arguments: Any, **_named: Any) -> None:
+        raise psycopg.OperationalError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dialect, "connect", refuse)
+        end_connections(store._database)
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="cannot be used now: "):
+                store.count_refusal("late", "during the outage", "t")
+    store.count_refusal("late", "after it", "t")
+    assert store.failure_counts() == {"refused/late": 1}
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "passes", "told"),
+    [
+        ("08006", True, "see that the database runs"),
+        ("53100", True, "see that the database runs"),
+        ("57P03", True, "see that the database runs"),
+        ("57014", True, "see that the database runs"),
+        ("25006", True, "see that the database runs"),
+        ("40001", True, "see that the database runs"),
+        ("40P01", True, "see that the database runs"),
+        ("55P03", True, "see that the database runs"),
+        ("42501", False, r"\(SQLSTATE 42501\); grant the user"),
+        ("42P01", False, "see that nobody changed the job's tables"),
+        ("XX001", False, "restore a backup"),
+        ("22003", False, "see that nothing else writes"),
+    ],
+)
+def test_what_passes_is_told_from_what_does_not(postgres: Any, plain: Any, state: str, passes: bool, told: str) -> None:
+    plain.database = postgres.new_database()
+    store = plain.open()
+    raising = sa.text(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END $$")
+    with pytest.raises(StateError, match=told) as refused:
+        store._database.write(raising)
+    assert isinstance(refused.value, UnavailableError) == passes
+    store.close()
+
+
+class DeafServer:
+    """Stands between a program and its server, and at times lets nothing through, without closing anything."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self.path, self._target = folder / ".s.PGSQL.5432", target / ".s.PGSQL.5432"
+        self.hears = threading.Event()
+        self.hears.set()
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(self.path))
+        self._listening.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                one, _ = self._listening.accept()
+            except OSError:
+                return
+            other = socket.socket(socket.AF_UNIX)
+            other.connect(str(self._target))
+            for source, sink in ((one, other), (other, one)):
+                threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            while data := source.recv(65536):
+                self.hears.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.hears.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+
+def test_a_server_that_does_not_answer_is_left_alone_until_it_does(postgres: Any, plain: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        server = DeafServer(Path(folder), postgres.socket_folder)
+        url = postgres.new_database()
+        plain.database = f"{url.split('?')[0]}?host={folder}"
+        store = plain.open()
+        store.answer_promptly()
+        watch = store._database._watch
+        assert watch is not None
+        server.hears.clear()
+        watch.set_limits(0.1)
+        with pytest.raises(UnavailableError, match="cannot be used now"):  # and does not wait for ever
+            store.count_refusal("late", "not heard", "t")
+        for look in (store.check_hold, store.failure_counts):
+            with pytest.raises(UnavailableError, match=r"did not answer within 0\.1 s, and has not come back since"):
+                look()
+        server.hears.set()
+        while True:
+            watch.set_limits(5.0)  # and ends its rest
+            try:
+                store.count_refusal("late", "heard", "t")
+                break
+            except UnavailableError:
+                continue
+        assert store.failure_counts() == {"refused/late": 1}
+        store.close()
+        server.close()
 
 
 def test_a_record_that_is_cut_short_is_refused_wherever_it_is_cut(plain: Any) -> None:

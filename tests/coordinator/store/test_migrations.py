@@ -125,7 +125,7 @@ def test_a_migration_that_breaks_off_changes_nothing(first: Any, monkeypatch: py
 
 
 def test_reading_the_first_version_says_how_to_migrate_it(first: Any) -> None:
-    with pytest.raises(StateError, match=r"earlier version \(revision 0001, this program reads 0003\); start the"):
+    with pytest.raises(StateError, match=r"earlier version \(revision 0001, this program reads 0004\); start the"):
         first.read()
     first.open().close()
     first.read().close()
@@ -143,7 +143,7 @@ def test_a_later_revision_is_refused(place: Any) -> None:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0999'"))
     store.close()
     for opened in (place.open, place.read, place.repair):
-        with pytest.raises(StateError, match="has revision 0999, this program knows revisions up to 0003"):
+        with pytest.raises(StateError, match="has revision 0999, this program knows revisions up to 0004"):
             opened()
 
 
@@ -180,4 +180,5 @@ def test_the_revisions_are_packaged() -> None:
         "revision_0001.py",
         "revision_0002.py",
         "revision_0003.py",
+        "revision_0004.py",
     ]
