@@ -7,7 +7,7 @@ a file among the weights that the record does not know is the one of the intent,
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,18 +205,36 @@ class RoundStore:
             for column, known in (
                 (rounds.c.accuracy, rounds.c.accuracy.is_not(None) & rounds.c.published),
                 (rounds.c.export_path, rounds.c.export_path != ""),
-                (rounds.c.epsilon, rounds.c.epsilon.is_not(None)),
             )
         ]
-        accuracy, export_path, epsilon = (None if row is None else row["value"] for row in latest)
+        accuracy, export_path = (None if row is None else row["value"] for row in latest)
+        last = self._database.row(sa.select(rounds).order_by(rounds.c.id.desc()))  # also one that was taken back
+        epsilon, delta = (None, None) if last is None else (last["epsilon"], last["delta"])
         count = sa.select(sa.func.count().label("value")).where(~rounds.c.superseded & ~rounds.c.published)
         unpublished = self._database.rows(count)[0]["value"]
-        return Summary(accuracy, export_path or "", epsilon, unpublished)
+        return Summary(accuracy, export_path or "", epsilon, delta, self.not_private(), unpublished)
 
-    def closed_rounds(self) -> int:
-        """How many rounds were ever closed, with those that a rollback took back."""
-        query = sa.select(sa.func.count().label("value")).where(rounds.c.round > 0)
-        return int(self._database.rows(query)[0]["value"])
+    def noise_multipliers(self) -> list[float | None]:
+        """Of every round that was ever closed, with those that a rollback took back, in their order; 0 for no noise,
+        None where it is not known."""
+        query = sa.select(rounds.c.noise_multiplier).where(rounds.c.round > 0).order_by(rounds.c.id)
+        return [row["noise_multiplier"] for row in self._database.rows(query)]
+
+    def not_private(self) -> str:
+        """Why there is no bound on what all rounds have spent though noise was added; "" if there is one, or none was.
+
+        A round that was taken back counts: its average was made, and whoever asked could have it.
+        """
+        without, unknown = (
+            [row["round"] for row in self._database.rows(_rounds_with(noise))]
+            for noise in (rounds.c.noise_multiplier == 0, rounds.c.noise_multiplier.is_(None))
+        )
+        noisy = rounds.c.noise_multiplier.is_(None) | (rounds.c.noise_multiplier > 0)
+        if not (without or unknown) or self._database.row(_rounds_with(noisy)) is None:
+            return ""
+        if without:
+            return f"not private: {in_spans(without)} {_were(without)} closed without noise"
+        return f"epsilon is not known: {in_spans(unknown)} {_were(unknown)} closed with noise that is not recorded"
 
     def set_evaluation(self, round_number: int, accuracy: float | None, loss: float | None) -> None:
         self._set(round_number, accuracy=finite(accuracy), loss=finite(loss))
@@ -304,6 +322,29 @@ def named(numbers: Iterable[int]) -> str:
     if len(listed) < 2:
         return f"round {listed[0]}" if listed else "no round"
     return f"rounds {', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def in_spans(numbers: Sequence[int]) -> str:
+    """Sorted numbers of rounds for people, neighbours in one: "round 3", "rounds 1 to 5 and 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    if len(texts) > _SHOWN:
+        texts = [*texts[: _SHOWN // 2], "…", *texts[-_SHOWN // 2 :]]
+    listed = texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+    return f"round{'' if len(numbers) == 1 else 's'} {listed}"
+
+
+def _were(numbers: Sequence[int]) -> str:
+    return "was" if len(numbers) == 1 else "were"
+
+
+def _rounds_with(noise: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(rounds.c.round).where((rounds.c.round > 0) & noise).distinct().order_by(rounds.c.round)
 
 
 def _here() -> sa.ColumnElement[bool]:

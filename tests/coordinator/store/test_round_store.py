@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.store.round_store import named
+from coordinator.store.round_store import in_spans, named
 from coordinator.store.tables import rounds, sealing
 from fedepth.errors import StateError
 
@@ -148,8 +148,8 @@ def test_a_summary_holds_the_latest_that_is_known(place: Any) -> None:
     place.refuse_round(store, 2, b"worse")
     place.refuse_round(store, 3, b"even worse")
     summary = store.summary()
-    assert (summary.accuracy, summary.export_path, summary.epsilon) == (0.125, "zero.onnx", 0.5)
-    assert summary.unpublished == 2
+    assert (summary.accuracy, summary.export_path, summary.unpublished) == (0.125, "zero.onnx", 2)
+    assert summary.epsilon is None  # what was spent by round 0 says nothing of the rounds after it
     assert [each.round for each in store.rounds(2)] == [2, 3]
     store.close()
 
@@ -262,3 +262,11 @@ def test_a_round_of_which_somebody_deleted_the_row_is_not_guessed(plain: Any) ->
 )
 def test_rounds_are_named(numbers: Any, text: str) -> None:
     assert named(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([3], "round 3"), ([1, 2, 3], "rounds 1 to 3"), ([1, 2, 7, 9, 10], "rounds 1 to 2, 7 and 9 to 10")],
+)
+def test_neighbouring_rounds_are_named_as_one(numbers: list[int], text: str) -> None:
+    assert in_spans(numbers) == text
