@@ -208,7 +208,7 @@ class GlobalModel:
             return False
         return True
 
-    def _privacy_spent(self) -> dict[str, float | None]:
+    def _privacy_spent(self) -> dict[str, Any]:
         """The noise of this round, and what all rounds have spent with it, each with the noise that it was closed
         with; also those that were not published or were taken back: their averages were made, and evaluated."""
         privacy = self._config.privacy

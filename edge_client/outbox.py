@@ -133,7 +133,10 @@ class Outbox:
         with disk_errors(f"the update of task {result.task_id} cannot be kept", self._folder):
             if final.exists():  # parts are immutable on the wire, so what was kept first is what counts
                 sync_folder(self._folder)
-                return self._open(final)[1]
+                kept = self._open(final)[1]
+                if kept.result.trained_from(result.weights_digest):
+                    return kept
+                self._set_aside_other(kept, result.weights_digest)
             for part in result.parts:
                 _check_size(parts / part_name(part.part), part)
             # First of all: a folder with this file in it is found by `recover`, whatever happens from here on.
@@ -187,8 +190,11 @@ class Outbox:
                 self._move_damaged(folder, error)
         return [entry for _, entry in sorted(found, key=lambda item: (item[0], item[1].folder.name))]
 
-    def find(self, task_id: str) -> Entry | None:
+    def find(self, task_id: str, weights_digest: str) -> Entry | None:
         """The update of a task, of whichever attempt, that waits or that the coordinator would not take before.
+
+        One that was trained from other weights answers another task, though that had the same id: the coordinator goes
+        on from a copy of its state. It is set aside.
 
         Raises:
             DiskError: see `entries`.
@@ -197,10 +203,37 @@ class Outbox:
             for folder in _kept(self._undelivered):
                 name = _name_aside(folder)
                 target = self._folder / name
-                if name.rpartition("-")[0] == task_id and not target.exists():
+                if name.rpartition("-")[0] != task_id or target.exists():
+                    continue
+                try:
+                    answers = _read_sealed(folder / _ENTRY).result.trained_from(weights_digest)
+                except StateError as error:
+                    _log.error("an update that was set aside cannot be read", error=str(error), folder=str(folder))
+                    continue
+                if answers:
                     folder.rename(target)
                     sync_folder(self._folder)
-        return next((entry for entry in self.entries() if entry.result.task_id == task_id), None)
+        for entry in self.entries():
+            if entry.result.task_id == task_id:
+                if entry.result.trained_from(weights_digest):
+                    return entry
+                with disk_errors(f"the update of task {task_id} cannot be moved", self._undelivered):
+                    self._set_aside_other(entry, weights_digest)
+        return None
+
+    def _set_aside_other(self, entry: Entry, weights_digest: str) -> None:
+        held = entry.result.weights_digest
+        reason = f"trained from weights {held[:12]}…, its task has {weights_digest[:12]}… now"
+        with contextlib.suppress(OSError):
+            (entry.folder / _REASON).write_text(f"{reason}\n", encoding="utf-8")
+        where = self._move_aside(entry.folder, self._undelivered)
+        _log.warning(
+            "a kept update was trained from other weights than its task has now; it is set aside",
+            task=entry.result.task_id,
+            trained_from=held[:12],
+            task_has=weights_digest[:12],
+            moved_to=str(where),
+        )
 
     def remove(self, entry: Entry) -> None:
         """Deletes an update that was acknowledged or finally refused; later, if the disk does not let it go now."""

@@ -26,6 +26,7 @@ REASONS = frozenset(
         "range",
         "size",
         "plan",
+        "weights",
         "samples",
         "late",
         "device",

@@ -56,7 +56,7 @@ class NoisyMean:
 
 
 def spent_epsilon(noise_multipliers: Sequence[float], delta: float) -> float:
-    """The ε for which rounds with these noise multipliers are (ε, δ)-differentially private, for one device more or less.
+    """The ε for which rounds with these noise multipliers are (ε, δ)-differentially private: one device more or less.
 
     It holds for a device that took part in every round. Nothing is gained by sampling: devices are drawn from those
     that wait, so that who takes part is decided by who is there, and can be seen. Gaussian noise composes without loss:

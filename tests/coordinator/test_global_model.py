@@ -52,7 +52,9 @@ class Rig:
             made["head.weight"][0, 0] = fill
         return made
 
-    def update(self, device: str, value: float, number: int = 1, fill: float | None = None) -> Result:
+    def update(
+        self, device: str, value: float, number: int = 1, fill: float | None = None, weights_digest: str = ""
+    ) -> Result:
         """Committed as a device's update is."""
         made = self.kit.task(task_id=f"t-{number:04d}-{device}", device_id=device)
         task = replace(made, round=number)
@@ -61,7 +63,7 @@ class Rig:
         folder.mkdir()
         part = folder / "part-0000.safetensors"
         save(part, self.tensors(value, fill))
-        result: Result = self.kit.result(task, {0: part.read_bytes()}, device_id=device)
+        result: Result = self.kit.result(task, {0: part.read_bytes()}, device_id=device, weights_digest=weights_digest)
         assert asyncio.run(self.uploads.commit(result))
         return result
 
@@ -278,3 +280,16 @@ def test_rounds_without_noise_leave_no_epsilon(
     assert rig.model.record.epsilon is None
     told = " ".join(each.get("message", "") for each in rig.sent)
     assert ("not private: round" in told) == bool(said)
+
+
+def test_an_update_that_was_trained_from_other_weights_is_refused(rigs: Any) -> None:
+    """As after the record came back from a copy, which hands out the task ids of its abandoned life again."""
+    rig = rigs()
+    with pytest.raises(
+        UpdateError, match=r"trained from weights ffffffffffff…, task t-0001-a has [0-9a-f]{12}…"
+    ) as caught:
+        rig.update("a", 1.0, weights_digest="f" * 64)
+    assert caught.value.reason == "weights"
+    rig.update("b", 1.0, weights_digest=rig.model.record.digest)
+    rig.update("c", 1.0)  # of an agent that does not say it
+    assert [each.device_id for each in rig.store.updates_of(1)] == ["b", "c"]

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ def test_what_is_delivered_is_not_sent_again_while_it_cannot_be_deleted(
             disk.install(patch)
             box.remove(entry)
             assert box.entries() == []
-            assert box.find(entry.result.task_id) is None
+            assert box.find(entry.result.task_id, "") is None
             for _ in range(times):
                 box.entries()
         box.entries()
@@ -229,11 +230,39 @@ def test_what_was_set_aside_is_found_when_its_task_comes_again(tmp_path: Path, m
     result, parts = make_result("t-1", b"x")
     where = box.set_aside(box.put(result, parts), "no")
     assert (where.name, waiting(tmp_path)) == ("t-1-1.0", [])
-    assert box.find("t") is None
-    found = box.find("t-1")
+    assert box.find("t", "w") is None
+    found = box.find("t-1", "w")  # what does not say its weights is taken at its task's id
     assert found is not None and found.result == result
     assert waiting(tmp_path) == ["t-1"]
     assert not where.exists()
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_an_update_from_other_weights_answers_no_task_of_the_same_id(
+    tmp_path: Path, make_result: Maker, aside: bool
+) -> None:
+    box = Outbox(tmp_path)
+    result, parts = make_result("t-1", b"x")
+    entry = box.put(replace(result, weights_digest="a" * 64), parts)
+    if aside:
+        box.set_aside(entry, "no")
+    assert box.find("t-1", "b" * 64) is None
+    assert waiting(tmp_path) == []
+    (kept,) = (tmp_path / "undelivered").iterdir()
+    found = box.find("t-1", "a" * 64)
+    assert found is not None and found.result.weights_digest == "a" * 64
+    assert not kept.exists()
+
+
+def test_an_update_takes_the_place_of_one_from_other_weights(tmp_path: Path, make_result: Maker) -> None:
+    box = Outbox(tmp_path)
+    result, parts = make_result("t-1", b"x")
+    box.put(replace(result, weights_digest="a" * 64), parts)
+    parts.rename(tmp_path / "gone") if parts.exists() else None
+    again, parts = make_result("t-1", b"y")
+    kept = box.put(replace(again, weights_digest="b" * 64), parts)
+    assert kept.result.weights_digest == "b" * 64
+    assert [path.name for path in (tmp_path / "undelivered").iterdir()] == ["t-1-1.0"]
 
 
 def test_an_outbox_that_cannot_be_made_says_so(tmp_path: Path) -> None:

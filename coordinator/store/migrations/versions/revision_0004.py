@@ -25,7 +25,7 @@ def upgrade() -> None:
     closed = connection.execute(sa.select(rounds).where(rounds.c.round > 0).order_by(rounds.c.id)).all()
     for number, row in enumerate(closed, 1):
         if row.epsilon is None:  # what was spent was recorded whenever there was noise
-            values: dict[str, float] = {"noise_multiplier": 0.0}
+            values: dict[str, object] = {"noise_multiplier": 0.0}
         elif multiplier and delta and _fits(row.epsilon, multiplier, number, delta):
             values = {"noise_multiplier": multiplier, "clip_norm": clip, "delta": delta}
         else:
