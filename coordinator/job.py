@@ -48,6 +48,7 @@ from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
 TICK_S = 0.2
 REMIND_S = 60.0  # how often trouble with the storage is told
+REMIND_OF_PAUSE_S = 180.0
 LONGEST_PAUSE_S = 20.0
 _MOST_SHOWN = 80  # characters of a name
 SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
@@ -105,6 +106,7 @@ class Job:
         self._to_tidy = True
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._trouble_told = float("-inf")
+        self._pause_told = float("-inf")
         self._commits: dict[str, _Commit] = {}  # by task
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._wake = asyncio.Event()
@@ -469,6 +471,8 @@ class Job:
             await self._tidy()
         if self.state.phase is Phase.FINISHED and not self.finished.is_set():
             self._finish()
+        if self.state.phase is Phase.PAUSED:
+            self._remind_of_pause()
 
     async def _sleep(self, seconds: float) -> None:
         waker = asyncio.ensure_future(self._wake.wait())
@@ -495,10 +499,7 @@ class Job:
     async def _close(self, number: int) -> None:
         if self.weights.record.round < number:
             await self.weights.close(number, self.store.updates_of(number), self.uploads.paths)
-        paused = self.weights.why_paused()
-        self.apply(RoundDone(number, self._clock(), paused))
-        if paused:
-            self.events.send("paused", round=number, reason=paused)
+        self.apply(RoundDone(number, self._clock(), self.weights.why_paused()))
         self._to_tidy = True
 
     async def _tidy(self) -> None:
@@ -515,6 +516,12 @@ class Job:
                 waiter.answer.set_result(None)
         self.finished.set()
         self.events.send("finished", rounds=self.config.job.rounds, accuracy=self.weights.record.accuracy)
+
+    def _remind_of_pause(self) -> None:
+        """A pause ends only by what its operator does, who may look at the log at any time."""
+        if self._clock() - self._pause_told >= REMIND_OF_PAUSE_S:
+            self._pause_told = self._clock()
+            self.events.send("paused", round=self.weights.record.round, reason=self.state.why)
 
     def _tell_trouble(self, error: UnavailableError | OSError) -> None:
         if self._clock() - self._trouble_told >= REMIND_S:

@@ -141,6 +141,20 @@ class RoundStore:
         query = sa.select(rounds).where(_here()).order_by(rounds.c.round)
         return [round_from(row) for row in self._database.rows(query)]
 
+    def whole_rounds(self) -> list[RoundRecord]:
+        """Those of `kept_rounds` that a rollback can go back to: their files are there, and those here are hashed."""
+        return [each for each in self.kept_rounds() if self._is_whole(each)]
+
+    def _is_whole(self, record: RoundRecord) -> bool:
+        name = weights_name(record.round, record.digest)
+        path = self.files.path(name)
+        try:
+            if path.is_file() and file_digest(path) == record.digest:
+                return True
+            return not path.is_file() and self.files.storage.holds(name, record.size_bytes)
+        except (OSError, UnavailableError):
+            return False  # what cannot be read now is not offered
+
     def kept_round(self, round_number: int) -> RoundRecord:
         """A published round in force whose weights are here.
 
@@ -153,7 +167,7 @@ class RoundStore:
         done = self._database.rows(sa.select(rounds).where(rounds.c.round == round_number).order_by(rounds.c.id.desc()))
         raise StateError(
             f"{_why_not(round_number, done)}; {self.directory} has the weights of "
-            f"{named(each.round for each in self.kept_rounds())}"
+            f"{named(each.round for each in self.whole_rounds())}"
         )
 
     def find_weights(self, digest: str) -> RoundRecord | None:
@@ -189,7 +203,7 @@ class RoundStore:
         except UnavailableError:
             raise
         except StateError as error:
-            others = [each.round for each in self.kept_rounds() if each.digest != record.digest]
+            others = [each.round for each in self.whole_rounds() if each.digest != record.digest]
             back = f", or go back with fedepth-coordinator rollback --round N to {named(others)}" if others else ""
             raise StateError(
                 f"{error}, and they are the weights in force after round {record.round}; restore this file, or all of "
@@ -289,7 +303,13 @@ class RoundStore:
             StateError: the round is unknown, was not published, or its weights are not here or damaged.
         """
         record = self.kept_round(round_number)
-        self.files.storage.fetch(weights_name(record.round, record.digest), record.digest)
+        try:
+            self.files.storage.fetch(weights_name(record.round, record.digest), record.digest)
+        except UnavailableError:
+            raise
+        except StateError as error:
+            whole = named(each.round for each in self.whole_rounds())
+            raise StateError(f"{error}; {self.directory} has the weights of {whole}") from None
         spools = self.files.spooled_tasks()
         with self._database.begin() as connection:
             later = (rounds.c.round > round_number) & ~rounds.c.superseded

@@ -226,6 +226,27 @@ def test_damaged_weights_are_refused_with_what_to_do(plain: Any, damage: str) ->
     assert "rollback --round N to round 0" in message
 
 
+def test_a_record_newer_than_its_files_offers_only_what_is_there(plain: Any) -> None:
+    store = plain.open()
+    for number in range(6):
+        plain.add_round(store, number)
+    store.record_task(plain.task(6, "a"))
+    store.close()
+    path = [store.files.weights(number, plain.kit.sha256(b"weights %d" % number)) for number in range(6)]
+    for number in (0, 2, 5):
+        path[number].unlink()
+    path[3].write_bytes(b"weights X")  # of the right size
+    with pytest.raises(StateError, match=r"go back with fedepth-coordinator rollback --round N to rounds 1 and 4$"):
+        plain.open()
+    store = plain.repair()
+    for number, why in ((5, "is missing"), (3, "is damaged"), (9, "there is no round 9")):
+        with pytest.raises(StateError, match=rf"{why}.*has the weights of rounds 1 and 4$"):
+            store.rollback(number)
+    assert store.rollback(4).round == 4
+    store.close()
+    plain.open().close()
+
+
 def test_weights_of_past_rounds_that_are_missing_are_recorded_as_gone(plain: Any) -> None:
     store = plain.open()
     for number in range(3):
