@@ -27,12 +27,21 @@ import structlog
 
 from edge_client.trainer.protocol import RESULT
 from fedepth.errors import DiskError, StateError
-from fedepth.files import NOT_JSON, disk_errors, file_digest, sync_folder, write_atomically
+from fedepth.files import (
+    NOT_JSON,
+    WrongFileError,
+    disk_errors,
+    file_digest,
+    read_regular,
+    sync_folder,
+    write_atomically,
+)
 from fedepth.sizes import format_size
 from fedepth.task import PartInfo, Result
 
 KEPT_ASIDE = 5
 READ_TRIES = 3  # before what a disk cannot read counts as damaged
+MOST_ENTRY_BYTES = 4 << 20  # that are read of an entry.json: no message to the coordinator may be longer
 RESERVE_BYTES = 256 << 10  # more than an entry.json takes
 _FEWEST_FILES = 64  # of inodes: a task makes about as many files as it has blocks
 _ENTRY = "entry.json"
@@ -225,7 +234,7 @@ class Outbox:
         held = entry.result.weights_digest
         reason = f"trained from weights {held[:12]}…, its task has {weights_digest[:12]}… now"
         with contextlib.suppress(OSError):
-            (entry.folder / _REASON).write_text(f"{reason}\n", encoding="utf-8")
+            write_atomically(entry.folder / _REASON, f"{reason}\n".encode())
         where = self._move_aside(entry.folder, self._undelivered)
         _log.warning(
             "a kept update was trained from other weights than its task has now; it is set aside",
@@ -250,7 +259,7 @@ class Outbox:
         """
         with disk_errors(f"the update of task {entry.result.task_id} cannot be moved", self._undelivered):
             with contextlib.suppress(OSError):  # the log has it too
-                (entry.folder / _REASON).write_text(f"{reason}\n", encoding="utf-8")
+                write_atomically(entry.folder / _REASON, f"{reason}\n".encode())
             return self._move_aside(entry.folder, self._undelivered)
 
     def _seal(self, path: Path, sealed: _Sealed) -> None:
@@ -375,11 +384,13 @@ def _sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _nothing_missing() -> Iterator[None]:
-    """A file that is not there is damage, which no later try cures."""
+    """A file that is not there, or is no file, is damage, which no later try cures."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StateError(f"{error.filename} is missing") from None
+    except WrongFileError as error:
+        raise StateError(f"{error.filename} {error.strerror}") from None
 
 
 def _read_sealed(path: Path) -> _Sealed:
@@ -389,13 +400,16 @@ def _read_sealed(path: Path) -> _Sealed:
 def _read(path: Path, kind: type[_T]) -> _T:
     try:
         with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+            return msgspec.json.decode(read_regular(path, MOST_ENTRY_BYTES, follow=False), type=kind)
     except NOT_JSON as error:
         raise StateError(f"{path} is damaged: {error}") from None
 
 
 def _verify(path: Path, part: PartInfo) -> None:
     with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
-        digest = file_digest(path)
+        size = path.lstat().st_size
+        if size != part.size_bytes:  # before it is hashed: a file with a hole may seem to have any size
+            raise StateError(f"{path} has {size} bytes, expected {part.size_bytes}")
+        digest = file_digest(path, follow=False)
     if digest != part.digest:
         raise StateError(f"{path}: sha256 is {digest[:12]}…, expected {part.digest[:12]}…")

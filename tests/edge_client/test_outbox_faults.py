@@ -170,7 +170,7 @@ def test_a_quota_is_found_out_by_writing(tmp_path: Path, monkeypatch: pytest.Mon
     assert disk.names == ["mkdir"]  # of a folder that is there: a look wears no memory card
 
 
-def unreadable(path: Path) -> str:
+def unreadable(path: Path, *, follow: bool = True) -> str:
     raise OSError(errno.EIO, "Input/output error", str(path))
 
 
