@@ -243,6 +243,7 @@ class Outbox:
             task_has=weights_digest[:12],
             moved_to=str(where),
         )
+        self._drop_oldest(self._undelivered)
 
     def remove(self, entry: Entry) -> None:
         """Deletes an update that was acknowledged or finally refused; later, if the disk does not let it go now."""
@@ -260,7 +261,9 @@ class Outbox:
         with disk_errors(f"the update of task {entry.result.task_id} cannot be moved", self._undelivered):
             with contextlib.suppress(OSError):  # the log has it too
                 write_atomically(entry.folder / _REASON, f"{reason}\n".encode())
-            return self._move_aside(entry.folder, self._undelivered)
+            target = self._move_aside(entry.folder, self._undelivered)
+        self._drop_oldest(self._undelivered)
+        return target
 
     def _seal(self, path: Path, sealed: _Sealed) -> None:
         data = msgspec.json.encode(sealed)
@@ -332,6 +335,7 @@ class Outbox:
             self._stuck.add(folder.name)
             return
         _log.error("a kept update is damaged and was moved aside", error=str(error), moved_to=str(target))
+        self._drop_oldest(self._damaged)
 
     def _move_aside(self, folder: Path, where: Path) -> Path:
         where.mkdir(exist_ok=True)
@@ -340,10 +344,13 @@ class Outbox:
         target = where / f"{folder.name}.{number}"
         folder.rename(target)
         self._forget(folder.name)
-        for old in [*kept, target][:-KEPT_ASIDE]:
-            _log.warning("an update that was moved aside is deleted", folder=str(old), kept=KEPT_ASIDE)
-            shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _drop_oldest(self, where: Path) -> None:
+        for old in _kept(where)[:-KEPT_ASIDE]:
+            message = f"{old} is deleted: of the updates in {where} the last {KEPT_ASIDE} are kept"
+            _log.warning("the oldest update that was moved aside before is deleted", message=message)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _forget(self, name: str) -> None:
         self._verified.discard(name)

@@ -225,6 +225,19 @@ def test_only_the_last_of_what_is_moved_aside_stays(tmp_path: Path, make_result:
     assert (box._verified, box._unread, box._acknowledged, box._stuck) == (set(), {}, set(), set())
 
 
+def test_what_is_moved_aside_is_told_before_what_is_deleted_for_it(tmp_path: Path, make_result: Maker) -> None:
+    box = Outbox(tmp_path)
+    for number in range(KEPT_ASIDE + 1):
+        entry = box.put(*make_result(f"d{number}", b"x"))
+        (entry.folder / "entry.json").unlink()
+        with capture_logs() as logs:
+            box.entries()
+    moved, deleted = logs
+    assert moved["moved_to"] == str(tmp_path / "damaged" / f"d{KEPT_ASIDE}-1.{KEPT_ASIDE}")
+    assert deleted["event"] == "the oldest update that was moved aside before is deleted"
+    assert deleted["message"].startswith(f"{tmp_path / 'damaged' / 'd0-1.0'} is deleted: of the updates in")
+
+
 def test_what_was_set_aside_is_found_when_its_task_comes_again(tmp_path: Path, make_result: Maker) -> None:
     box = Outbox(tmp_path)
     result, parts = make_result("t-1", b"x")
