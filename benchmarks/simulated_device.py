@@ -140,6 +140,7 @@ class SimulatedDevice:
             0.01,
             "none",
             1,
+            task.weights_digest,
         )
 
     async def upload(self, task: Task, content: Part, **changes: Any) -> pb.UploadPartReply:

@@ -27,7 +27,7 @@ from fedepth.errors import StateError, UpdateError
 from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
 from fedepth.plan import Plan
-from fedepth.printable import printable, quoted
+from fedepth.printable import printable, quoted, shortened
 from fedepth.task import DeviceReport, ModelSpec, Result, StageResult
 
 if TYPE_CHECKING:
@@ -95,6 +95,23 @@ def check_result(result: Result, task: TaskRecord, layout: ModelLayout, limit_pa
     _check_trained(result, layout)
     _check_stages(result)
     _check_parts(result, limit_parts, len(layout.units))
+
+
+def check_origin(result: Result, weights_digest: str) -> None:
+    """Whether an update was trained from the weights of its task.
+
+    A record that was restored from a copy hands out task ids that its abandoned life has handed out with other weights.
+    An agent that does not say what it trained from is taken at its task's id.
+
+    Raises:
+        UpdateError: it was trained from others ("weights").
+    """
+    if not result.trained_from(weights_digest):
+        raise UpdateError(
+            "weights",
+            f"trained from weights {shortened(result.weights_digest[:12])}…, task {result.task_id} has "
+            f"{weights_digest[:12]}…: it answers a task that another copy of this job's state gave out",
+        )
 
 
 def check_norms(norms: Norms, others: Sequence[Norms]) -> None:

@@ -115,7 +115,9 @@ def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = Fal
     print(printable(f"{reply.job}: round {reply.round} of {reply.rounds}, {reply.phase}, {reply.devices} devices"))
     print(printable(f"accuracy {accuracy}, weights {reply.weights_digest[:12]}, ONNX {onnx}"))
     if reply.epsilon > 0:
-        print(f"privacy spent: epsilon {reply.epsilon:.3g}")
+        print(f"privacy spent: epsilon {reply.epsilon:.3g} with delta {reply.delta:g}")
+    if reply.not_private:
+        print(printable(reply.not_private))
     if reply.unpublished:
         print(f"rounds that were not published: {reply.unpublished}; see fedepth-coordinator record")
     if reply.message:
@@ -255,8 +257,8 @@ def rollback_command(
 
 
 def read_record(state: Path, database: str = "", files: str = "") -> dict[str, Any]:
-    """The record of a job: "job", "rounds", "superseded", "updates" (as far as they are kept), "failures", "changes" of
-    the job file.
+    """The record of a job: "job", "not_private" (see `Summary`), "rounds", "superseded", "updates" (as far as they are
+    kept), "failures", "changes" of the job file.
 
     Raises:
         StateError: the directory holds no job.
@@ -269,6 +271,7 @@ def read_record(state: Path, database: str = "", files: str = "") -> dict[str, A
         updates = store.updates()
         return {
             "job": store.job_name,
+            "not_private": store.not_private(),
             "rounds": store.rounds(),
             "superseded": store.superseded_rounds(),
             "updates": [{"device": names.get(each.device_id, each.device_id), "result": each} for each in updates],
@@ -370,9 +373,9 @@ async def _export(
 
 def _tables(record: dict[str, Any]) -> list[Table]:
     finished = (*record["superseded"], *record["rounds"])
-    private = any(done.epsilon is not None for done in finished)
+    private = bool(record["not_private"]) or any(done.epsilon is not None for done in finished)
     columns = ("round", "devices", "samples", "accuracy", "loss", *(("epsilon",) if private else ()), "ONNX")
-    overview = Table(*columns, title=_plain(record["job"]))
+    overview = Table(*columns, title=_plain(record["job"]), caption=_plain(record["not_private"]) or None)
     for done in finished:
         overview.add_row(
             f"{done.round} (taken back)" if done.superseded else str(done.round),

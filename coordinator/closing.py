@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from coordinator.evaluations import Evaluations
 from coordinator.long_work import LongWork
 from coordinator.observe.events import Events
 from coordinator.soundness import objection
-from coordinator.store.entries import RoundRecord, Sealed
-from coordinator.store.records import Store
+from coordinator.store.entries import RoundRecord, Sealed, finite
+from coordinator.store.records import Store, Summary
 from fedepth.errors import DamagedUpdateError, NotFiniteError, StateError, UnavailableError
 from fedepth.files import disk_errors
 from fedepth.job import aggregation_rule, training_spec
@@ -83,10 +84,12 @@ class Closing:
             published=not note,
             note=note,
             aside_digest=aside,
-            epsilon=await asyncio.to_thread(self._spent_epsilon),
+            **await asyncio.to_thread(self._privacy_spent),
         )
+        was = await asyncio.to_thread(store.summary)
         await asyncio.to_thread(store.record_round, record)
         self._tell(record, [store.device_name(result.device_id) for result in sound])
+        self._tell_of_privacy(record, was)
         return record
 
     def _combine(
@@ -132,15 +135,37 @@ class Closing:
             return False
         return True
 
-    def _spent_epsilon(self) -> float | None:
-        """The differential privacy that all rounds have spent with this one, also those that were not published or
-        were taken back: their averages were made, and evaluated."""
+    def _privacy_spent(self) -> dict[str, Any]:
+        """The noise of this round, and what all rounds have spent with it, each with the noise that it was closed
+        with; also those that were not published or were taken back: their averages were made, and evaluated."""
         privacy = self._config.privacy
         if privacy is None:
-            return None
+            return {"noise_multiplier": 0.0}
         from fedepth.aggregation.privacy import spent_epsilon
 
-        return spent_epsilon(privacy.noise_multiplier, self._store.closed_rounds() + 1, privacy.delta)
+        own = {
+            "noise_multiplier": privacy.noise_multiplier,
+            "clip_norm": privacy.clip_norm,
+            "delta": privacy.delta,
+        }
+        known: list[float] = [privacy.noise_multiplier]
+        for each in self._store.noise_multipliers():
+            if each is None:
+                return {**own, "epsilon": None}
+            known.append(each)
+        return {**own, "epsilon": finite(spent_epsilon(known, privacy.delta))}
+
+    def _tell_of_privacy(self, record: RoundRecord, was: Summary) -> None:
+        """What has changed in what the rounds' noise is worth."""
+        now = self._store.summary()
+        if now.not_private and now.not_private != was.not_private:
+            self._events.send("log", message=f"round {record.round}: {now.not_private}")
+        elif now.epsilon is not None and was.epsilon is not None and now.delta != was.delta:
+            self._events.send(
+                "log",
+                message=f"round {record.round}: privacy spent: epsilon {now.epsilon:.3g} with delta {now.delta:g}; it "
+                f"was {was.epsilon:.3g} with delta {was.delta or 0:g}",
+            )
 
     def _tell(self, record: RoundRecord, devices: Sequence[str]) -> None:
         if record.published:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TICK_S = 0.2
 HOLD_S = 5.0  # how often it is checked that nobody else has the record
 REMIND_S = 60.0  # how often trouble with the storage is told
+REMIND_OF_PAUSE_S = 180.0
 LONGEST_PAUSE_S = 20.0
 
 
@@ -30,6 +31,7 @@ class Course:
         self._to_tidy = True
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._trouble_told = float("-inf")
+        self._pause_told = float("-inf")
         self._held_at = job.now()  # when the record was known to be ours
 
     def wake(self) -> None:
@@ -79,6 +81,8 @@ class Course:
             await self._tidy()
         if job.state.phase is Phase.FINISHED and not job.finished.is_set():
             job.finish()
+        if job.state.phase is Phase.PAUSED:
+            self._remind_of_pause()
 
     async def _sleep(self, seconds: float) -> None:
         waker = asyncio.ensure_future(self._wake.wait())
@@ -107,10 +111,7 @@ class Course:
         job = self._job
         if job.weights.record.round < number:
             await job.weights.close(number, job.store.updates_of(number), job.uploads.paths)
-        paused = job.weights.why_paused()
-        job.apply(RoundDone(number, job.now(), paused))
-        if paused:
-            job.events.send("paused", round=number, reason=paused)
+        job.apply(RoundDone(number, job.now(), job.weights.why_paused()))
         self._to_tidy = True
 
     async def _tidy(self) -> None:
@@ -120,6 +121,13 @@ class Course:
         await asyncio.to_thread(job.store.prune, job.config.retention)
         await job.weights.make_up()
         self._to_tidy = False
+
+    def _remind_of_pause(self) -> None:
+        """A pause ends only by what its operator does, who may look at the log at any time."""
+        job = self._job
+        if job.now() - self._pause_told >= REMIND_OF_PAUSE_S:
+            self._pause_told = job.now()
+            job.events.send("paused", round=job.weights.record.round, reason=job.state.why)
 
     def tell_trouble(self, error: UnavailableError | OSError) -> None:
         now = self._job.now()

@@ -143,5 +143,8 @@ class GlobalModel:
 
     def why_paused(self) -> str:
         """Why no other round is to begin, as the record says; empty if one may."""
-        guard = self._config.guard
-        return pause(self._store.rounds(guard.pause_after), guard)
+        guard, store = self._config.guard, self._store
+        latest = store.rounds(guard.pause_after)
+        sound = store.find_weights(latest[-1].digest) if latest else None
+        number = "N" if sound is None else sound.round
+        return pause(latest, guard, f"--state {store.directory} --round {number}")

@@ -474,6 +474,8 @@ class Job:
             "onnx_path": latest.export_path,
             "message": self.state.why or self.weights.long_work.describe() or self._why_nothing_happens(),
             "epsilon": latest.epsilon or 0.0,
+            "delta": (latest.delta or 0.0) if latest.epsilon else 0.0,
+            "not_private": latest.not_private,
             "unpublished": latest.unpublished,
         }
 

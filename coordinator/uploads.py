@@ -193,9 +193,12 @@ class Uploads:
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
         # numpy: only when there is an update
-        from coordinator.admission import check_norms, check_result, check_update
+        from coordinator.admission import check_norms, check_origin, check_result, check_update
         from fedepth.aggregation.norms import update_norms
 
+        in_force = self._store.latest_round()
+        if in_force is not None:  # a task that may be answered is of the round after it
+            check_origin(result, in_force.digest)
         check_result(result, task, self._layout, self.limit_parts)
         parts = self._whole_parts(result)
         check_update(parts, self._layout, result)

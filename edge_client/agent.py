@@ -215,7 +215,7 @@ class Agent:
             await self._finish(failure)
             return
         try:
-            kept = await asyncio.to_thread(self._outbox.find, task.task_id)
+            kept = await asyncio.to_thread(self._outbox.find, task.task_id, task.weights_digest)
         except DiskError as error:
             await self._disk.pause("a task is left alone: whether it is trained already cannot be read", error)
             return

@@ -13,12 +13,13 @@ import msgspec
 import structlog
 
 from fedepth.errors import LockedError, StateError
-from fedepth.files import NOT_JSON, disk_errors, lock_file, write_atomically
+from fedepth.files import NOT_JSON, disk_errors, lock_file, open_regular, read_regular, write_atomically
 
 T = TypeVar("T")
 _log = structlog.get_logger()
 
 _MOST_ID_BYTES = 100
+_MOST_REMEMBERED_BYTES = 1 << 20
 
 
 class StateLock:
@@ -66,7 +67,8 @@ def device_id(state: Path) -> str:
     with disk_errors("the device's id cannot be read or made", state):
         if not os.path.lexists(path):
             write_atomically(path, f"{uuid.uuid4()}\n".encode())
-        text = path.read_bytes()[:_MOST_ID_BYTES].decode("ascii", errors="replace").strip()
+        with open_regular(path) as file:
+            text = file.read(_MOST_ID_BYTES).decode("ascii", errors="replace").strip()
     try:
         return str(uuid.UUID(text))
     except ValueError:
@@ -87,7 +89,7 @@ def remember(path: Path, value: object) -> None:
 def recall(path: Path, kind: type[T]) -> T | None:
     """What `remember` kept; None if there is nothing that can be read: such values can be learnt again."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(read_regular(path, _MOST_REMEMBERED_BYTES), type=kind)
     except (OSError, *NOT_JSON) as error:
         if not isinstance(error, FileNotFoundError):
             _log.warning("what was learnt before cannot be read; learning it again", file=str(path), error=str(error))

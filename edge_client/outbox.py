@@ -27,12 +27,21 @@ import structlog
 
 from edge_client.trainer.protocol import RESULT
 from fedepth.errors import DiskError, StateError
-from fedepth.files import NOT_JSON, disk_errors, file_digest, sync_folder, write_atomically
+from fedepth.files import (
+    NOT_JSON,
+    WrongFileError,
+    disk_errors,
+    file_digest,
+    read_regular,
+    sync_folder,
+    write_atomically,
+)
 from fedepth.sizes import format_size
 from fedepth.task import PartInfo, Result
 
 KEPT_ASIDE = 5
 READ_TRIES = 3  # before what a disk cannot read counts as damaged
+MOST_ENTRY_BYTES = 4 << 20  # that are read of an entry.json: no message to the coordinator may be longer
 RESERVE_BYTES = 256 << 10  # more than an entry.json takes
 _FEWEST_FILES = 64  # of inodes: a task makes about as many files as it has blocks
 _ENTRY = "entry.json"
@@ -133,7 +142,10 @@ class Outbox:
         with disk_errors(f"the update of task {result.task_id} cannot be kept", self._folder):
             if final.exists():  # parts are immutable on the wire, so what was kept first is what counts
                 sync_folder(self._folder)
-                return self._open(final)[1]
+                kept = self._open(final)[1]
+                if kept.result.trained_from(result.weights_digest):
+                    return kept
+                self._set_aside_other(kept, result.weights_digest)
             for part in result.parts:
                 _check_size(parts / part_name(part.part), part)
             # First of all: a folder with this file in it is found by `recover`, whatever happens from here on.
@@ -187,8 +199,11 @@ class Outbox:
                 self._move_damaged(folder, error)
         return [entry for _, entry in sorted(found, key=lambda item: (item[0], item[1].folder.name))]
 
-    def find(self, task_id: str) -> Entry | None:
+    def find(self, task_id: str, weights_digest: str) -> Entry | None:
         """The update of a task, of whichever attempt, that waits or that the coordinator would not take before.
+
+        One that was trained from other weights answers another task, though that had the same id: the coordinator goes
+        on from a copy of its state. It is set aside.
 
         Raises:
             DiskError: see `entries`.
@@ -197,10 +212,38 @@ class Outbox:
             for folder in _kept(self._undelivered):
                 name = _name_aside(folder)
                 target = self._folder / name
-                if name.rpartition("-")[0] == task_id and not target.exists():
+                if name.rpartition("-")[0] != task_id or target.exists():
+                    continue
+                try:
+                    answers = _read_sealed(folder / _ENTRY).result.trained_from(weights_digest)
+                except StateError as error:
+                    _log.error("an update that was set aside cannot be read", error=str(error), folder=str(folder))
+                    continue
+                if answers:
                     folder.rename(target)
                     sync_folder(self._folder)
-        return next((entry for entry in self.entries() if entry.result.task_id == task_id), None)
+        for entry in self.entries():
+            if entry.result.task_id == task_id:
+                if entry.result.trained_from(weights_digest):
+                    return entry
+                with disk_errors(f"the update of task {task_id} cannot be moved", self._undelivered):
+                    self._set_aside_other(entry, weights_digest)
+        return None
+
+    def _set_aside_other(self, entry: Entry, weights_digest: str) -> None:
+        held = entry.result.weights_digest
+        reason = f"trained from weights {held[:12]}…, its task has {weights_digest[:12]}… now"
+        with contextlib.suppress(OSError):
+            write_atomically(entry.folder / _REASON, f"{reason}\n".encode())
+        where = self._move_aside(entry.folder, self._undelivered)
+        _log.warning(
+            "a kept update was trained from other weights than its task has now; it is set aside",
+            task=entry.result.task_id,
+            trained_from=held[:12],
+            task_has=weights_digest[:12],
+            moved_to=str(where),
+        )
+        self._drop_oldest(self._undelivered)
 
     def remove(self, entry: Entry) -> None:
         """Deletes an update that was acknowledged or finally refused; later, if the disk does not let it go now."""
@@ -217,8 +260,10 @@ class Outbox:
         """
         with disk_errors(f"the update of task {entry.result.task_id} cannot be moved", self._undelivered):
             with contextlib.suppress(OSError):  # the log has it too
-                (entry.folder / _REASON).write_text(f"{reason}\n", encoding="utf-8")
-            return self._move_aside(entry.folder, self._undelivered)
+                write_atomically(entry.folder / _REASON, f"{reason}\n".encode())
+            target = self._move_aside(entry.folder, self._undelivered)
+        self._drop_oldest(self._undelivered)
+        return target
 
     def _seal(self, path: Path, sealed: _Sealed) -> None:
         data = msgspec.json.encode(sealed)
@@ -290,6 +335,7 @@ class Outbox:
             self._stuck.add(folder.name)
             return
         _log.error("a kept update is damaged and was moved aside", error=str(error), moved_to=str(target))
+        self._drop_oldest(self._damaged)
 
     def _move_aside(self, folder: Path, where: Path) -> Path:
         where.mkdir(exist_ok=True)
@@ -298,10 +344,13 @@ class Outbox:
         target = where / f"{folder.name}.{number}"
         folder.rename(target)
         self._forget(folder.name)
-        for old in [*kept, target][:-KEPT_ASIDE]:
-            _log.warning("an update that was moved aside is deleted", folder=str(old), kept=KEPT_ASIDE)
-            shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _drop_oldest(self, where: Path) -> None:
+        for old in _kept(where)[:-KEPT_ASIDE]:
+            message = f"{old} is deleted: of the updates in {where} the last {KEPT_ASIDE} are kept"
+            _log.warning("the oldest update that was moved aside before is deleted", message=message)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _forget(self, name: str) -> None:
         self._verified.discard(name)
@@ -342,11 +391,13 @@ def _sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _nothing_missing() -> Iterator[None]:
-    """A file that is not there is damage, which no later try cures."""
+    """A file that is not there, or is no file, is damage, which no later try cures."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StateError(f"{error.filename} is missing") from None
+    except WrongFileError as error:
+        raise StateError(f"{error.filename} {error.strerror}") from None
 
 
 def _read_sealed(path: Path) -> _Sealed:
@@ -356,13 +407,16 @@ def _read_sealed(path: Path) -> _Sealed:
 def _read(path: Path, kind: type[_T]) -> _T:
     try:
         with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+            return msgspec.json.decode(read_regular(path, MOST_ENTRY_BYTES, follow=False), type=kind)
     except NOT_JSON as error:
         raise StateError(f"{path} is damaged: {error}") from None
 
 
 def _verify(path: Path, part: PartInfo) -> None:
     with disk_errors(f"{path.name} cannot be read", path.parent), _nothing_missing():
-        digest = file_digest(path)
+        size = path.lstat().st_size
+        if size != part.size_bytes:  # before it is hashed: a file with a hole may seem to have any size
+            raise StateError(f"{path} has {size} bytes, expected {part.size_bytes}")
+        digest = file_digest(path, follow=False)
     if digest != part.digest:
         raise StateError(f"{path}: sha256 is {digest[:12]}…, expected {part.digest[:12]}…")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import stat
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,6 +214,9 @@ class GrpcTransport:
     async def _fetch_into(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / name
+        for path in (final, folder / f"{name}.partial"):
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()  # such as a FIFO, at which a reader and a writer would wait for ever
         if final.exists():
             if await asyncio.to_thread(file_digest, final) == digest:
                 final.touch()

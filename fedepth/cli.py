@@ -18,7 +18,7 @@ from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
-from fedepth.files import NOT_JSON
+from fedepth.files import NOT_JSON, read_regular
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
@@ -151,9 +151,14 @@ def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
     return save_timeline
 
 
+_MOST_CALIBRATION_BYTES = 1 << 20
+
+
 def _calibration(path: Path) -> Calibration:
     try:
-        return msgspec.convert(msgspec.json.decode(path.read_bytes())["calibration"], Calibration)
+        return msgspec.convert(
+            msgspec.json.decode(read_regular(path, _MOST_CALIBRATION_BYTES))["calibration"], Calibration
+        )
     except (OSError, *NOT_JSON, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no calibration ({error}); write it with: fedepth-client calibrate --json > {path}"

@@ -6,12 +6,15 @@ No numpy: idle agents load this.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -144,10 +147,59 @@ def make_durable(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file, read in 1 MiB pieces."""
+class WrongFileError(OSError):
+    """What has the name of a file can never be read as one: a FIFO, a device, a socket, or far too many bytes.
+
+    No later try helps. A FIFO would keep its reader waiting for ever, and some devices never end.
+    """
+
+
+def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
+    """A regular file, open for reading. Whatever else has its name is refused at once.
+
+    Args:
+        follow: whether `path` may be a symbolic link. Not in a folder whose files are all made by this program.
+
+    Raises:
+        WrongFileError: there is something else.
+        OSError: it cannot be opened; IsADirectoryError for a folder.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV) or (error.errno == errno.ELOOP and not follow):
+            raise WrongFileError(errno.EINVAL, "is not a regular file", str(path)) from None
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise WrongFileError(errno.EINVAL, "is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
+    """All of a regular file, which has at most `most_bytes`; see `open_regular`.
+
+    Raises:
+        WrongFileError: it has more, or is not a regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, follow=follow) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise WrongFileError(errno.EFBIG, f"has more than {most_bytes} bytes, which is not read", str(path))
+    return data
+
+
+def file_digest(path: Path, *, follow: bool = True) -> str:
+    """sha256 (hex) of a regular file, read in 1 MiB pieces; see `open_regular`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path, follow=follow) as file:
         while data := file.read(PIECE_BYTES):
             digest.update(data)
     return digest.hexdigest()
@@ -167,7 +219,7 @@ def lock_file(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip() or "unknown"
+        holder = file.read(32).strip() or "unknown"
         file.close()
         raise LockedError(f"{path} is locked by process {holder}", holder) from None
     # The number is for people. On a full disk the lock holds without it, and what frees the disk can start.

@@ -82,6 +82,9 @@ KINDS: Mapping[str, Kind] = {
             "aggregation.trim",
             "aggregation.max_change",
             "aggregation.faulty",
+            "privacy.clip_norm",  # every round keeps what noise it was closed with, and ε is of all of them
+            "privacy.noise_multiplier",
+            "privacy.delta",
         ),
         Kind.ASKS,
     ),
@@ -98,9 +101,6 @@ KINDS: Mapping[str, Kind] = {
             "model.input_type",
             "training.batch",
             "training.optimizer",
-            "privacy.clip_norm",  # the ε that is told holds for all rounds
-            "privacy.noise_multiplier",
-            "privacy.delta",
         ),
         Kind.REFUSED,
     ),

@@ -176,6 +176,8 @@ class Result:
         trained_units: indices of the units in the parts; the head is always among them.
         allocator: name and version of the memory allocator of the trainer.
         baseline_bytes: resident memory of the trainer before weights and data.
+        weights_digest: of the weights that it was trained from, since a record that is restored from a copy hands out
+            the same task ids again; "" from agents that do not say so.
     """
 
     task_id: str
@@ -190,6 +192,11 @@ class Result:
     seconds: float
     allocator: str
     baseline_bytes: int
+    weights_digest: str = ""
+
+    def trained_from(self, weights_digest: str) -> bool:
+        """Whether it can be the answer to a task with these weights, as far as it says."""
+        return self.weights_digest in ("", weights_digest)
 
     def steps(self, training: TrainingSpec) -> int:
         """Optimizer steps of a stage, in the mean: what the change of an update is measured by. At least 1, and no more

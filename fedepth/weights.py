@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.errors import StateError
-from fedepth.files import replacing
+from fedepth.files import WrongFileError, open_regular, replacing
 from fedepth.layout import DTYPES
 
 Array = npt.NDArray[Any]
@@ -118,18 +118,20 @@ class Reader:
         self.path = path
         self._held: BufferedReader | None = None
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self._size = os.fstat(file.fileno()).st_size
                 header = _read_header(path, file, self._size, header_limit)
         except FileNotFoundError:
             raise StateError(f"there is no weights file {path}") from None
+        except WrongFileError as error:
+            raise StateError(f"{path} {error.strerror}") from None
         start = self._size - max((end for _, _, _, end in header.values()), default=0)
         self._tensors = {
             name: (dtype, shape, start + begin) for name, (dtype, shape, begin, _) in sorted(header.items())
         }
 
     def __enter__(self) -> Reader:
-        self._held = open(self.path, "rb")
+        self._held = open_regular(self.path)
         return self
 
     def __exit__(
@@ -208,7 +210,7 @@ class Reader:
             yield self._held
             return
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 - closed by the next statement
+            file = open_regular(self.path)
         except FileNotFoundError:
             raise StateError(f"weights file {self.path} is gone since it was opened") from None
         with file:

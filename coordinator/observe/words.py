@@ -117,6 +117,10 @@ def _finished(event: Event) -> str:
 
 def _state(event: Event) -> str:
     message = f"; {event['message']}" if event.get("message") else ""
+    if event.get("not_private"):
+        message += f"; {event['not_private']}"
+    elif event.get("epsilon"):
+        message += f"; privacy spent: epsilon {event['epsilon']:.3g} with delta {event['delta']:g}"
     return (
         f"{event['job']}: round {event['round']} of {event['rounds']}, {event['phase']}, "
         f"{_count(event['devices'], 'device')}{message}"

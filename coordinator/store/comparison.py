@@ -41,7 +41,8 @@ def compare(database: Database, files: Files) -> None:
             f"know, such as {unknown[0]}: the record is empty or older than they are; {HOW_TO_RESTORE}; or give the "
             "--database that it was given before; or move these folders away to go on without them"
         )
-    _check_parts(database, files, -1 if last is None else last)
+    if latest is None or _holds_in_force(database, files, latest["digest"]):  # else there is worse to tell
+        _check_parts(database, files, -1 if last is None else last)
 
 
 def note_missing(database: Database, files: Files, in_force: RoundRecord) -> None:
@@ -81,6 +82,14 @@ def _foreign_weights(database: Database, files: Files) -> list[WeightsFile]:
             if not any(file.name in names_of(round_from(row)) for row in of_round):
                 foreign.append(file)
     return foreign
+
+
+def _holds_in_force(database: Database, files: Files, digest: str) -> bool:
+    of_round = rounds.c.published & ~rounds.c.superseded & (rounds.c.digest == digest)
+    return any(
+        files.storage.holds(weights_name(row["round"], digest), row["size_bytes"])
+        for row in database.rows(sa.select(rounds).where(of_round))
+    )
 
 
 def _foreign_message(database: Database, files: Files, foreign: list[WeightsFile], last: int | None) -> str:

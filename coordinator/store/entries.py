@@ -26,6 +26,7 @@ REASONS = frozenset(
         "range",
         "size",
         "plan",
+        "weights",
         "samples",
         "late",
         "device",
@@ -49,9 +50,11 @@ class RoundRecord:
         published: whether its average became the global weights.
         note: why it was not.
         aside_digest: of an average that was not published and is kept aside; "" if there is none.
-        epsilon: the differential privacy spent up to this round.
+        epsilon: the differential privacy spent up to this round, with `delta`; None also if there is no bound on it.
         superseded: a rollback took it back.
         kept: whether its files are still here, as far as the record knows.
+        noise_multiplier: of the noise that it was closed with; 0 for none.
+        clip_norm: to which changes were clipped for that.
     """
 
     round: int
@@ -70,6 +73,9 @@ class RoundRecord:
     epsilon: float | None = None
     superseded: bool = False
     kept: bool = True
+    noise_multiplier: float | None = None
+    clip_norm: float | None = None
+    delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,12 +163,16 @@ class Summary:
     """The latest that is known of a job, each from the last round in force that has it; None or "" if none has.
 
     Attributes:
+        epsilon: what all rounds have spent, with `delta`.
+        not_private: why there is no `epsilon` though noise was added; "" if there is one, or none was.
         unpublished: how many rounds in force were not published.
     """
 
     accuracy: float | None
     export_path: str
     epsilon: float | None
+    delta: float | None
+    not_private: str
     unpublished: int
 
 

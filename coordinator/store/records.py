@@ -175,14 +175,15 @@ class Store(RoundStore, TaskStore):
 
     def _finish(self) -> None:
         """Does what a crash may have left undone."""
+        latest = self.latest_round()
+        if latest is not None:
+            self.weights_in_force()  # before a record that is newer than the files lets any of them go
         finish_drops(self._database, self.files)
         self.files.remove_partial()
-        latest = self.latest_round()
         if latest is None:
             return
         if latest.aside_digest:
             self._move_aside(latest)
-        self.weights_in_force()
         in_force = self.find_weights(latest.digest)
         assert in_force is not None
         self.files.storage.ready(weights_name(in_force.round, in_force.digest), in_force.digest)

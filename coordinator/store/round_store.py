@@ -7,7 +7,7 @@ a file among the weights that the record does not know is the one of the intent,
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,20 @@ class RoundStore:
         query = sa.select(rounds).where(_here()).order_by(rounds.c.round)
         return [round_from(row) for row in self._database.rows(query)]
 
+    def whole_rounds(self) -> list[RoundRecord]:
+        """Those of `kept_rounds` that a rollback can go back to: their files are there, and those here are hashed."""
+        return [each for each in self.kept_rounds() if self._is_whole(each)]
+
+    def _is_whole(self, record: RoundRecord) -> bool:
+        name = weights_name(record.round, record.digest)
+        path = self.files.path(name)
+        try:
+            if path.is_file() and file_digest(path) == record.digest:
+                return True
+            return not path.is_file() and self.files.storage.holds(name, record.size_bytes)
+        except (OSError, UnavailableError):
+            return False  # what cannot be read now is not offered
+
     def kept_round(self, round_number: int) -> RoundRecord:
         """A published round in force whose weights are here.
 
@@ -153,7 +167,7 @@ class RoundStore:
         done = self._database.rows(sa.select(rounds).where(rounds.c.round == round_number).order_by(rounds.c.id.desc()))
         raise StateError(
             f"{_why_not(round_number, done)}; {self.directory} has the weights of "
-            f"{named(each.round for each in self.kept_rounds())}"
+            f"{named(each.round for each in self.whole_rounds())}"
         )
 
     def find_weights(self, digest: str) -> RoundRecord | None:
@@ -189,7 +203,7 @@ class RoundStore:
         except UnavailableError:
             raise
         except StateError as error:
-            others = [each.round for each in self.kept_rounds() if each.digest != record.digest]
+            others = [each.round for each in self.whole_rounds() if each.digest != record.digest]
             back = f", or go back with fedepth-coordinator rollback --round N to {named(others)}" if others else ""
             raise StateError(
                 f"{error}, and they are the weights in force after round {record.round}; restore this file, or all of "
@@ -205,18 +219,36 @@ class RoundStore:
             for column, known in (
                 (rounds.c.accuracy, rounds.c.accuracy.is_not(None) & rounds.c.published),
                 (rounds.c.export_path, rounds.c.export_path != ""),
-                (rounds.c.epsilon, rounds.c.epsilon.is_not(None)),
             )
         ]
-        accuracy, export_path, epsilon = (None if row is None else row["value"] for row in latest)
+        accuracy, export_path = (None if row is None else row["value"] for row in latest)
+        last = self._database.row(sa.select(rounds).order_by(rounds.c.id.desc()))  # also one that was taken back
+        epsilon, delta = (None, None) if last is None else (last["epsilon"], last["delta"])
         count = sa.select(sa.func.count().label("value")).where(~rounds.c.superseded & ~rounds.c.published)
         unpublished = self._database.rows(count)[0]["value"]
-        return Summary(accuracy, export_path or "", epsilon, unpublished)
+        return Summary(accuracy, export_path or "", epsilon, delta, self.not_private(), unpublished)
 
-    def closed_rounds(self) -> int:
-        """How many rounds were ever closed, with those that a rollback took back."""
-        query = sa.select(sa.func.count().label("value")).where(rounds.c.round > 0)
-        return int(self._database.rows(query)[0]["value"])
+    def noise_multipliers(self) -> list[float | None]:
+        """Of every round that was ever closed, with those that a rollback took back, in their order; 0 for no noise,
+        None where it is not known."""
+        query = sa.select(rounds.c.noise_multiplier).where(rounds.c.round > 0).order_by(rounds.c.id)
+        return [row["noise_multiplier"] for row in self._database.rows(query)]
+
+    def not_private(self) -> str:
+        """Why there is no bound on what all rounds have spent though noise was added; "" if there is one, or none was.
+
+        A round that was taken back counts: its average was made, and whoever asked could have it.
+        """
+        without, unknown = (
+            [row["round"] for row in self._database.rows(_rounds_with(noise))]
+            for noise in (rounds.c.noise_multiplier == 0, rounds.c.noise_multiplier.is_(None))
+        )
+        noisy = rounds.c.noise_multiplier.is_(None) | (rounds.c.noise_multiplier > 0)
+        if not (without or unknown) or self._database.row(_rounds_with(noisy)) is None:
+            return ""
+        if without:
+            return f"not private: {in_spans(without)} {_were(without)} closed without noise"
+        return f"epsilon is not known: {in_spans(unknown)} {_were(unknown)} closed with noise that is not recorded"
 
     def set_evaluation(self, round_number: int, accuracy: float | None, loss: float | None) -> None:
         self._set(round_number, accuracy=finite(accuracy), loss=finite(loss))
@@ -273,7 +305,13 @@ class RoundStore:
             StateError: the round is unknown, was not published, or its weights are not here or damaged.
         """
         record = self.kept_round(round_number)
-        self.files.storage.fetch(weights_name(record.round, record.digest), record.digest)
+        try:
+            self.files.storage.fetch(weights_name(record.round, record.digest), record.digest)
+        except UnavailableError:
+            raise
+        except StateError as error:
+            whole = named(each.round for each in self.whole_rounds())
+            raise StateError(f"{error}; {self.directory} has the weights of {whole}") from None
         spools = self.files.spooled_tasks()
         with self._database.begin() as connection:
             later = (rounds.c.round > round_number) & ~rounds.c.superseded
@@ -306,6 +344,29 @@ def named(numbers: Iterable[int]) -> str:
     if len(listed) < 2:
         return f"round {listed[0]}" if listed else "no round"
     return f"rounds {', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def in_spans(numbers: Sequence[int]) -> str:
+    """Sorted numbers of rounds for people, neighbours in one: "round 3", "rounds 1 to 5 and 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    if len(texts) > _SHOWN:
+        texts = [*texts[: _SHOWN // 2], "…", *texts[-_SHOWN // 2 :]]
+    listed = texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+    return f"round{'' if len(numbers) == 1 else 's'} {listed}"
+
+
+def _were(numbers: Sequence[int]) -> str:
+    return "was" if len(numbers) == 1 else "were"
+
+
+def _rounds_with(noise: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(rounds.c.round).where((rounds.c.round > 0) & noise).distinct().order_by(rounds.c.round)
 
 
 def _here() -> sa.ColumnElement[bool]:

@@ -60,6 +60,10 @@ rounds = sa.Table(
     sa.Column("epsilon", sa.Double),
     sa.Column("superseded", sa.Boolean, nullable=False),
     sa.Column("kept", sa.Boolean, nullable=False, index=True),
+    # What noise it was closed with: multiplier 0 is none, NULL is not known. `delta` is that of `epsilon`.
+    sa.Column("noise_multiplier", sa.Double),
+    sa.Column("clip_norm", sa.Double),
+    sa.Column("delta", sa.Double),
 )
 sa.Index(
     "one_round_in_force",

@@ -55,23 +55,24 @@ class NoisyMean:
         return self._rule.clip_norm / norm if norm > self._rule.clip_norm else 1.0
 
 
-def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """The ε for which `rounds` of noise are (ε, δ)-differentially private, for the addition or removal of one device.
+def spent_epsilon(noise_multipliers: Sequence[float], delta: float) -> float:
+    """The ε for which rounds with these noise multipliers are (ε, δ)-differentially private: one device more or less.
 
     It holds for a device that took part in every round. Nothing is gained by sampling: devices are drawn from those
     that wait, so that who takes part is decided by who is there, and can be seen. Gaussian noise composes without loss:
-    `rounds` times with multiplier z is once with z / √rounds (Dong et al., arXiv 1905.02383, corollary 3.3), for which
-    dp-accounting has the exact ε (Balle and Wang, arXiv 1805.06530, theorem 8). Infinite without noise.
+    rounds with the multipliers zᵢ are once with z, where 1 / z² is the sum of all 1 / zᵢ² (Dong et al., arXiv
+    1905.02383, corollary 3.3), for which dp-accounting has the exact ε (Balle and Wang, arXiv 1805.06530, theorem 8).
+    What a change was clipped to does not matter, since noise is in units of it. Infinite if a round had no noise.
 
     Raises:
         ConfigError: dp-accounting is not installed.
         ValueError: δ is not between 0 and 1, or another number is negative.
     """
-    if not 0 < delta < 1 or rounds < 0 or noise_multiplier < 0:
-        raise ValueError(f"noise multiplier {noise_multiplier}, {rounds} rounds, delta {delta}")
-    if rounds == 0:
+    if not 0 < delta < 1 or not all(each >= 0 for each in noise_multipliers):
+        raise ValueError(f"noise multipliers {list(noise_multipliers[:10])}, delta {delta}")
+    if not noise_multipliers:
         return 0.0
-    if noise_multiplier == 0:
+    if min(noise_multipliers) == 0:
         return math.inf
     try:
         from dp_accounting import get_epsilon_gaussian  # more than a second, with scipy: only where it is asked for
@@ -79,4 +80,5 @@ def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
         raise ConfigError(
             "[privacy] needs dp-accounting to tell what is spent: pip install 'fedepth[privacy]'"
         ) from None
-    return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
+    together = 1 / math.sqrt(math.fsum(each**-2 for each in noise_multipliers))
+    return float(get_epsilon_gaussian(together, delta))

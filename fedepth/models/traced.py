@@ -11,7 +11,7 @@ import msgspec
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
-from fedepth.files import NOT_JSON, write_atomically
+from fedepth.files import NOT_JSON, read_regular, write_atomically
 from fedepth.models.graph import MOST_BYTES, MOST_UNITS, Graph, check
 
 MOST_COST = 1 << 60  # bytes or floating point operations
@@ -89,7 +89,7 @@ def _decode(path: Path, kind: type[T]) -> T:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ModelError(f"{path} has {path.stat().st_size} bytes; a model's graph has at most {MOST_BYTES}")
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(read_regular(path, MOST_BYTES), type=kind)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     except NOT_JSON as error:

@@ -145,6 +145,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         seconds=time.monotonic() - started,
         allocator=allocator.name(),
         baseline_bytes=meter.baseline.resident_bytes,
+        weights_digest=task.weights_digest,
     )
 
 

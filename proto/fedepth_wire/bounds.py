@@ -107,7 +107,7 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "samples_seen": _COUNT,
         "seconds": _ANY_FLOAT,
     },
-    "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT},
+    "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT, "weights_digest": _DIGEST},
     "PartInfo": {"digest": _DIGEST},
     "FetchFileRequest": {"digest": _DIGEST},
     "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST, "plan_digest": _DIGEST},

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
 
 from fedepth.errors import ProtocolError
-from fedepth.files import file_digest, make_durable
+from fedepth.files import file_digest, make_durable, open_regular
 from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 
 def file_chunks(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """The file from `offset` on, as chunks of `size` bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         while data := file.read(size):
             yield Chunk(offset=offset, data=data)
@@ -58,7 +59,7 @@ def append_chunk(path: Path, chunk: Chunk, expected_offset: int, total_bytes: in
     end = expected_offset + len(chunk.data)
     if end > total_bytes:
         raise ProtocolError(f"chunk ends at {end}, the file has {total_bytes} bytes")
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=_open_at_once) as file:
         if file.tell() != expected_offset:
             raise ProtocolError(f"{path.name} holds {file.tell()} bytes, expected {expected_offset}")
         file.write(chunk.data)
@@ -89,10 +90,15 @@ async def receive_file(path: Path, chunks: AsyncIterable[Chunk], offset: int, to
     return offset - start
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """A FIFO in the place of the file fails then, instead of waiting for a reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 def _hashed(path: Path, size: int) -> hashlib._Hash:
     """The sha256 of the first `size` bytes, to be continued."""
     hashed = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while size > 0 and (data := file.read(min(size, CHUNK_BYTES))):
             hashed.update(data)
             size -= len(data)

@@ -85,7 +85,7 @@ def analytic_delta(epsilon: float, sigma: float) -> float:
 
 @pytest.mark.parametrize(("multiplier", "rounds", "delta"), [(1.0, 1, 1e-5), (5.0, 100, 1e-5), (20.0, 500, 1e-6)])
 def test_spent_epsilon_is_that_of_the_analytic_gaussian_mechanism(multiplier: float, rounds: int, delta: float) -> None:
-    epsilon = spent_epsilon(multiplier, rounds, delta)
+    epsilon = spent_epsilon([multiplier] * rounds, delta)
     # Rounds of one device's updates are one release of a vector that is √rounds times as far away.
     assert analytic_delta(epsilon, multiplier / math.sqrt(rounds)) == pytest.approx(delta, rel=1e-6)
 
@@ -95,7 +95,7 @@ def test_spent_epsilon_is_what_the_librarys_accountants_compose() -> None:
     exact, upper = PLDAccountant(), RdpAccountant()
     exact.compose(event)
     upper.compose(event)
-    epsilon = spent_epsilon(5.0, 30, 1e-5)
+    epsilon = spent_epsilon([5.0] * 30, 1e-5)
     assert epsilon == pytest.approx(exact.get_epsilon(1e-5), rel=1e-4)
     assert epsilon < upper.get_epsilon(1e-5) < 1.15 * epsilon
 
@@ -103,22 +103,29 @@ def test_spent_epsilon_is_what_the_librarys_accountants_compose() -> None:
 def test_spent_epsilon_is_below_the_classical_bound_of_a_single_release() -> None:
     # Dwork and Roth, theorem 3.22: for ε < 1, σ = sqrt(2 ln(1.25 / δ)) / ε is enough.
     sigma = math.sqrt(2 * math.log(1.25 / 1e-5)) / 0.9
-    assert 0.5 < spent_epsilon(sigma, 1, 1e-5) < 0.9
+    assert 0.5 < spent_epsilon([sigma], 1e-5) < 0.9
 
 
 def test_nothing_is_spent_before_the_first_round_and_everything_without_noise() -> None:
-    assert spent_epsilon(1.0, 0, 1e-5) == 0
-    assert spent_epsilon(0.0, 1, 1e-5) == math.inf
-    spent = [spent_epsilon(1.0, rounds, 1e-5) for rounds in range(5)]
+    assert spent_epsilon([], 1e-5) == 0
+    assert spent_epsilon([2.0, 0.0], 1e-5) == math.inf
+    spent = [spent_epsilon([1.0] * rounds, 1e-5) for rounds in range(5)]
     assert spent == sorted(spent)
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "rounds", "delta"), [(1.0, 1, 0.0), (1.0, 1, 1.0), (1.0, -1, 0.1), (-1.0, 1, 0.1)]
-)
-def test_numbers_without_a_meaning_are_refused(multiplier: float, rounds: int, delta: float) -> None:
+def test_rounds_with_different_noise_compose_as_the_librarys_accountant_says() -> None:
+    exact = PLDAccountant()
+    for multiplier, rounds in ((2.0, 5), (30.0, 7), (4.0, 1)):
+        exact.compose(SelfComposedDpEvent(GaussianDpEvent(multiplier), rounds))
+    epsilon = spent_epsilon([*[2.0] * 5, *[30.0] * 7, 4.0], 1e-5)
+    assert epsilon == pytest.approx(exact.get_epsilon(1e-5), rel=1e-3)
+    assert epsilon > spent_epsilon([2.0] * 5, 1e-5)  # more noise later takes nothing back
+
+
+@pytest.mark.parametrize(("multipliers", "delta"), [([1.0], 0.0), ([1.0], 1.0), ([1.0, -1.0], 0.1)])
+def test_numbers_without_a_meaning_are_refused(multipliers: list[float], delta: float) -> None:
     with pytest.raises(ValueError, match="noise multiplier"):
-        spent_epsilon(multiplier, rounds, delta)
+        spent_epsilon(multipliers, delta)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +138,4 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'fedepth\[privacy\]'"):
-        spent_epsilon(1.0, 1, 1e-5)
+        spent_epsilon([1.0], 1e-5)

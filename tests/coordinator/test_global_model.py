@@ -38,9 +38,13 @@ class Rig:
         self.store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
         self.sent: list[dict[str, Any]] = []
         self.models = kit.models()
-        self.model = GlobalModel(self.config, self.store, self.models, _Recorder(self.sent), kit.layout.parameters)
+        self._begin()
+
+    def _begin(self) -> None:
+        layout = self.kit.layout
+        self.model = GlobalModel(self.config, self.store, self.models, _Recorder(self.sent), layout.parameters)
         training = training_spec(self.config, 1)
-        self.uploads = Uploads(self.store, kit.layout, lambda task: True, lambda size: None, self.model.path, training)
+        self.uploads = Uploads(self.store, layout, lambda task: True, lambda size: None, self.model.path, training)
 
     def tensors(self, value: float, fill: float | None = None) -> Tensors:
         made = {each.name: np.full(each.shape, value, np.float32) for each in self.kit.layout.tensors}
@@ -48,7 +52,9 @@ class Rig:
             made["head.weight"][0, 0] = fill
         return made
 
-    def update(self, device: str, value: float, number: int = 1, fill: float | None = None) -> Result:
+    def update(
+        self, device: str, value: float, number: int = 1, fill: float | None = None, weights_digest: str = ""
+    ) -> Result:
         """Committed as a device's update is."""
         made = self.kit.task(task_id=f"t-{number:04d}-{device}", device_id=device)
         task = replace(made, round=number)
@@ -57,13 +63,23 @@ class Rig:
         folder.mkdir()
         part = folder / "part-0000.safetensors"
         save(part, self.tensors(value, fill))
-        result: Result = self.kit.result(task, {0: part.read_bytes()}, device_id=device)
+        result: Result = self.kit.result(task, {0: part.read_bytes()}, device_id=device, weights_digest=weights_digest)
         assert asyncio.run(self.uploads.commit(result))
         return result
 
     def close(self) -> RoundRecord:
         asyncio.run(self.model.close(1, self.store.updates_of(1), self.uploads.paths))
         return self.model.record
+
+    def restart(self, **sections: Any) -> None:
+        """The job goes on, with a changed file."""
+        self.config = self.kit.config(rounds=9, **sections)
+        self._begin()
+
+    def rounds(self, first: int, last: int) -> None:
+        for number in range(first, last + 1):
+            self.update("a", 1.0, number)
+            asyncio.run(self.model.close(number, self.store.updates_of(number), self.uploads.paths))
 
     def weights(self) -> Tensors:
         return load_numpy(self.model.path())
@@ -166,7 +182,7 @@ def test_what_was_spent_of_privacy_is_in_the_record(rigs: Any) -> None:
     rig.update("a", 1.0)
     rig.update("b", 1.0)
     record = rig.close()
-    assert record.epsilon == pytest.approx(spent_epsilon(2.0, 1, 1e-5))
+    assert record.epsilon == pytest.approx(spent_epsilon([2.0], 1e-5))
     assert rig.store.summary().epsilon == record.epsilon
 
 
@@ -228,4 +244,67 @@ def test_the_privacy_of_rounds_that_were_taken_back_is_spent(rigs: Any) -> None:
     rig.model.record = rig.store.latest_round()  # as after a start
     rig.update("b", 1.0, 2)
     asyncio.run(rig.model.close(2, rig.store.updates_of(2), rig.uploads.paths))
-    assert rig.model.record.epsilon == pytest.approx(spent_epsilon(2.0, 3, 1e-5))
+    assert rig.model.record.epsilon == pytest.approx(spent_epsilon([2.0] * 3, 1e-5))
+
+
+def noise(multiplier: float, delta: float = 1e-5) -> dict[str, Any]:
+    return {"privacy": {"clip_norm": 1.0, "noise_multiplier": multiplier, "delta": delta}}
+
+
+def test_a_round_spends_by_the_noise_that_it_was_closed_with(rigs: Any) -> None:
+    rig = rigs(**noise(2.0))
+    rig.rounds(1, 2)
+    before = rig.model.record.epsilon
+    rig.store.rollback(1)
+    rig.restart(**noise(30.0))
+    rig.rounds(2, 3)
+    record = rig.model.record
+    assert record.epsilon == pytest.approx(spent_epsilon([2.0, 2.0, 30.0, 30.0], 1e-5))
+    assert record.epsilon > before
+    assert (record.noise_multiplier, record.clip_norm, record.delta) == (30.0, 1.0, 1e-5)
+    assert rig.store.summary().not_private == ""
+
+
+def test_another_delta_is_told_with_what_it_changes(rigs: Any) -> None:
+    rig = rigs(**noise(2.0))
+    rig.rounds(1, 1)
+    rig.restart(**noise(2.0, 1e-7))
+    rig.rounds(2, 2)
+    summary = rig.store.summary()
+    assert (summary.epsilon, summary.delta) == (pytest.approx(spent_epsilon([2.0, 2.0], 1e-7)), 1e-7)
+    assert any("with delta 1e-07; it was" in each.get("message", "") for each in rig.sent)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (noise(2.0), {}, "not private: rounds 3 to 4 were closed without noise"),
+        ({}, noise(2.0), "not private: rounds 1 to 2 were closed without noise"),
+        ({}, {}, ""),
+    ],
+)
+def test_rounds_without_noise_leave_no_epsilon(
+    rigs: Any, first: dict[str, Any], second: dict[str, Any], said: str
+) -> None:
+    rig = rigs(**first)
+    rig.rounds(1, 2)
+    rig.restart(**second)
+    rig.rounds(3, 4)
+    summary = rig.store.summary()
+    assert (summary.epsilon, summary.not_private) == (None, said)
+    assert rig.model.record.epsilon is None
+    told = " ".join(each.get("message", "") for each in rig.sent)
+    assert ("not private: round" in told) == bool(said)
+
+
+def test_an_update_that_was_trained_from_other_weights_is_refused(rigs: Any) -> None:
+    """As after the record came back from a copy, which hands out the task ids of its abandoned life again."""
+    rig = rigs()
+    with pytest.raises(
+        UpdateError, match=r"trained from weights ffffffffffff…, task t-0001-a has [0-9a-f]{12}…"
+    ) as caught:
+        rig.update("a", 1.0, weights_digest="f" * 64)
+    assert caught.value.reason == "weights"
+    rig.update("b", 1.0, weights_digest=rig.model.record.digest)
+    rig.update("c", 1.0)  # of an agent that does not say it
+    assert [each.device_id for each in rig.store.updates_of(1)] == ["b", "c"]

@@ -255,17 +255,35 @@ def test_a_model_that_gives_no_finite_loss_is_not_published(play: Play, kit: Any
     play(scene, models=models, rounds=3)
 
 
-def test_rounds_that_are_not_published_again_and_again_pause_the_job(play: Play, kit: Any) -> None:
+def test_rounds_that_are_not_published_again_and_again_pause_the_job(
+    play: Play, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "coordinator.observe.events.Events.send", lambda self, event, **more: sent.append((event, more))
+    )
+
+    def reasons() -> list[str]:
+        return [fields["reason"] for event, fields in sent if event == "paused"]
+
     async def scene(rig: Rig) -> None:
         for number in (1, 2, 3):
             await rig.round()
             await rig.reach(lambda number=number: rig.job.weights.record.round == number)
         await rig.reach(lambda: rig.job.state.phase is Phase.PAUSED)
         assert "the last 3 rounds, up to round 3, were not published" in rig.job.why_wait()
-        assert "rollback" in rig.job.status()["message"]
+        state = rig.job.store.directory
+        assert f"fedepth-coordinator rollback --state {state} --round 0" in rig.job.status()["message"]
+        assert "learning_rate" in rig.job.status()["message"]
+
+        await rig.reach(lambda: reasons() == [rig.job.state.why])
 
     async def later(rig: Rig) -> None:
         assert rig.job.state.phase is Phase.PAUSED
+        await rig.reach(lambda: reasons() == 2 * [rig.job.state.why])  # once more at the start
+        with monkeypatch.context() as patch:
+            patch.setattr("coordinator.course.REMIND_OF_PAUSE_S", 0.0)
+            await rig.reach(lambda: len(reasons()) > 3)
         rig.job.store.rollback(0)
 
     async def rolled_back(rig: Rig) -> None:

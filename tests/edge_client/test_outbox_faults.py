@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ def test_what_is_delivered_is_not_sent_again_while_it_cannot_be_deleted(
             disk.install(patch)
             box.remove(entry)
             assert box.entries() == []
-            assert box.find(entry.result.task_id) is None
+            assert box.find(entry.result.task_id, "") is None
             for _ in range(times):
                 box.entries()
         box.entries()
@@ -169,7 +170,7 @@ def test_a_quota_is_found_out_by_writing(tmp_path: Path, monkeypatch: pytest.Mon
     assert disk.names == ["mkdir"]  # of a folder that is there: a look wears no memory card
 
 
-def unreadable(path: Path) -> str:
+def unreadable(path: Path, *, follow: bool = True) -> str:
     raise OSError(errno.EIO, "Input/output error", str(path))
 
 
@@ -224,16 +225,57 @@ def test_only_the_last_of_what_is_moved_aside_stays(tmp_path: Path, make_result:
     assert (box._verified, box._unread, box._acknowledged, box._stuck) == (set(), {}, set(), set())
 
 
+def test_what_is_moved_aside_is_told_before_what_is_deleted_for_it(tmp_path: Path, make_result: Maker) -> None:
+    box = Outbox(tmp_path)
+    for number in range(KEPT_ASIDE + 1):
+        entry = box.put(*make_result(f"d{number}", b"x"))
+        (entry.folder / "entry.json").unlink()
+        with capture_logs() as logs:
+            box.entries()
+    moved, deleted = logs
+    assert moved["moved_to"] == str(tmp_path / "damaged" / f"d{KEPT_ASIDE}-1.{KEPT_ASIDE}")
+    assert deleted["event"] == "the oldest update that was moved aside before is deleted"
+    assert deleted["message"].startswith(f"{tmp_path / 'damaged' / 'd0-1.0'} is deleted: of the updates in")
+
+
 def test_what_was_set_aside_is_found_when_its_task_comes_again(tmp_path: Path, make_result: Maker) -> None:
     box = Outbox(tmp_path)
     result, parts = make_result("t-1", b"x")
     where = box.set_aside(box.put(result, parts), "no")
     assert (where.name, waiting(tmp_path)) == ("t-1-1.0", [])
-    assert box.find("t") is None
-    found = box.find("t-1")
+    assert box.find("t", "w") is None
+    found = box.find("t-1", "w")  # what does not say its weights is taken at its task's id
     assert found is not None and found.result == result
     assert waiting(tmp_path) == ["t-1"]
     assert not where.exists()
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_an_update_from_other_weights_answers_no_task_of_the_same_id(
+    tmp_path: Path, make_result: Maker, aside: bool
+) -> None:
+    box = Outbox(tmp_path)
+    result, parts = make_result("t-1", b"x")
+    entry = box.put(replace(result, weights_digest="a" * 64), parts)
+    if aside:
+        box.set_aside(entry, "no")
+    assert box.find("t-1", "b" * 64) is None
+    assert waiting(tmp_path) == []
+    (kept,) = (tmp_path / "undelivered").iterdir()
+    found = box.find("t-1", "a" * 64)
+    assert found is not None and found.result.weights_digest == "a" * 64
+    assert not kept.exists()
+
+
+def test_an_update_takes_the_place_of_one_from_other_weights(tmp_path: Path, make_result: Maker) -> None:
+    box = Outbox(tmp_path)
+    result, parts = make_result("t-1", b"x")
+    box.put(replace(result, weights_digest="a" * 64), parts)
+    parts.rename(tmp_path / "gone") if parts.exists() else None
+    again, parts = make_result("t-1", b"y")
+    kept = box.put(replace(again, weights_digest="b" * 64), parts)
+    assert kept.result.weights_digest == "b" * 64
+    assert [path.name for path in (tmp_path / "undelivered").iterdir()] == ["t-1-1.0"]
 
 
 def test_an_outbox_that_cannot_be_made_says_so(tmp_path: Path) -> None:

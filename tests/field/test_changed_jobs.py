@@ -72,7 +72,7 @@ CASES: list[tuple[str, str, Kind | None, list[str]]] = [
     (
         "[test]",
         "[privacy]\nclip_norm = 1\nnoise_multiplier = 2\n[test]",
-        REFUSED,
+        ASKS,
         ["noise_multiplier from nothing to 2"],
     ),
     (

@@ -643,6 +643,7 @@ class Result(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     ALLOCATOR_FIELD_NUMBER: _builtins.int
     BASELINE_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     device_id: _builtins.str
@@ -651,6 +652,8 @@ class Result(_message.Message):
     seconds: _builtins.float
     allocator: _builtins.str
     baseline_bytes: _builtins.int
+    weights_digest: _builtins.str
+    """of the weights that it was trained from; "" from agents that do not tell"""
     @_builtins.property
     def plan(self) -> Global___Plan: ...
     @_builtins.property
@@ -674,10 +677,11 @@ class Result(_message.Message):
         seconds: _builtins.float = ...,
         allocator: _builtins.str = ...,
         baseline_bytes: _builtins.int = ...,
+        weights_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocator", b"allocator", "attempt", b"attempt", "baseline_bytes", b"baseline_bytes", "device_id", b"device_id", "parts", b"parts", "plan", b"plan", "round", b"round", "sample_count", b"sample_count", "seconds", b"seconds", "stages", b"stages", "task_id", b"task_id", "trained_units", b"trained_units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocator", b"allocator", "attempt", b"attempt", "baseline_bytes", b"baseline_bytes", "device_id", b"device_id", "parts", b"parts", "plan", b"plan", "round", b"round", "sample_count", b"sample_count", "seconds", b"seconds", "stages", b"stages", "task_id", b"task_id", "trained_units", b"trained_units", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1226,6 +1230,8 @@ class JobStatusReply(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
     UNPUBLISHED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    NOT_PRIVATE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     phase: _builtins.str
     round: _builtins.int
@@ -1240,6 +1246,10 @@ class JobStatusReply(_message.Message):
     """of differential privacy, spent so far; 0 without it"""
     unpublished: _builtins.int
     """rounds whose model was not published"""
+    delta: _builtins.float
+    """that epsilon holds with"""
+    not_private: _builtins.str
+    """why there is no epsilon though noise was added"""
     def __init__(
         self,
         *,
@@ -1254,10 +1264,12 @@ class JobStatusReply(_message.Message):
         message: _builtins.str = ...,
         epsilon: _builtins.float = ...,
         unpublished: _builtins.int = ...,
+        delta: _builtins.float = ...,
+        not_private: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "devices", b"devices", "epsilon", b"epsilon", "job", b"job", "message", b"message", "onnx_path", b"onnx_path", "phase", b"phase", "round", b"round", "rounds", b"rounds", "unpublished", b"unpublished", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "delta", b"delta", "devices", b"devices", "epsilon", b"epsilon", "job", b"job", "message", b"message", "not_private", b"not_private", "onnx_path", b"onnx_path", "phase", b"phase", "round", b"round", "rounds", b"rounds", "unpublished", b"unpublished", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

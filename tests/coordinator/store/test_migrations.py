@@ -15,7 +15,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from coordinator.store.migrations import NEWEST, revision_of
-from coordinator.store.tables import metadata
+from coordinator.store.tables import job, metadata
+from fedepth.aggregation.privacy import spent_epsilon
 from fedepth.errors import StateError
 from fedepth.job import model_spec
 
@@ -125,7 +126,7 @@ def test_a_migration_that_breaks_off_changes_nothing(first: Any, monkeypatch: py
 
 
 def test_reading_the_first_version_says_how_to_migrate_it(first: Any) -> None:
-    with pytest.raises(StateError, match=r"earlier version \(revision 0001, this program reads 0004\); start the"):
+    with pytest.raises(StateError, match=r"earlier version \(revision 0001, this program reads 0005\); start the"):
         first.read()
     first.open().close()
     first.read().close()
@@ -143,8 +144,44 @@ def test_a_later_revision_is_refused(place: Any) -> None:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0999'"))
     store.close()
     for opened in (place.open, place.read, place.repair):
-        with pytest.raises(StateError, match="has revision 0999, this program knows revisions up to 0004"):
+        with pytest.raises(StateError, match="has revision 0999, this program knows revisions up to 0005"):
             opened()
+
+
+NOISY = {"privacy.noise_multiplier": 4.0, "privacy.clip_norm": 1.5, "privacy.delta": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "spent", "known", "said"),
+    [
+        ({}, [None, None], [0.0, 0.0], ""),
+        (NOISY, [[4.0], [4.0, 4.0]], [4.0, 4.0], ""),
+        ({}, [[4.0], [4.0, 4.0]], [None, None], "epsilon is not known: rounds 1 to 2 were closed with noise that"),
+        # The settings are those of the last start; what was recorded tells whether they held before.
+        (NOISY, [[2.0], [4.0, 4.0]], [None, 4.0], "epsilon is not known: round 1 was closed with noise that"),
+        (NOISY, [None, [4.0, 4.0]], [0.0, 4.0], "not private: round 1 was closed without noise"),
+    ],
+)
+def test_earlier_rounds_have_the_noise_that_their_record_tells(
+    place: Any, settings: dict[str, float], spent: list[Any], known: list[Any], said: str
+) -> None:
+    store = place.open()
+    for number, multipliers in enumerate([None, *spent]):
+        epsilon = None if multipliers is None else spent_epsilon(multipliers, 1e-6)
+        place.add_round(store, number, b"weights %d" % number, epsilon=epsilon)
+    with store._database.begin() as connection:
+        for name in ("noise_multiplier", "clip_norm", "delta"):
+            connection.execute(sa.text(f"ALTER TABLE rounds DROP COLUMN {name}"))
+        connection.execute(job.update().values(settings=text(settings) if settings else ""))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0003'"))
+    store.close()
+    store = place.open()
+    assert store.noise_multipliers() == known
+    assert [(each.clip_norm, each.delta) for each in store.rounds()[1:]] == [
+        (1.5, 1e-6) if multiplier else (None, None) for multiplier in known
+    ]
+    assert store.not_private().startswith(said) and bool(said) == bool(store.not_private())
+    store.close()
 
 
 def test_a_database_of_something_else_is_refused(plain: Any) -> None:
@@ -181,4 +218,5 @@ def test_the_revisions_are_packaged() -> None:
         "revision_0002.py",
         "revision_0003.py",
         "revision_0004.py",
+        "revision_0005.py",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.store.round_store import named
+from coordinator.store.round_store import in_spans, named
 from coordinator.store.tables import rounds, sealing
 from fedepth.errors import StateError
 
@@ -148,8 +148,8 @@ def test_a_summary_holds_the_latest_that_is_known(place: Any) -> None:
     place.refuse_round(store, 2, b"worse")
     place.refuse_round(store, 3, b"even worse")
     summary = store.summary()
-    assert (summary.accuracy, summary.export_path, summary.epsilon) == (0.125, "zero.onnx", 0.5)
-    assert summary.unpublished == 2
+    assert (summary.accuracy, summary.export_path, summary.unpublished) == (0.125, "zero.onnx", 2)
+    assert summary.epsilon is None  # what was spent by round 0 says nothing of the rounds after it
     assert [each.round for each in store.rounds(2)] == [2, 3]
     store.close()
 
@@ -226,6 +226,27 @@ def test_damaged_weights_are_refused_with_what_to_do(plain: Any, damage: str) ->
     assert "rollback --round N to round 0" in message
 
 
+def test_a_record_newer_than_its_files_offers_only_what_is_there(plain: Any) -> None:
+    store = plain.open()
+    for number in range(6):
+        plain.add_round(store, number)
+    store.record_task(plain.task(6, "a"))
+    store.close()
+    path = [store.files.weights(number, plain.kit.sha256(b"weights %d" % number)) for number in range(6)]
+    for number in (0, 2, 5):
+        path[number].unlink()
+    path[3].write_bytes(b"weights X")  # of the right size
+    with pytest.raises(StateError, match=r"go back with fedepth-coordinator rollback --round N to rounds 1 and 4$"):
+        plain.open()
+    store = plain.repair()
+    for number, why in ((5, "is missing"), (3, "is damaged"), (9, "there is no round 9")):
+        with pytest.raises(StateError, match=rf"{why}.*has the weights of rounds 1 and 4$"):
+            store.rollback(number)
+    assert store.rollback(4).round == 4
+    store.close()
+    plain.open().close()
+
+
 def test_weights_of_past_rounds_that_are_missing_are_recorded_as_gone(plain: Any) -> None:
     store = plain.open()
     for number in range(3):
@@ -262,3 +283,11 @@ def test_a_round_of_which_somebody_deleted_the_row_is_not_guessed(plain: Any) ->
 )
 def test_rounds_are_named(numbers: Any, text: str) -> None:
     assert named(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([3], "round 3"), ([1, 2, 3], "rounds 1 to 3"), ([1, 2, 7, 9, 10], "rounds 1 to 2, 7 and 9 to 10")],
+)
+def test_neighbouring_rounds_are_named_as_one(numbers: list[int], text: str) -> None:
+    assert in_spans(numbers) == text

@@ -1,0 +1,122 @@
+"""What has the name of a file and is none: a FIFO, a device, a link, far too many bytes. Nothing waits for it.
+
+A new reader is a line in READERS, a new thing to read a line in KINDS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedepth_wire.chunks import append_chunk, file_chunks
+from fedepth_wire.v1.federation_pb2 import Chunk
+
+from edge_client.identity import device_id, recall
+from edge_client.outbox import Entry, Outbox
+from fedepth.cli import _calibration
+from fedepth.costs import Calibration
+from fedepth.errors import FedepthError
+from fedepth.files import WrongFileError, file_digest, open_regular, read_regular
+from fedepth.models.traced import read_costs
+from fedepth.plan import Plan, Policy
+from fedepth.task import PartInfo, Result
+from fedepth.weights import open_weights
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def socket_file(path: Path) -> None:
+    os.mknod(path, 0o140600)
+
+
+KINDS: list[Callable[[Path], None]] = [fifo, device, socket_file]
+READERS: dict[str, Callable[[Path], object]] = {
+    "open_regular": open_regular,
+    "read_regular": lambda path: read_regular(path, 10),
+    "file_digest": file_digest,
+    "a weights file": open_weights,
+    "a graph": read_costs,
+    "chunks to send": lambda path: list(file_chunks(path)),
+    "--calibration": _calibration,
+    "the device's id": lambda path: device_id(path.parent),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting() -> Iterator[None]:
+    """A reader that waits ends with the test, and not with the suite."""
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_refuses_at_once(tmp_path: Path, reader: str, kind: Callable[[Path], None]) -> None:
+    path = tmp_path / "device-id"
+    kind(path)
+    with pytest.raises((FedepthError, WrongFileError)) as caught:
+        READERS[reader](path)
+    assert "device-id" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_learnt_is_learnt_again(tmp_path: Path, kind: Callable[[Path], None]) -> None:
+    kind(tmp_path / "calibration.json")
+    assert recall(tmp_path / "calibration.json", Calibration) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["entry.json", "part-0000.safetensors"])
+def test_such_an_entry_of_the_outbox_is_set_aside(
+    tmp_path: Path, make_update: Any, name: str, kind: Callable[[Path], None]
+) -> None:
+    entry = make_update(tmp_path)
+    (entry.folder / name).unlink()
+    kind(entry.folder / name)
+    assert Outbox(tmp_path).entries() == []
+    assert (tmp_path / "damaged" / f"{entry.folder.name}.0").is_dir()
+
+
+def test_a_chunk_does_not_wait_for_a_reader(tmp_path: Path) -> None:
+    fifo(tmp_path / "part.partial")
+    with pytest.raises(OSError, match=r"part\.partial"):
+        append_chunk(tmp_path / "part.partial", Chunk(offset=0, data=b"x"), 0, 1)
+
+
+def test_a_file_may_be_a_link_where_people_put_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "link", 4) == b"text"
+    with pytest.raises(WrongFileError, match="has more than 3 bytes"):
+        read_regular(tmp_path / "link", 3)
+    with pytest.raises(WrongFileError, match="is not a regular file"):
+        read_regular(tmp_path / "link", 4, follow=False)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path, 4)
+
+
+@pytest.fixture
+def make_update() -> Callable[[Path], Entry]:
+    """The only update in an outbox."""
+
+    def make(state: Path) -> Entry:
+        part = PartInfo(0, 1, hashlib.sha256(b"x").hexdigest())
+        result = Result("t", 1, "d", 1, 1, Plan((), (), Policy.AUTO, 0), (), (), (part,), 1.0, "none", 0)
+        parts = state / "parts"
+        parts.mkdir()
+        (parts / "part-0000.safetensors").write_bytes(b"x")
+        return Outbox(state).put(result, parts)
+
+    return make
