@@ -149,6 +149,7 @@ def _result(request: TrainRequest, parts: tuple[PartInfo, ...], scene: str) -> d
         "seconds": 0.01,
         "allocator": "fake 1",
         "baseline_bytes": START_BYTES,
+        "weights_digest": request.task.weights_digest,
     }
 
 

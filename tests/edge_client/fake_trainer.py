@@ -77,6 +77,7 @@ def trained(request: dict[str, Any], peak: int = 0) -> dict[str, Any]:
         "seconds": 0.5,
         "allocator": "fake 1",
         "baseline_bytes": START_BYTES,
+        "weights_digest": task["weights_digest"],
     }
     (Path(request["output"]) / "result.json").write_text(json.dumps(result))
     return result
