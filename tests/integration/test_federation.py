@@ -97,6 +97,8 @@ def test_devices_train_models_whose_code_only_the_coordinator_has(
     code.mkdir()
     (code / "only_here.py").write_text(CUSTOM)
     job = rig.job(devices=1, quorum=1, model=model, epochs=2)
+    # At 0.05 logits may reach hundreds, of which float32 has too few digits left to compare exports by.
+    job.write_text(job.read_text().replace("learning_rate = 0.05", "learning_rate = 0.005"))
     with monkeypatch.context() as only:
         only.setenv("PYTHONPATH", str(code))
         rig.lab.start_coordinator(job, "--exit-when-done")
@@ -198,11 +200,8 @@ def test_an_agent_without_memory_to_measure_itself_says_so_and_stays(
 
 def test_labels_outside_the_job_are_told_and_the_agent_stays(rig: Any) -> None:
     job = rig.job(devices=1, quorum=1)
-    job.write_text(job.read_text().replace("classes = 10", 'classes = ["zero", "one"]').replace('"digits"', '"test"'))
-    data = rig.folder / "test"
-    data.mkdir()
-    for source in rig.shard(7).iterdir():
-        (data / source.name.replace("train", "t10k")).write_bytes(source.read_bytes())
+    text = job.read_text().replace("classes = 10", 'classes = ["zero", "one"]')
+    job.write_text(text.replace('[test]\ndata = "digits"\n', ""))
     rig.lab.start_coordinator(job)
     rig.agent(0)
     line = rig.wait(

@@ -173,7 +173,7 @@ def test_earlier_rounds_have_the_noise_that_their_record_tells(
         for name in ("noise_multiplier", "clip_norm", "delta"):
             connection.execute(sa.text(f"ALTER TABLE rounds DROP COLUMN {name}"))
         connection.execute(job.update().values(settings=text(settings) if settings else ""))
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0003'"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0004'"))
     store.close()
     store = place.open()
     assert store.noise_multipliers() == known
