@@ -21,7 +21,7 @@ from rich.text import Text
 from coordinator.observe.words import in_words
 from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
-from fedepth.errors import ProtocolError, StateError, TransportError
+from fedepth.errors import ConfigError, ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON
 from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET
 from fedepth.printable import printable, quoted, shortened
@@ -355,7 +355,9 @@ async def _export(
 ) -> dict[str, Any]:
     from coordinator.evaluations import export_fields
     from coordinator.model_worker.client import ModelWorker
+    from coordinator.store.files import LABELS
     from coordinator.store.records import Store
+    from fedepth.job_changes import refusal, settings_of
 
     store = Store.read(state, database=database, files=files)
     models = ModelWorker()
@@ -363,7 +365,13 @@ async def _export(
         kept = store.kept_rounds()
         if not kept:
             raise StateError(f"{state} holds no weights yet; start the coordinator on it first")
+        changed = [each for each in store.changed(settings_of(config)) if each.setting.startswith("model.")]
+        refused = refusal(changed, str(store.directory), accept=True)
+        if refused:
+            raise StateError(refused)
         wanted = kept[-1] if round_number is None else store.kept_round(round_number)
+        if output.is_dir() or not output.name or output.name == Path(LABELS).name:
+            raise ConfigError(f"--output: {printable(str(output))} is not the name of an ONNX file; write MODEL.onnx")
         output.parent.mkdir(parents=True, exist_ok=True)
         return await models.request("export", **export_fields(config, store, wanted, str(output)))
     finally:

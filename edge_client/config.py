@@ -22,6 +22,7 @@ remind_s = 180
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -90,10 +91,13 @@ class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remind_s: float = 180.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.first_s <= self.longest_s:
-            raise ValueError(f"first_s is {self.first_s}, but must be above 0 and at most longest_s ({self.longest_s})")
-        if not self.remind_s > 0:  # NaN, which TOML knows, is neither
-            raise ValueError(f"remind_s is {self.remind_s}, but must be above 0")
+        if not 0 < self.first_s <= self.longest_s or not math.isfinite(self.longest_s):
+            raise ValueError(
+                f"first_s is {self.first_s}, but must be above 0 and at most longest_s ({self.longest_s}), a "
+                "finite number"
+            )
+        if not 0 < self.remind_s < math.inf:  # nor NaN, which TOML knows
+            raise ValueError(f"remind_s is {self.remind_s}, but must be above 0 and finite")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

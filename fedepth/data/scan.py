@@ -209,13 +209,18 @@ def walk_folders(
     """
     _check_directory(directory, split)
     root = split_root(directory, classes or (), split)
-    known = {name for names in _FOLDERS.values() for name in names} - {name.lower() for name in classes or ()}
+    splits = {name for names in _FOLDERS.values() for name in names}
+    known = splits - {name.lower() for name in classes or ()}
+    others = {name for other, names in _FOLDERS.items() if other != split for name in names}
     beside = _folder_names(directory) if root != directory else []
     reserved = frozenset(name for name in _folder_names(root) if name.lower() in known) if root == directory else set()
     walk = Walk(root, frozenset(reserved), damage, "" if root == directory else f"{root.name}/")
     for name in beside:
-        if name != root.name and name.lower() not in known and not name.startswith("."):
+        if name != root.name and name.lower() not in others and not name.startswith("."):
             walk.leave_out("", f"{name}/", f"beside the folder {visible(root.name)}, which is read")
+    for name in sorted(reserved) if classes is None else ():
+        if not _folder_names(root / name):
+            walk.leave_out("", f"{name}/", "called as a split, and counted for a job only that has such a class")
     return walk
 
 
@@ -297,15 +302,23 @@ def _check_directory(directory: Path, split: str) -> None:
 
 
 def split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
-    """The folder with the class folders of a split.
+    """The folder with the class folders of a split. It may have the name of a class, if folders of classes are in it.
 
     Raises:
         DataError: there is none for tests.
     """
-    names = {name.lower(): name for name in reversed(_folder_names(directory)) if name not in classes}
+    called = {normalised(name) for name in classes}
+    folders = _folder_names(directory)
+    splits = {name for names in _FOLDERS.values() for name in names}
+    alone = all(name.lower() in splits or name.startswith(".") for name in folders)
+    found = {
+        name.lower(): name
+        for name in sorted(folders, key=str.swapcase, reverse=True)  # "train" before "Train"
+        if name.lower() in _FOLDERS[split] and _is_split(directory / name, called, alone=alone)
+    }
     for name in _FOLDERS[split]:
-        if name in names:
-            return directory / names[name]
+        if name in found:
+            return directory / found[name]
     if split == "test":
         raise DataError(
             f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
@@ -313,9 +326,26 @@ def split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
     return directory
 
 
+def _is_split(folder: Path, classes: set[str], *, alone: bool) -> bool:
+    """Whether a folder with the name of a split is one, and not that of a class.
+
+    Args:
+        classes: of the job, normalised; empty if they are not known.
+        alone: nothing but splits lies beside it.
+    """
+    inner = [name for name in _folder_names(folder) if not name.startswith(".")]
+    if normalised(folder.name) in classes:
+        return any(normalised(name) in classes for name in inner)
+    return alone or bool(inner) or bool(classes)
+
+
 def _folder_names(directory: Path) -> list[str]:
-    with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry))
+    """None in a directory that cannot be read, which the walk names."""
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entry.name for entry in entries if _is_folder(entry))
+    except OSError:
+        return []
 
 
 def _near_folders(directory: Path) -> list[Path]:

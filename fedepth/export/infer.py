@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from fedepth.data.decode import decode_image
 from fedepth.data.folders import IMAGE_SUFFIXES
 from fedepth.data.transforms import normalise
 from fedepth.errors import DataError, ModelError
+from fedepth.files import read_regular
 from fedepth.printable import quoted, shortened
 from fedepth.task import InputType, ModelSpec
 
+MOST_BYTES = (1 << 31) - 1  # of an ONNX file without data outside it, as protobuf has it
 AT_ONCE = 32
 # What ONNX Runtime raises; there is no base class of their own.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -93,7 +96,8 @@ def open_deployed(path: Path) -> Deployed:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        data = read_regular(path, MOST_BYTES)
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     except RUNTIME_ERRORS as error:
@@ -120,6 +124,13 @@ def open_deployed(path: Path) -> Deployed:
         preprocessing = msgspec.json.decode(told.get("preprocessing", "false"), type=bool)
     except (ValueError, msgspec.MsgspecError) as error:
         raise ModelError(f"{path}: its metadata cannot be read: {first_line(error)}; export it again") from None
+    if len(session.get_outputs()) != 1 or len(session.get_inputs()) != 1:
+        raise ModelError(
+            f"{path} has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, an export of "
+            "fedepth has one of each: it was changed after the export; export it again"
+        )
+    if spec.input_type is InputType.FLOAT and not _can_be_normalised(spec):
+        raise ModelError(f"{path}: its metadata have no mean and std for each channel; export it again")
     (given,), (taken,) = session.get_outputs(), session.get_inputs()
     if list(given.shape[1:]) != [len(spec.classes)] or tuple(taken.shape[1:]) != spec.input_shape:
         raise ModelError(
@@ -139,10 +150,22 @@ def open_deployed(path: Path) -> Deployed:
     )
 
 
+def _can_be_normalised(spec: ModelSpec) -> bool:
+    channels = spec.input_shape[0] if spec.input_shape else 0
+    finite = all(math.isfinite(value) for value in (*spec.mean, *spec.std))
+    return len(spec.mean) == len(spec.std) == channels and finite and all(spec.std)
+
+
 def probabilities(model: Deployed, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """(N, classes) for images of shape (N, C, H, W), 0..255."""
     inputs = images if model.preprocessing else normalise(images, model.spec)
-    outputs = model.session.run([model.output_name], {model.input_name: inputs})[0].astype(np.float64)
+    try:
+        outputs = model.session.run([model.output_name], {model.input_name: inputs})[0].astype(np.float64)
+    except RUNTIME_ERRORS as error:
+        raise ModelError(
+            f"{model.path} cannot be run on {len(images)} images at once: {first_line(error)}; if it was changed after "
+            "the export, export it again"
+        ) from None
     if model.probabilities:
         return np.asarray(outputs)
     powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))

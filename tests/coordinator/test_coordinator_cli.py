@@ -14,7 +14,8 @@ import pytest
 from coordinator.cli import _event, _tables, describe, read_record
 from coordinator.store.records import RoundRecord, Store
 from fedepth.errors import ProtocolError
-from fedepth.job import model_spec
+from fedepth.job import load_config, model_spec
+from fedepth.job_changes import settings_of
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,6 +92,36 @@ def test_record_shows_rounds_and_stages(tmp_path: Path, kit: Any) -> None:
     table = run("record", "--state", str(tmp_path)).stdout
     assert "87.50%" in table
     assert "board a" in table
+
+
+def test_an_export_of_another_jobs_file_is_refused(tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(
+        '[job]\nname = "demo"\nrounds = 1\ndevices_per_round = 1\n'
+        '[model]\nname = "digits-cnn"\nclasses = 10\ninput_shape = [1, 8, 8]\n'
+        "[training]\nbatch = 8\nlocal_epochs = 1\nlearning_rate = 0.1\n"
+    )
+    config = load_config(job)
+    store = Store.open(tmp_path / "state", "demo", model_spec(config), settings=settings_of(config))
+    partial = tmp_path / "state" / "weights" / "new.partial"
+    partial.write_bytes(b"x")
+    sealed = store.seal_weights(partial, 0)
+    store.record_round(RoundRecord(0, sealed.digest, sealed.size_bytes, 0.0, 0, 0))
+    store.close()
+    export = ("export", "--state", str(tmp_path / "state"), "--config", str(job), "--output")
+    for old, new in (
+        ("classes = 10", "classes = 9"),
+        ("[1, 8, 8]", "[1, 8, 8]\nmean = [0.5]"),
+        ("digits-cnn", "vit-tiny"),
+    ):
+        text = job.read_text()
+        job.write_text(text.replace(old, new))
+        told = run(*export, str(tmp_path / "m.onnx"))
+        assert (told.returncode, "which a job keeps: put the old value" in told.stderr) == (1, True), told.stderr
+        job.write_text(text)
+    for name in (".", "labels.txt"):
+        told = run(*export, str(tmp_path / name))
+        assert (told.returncode, "is not the name of an ONNX file" in told.stderr) == (1, True), told.stderr
 
 
 def test_an_event_is_told_in_lines() -> None:

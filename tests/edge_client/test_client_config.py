@@ -54,6 +54,8 @@ def test_defaults() -> None:
             "coordinator: 'host:70000' is not an address that can be used: the port",
         ),
         ("[retry]\nfirst_s = 500", "retry.first_s is 500"),
+        ("[retry]\nlongest_s = inf", "must be above 0 and at most longest_s (inf), a finite number"),
+        ("[retry]\nremind_s = inf", "remind_s is inf, but must be above 0 and finite"),
         ("memory = [", "is not valid TOML"),
     ],
 )

@@ -6,6 +6,7 @@ A further case is a row of one of the tables.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,19 @@ def foreign(path: Path, **metadata: str) -> None:
     onnx.save(model, path)
 
 
+def with_second_output(path: Path, good: Path) -> None:
+    model = onnx.load(good)
+    model.graph.output.append(helper.make_tensor_value_info(model.graph.node[0].output[0], TensorProto.FLOAT, None))
+    onnx.save(model, path)
+
+
+def with_batch(path: Path, good: Path, batch: int) -> None:
+    """As a tool makes it that wants fixed shapes."""
+    model = onnx.load(good)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, path)
+
+
 TOLD = {"job": "j", "classes": '["a", "b"]', "input_shape": "[2]", "mean": "[0, 0]", "std": "[1, 1]"}
 NO_MODELS: list[tuple[str, Callable[[Path, Path], object], str]] = [
     ("missing", lambda path, _: None, "cannot be read: No such file"),
@@ -195,6 +209,11 @@ NO_MODELS: list[tuple[str, Callable[[Path, Path], object], str]] = [
     ("odd classes", lambda path, _: foreign(path, **{**TOLD, "classes": "[1"}), "metadata cannot be read"),
     ("odd type", lambda path, _: foreign(path, **TOLD, input_type="sound"), "metadata cannot be read: 'sound'"),
     ("odd count", lambda path, _: foreign(path, **{**TOLD, "classes": '["a"]'}), "1 classes, its graph of .* and 2"),
+    ("no deviation", lambda path, _: foreign(path, **{**TOLD, "std": "[0, 1]"}), "no mean and std for each channel"),
+    ("one mean short", lambda path, _: foreign(path, **{**TOLD, "mean": "[0]"}), "no mean and std for each channel"),
+    ("a second output", lambda path, good: with_second_output(path, good), "has 1 inputs and 2 outputs"),
+    ("one image at a time", lambda path, good: with_batch(path, good, 3), "cannot be run on 1 images at once"),
+    ("a pipe", lambda path, _: os.mkfifo(path), "cannot be read: is not a regular file"),
     (
         "vectors",
         lambda path, _: foreign(path, **TOLD),

@@ -389,3 +389,47 @@ def test_the_share_is_checked_where_it_is_set() -> None:
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match=r"most_damaged is .* but must be between 0 and 1"):
             load(None, {"most_damaged": share})
+
+
+# what lies there, classes of the job (None: not known yet), split, images by class
+SPLITS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None, str, tuple[int, ...]]] = {
+    "a class called as the split that it lies in": (
+        ("train/bus/1.png", "train/bus/2.png", "train/train/3.png"),
+        ("bus", "train"),
+        "train",
+        (2, 1),
+    ),
+    "the same before the job is known": (("train/bus/1.png", "train/train/3.png"), None, "train", (1, 1)),
+    "a class called test in the test split": (
+        ("train/ok/1.png", "test/ok/1.png", "test/test/2.png"),
+        ("ok", "test"),
+        "test",
+        (1, 1),
+    ),
+    "classes without splits, one called train": (("train/1.png", "bus/1.png"), ("train", "bus"), "train", (1, 1)),
+    "its images lie deeper": (("train/2026/1.png", "bus/1.png"), ("train", "bus"), "train", (1, 1)),
+    "classes called as all splits": (
+        ("ok/1.png", "test/2.png", "val/1.png"),
+        ("ok", "test", "val"),
+        "train",
+        (1, 1, 1),
+    ),
+    "the others before the job is known": (("train/1.png", "bus/1.png", "car/1.png"), None, "train", (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_a_split_is_told_from_a_class_of_its_name(tmp_path: Path, case: str) -> None:
+    names, classes, split, counts = SPLITS[case]
+    put(tmp_path, dict.fromkeys(names, IMAGE))
+    assert scan(tmp_path, classes, split).class_counts == counts
+
+
+def test_what_may_be_a_class_and_is_not_read_is_said(tmp_path: Path) -> None:
+    put(tmp_path, dict.fromkeys(("train/a/1.png", "Train/a/2.png", "training/a/3.png"), IMAGE))
+    (row,) = scan(tmp_path, None).left_out
+    assert (row.count, row.example, row.reason) == (2, "Train/", "beside the folder 'train', which is read")
+    (tmp_path / "flat").mkdir()
+    put(tmp_path / "flat", dict.fromkeys(("cat/1.png", "dog/1.png", "test/1.png"), IMAGE))
+    (row,) = scan(tmp_path / "flat", None).left_out
+    assert (row.example, row.reason) == ("test/", "called as a split, and counted for a job only that has such a class")
