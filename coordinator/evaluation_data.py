@@ -13,11 +13,13 @@ from pathlib import Path
 import msgspec
 
 from fedepth.child import module_argv, run_child
+from fedepth.data.damage import MOST_DAMAGED, check_share
 from fedepth.errors import DataError, FedepthError
 from fedepth.files import disk_errors
 from fedepth.task import ModelSpec
 
 DECODED = 8  # samples that are read, spread over all of them
+AT_ONCE = 64
 
 LOOK_ARGV = module_argv("coordinator.evaluation_data")
 
@@ -28,6 +30,7 @@ class Request:
 
     data: str
     model: ModelSpec
+    most_damaged: float = MOST_DAMAGED
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,27 @@ class Answer:
     """What the data is, or in `problem` why it cannot be used.
 
     Attributes:
-        class_counts: samples of each class, in label order.
+        class_counts: samples of each class, in label order; damaged ones not among them, if any was met.
+        damaged: how many files cannot be read; 0 where the few that were read are all sound.
+        example: what is wrong with one.
     """
 
     class_counts: tuple[int, ...] = ()
+    damaged: int = 0
+    example: str = ""
     problem: str = ""
 
 
 def look(request: Request) -> Answer:
-    """Opens the data, counts the samples of every class, and reads a few."""
+    """Opens the data, counts the samples of every class, and reads a few; all, where one of these is damaged."""
     try:
         with disk_errors("the test data cannot be read", Path(request.data)):
-            return Answer(_counts(request))
+            return _counts(request)
     except FedepthError as error:
         return Answer(problem=str(error))
 
 
-def _counts(request: Request) -> tuple[int, ...]:
+def _counts(request: Request) -> Answer:
     import numpy as np
 
     from fedepth.data.read import DIGITS, open_images, read_sound
@@ -60,10 +67,19 @@ def _counts(request: Request) -> tuple[int, ...]:
     if len(images) == 0:
         raise DataError(f"{request.data} holds no test samples")
     chosen = np.linspace(0, len(images) - 1, min(DECODED, len(images))).astype(np.int64)
-    _, sound, errors = read_sound(images, chosen)
-    if not len(sound):
-        raise errors[0]
-    return tuple(np.bincount(images.labels, minlength=len(request.model.classes)).tolist())
+    damaged: dict[int, str] = {}
+    if not read_sound(images, chosen)[2]:
+        sound = images.labels
+    else:
+        kept = []
+        for start in range(0, len(images), AT_ONCE):
+            _, readable, errors = read_sound(images, np.arange(start, min(start + AT_ONCE, len(images))))
+            kept.append(images.labels[readable])
+            damaged.update((len(damaged) + number, str(error)) for number, error in enumerate(errors))
+        sound = np.concatenate(kept)
+        check_share(len(sound), len(damaged), request.most_damaged, damaged, "[test] most_damaged")
+    counts = np.bincount(sound, minlength=len(request.model.classes)).tolist()
+    return Answer(tuple(counts), len(damaged), damaged.get(0, ""))
 
 
 def main() -> None:

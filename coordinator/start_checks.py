@@ -115,10 +115,14 @@ async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) 
         return Findings()  # it is told when the model is prepared
     if config.test_data == DIGITS:
         return _digits(spec)
-    answer = await _ask(Request(config.test_data, spec), argv)
+    answer = await _ask(Request(config.test_data, spec, config.most_damaged), argv)
     if answer.problem:
         return Findings((f"[test] data: {answer.problem}",))
-    return _told(config.test_data, answer.class_counts, spec.classes)
+    found = _told(config.test_data, answer.class_counts, spec.classes)
+    if not answer.damaged:
+        return found
+    warning = f"[test] data: {answer.damaged} files are damaged and left out, such as: {answer.example}"
+    return Findings(found.problems, (*found.warnings, warning), found.facts)
 
 
 def _digits(spec: ModelSpec) -> Findings:

@@ -50,6 +50,13 @@ def images(folder: Path, **counts: int) -> None:
             Image.new("L", (8, 8), number).save(folder / "test" / name / f"{number}.png")
 
 
+def spoil(folder: Path, damaged: int, **counts: int) -> None:
+    images(folder, **counts)
+    for number in range(damaged):
+        file = folder / "test" / "cat" / f"{number}.png"
+        file.write_bytes(b"\x89PNG and no more")
+
+
 def idx(folder: Path, labels: list[int], shape: tuple[int, ...] = (8, 8)) -> None:
     write_idx(folder / f"t10k-images-idx{1 + len(shape)}-ubyte", np.zeros((len(labels), *shape), np.uint8))
     write_idx(folder / "t10k-labels-idx1-ubyte", np.array(labels, np.uint8))
@@ -72,6 +79,8 @@ DATA: dict[str, tuple[Callable[[Path], object], tuple[int, ...], str]] = {
     "another class": (lambda folder: images(folder, cat=1, cow=1), (), "cow"),
     "a label beyond the classes": (lambda folder: idx(folder, [0, 3]), (), "labels 3; the job has the 3 classes"),
     "a file of IDX that is cut short": (cut_short, (), "is damaged"),
+    "half of it damaged": (lambda folder: spoil(folder, 2, cat=2, dog=2), (), "2 of 4 image files are damaged (50%)"),
+    "a little of it damaged": (lambda folder: spoil(folder, 1, cat=20, dog=20), (19, 20, 0), ""),
 }
 
 
@@ -233,5 +242,5 @@ def test_a_full_disk_is_told_before_the_model_is_prepared(tmp_path: Path, monkey
 
 
 def test_answers_travel() -> None:
-    answer = Answer((1, 2), "")
+    answer = Answer((1, 2), 1, "x.png is empty")
     assert msgspec.json.decode(msgspec.json.encode(answer), type=Answer) == answer
