@@ -199,8 +199,8 @@ def classify(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[P
 
 
 def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
-    """The files that are meant, folders with all images below them; and how many files in folders are left out, by
-    suffix.
+    """The files that are meant, folders with all images below them; and how many in folders are left out, by
+    suffix or what they are.
 
     Raises:
         DataError: one of them does not exist, or there is no image among them.
@@ -213,9 +213,13 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
         if not path.is_dir():
             found.append(path)
             continue
-        for file in sorted(each for each in path.rglob("*") if each.is_file()):
-            if file.name.startswith("."):
+        for file in sorted(each for each in path.rglob("*") if not each.is_dir() or each.is_symlink()):
+            if any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts):
                 left_out["hidden"] += 1
+            elif file.is_dir():
+                left_out["links to folders"] += 1
+            elif not file.is_file():
+                left_out["no regular files"] += 1
             elif file.suffix.lower() in IMAGE_SUFFIXES:
                 found.append(file)
             else:
