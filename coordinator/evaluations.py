@@ -56,7 +56,7 @@ class Evaluations:
             return
         found = await self.evaluate(record.round, weights)
         if found is not None:
-            self._store.set_evaluation(record.round, found.accuracy, found.loss)
+            await asyncio.to_thread(self._store.set_evaluation, record.round, found.accuracy, found.loss)
             self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
 
     def _is_due(self, record: RoundRecord, in_force: RoundRecord) -> bool:

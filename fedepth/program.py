@@ -30,6 +30,7 @@ from typing import IO, Any, NoReturn
 
 from fedepth import __version__
 from fedepth.errors import ConfigError, FedepthError
+from fedepth.files import user_folder
 from fedepth.printable import PLAIN, printable, quoted
 
 OK, FAILED, USAGE, BUG = 0, 1, 2, 70
@@ -317,9 +318,8 @@ def _kept(report: str, folder: Path | None) -> Path | None:
 def _report_folders(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield folder / "bugs"
-    base = os.environ.get("XDG_STATE_HOME", "")
-    with contextlib.suppress(RuntimeError):  # no home
-        yield (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "fedepth" / "bugs"
+    with contextlib.suppress(FedepthError):  # no home
+        yield user_folder("XDG_STATE_HOME", ".local/state", "set HOME") / "fedepth" / "bugs"
     with contextlib.suppress(OSError):  # no folder for temporary files
         yield Path(tempfile.gettempdir()) / f"fedepth-bugs-{os.geteuid()}"
 

@@ -222,7 +222,7 @@ class Store(RoundStore, TaskStore):
     def take_over(self, model: ModelSpec, settings: Settings, changed: Sequence[Change]) -> int:
         """Records the settings that hold from now on, and what they change. Returns the first round that they hold for.
 
-        Nothing is asked here: see `fedepth.job_changes.check_changes`.
+        Nothing is asked here: see `fedepth.job_changes.refusal`.
         """
         latest = self.latest_round()
         first = 1 if latest is None else latest.round + 1

@@ -276,8 +276,12 @@ def _headroom(
     stat = dict(re.findall(r"^(\w+) ([0-9]{1,19})$", _read(folder / "memory.stat") or "", re.MULTILINE | re.ASCII))
     current = _number(folder / usage)
     if current is None:
-        doubts.append(f"{_shown(folder / usage)} cannot be read: what is used under that limit is not known")
-        current = 0
+        # All of it may be in use, and a budget must not be larger than what is there.
+        doubts.append(
+            f"{_shown(folder / usage)} cannot be read: what is used under that limit is not known, and nothing there "
+            "is taken to be free"
+        )
+        return MemoryLimit(origin, 0, limit)
     used = max(0, current - min(current, int(stat.get(cached, 0))))
     return MemoryLimit(origin, max(0, limit - used), limit)
 

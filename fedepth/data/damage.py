@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 
 from fedepth.errors import DataError
-from fedepth.files import NOT_JSON, write_atomically
+from fedepth.files import NOT_JSON, read_regular, write_atomically
 
 MOST_DAMAGED = 0.05
+MOST_BYTES = 1 << 28  # of either file: the keys of 33 million files
 _SHOWN = 3
 
 
@@ -46,7 +47,7 @@ class Damage:
 def load_damage(path: Path) -> Damage:
     """The record at `path`; an empty one if there is none that can be read, since it can be made again."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Damage)
+        return msgspec.json.decode(read_regular(path, MOST_BYTES), type=Damage)
     except (OSError, *NOT_JSON):
         return Damage()
 
@@ -69,7 +70,7 @@ def load_sound(path: Path) -> array[int]:
     """The keys of the sound files, rising; none if they cannot be read."""
     sound: array[int] = array("Q")
     try:
-        sound.frombytes(_sound_path(path).read_bytes())
+        sound.frombytes(read_regular(_sound_path(path), MOST_BYTES))
     except (OSError, ValueError):
         return array("Q")
     if sys.byteorder == "big":

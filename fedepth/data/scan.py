@@ -160,15 +160,15 @@ def find_folders(
         DataError: there are no images, or folders with images that are not classes of the job.
     """
 
-    def collect(pictures: Iterator[Picture]) -> dict[str, list[Path]]:
+    def collect(pictures: Iterator[Picture]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}
         for picture in pictures:
             files.setdefault(picture.name, []).append(picture.path)
-        root = split_root(directory, classes or (), split)
-        return {name: [root / path for path in sorted(paths)] for name, paths in files.items()}
+        return files
 
-    none: list[Path] = []
-    return _by_class(directory, classes, split, damage, collect, none)[0]
+    none: list[str] = []
+    found, walk = _by_class(directory, classes, split, damage, collect, none)
+    return {name: [walk.root / path for path in sorted(paths)] for name, paths in found.items()}
 
 
 def _by_class(

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -108,3 +109,19 @@ def data(tmp_path: Path) -> Path:
         for number in range(count):
             (folder / "train" / name / f"{number}.png").write_bytes(PICTURE)
     return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path, data: Path) -> Any:
+    from tests.edge_client.bench import Bench  # which needs this module
+
+    return Bench(tmp_path, data)
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> Any:
+    from tests.edge_client.bench import FakeTransport
+
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    return FakeTransport(weights, [])

@@ -30,24 +30,12 @@ from edge_client.transport import (
 )
 from fedepth.errors import DiskError, FedepthError, TransportError
 from fedepth.task import DeviceReport, Failure, Outcome, Result, Task
+from tests.edge_client.bench import OK, Bench, FakeTransport, MakeTask
 from tests.edge_client.conftest import PICTURE
 from tests.edge_client.faults import Disk
-from tests.edge_client.test_agent import OK, Bench, FakeTransport, MakeTask
 
 MakeResult = Callable[..., tuple[Result, Path]]
 NO_ROOM = DiskError("outbox has 12.0 MiB free")
-
-
-@pytest.fixture
-def bench(tmp_path: Path, data: Path) -> Bench:
-    return Bench(tmp_path, data)
-
-
-@pytest.fixture
-def transport(tmp_path: Path) -> FakeTransport:
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"weights")
-    return FakeTransport(weights, [])
 
 
 @dataclass

@@ -16,22 +16,10 @@ from edge_client.transport import Answer, Rejected
 from fedepth.data.damage import load_damage
 from fedepth.errors import ChildError, DataError
 from fedepth.task import DeviceReport, Outcome
+from tests.edge_client.bench import OK, Bench, FakeTransport, MakeTask
 from tests.edge_client.conftest import PICTURE
-from tests.edge_client.test_agent import OK, Bench, FakeTransport, MakeTask
 
 DAMAGED_INSIDE = {"do": "fail", "outcome": "data", "damaged": True}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, data: Path) -> Bench:
-    return Bench(tmp_path, data)
-
-
-@pytest.fixture
-def transport(tmp_path: Path) -> FakeTransport:
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"weights")
-    return FakeTransport(weights, [])
 
 
 def rot(path: Path) -> None:

@@ -71,7 +71,7 @@ KERNELS: dict[str, tuple[dict[str, str | bytes], int, str]] = {
     "a word": (in_cgroup("plenty\x1b[2J\n"), AVAILABLE, r"says 'plenty\x1b[2J', which is no limit"),
     "a huge limit": (in_cgroup("9" * 400), AVAILABLE, "which is no limit"),
     "an odd limit beside a good one": (in_cgroup("x\n", memory_high=f"{MIB}\n"), MIB, "job/memory.max says 'x'"),
-    "use that is not known": (in_cgroup(f"{MIB}\n", "?\n"), MIB, "what is used under that limit is not known"),
+    "use that is not known": (in_cgroup(f"{MIB}\n", "?\n"), 0, "what is used under that limit is not known"),
     "more cache than use": (in_cgroup(f"{MIB}\n", "5\n", memory_stat=f"inactive_file {9 * MIB}\n"), MIB, ""),
     "an odd stat": (in_cgroup(f"{MIB}\n", "5\n", memory_stat="inactive_file -3\n\n inactive_file\n"), MIB - 5, ""),
     "a folder where a file should be": (
@@ -81,18 +81,23 @@ KERNELS: dict[str, tuple[dict[str, str | bytes], int, str]] = {
     ),
     "a blank in the mount point": (
         in_cgroup("max")
-        | {"proc/self/mountinfo": V2.replace("fs/cgroup", "my\\040fs"), "sys/my fs/job/memory.max": "9"},
-        9,
-        "what is used under that limit is not known",
+        | {
+            "proc/self/mountinfo": V2.replace("fs/cgroup", "my\\040fs"),
+            "sys/my fs/job/memory.max": "9",
+            "sys/my fs/job/memory.current": "1",
+        },
+        8,
+        "",
     ),
     "a mount point that is no text": (
         in_cgroup("max")
         | {
             "proc/self/mountinfo": V2.encode().replace(b"fs/cgroup", b"\xff"),
             os.fsdecode(b"sys/\xff/job/memory.max"): "9",
+            os.fsdecode(b"sys/\xff/job/memory.current"): "1",
         },
-        9,
-        "what is used under that limit is not known",
+        8,
+        "",
     ),
     "another container's hierarchy mounted first": (
         in_cgroup(f"{MIB}\n")
