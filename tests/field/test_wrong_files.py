@@ -20,6 +20,7 @@ from edge_client.identity import device_id, recall
 from edge_client.outbox import Entry, Outbox
 from fedepth.cli import _calibration
 from fedepth.costs import Calibration
+from fedepth.data.damage import Damage, load_damage, load_sound
 from fedepth.errors import FedepthError
 from fedepth.files import WrongFileError, file_digest, open_regular, read_regular
 from fedepth.models.traced import read_costs
@@ -75,6 +76,14 @@ def test_a_reader_refuses_at_once(tmp_path: Path, reader: str, kind: Callable[[P
 def test_what_was_learnt_is_learnt_again(tmp_path: Path, kind: Callable[[Path], None]) -> None:
     kind(tmp_path / "calibration.json")
     assert recall(tmp_path / "calibration.json", Calibration) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_checked_is_checked_again(tmp_path: Path, kind: Callable[[Path], None]) -> None:
+    for name in ("data-check", "data-check.sound"):
+        kind(tmp_path / name)
+    assert load_damage(tmp_path / "data-check") == Damage()
+    assert not load_sound(tmp_path / "data-check")
 
 
 @pytest.mark.parametrize("kind", KINDS)
