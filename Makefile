@@ -20,6 +20,7 @@ proto: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
 
 .venv/installed: pyproject.toml
+	@echo "installing into .venv: some minutes and 6 GB the first time, most of it torch"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
