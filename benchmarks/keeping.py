@@ -18,6 +18,7 @@ from edge_client.trainer import process
 from edge_client.trainer.protocol import TrainRequest
 from fedepth.estimate import peak
 from fedepth.training.session import Known, run
+from fedepth.training.warmup import start
 
 
 class Counting(process.Lines):
@@ -44,7 +45,7 @@ def main() -> None:
     peak.KEPT_SHARE, peak.KEPT_BYTES = share, allowed_bytes
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainRequest)
     device = torch.device("cpu")
-    process.start(device)
+    start(device)
     lines = Counting(request.budget.budget_bytes)
     result = run(process.assignment(request), lines, device, Known())
     told = {

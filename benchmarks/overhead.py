@@ -39,7 +39,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_task import prepare
-from edge_client.allocators import available, environment
 from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
 from edge_client.trainer.client import TrainerProcess
@@ -47,6 +46,7 @@ from edge_client.trainer.protocol import Done, Event, Rehearsing, TrainRequest
 from fedepth.child import module_argv
 from fedepth.errors import FedepthError
 from fedepth.estimate.peak import needed_bytes, training_step
+from fedepth.memory.environment import available, environment
 from fedepth.plan import CachePlace, CacheType, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.sizes import format_size

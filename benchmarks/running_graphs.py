@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.models import spec_of
-from edge_client.allocators import environment
+from fedepth.memory.environment import environment
 from fedepth.models import zoo
 from fedepth.models.export import export_model
 from fedepth.models.run import Model

@@ -37,9 +37,9 @@ from rich.table import Table
 
 from benchmarks.bench_task import prepare
 from benchmarks.overhead import SPEC, TRAINING, Lab
-from edge_client.allocators import environment
 from fedepth.child import module_argv
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE
+from fedepth.memory.environment import environment
 from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size

@@ -122,17 +122,11 @@ def check_norms(norms: Norms, others: Sequence[Norms]) -> None:
     Raises:
         UpdateError: it goes too far ("norm").
     """
-    from fedepth.aggregation.norms import FACTORS, norm_bound
+    from fedepth.aggregation.norms import too_far
 
-    for kind in FACTORS:
-        bound = norm_bound([each.of(kind) for each in others], kind)
-        if bound is not None and norms.of(kind) > bound:
-            raise UpdateError(
-                "norm",
-                f"its {kind} change by {norms.of(kind):.3g} of their size in a step, "
-                f"{norms.of(kind) / bound:.1f} times what the "
-                f"{len(others)} other updates of the round allow ([guard] learn_norms)",
-            )
+    why = too_far(norms, others)
+    if why:
+        raise UpdateError("norm", why)
 
 
 def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> None:

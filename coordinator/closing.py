@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coordinator.evaluations import Evaluations
 from coordinator.long_work import LongWork
 from coordinator.observe.events import Events
-from coordinator.soundness import objection
 from coordinator.store.entries import RoundRecord, Sealed, finite
 from coordinator.store.records import Store, Summary
+from fedepth.aggregation.combine import Paths, combine
 from fedepth.errors import DamagedUpdateError, NotFiniteError, StateError, UnavailableError
-from fedepth.files import disk_errors
 from fedepth.job import aggregation_rule, training_spec
 from fedepth.job_sections import JobConfig
+from fedepth.rounds.soundness import objection
 from fedepth.task import Result
 
 DAMAGED_TRIES = 3  # of a disk that changes what it holds while it is read
-
-Paths = Callable[[Result], tuple[Path, ...]]
 
 
 class Closing:
@@ -112,7 +110,16 @@ class Closing:
             if not sound:
                 break
             try:
-                notes = combine(self._config, base, base_digest, sound, paths, self._parameters, output)
+                notes = combine(
+                    aggregation_rule(self._config),
+                    training_spec(self._config, 1),
+                    base,
+                    sound,
+                    paths,
+                    output,
+                    parameters=self._parameters,
+                    base_digest=base_digest,
+                )
             except NotFiniteError as error:
                 return sound, str(error)
             except DamagedUpdateError as error:
@@ -174,49 +181,3 @@ class Closing:
             self._events.send("not_published", round=record.round, reason=record.note, devices=devices)
         if record.accuracy is not None:
             self._events.send("evaluated", round=record.round, accuracy=record.accuracy, loss=record.loss)
-
-
-def combine(
-    config: JobConfig,
-    base: Path,
-    base_digest: str,
-    results: Sequence[Result],
-    paths: Paths,
-    parameters: frozenset[str],
-    output: Path,
-) -> list[str]:
-    """Writes what the job's rule makes of updates to `output`, and returns what there is to tell of it.
-
-    Raises:
-        NotFiniteError: a new value would be no finite number; nothing is written.
-        DiskError: it cannot be written now.
-        StateError: an update does not fit the weights, or the weights are damaged.
-    """
-    # numpy: only when there is something to combine
-    from fedepth.aggregation.aggregate import aggregate
-    from fedepth.aggregation.updates import ClientUpdate
-
-    training = training_spec(config, 1)
-    updates = [
-        ClientUpdate(
-            paths(result),
-            float(result.sample_count),
-            tuple(part.digest for part in result.parts),
-            result.steps(training),
-        )
-        for result in results
-    ]
-    with disk_errors("the average cannot be written", output):
-        told = aggregate(
-            base, updates, output, aggregation_rule(config), parameters=parameters, base_digest=base_digest
-        )
-    names = [result.device_id for result in results]
-    notes = [
-        f"the {each.kind} of {names[each.update]} changed by {each.change:.3g}, and count as if by {each.bound:.3g}"
-        for each in told.clipped
-    ]
-    if told.left_out:
-        notes.append(f"left out, being far from the others: {', '.join(names[index] for index in told.left_out)}")
-    if told.unjudged:
-        notes.append(f"taken without being judged, for want of others: {', '.join(names[i] for i in told.unjudged)}")
-    return [*notes, *told.notes]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from coordinator.round_events import RoundDone, Tick
-from coordinator.rounds import Phase
 from fedepth.errors import JobError, StateError, UnavailableError
+from fedepth.rounds.events import RoundDone, Tick
+from fedepth.rounds.machine import Phase
 
 if TYPE_CHECKING:
     from coordinator.job import Job

@@ -10,12 +10,12 @@ from typing import Any
 from coordinator.long_work import LongWork
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events
-from coordinator.soundness import Evaluation
 from coordinator.store.entries import RoundRecord
 from coordinator.store.records import Store
 from fedepth.errors import ChildError, FedepthError, StateError, UnavailableError
 from fedepth.job import model_spec
 from fedepth.job_sections import JobConfig
+from fedepth.rounds.soundness import Evaluation
 
 TRIES = 3  # of what the model worker died of
 

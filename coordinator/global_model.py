@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from coordinator.closing import Closing, Paths
+from coordinator.closing import Closing
 from coordinator.evaluations import Evaluations
 from coordinator.long_work import LongWork
 from coordinator.model_worker.client import Models
@@ -18,6 +18,7 @@ from coordinator.observe.events import Events
 from coordinator.soundness import pause
 from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord
 from coordinator.store.records import Store
+from fedepth.aggregation.combine import Paths
 from fedepth.errors import StateError, UnavailableError
 from fedepth.job import model_spec, training_spec
 from fedepth.job_sections import JobConfig

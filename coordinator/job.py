@@ -14,15 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator import rounds
 from coordinator.course import Course
 from coordinator.fleet import Fleet
 from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.plans import Plans
-from coordinator.presence import Presence
-from coordinator.round_events import (
+from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
+from coordinator.uploads import Uploads
+from fedepth.errors import UnavailableError, UpdateError
+from fedepth.job import model_spec, policy, training_spec
+from fedepth.job_sections import JobConfig
+from fedepth.models.traced import read_costs
+from fedepth.plan import Plan
+from fedepth.printable import shortened
+from fedepth.rounds import machine
+from fedepth.rounds.events import (
     Action,
     Asked,
     EndTask,
@@ -34,15 +41,8 @@ from coordinator.round_events import (
     TaskFailed,
     Tick,
 )
-from coordinator.rounds import Phase
-from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
-from coordinator.uploads import Uploads
-from fedepth.errors import UnavailableError, UpdateError
-from fedepth.job import model_spec, policy, training_spec
-from fedepth.job_sections import JobConfig
-from fedepth.models.traced import read_costs
-from fedepth.plan import Plan
-from fedepth.printable import shortened
+from fedepth.rounds.machine import Phase
+from fedepth.rounds.presence import Presence
 from fedepth.sizes import format_size
 from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 
@@ -50,11 +50,11 @@ _MOST_SHOWN = 80  # characters of a name
 SPARE_BYTES = 64 << 20  # of the disk, for the record and what else is written
 
 _STANDINGS = {
-    "given": rounds.Standing.OPEN,
-    "accepted": rounds.Standing.OPEN,  # that its update is recorded is known from the update
-    "lost": rounds.Standing.EXPIRED,
-    "failed": rounds.Standing.FAILED,
-    "refused": rounds.Standing.FAILED,
+    "given": machine.Standing.OPEN,
+    "accepted": machine.Standing.OPEN,  # that its update is recorded is known from the update
+    "lost": machine.Standing.EXPIRED,
+    "failed": machine.Standing.FAILED,
+    "refused": machine.Standing.FAILED,
 }
 # What a device would run into again with the same task, whatever else it does.
 _FINAL = {Outcome.DIVERGED, Outcome.MODEL}
@@ -106,7 +106,7 @@ class Job:
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
         self.presence = Presence(config.job.lease_s)
         self._recorded = set(store.accepted_ids(self.weights.record.round + 1))
-        self.facts = rounds.Facts(self._recorded, self.presence)
+        self.facts = machine.Facts(self._recorded, self.presence)
         self.state = self._restored()
         self.uploads = Uploads(
             store,
@@ -118,9 +118,9 @@ class Job:
             config.guard.learn_norms and config.privacy is None,  # under which nothing may depend on other updates
         )
 
-    def _restored(self) -> rounds.State:
+    def _restored(self) -> machine.State:
         job, finished = self.config.job, self.weights.record.round
-        rules = rounds.Rules(
+        rules = machine.Rules(
             rounds=job.rounds,
             devices_per_round=job.devices_per_round,
             quorum=job.needed,
@@ -131,7 +131,7 @@ class Job:
             task_prefix=self.store.run_id,
         )
         kept = self._assignments(finished + 1)
-        return rounds.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
+        return machine.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
 
     @property
     def graph_digest(self) -> str:
@@ -144,7 +144,7 @@ class Job:
 
     def accepts(self, task_id: str) -> bool:
         """Whether an update for this task would count now."""
-        return rounds.accepts(self.state, self.facts, task_id)
+        return machine.accepts(self.state, self.facts, task_id)
 
     # --- what devices do
 
@@ -200,7 +200,7 @@ class Job:
         if state.phase is Phase.PAUSED:
             return f"the job is paused: {state.why}"
         if state.phase is Phase.GATHERING:
-            return rounds.waits_for(state, self.facts, self._clock(), least=1)  # the one that asks
+            return machine.waits_for(state, self.facts, self._clock(), least=1)  # the one that asks
         if state.phase is Phase.TRAINING:
             return f"round {state.round} is in work"
         return f"round {state.round} is being closed"
@@ -227,7 +227,7 @@ class Job:
         task = self.state.tasks.get(task_id)
         if task is not None:
             self.presence.see(task.device_id, self._clock())
-            if task.standing is rounds.Standing.EXPIRED:
+            if task.standing is machine.Standing.EXPIRED:
                 self._follow(Progressed(task_id, self._clock()))
 
     async def commit(self, result: Result) -> int:
@@ -339,7 +339,7 @@ class Job:
         """
         if self._doubtful:
             self._read_again()
-        state, actions = rounds.step(self.state, event, self.facts)
+        state, actions = machine.step(self.state, event, self.facts)
         given = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
         ended = [
             EndedTask(action.task_id, action.status, action.reason, action.message)
@@ -366,12 +366,12 @@ class Job:
         recorded, tasks = self.store.accepted_ids(number), self._assignments(number)
         self._recorded.clear()
         self._recorded.update(recorded)
-        self.state = rounds.taken_over(self.state, tasks, self._clock())
+        self.state = machine.taken_over(self.state, tasks, self._clock())
         self._doubtful = False
 
-    def _assignments(self, number: int) -> list[rounds.Assignment]:
+    def _assignments(self, number: int) -> list[machine.Assignment]:
         return [
-            rounds.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
+            machine.Assignment(task.task_id, task.device_id, task.attempt, _STANDINGS[task.status])
             for task in self.store.tasks_of(number)
         ]
 
@@ -482,7 +482,7 @@ class Job:
     def _why_nothing_happens(self) -> str:
         if self.state.phase is not Phase.GATHERING:
             return ""
-        return rounds.waits_for(self.state, self.facts, self._clock())
+        return machine.waits_for(self.state, self.facts, self._clock())
 
     def state_event(self) -> str:
         return encode_event("state", self.status())
@@ -492,5 +492,5 @@ class Job:
         return self._live() - self.informed
 
     def _live(self) -> frozenset[str]:
-        working = {task.device_id for task in self.state.tasks.values() if task.standing is rounds.Standing.OPEN}
+        working = {task.device_id for task in self.state.tasks.values() if task.standing is machine.Standing.OPEN}
         return frozenset(self.presence.live(self._clock())) | working

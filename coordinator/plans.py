@@ -1,56 +1,18 @@
-"""The plans of a fleet: made outside the event loop, once for all devices that are alike.
-
-Devices poll for hours, and their free memory differs by a little each time. Budgets are therefore rounded down, and
-numbers of samples up, in steps that cost at most 1 %: what fits then fits before. What changes from round to round
-without a word in any plan, the learning rate and the seed, is no part of the question.
-"""
+"""The plans of a fleet: made outside the event loop, once for all devices that are alike (fedepth.planning.shared)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from fedepth.costs import Calibration, ModelCosts
+from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.plan import Plan, Policy
-from fedepth.planning.planner import Planner
+from fedepth.planning.shared import Question, SharedPlanner, question
 from fedepth.task import DeviceReport, TrainingSpec
 
 KEPT_PLANS = 4096
-KEPT_PLANNERS = 8  # each remembers what it found out about blocks, some MiB for a hundred units
-_LEADING_BITS = 8  # a number that keeps so many loses less than 1 / 128
-
-
-def rounded_budget(budget_bytes: int) -> int:
-    """The budget, less than 1 % smaller."""
-    shift = max(0, budget_bytes.bit_length() - _LEADING_BITS)
-    return budget_bytes >> shift << shift
-
-
-def rounded_samples(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> int:
-    """The number of samples, less than 1 % larger, and with as many optimizer steps an epoch.
-
-    More steps would be smaller ones, for which a plan could be too large. Where BatchNorm cannot take single samples,
-    which micro-batches are allowed depends on the very number, and it stays.
-    """
-    if costs.smallest_micro_batch > 1:
-        return sample_count
-    shift = max(0, sample_count.bit_length() - _LEADING_BITS)
-    steps = -(-sample_count // training.batch)
-    return min(-(-sample_count >> shift) << shift, steps * training.batch)
-
-
-@dataclass(frozen=True)
-class _Question:
-    """All that a plan depends on, rounded."""
-
-    calibration: Calibration
-    training: TrainingSpec
-    sample_count: int
-    budget_bytes: int
 
 
 class Plans:
@@ -58,11 +20,10 @@ class Plans:
 
     def __init__(self, costs: ModelCosts, policy: Policy) -> None:
         self._costs = costs
-        self._policy = policy
         # One thread: planning is pure Python, of which only one runs at a time.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-        self._planner = lru_cache(maxsize=KEPT_PLANNERS)(self._new_planner)
-        self._answers: OrderedDict[_Question, asyncio.Future[Plan | PlanError]] = OrderedDict()
+        self._planner = SharedPlanner(costs, policy)
+        self._answers: OrderedDict[Question, asyncio.Future[Plan | PlanError]] = OrderedDict()
 
     async def plan(self, report: DeviceReport, training: TrainingSpec) -> Plan:
         """The plan of a device. Whoever asks the same meanwhile waits for the same answer.
@@ -70,25 +31,19 @@ class Plans:
         Raises:
             PlanError: nothing fits its budget.
         """
-        training = replace(training, learning_rate=0.0, seed=0)
-        question = _Question(
-            report.calibration,
-            training,
-            rounded_samples(self._costs, training, report.sample_count),
-            rounded_budget(report.budget.budget_bytes),
-        )
-        answer = self._answers.get(question)
+        asked = question(self._costs, report.calibration, training, report.sample_count, report.budget.budget_bytes)
+        answer = self._answers.get(asked)
         if answer is None:
-            answer = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, question)
-            self._answers[question] = answer
+            answer = asyncio.get_running_loop().run_in_executor(self._thread, self._planner.answer, asked)
+            self._answers[asked] = answer
             if len(self._answers) > KEPT_PLANS:
                 self._answers.popitem(last=False)
         else:
-            self._answers.move_to_end(question)
+            self._answers.move_to_end(asked)
         try:
             found = await asyncio.shield(answer)  # a device that hangs up takes nobody's answer with it
         except Exception:
-            self._answers.pop(question, None)  # a mistake, and no answer to give again
+            self._answers.pop(asked, None)  # a mistake, and no answer to give again
             raise
         if isinstance(found, PlanError):
             raise PlanError(str(found), needed_bytes=found.needed_bytes, budget_bytes=found.budget_bytes)
@@ -97,13 +52,3 @@ class Plans:
     def close(self) -> None:
         """Lets the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _answer(self, question: _Question) -> Plan | PlanError:
-        try:
-            planner = self._planner(question.calibration, question.training, question.sample_count)
-            return planner.plan(question.budget_bytes)
-        except PlanError as error:
-            return error
-
-    def _new_planner(self, calibration: Calibration, training: TrainingSpec, sample_count: int) -> Planner:
-        return Planner(replace(self._costs, calibration=calibration), training, sample_count, self._policy)

@@ -24,6 +24,7 @@ from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.printable import printable
 from fedepth.program import run_program
+from fedepth.simulation.commands import simulate_command
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
@@ -134,6 +135,15 @@ def infer_command(
         console(stderr=True, soft_wrap=True).print(printable(f"fedepth: {each.error}"), markup=False)
     if unread:
         raise typer.Exit(1)
+
+
+app.command(
+    "simulate",
+    epilog=examples(
+        "fedepth simulate job.toml --data digits --clients 20 --output runs/digits",
+        "fedepth simulate job.toml --data cifar/ --clients 100 --partition dirichlet:0.3 --tiers fair --output runs/fair",
+    ),
+)(simulate_command)
 
 
 def main() -> None:

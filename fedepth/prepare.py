@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -40,18 +41,19 @@ class PreparedModel:
     notes: tuple[str, ...]
 
 
-def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int) -> PreparedModel:
+def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int, width: Fraction = Fraction(1)) -> PreparedModel:
     """Builds, exports and traces a model, for trials and figures. Takes seconds.
 
     Args:
         seed: of its fresh weights.
+        width: how many times as many channels as it has; other than 1 for some models of the zoo only.
 
     Raises:
         ModelError: it cannot be built, exported or cut.
     """
     with _in_one_sentence(spec):
         torch.manual_seed(seed)
-        module = zoo.build(spec)
+        module = zoo.build(spec) if width == 1 else zoo.build_width(spec, width)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
         return _with_costs(exported, spec, training)
 

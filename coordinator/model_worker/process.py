@@ -18,14 +18,11 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from coordinator.model_worker.protocol import ALIVE_S, Evaluate, Export, Prepare
+from fedepth import evaluation
 from fedepth.child import run_child
-from fedepth.data.damage import check_share
-from fedepth.data.read import Bytes, Images, open_images, read_sound
-from fedepth.data.transforms import model_inputs
+from fedepth.data.read import Bytes, read_sound
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export, random_samples
 from fedepth.files import disk_errors, file_digest
@@ -33,12 +30,8 @@ from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
 from fedepth.models.traced import read_traced, write_traced
 from fedepth.prepare import prepare_model
-from fedepth.task import ModelSpec
 from fedepth.weights import save
 
-# One batch of input images; at 224 px 27 of them, at 32 px the 256 that are enough for any speed.
-BATCH_BYTES = 16 << 20
-LARGEST_BATCH = 256
 EXPORT_SAMPLES = 256
 DAMAGED_SHOWN = 3
 
@@ -70,27 +63,12 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
     """Raises ModelError, StateError: see `load_model`. DataError: there are no test images, or too many damaged."""
     model = load_model(read_traced(Path(request.graph)).graph, Path(request.weights))
-    images = _test_images(request.test_data, request.model)
-    correct, loss, samples = 0, 0.0, 0
-    damaged: dict[int, str] = {}
-    batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * int(np.prod(request.model.input_shape)))))
-    for start in range(0, len(images), batch):
-        indices = np.arange(start, min(start + batch, len(images)))
-        pixels, sound, errors = read_sound(images, indices)
-        damaged.update((len(damaged) + number, str(error)) for number, error in enumerate(errors))
-        samples += len(sound)
-        check_share(len(images) - len(damaged), len(damaged), request.most_damaged, damaged, "[test] most_damaged")
-        if not len(sound):
-            continue
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(model_inputs(pixels, request.model)))
-            labels = torch.from_numpy(images.labels[sound])
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(dim=1) == labels).sum())
-    if damaged:
-        shown = "; ".join([*damaged.values()][:DAMAGED_SHOWN])
-        progress(f"{len(damaged)} of {len(images)} test images are damaged and left out, such as: {shown}")
-    return {"accuracy": correct / samples, "loss": loss / samples, "samples": samples}
+    images = evaluation.open_test_images(request.test_data, request.model)
+    found = evaluation.total(evaluation.batches(model, images, request.model), len(images), request.most_damaged)
+    if found.damaged:
+        shown = "; ".join(found.damaged[:DAMAGED_SHOWN])
+        progress(f"{len(found.damaged)} of {len(images)} test images are damaged and left out, such as: {shown}")
+    return {"accuracy": found.accuracy, "loss": found.loss, "samples": found.samples}
 
 
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
@@ -119,7 +97,7 @@ def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
     why = "the job has no test data"
     if request.test_data:
         try:
-            images = _test_images(request.test_data, request.model)
+            images = evaluation.open_test_images(request.test_data, request.model)
             chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
             pixels, sound, errors = read_sound(images, chosen)
             if not len(sound):
@@ -128,13 +106,6 @@ def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
         except (DataError, OSError) as error:
             why = f"the test data cannot be read: {error}"
     return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
-
-
-def _test_images(test_data: str, spec: ModelSpec) -> Images:
-    images = open_images(test_data if test_data == "digits" else Path(test_data), spec, "test")
-    if len(images) == 0:
-        raise DataError(f"{test_data} holds no test images. Give the job test data, or leave it out.")
-    return images
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import msgspec
 
-from edge_client.allocators import available
 from edge_client.config import MemoryConfig, TrainerConfig
 from edge_client.identity import recall, remember
 from edge_client.measure.trial import TrialModel, trial_request, try_training, write_noise
@@ -37,6 +36,7 @@ from fedepth.estimate.fit import MeasuredStage, fit, relative_errors, with_kept
 from fedepth.estimate.peak import KEPT_BYTES, KEPT_SHARE, needed_bytes, training_step
 from fedepth.estimate.tracer.client import Tracer, tracer
 from fedepth.files import disk_errors, lock_file, user_folder
+from fedepth.memory.environment import available
 from fedepth.models.traced import read_costs
 from fedepth.plan import CachePlace, Plan, Policy, Stage
 from fedepth.sizes import format_size

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from edge_client.allocators import environment
 from edge_client.config import TrainerConfig
 from edge_client.memory.probe import anonymous_bytes
 from edge_client.timeouts import within
@@ -19,6 +18,7 @@ from edge_client.trainer.protocol import Done, Event, Failed, Measure, Ready, Tr
 from fedepth.budget import Budget
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
+from fedepth.memory.environment import environment
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer.process"))
 START_S = 600.0  # importing torch from an SD card takes a minute

@@ -38,6 +38,7 @@ from fedepth.plan import Stage
 from fedepth.task import Outcome, PartInfo, Result, StageResult
 from fedepth.training.limits import is_out_of_memory
 from fedepth.training.session import Assignment, Known, run
+from fedepth.training.warmup import start
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
@@ -47,8 +48,6 @@ _OUTCOMES: dict[type[FedepthError], Outcome] = {
     ModelError: Outcome.MODEL,
     DivergedError: Outcome.DIVERGED,
 }
-
-_LOOKED_AT_BYTES = 32 << 20  # of address space; none of it is written to
 
 
 class Lines:
@@ -197,24 +196,6 @@ def keep(result: Result, output: Path) -> None:
     """
     with contextlib.suppress(OSError):
         write_atomically(output / RESULT, msgspec.json.encode(result))
-
-
-def start(device: torch.device) -> None:
-    """One forward and backward pass, so that what torch loads at first use counts as the trainer's start.
-
-    Wide enough for the kernels that wide layers take: their code and tables, 2 MiB of the library's pages, would come
-    on top of the first stage that has such layers. Large enough for every thread to have its part: each keeps buffers
-    of its own.
-    """
-    layers = torch.nn.Sequential(
-        torch.nn.Conv2d(16, 16, 3),
-        torch.nn.Conv2d(16, 64, 3, stride=2, padding=1),
-        torch.nn.Conv2d(64, 64, 3, padding=1),
-    ).to(device)
-    images = torch.rand(32, 16, 40, 40, device=device).contiguous(memory_format=torch.channels_last)
-    torch.autograd.backward(layers(images).sum())
-    if not allocator.look_at_tensors(lambda: torch.empty(_LOOKED_AT_BYTES, dtype=torch.uint8), _LOOKED_AT_BYTES):
-        print("torch has an allocator of its own for tensors: RLIMIT_DATA alone holds training", file=sys.stderr)
 
 
 if __name__ == "__main__":

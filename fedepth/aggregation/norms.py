@@ -55,6 +55,20 @@ def norm_bound(others: Sequence[float], kind: Kind = "parameters") -> float | No
     return FACTORS[kind] * statistics.median(known) if len(known) >= ENOUGH_NORMS else None
 
 
+def too_far(norms: Norms, others: Sequence[Norms]) -> str:
+    """Why an update is refused whose norms per step are `norms`, given those of the other updates of its round; empty
+    if it is not. Five others are needed to tell."""
+    for kind in FACTORS:
+        bound = norm_bound([each.of(kind) for each in others], kind)
+        if bound is not None and norms.of(kind) > bound:
+            return (
+                f"its {kind} change by {norms.of(kind):.3g} of their size in a step, "
+                f"{norms.of(kind) / bound:.1f} times what the "
+                f"{len(others)} other updates of the round allow ([guard] learn_norms)"
+            )
+    return ""
+
+
 def parameter_scale(old: Reader, parameters: Collection[str]) -> float:
     """The root mean square of all parameters; 1 where they are all 0."""
     return _root_mean_square(old, [name for name in old.names if name in parameters and is_floating(old, name)])

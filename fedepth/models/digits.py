@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import nn
 
@@ -17,15 +20,19 @@ class DigitsCNN(nn.Module):
     there are no running statistics for label skew between devices to pull about.
     """
 
-    def __init__(self, in_channels: int, classes: int) -> None:
-        """Few channels where the image is large, so that all units need similar memory."""
+    def __init__(self, in_channels: int, classes: int, width: Fraction = Fraction(1)) -> None:
+        """Few channels where the image is large, so that all units need similar memory.
+
+        `width`: how many times as many channels as that, rounded up.
+        """
         super().__init__()
-        inputs = (in_channels, *CHANNELS[:-1])
+        channels = [math.ceil(width * each) for each in CHANNELS]
+        inputs = (in_channels, *channels[:-1])
         self.units = nn.ModuleList(
             _unit(width_in, width_out, stride)
-            for width_in, width_out, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
+            for width_in, width_out, stride in zip(inputs, channels, STRIDES, strict=True)
         )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), nn.Linear(CHANNELS[-1] * GRID**2, classes))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), nn.Linear(channels[-1] * GRID**2, classes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images to (B, classes) logits."""
@@ -38,6 +45,6 @@ class DigitsCNN(nn.Module):
 def _unit(width_in: int, width_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, bias=False),
-        nn.GroupNorm(8, width_out),
+        nn.GroupNorm(math.gcd(8, width_out), width_out),
         nn.ReLU(inplace=True),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +29,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
-        self.shortcut = None if width_in == width_out else nn.Conv2d(width_in, width_out, 1, bias=False)
+        self.shortcut = None if width_in == width_out and stride == 1 else nn.Conv2d(width_in, width_out, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, width_in, H, W) to (B, width_out, H/stride, W/stride)."""
@@ -39,22 +42,24 @@ class PreActivationBlock(nn.Module):
 class PreResNet(nn.Module):
     """A convolutional stem and nine blocks (ten units); a head of BatchNorm, ReLU, mean and linear layer."""
 
-    def __init__(self, in_channels: int, classes: int) -> None:
+    def __init__(self, in_channels: int, classes: int, width: Fraction = Fraction(1)) -> None:
+        """`width`: how many times as many channels as PreResNet-20 has, rounded up."""
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
+        widths = [math.ceil(width * channels) for channels in WIDTHS]
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
-        width_in = WIDTHS[0]
-        for width in WIDTHS:
-            for _ in range(BLOCKS_PER_WIDTH):
-                blocks.append(PreActivationBlock(width_in, width, stride=1 if width == width_in else 2))
-                width_in = width
+        width_in = widths[0]
+        for place, width_out in enumerate(widths):
+            for number in range(BLOCKS_PER_WIDTH):
+                blocks.append(PreActivationBlock(width_in, width_out, stride=2 if place and not number else 1))
+                width_in = width_out
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Sequential(
-            nn.BatchNorm2d(WIDTHS[-1]),
+            nn.BatchNorm2d(widths[-1]),
             nn.ReLU(inplace=True),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(WIDTHS[-1], classes),
+            nn.Linear(widths[-1], classes),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -8,6 +8,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,38 @@ def build(spec: ModelSpec, folder: Path | None = None) -> nn.Module:
         return _call(_resolve(spec.name, spec.name, folder), spec)
 
 
-def digits_cnn(spec: ModelSpec) -> nn.Module:
+def has_width(spec: ModelSpec) -> bool:
+    """Whether `build_width` builds this model."""
+    return spec.name in _OF_ANY_WIDTH
+
+
+def build_width(spec: ModelSpec, width: Fraction) -> nn.Module:
+    """A model of the zoo with `width` times as many channels in every layer, rounded up (HeteroFL, arXiv 2010.01264).
+
+    Raises:
+        ModelError: it has no setting for that, see `has_width`.
+    """
+    if not has_width(spec):
+        raise ModelError(f"the model {spec.name!r} has no setting for its width; {', '.join(_OF_ANY_WIDTH)} have")
+    return _built(lambda: _OF_ANY_WIDTH[spec.name](spec, width), spec)
+
+
+def digits_cnn(spec: ModelSpec, width: Fraction = Fraction(1)) -> nn.Module:
     from fedepth.models.digits import DigitsCNN
 
-    return DigitsCNN(spec.input_shape[0], len(spec.classes))
+    return DigitsCNN(spec.input_shape[0], len(spec.classes), width)
 
 
-def preresnet20(spec: ModelSpec) -> nn.Module:
+def preresnet20(spec: ModelSpec, width: Fraction = Fraction(1)) -> nn.Module:
     from fedepth.models.preresnet import PreResNet
 
-    return PreResNet(spec.input_shape[0], len(spec.classes))
+    return PreResNet(spec.input_shape[0], len(spec.classes), width)
+
+
+_OF_ANY_WIDTH: dict[str, Callable[[ModelSpec, Fraction], nn.Module]] = {
+    "digits-cnn": digits_cnn,
+    "preresnet20": preresnet20,
+}
 
 
 def resnet18(spec: ModelSpec) -> nn.Module:

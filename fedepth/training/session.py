@@ -15,7 +15,7 @@ from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
 from fedepth.models.run import Model
-from fedepth.models.traced import read_traced
+from fedepth.models.traced import TracedModel, read_traced
 from fedepth.plan import Plan
 from fedepth.planning.check import check_plan
 from fedepth.task import Result, Task
@@ -25,6 +25,8 @@ from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.stages import Hooks, fitted, train
 from fedepth.training.warmup import warm_up
 from fedepth.weights import open_weights
+
+_MOST_REHEARSED = 64  # plans of tiers and numbers of samples, which take turns in a simulation
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Assignment:
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
         damage: keys of image files to leave out (fedepth.data.damage).
+        images: what to train on, where that is open already; else it is opened from `data`.
+        rehearse: try every stage for one step first. A simulation that enforces no budget has no use for it.
     """
 
     task: Task
@@ -59,6 +63,8 @@ class Assignment:
     most_samples: int = 0
     release_freed: bool = False
     damage: frozenset[int] = frozenset()
+    images: Images | None = None
+    rehearse: bool = True
 
 
 class SessionHooks(Hooks, Protocol):
@@ -77,11 +83,13 @@ class Known:
 
     Attributes:
         warm: units it has warmed up for, by the file of their model.
-        rehearsed: what it has rehearsed, with the peaks.
+        rehearsed: what it has rehearsed, with the peaks; the last so many.
+        traced: models that are read already, by their files. A simulation keeps its one; a device has no memory for it.
     """
 
     warm: dict[Path, set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
+    traced: dict[Path, TracedModel] = field(default_factory=dict)
 
 
 def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known: Known) -> Result:
@@ -97,14 +105,14 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     """
     started = time.monotonic()
     task, plan = assignment.task, assignment.plan
-    traced = read_traced(assignment.graph)
+    traced = known.traced.get(assignment.graph) or read_traced(assignment.graph)
     model = Model(traced.graph)
     check_plan(traced.costs, plan)
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    images: Images = open_images(
-        assignment.data, task.model, "train", scratch=assignment.cache, damage=assignment.damage
-    )
+    images = assignment.images
+    if images is None:
+        images = open_images(assignment.data, task.model, "train", scratch=assignment.cache, damage=assignment.damage)
     if 0 < assignment.most_samples < len(images):
         images = FirstImages(images, assignment.most_samples)
     with open_weights(assignment.weights) as weights:
@@ -130,7 +138,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         meter = new_meter(device)
         hooks.begin(task.training.local_epochs, meter.baseline)
         context = fitted(context, meter, hooks)
-        peaks = _rehearsed(context, meter, hooks, known)
+        peaks = _rehearsed(context, meter, hooks, known) if assignment.rehearse else {}
         trained = train(context, meter, hooks, peaks)
     return Result(
         task_id=task.task_id,
@@ -156,8 +164,10 @@ def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, know
     key = (context.task.graph_digest, alike, context.plan.stages, len(context.images), context.enforce)
     if key not in known.rehearsed:
         hooks.rehearsing()
-        known.rehearsed = {key: rehearse(context, meter, hooks)}
+        if len(known.rehearsed) >= _MOST_REHEARSED:
+            known.rehearsed.pop(next(iter(known.rehearsed)))
+        known.rehearsed[key] = rehearse(context, meter, hooks)
     peaks = known.rehearsed[key]
     if peaks.keys() != set(context.plan.stages):
-        known.rehearsed = {}  # memory fell short meanwhile; the next task rehearses again
+        known.rehearsed.pop(key)  # memory fell short meanwhile; the next task rehearses again
     return peaks

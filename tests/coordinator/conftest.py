@@ -129,7 +129,7 @@ def sha256(data: bytes) -> str:
 
 
 def fake_combine(
-    config: Any, base: Path, digest: str, results: list[Result], paths: Any, parameters: Any, output: Path
+    rule: Any, training: Any, base: Path, results: list[Result], paths: Any, output: Path, **_: Any
 ) -> list[str]:
     """Writes down what it was given, in its order."""
     parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]

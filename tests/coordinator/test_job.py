@@ -14,10 +14,10 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator import admission
 from coordinator.job import Job
-from coordinator.rounds import Phase
 from coordinator.store.records import Store
 from coordinator.uploads import PartHeader
 from fedepth.errors import ChildError, JobError, StateError, UnavailableError, UpdateError
+from fedepth.rounds.machine import Phase
 from fedepth.task import Failure, Outcome, Result, Task
 
 PART = b"trained tensors"

@@ -11,13 +11,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_client.allocators import find_tcmalloc
 from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from edge_client.outbox import trained_result
 from edge_client.trainer.client import TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
 from fedepth.estimate.peak import needed_bytes
+from fedepth.memory.environment import find_tcmalloc
 from fedepth.models.traced import TracedModel, write_traced
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.allocators import environment, find_tcmalloc
+from fedepth.memory.environment import environment, find_tcmalloc
 
 MIB = 1 << 20
 # Pieces of 4 MiB are written to, freed, and asked for again in another size, which fits none of the free ones.

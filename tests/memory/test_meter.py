@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edge_client.allocators import environment, find_tcmalloc
+from fedepth.memory.environment import environment, find_tcmalloc
 
 MIB = 1 << 20
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from coordinator.model_worker import process
+from fedepth import evaluation
 from fedepth.child import Child, module_argv
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError, ModelError
@@ -142,7 +143,7 @@ def test_batches_do_not_change_an_evaluation(ready: Path, monkeypatch: pytest.Mo
     graph, weights = str(ready / "graph.json"), str(ready / "weights.safetensors")
     request = {"model": SPEC, "graph": graph, "weights": weights, "test_data": "digits"}
     whole = ask("evaluate", **request)["ok"]
-    monkeypatch.setattr(process, "LARGEST_BATCH", 37)
+    monkeypatch.setattr(evaluation, "LARGEST_BATCH", 37)
     assert ask("evaluate", **request)["ok"] == pytest.approx(whole, rel=1e-5)
 
 

@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordinator.presence import Presence
-from coordinator.round_events import Action, Asked, EndTask, Event, GiveTask, Progressed, RoundDone, TaskFailed, Tick
-from coordinator.rounds import Assignment, Facts, Phase, Rules, Standing, accepts, begin, restore, step
+from fedepth.rounds.events import Action, Asked, EndTask, Event, GiveTask, Progressed, RoundDone, TaskFailed, Tick
+from fedepth.rounds.machine import Assignment, Facts, Phase, Rules, Standing, accepts, begin, restore, step
+from fedepth.rounds.presence import Presence
 
 RULES = Rules(rounds=4, devices_per_round=3, quorum=2, gather_s=5, deadline_s=60, lease_s=20, seed=1)
 ALL = "abcdef"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.allocators import environment, find_tcmalloc
 from fedepth.errors import ConfigError
+from fedepth.memory.environment import environment, find_tcmalloc
 
 DEBIAN = "usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.presence import Presence
-from coordinator.round_events import (
+from fedepth.rounds.events import (
     Action,
     Asked,
     EndTask,
@@ -21,7 +20,8 @@ from coordinator.round_events import (
     TaskFailed,
     Tick,
 )
-from coordinator.rounds import Assignment, Facts, Phase, Rules, Standing, State, accepts, restore, step, taken_over
+from fedepth.rounds.machine import Assignment, Facts, Phase, Rules, Standing, State, accepts, restore, step, taken_over
+from fedepth.rounds.presence import Presence
 
 RULES = Rules(
     rounds=2,

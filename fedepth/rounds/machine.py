@@ -26,8 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from coordinator.presence import Presence
-from coordinator.round_events import (
+from fedepth.rounds.events import (
     Action,
     Asked,
     EndTask,
@@ -39,6 +38,7 @@ from coordinator.round_events import (
     StartRound,
     TaskFailed,
 )
+from fedepth.rounds.presence import Presence
 
 SETTLE_S = 10.0  # a round that has just begun may find its devices without a word
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.presence import Presence
+from fedepth.rounds.presence import Presence
 
 
 def test_a_device_is_forgotten_after_a_lease_of_silence() -> None:

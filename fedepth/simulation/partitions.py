@@ -1,0 +1,203 @@
+"""How the samples of one data set are dealt to clients: said on a command line, saved as JSON, never copied."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from fedepth.data import partition
+from fedepth.data.partition import Indices
+from fedepth.data.read import DIGITS, Labels
+from fedepth.data.scan import find_folders, find_idx
+from fedepth.errors import ConfigError, DataError
+from fedepth.files import NOT_JSON, read_regular, write_atomically
+from fedepth.printable import printable, quoted
+from fedepth.task import ModelSpec
+
+MOST_BYTES = 1 << 30  # of a file that says who has which samples
+FORMS = (
+    "iid, dirichlet:ALPHA (equal sizes), dirichlet-unbalanced:ALPHA, shards:EACH, folder:LEVEL, csv:FILE, or file:FILE"
+)
+
+
+class Share(msgspec.Struct, frozen=True):
+    """The samples of one client, as places in the data set, in rising order."""
+
+    id: str
+    samples: tuple[int, ...]
+
+
+class Partition(msgspec.Struct, frozen=True):
+    """Who has which samples.
+
+    Attributes:
+        how: as it was asked for.
+        samples: in the whole data set.
+    """
+
+    how: str
+    seed: int
+    samples: int
+    clients: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is dealt: the labels of a data set, and where it lies."""
+
+    data: Path | str
+    spec: ModelSpec
+    labels: Labels
+
+
+def make_partition(how: str, clients: int | None, seed: int, source: Source) -> Partition:
+    """Deals the samples as `how` says; see `FORMS`.
+
+    Args:
+        clients: how many; None where the data says so itself (folder, csv, file).
+
+    Raises:
+        ConfigError: `how` is none of the forms, or does not go with `clients`.
+        DataError: the data cannot be dealt so.
+    """
+    kind, _, argument = how.partition(":")
+    if kind == "file":
+        return _checked(load_partition(Path(argument)), len(source.labels), argument)
+    if kind in ("folder", "csv"):
+        if clients is not None:
+            raise ConfigError(f"--clients: leave it out with --partition {kind}, which says itself who there is")
+        owners = _owners_by_folder(source, argument) if kind == "folder" else _owners_by_csv(source, Path(argument))
+        named = partition.by_owner(owners)
+        if not named:
+            raise DataError(f"--partition {how}: no sample has an owner")
+    elif kind in _DEALT:
+        if clients is None:
+            raise ConfigError(f"--clients: say how many, for --partition {how}")
+        parts = _DEALT[kind](source.labels, clients, argument, seed)
+        width = max(3, len(str(clients - 1)))
+        named = {f"client-{number:0{width}d}": part for number, part in enumerate(parts)}
+    else:
+        raise ConfigError(f"--partition {quoted(how)}: there are {FORMS}")
+    shares = tuple(Share(name, tuple(part.tolist())) for name, part in named.items())
+    return Partition(how, seed, len(source.labels), shares)
+
+
+def save_partition(path: Path, found: Partition) -> None:
+    """Writes it as JSON, durably."""
+    write_atomically(path, msgspec.json.encode(found) + b"\n")
+
+
+def load_partition(path: Path) -> Partition:
+    """Reads what `save_partition` wrote, or a person.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
+    try:
+        return msgspec.json.decode(read_regular(path, MOST_BYTES), type=Partition)
+    except OSError as error:
+        raise ConfigError(f"--partition: {printable(str(path))} cannot be read: {error.strerror}") from None
+    except NOT_JSON as error:
+        raise ConfigError(f"--partition: {printable(str(path))} is not a partition: {error}") from None
+
+
+def _checked(found: Partition, count: int, name: str) -> Partition:
+    ids = [share.id for share in found.clients]
+    if not ids or len(set(ids)) != len(ids) or not all(ids):
+        raise ConfigError(f"--partition {printable(name)}: clients need names, each its own")
+    for share in found.clients:
+        order = list(share.samples)
+        if order != sorted(set(order)) or (order and not 0 <= order[0] <= order[-1] < count):
+            raise ConfigError(
+                f"--partition {printable(name)}: the samples of {quoted(share.id)} must be places in rising order, "
+                f"from 0 to {count - 1}"
+            )
+    return found
+
+
+def _alpha(argument: str) -> float:
+    try:
+        return float(argument)
+    except ValueError:
+        raise ConfigError(f"--partition: alpha must be a number above 0, is {quoted(argument)}") from None
+
+
+def _whole(argument: str, what: str) -> int:
+    try:
+        return int(argument)
+    except ValueError:
+        raise ConfigError(f"--partition: {what} must be a whole number, is {quoted(argument)}") from None
+
+
+_DEALT: dict[str, Callable[[Labels, int, str, int], Sequence[Indices]]] = {
+    "iid": lambda labels, clients, _, seed: partition.iid(len(labels), clients, seed),
+    "dirichlet": lambda labels, clients, text, seed: partition.dirichlet_balanced(labels, clients, _alpha(text), seed),
+    "dirichlet-unbalanced": lambda labels, clients, text, seed: partition.dirichlet(
+        labels, clients, _alpha(text), seed
+    ),
+    "shards": lambda labels, clients, text, seed: partition.shards(
+        labels, clients, _whole(text, "the shards of a client"), seed
+    ),
+}
+
+
+def _owners_by_folder(source: Source, argument: str) -> list[str]:
+    """The name of the folder at a level below the class folders: 1 for CLASS/OWNER/image.png."""
+    level = _whole(argument, "the level")
+    files = _image_files(source)
+    if level < 1 or not files:
+        raise ConfigError(
+            "--partition folder:LEVEL counts from 1, the folders inside a class folder; needs image files"
+        )
+    owners = []
+    for name, path in files:
+        inner = path.parts[path.parts.index(name) + 1 : -1] if name in path.parts else ()
+        owners.append(inner[level - 1] if len(inner) >= level else "")
+    return owners
+
+
+def _owners_by_csv(source: Source, path: Path) -> list[str]:
+    """A table with the columns `client` and `file` (a path below the data folder), or `index` (a place in it)."""
+    try:
+        text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--partition csv: {printable(str(path))} cannot be read: {error}") from None
+    rows = csv.DictReader(io.StringIO(text))
+    columns = set(rows.fieldnames or ())
+    if "client" not in columns or not columns & {"file", "index"}:
+        raise ConfigError(f"--partition csv: {printable(str(path))} needs the columns client, and file or index")
+    owners = [""] * len(source.labels)
+    places: dict[str, int] = {}
+    if "index" not in columns:
+        root = Path(source.data)
+        places = {str(file.relative_to(root)): place for place, (_, file) in enumerate(_image_files(source))}
+    for row in rows:
+        if "index" in columns:
+            place: int | None = _whole(row["index"] or "", "an index")
+        else:
+            place = places.get(row["file"] or "")
+        if place is None or not 0 <= place < len(owners):
+            what = row.get("index") or row.get("file") or ""
+            raise ConfigError(f"--partition csv: line {rows.line_num}: {quoted(what)} is not in the data")
+        owners[place] = (row["client"] or "").strip()
+    return owners
+
+
+def _image_files(source: Source) -> list[tuple[str, Path]]:
+    """The class folder's name and the path of every sample, in the order of the data; none where there are no files."""
+    if str(source.data) == DIGITS or find_idx(Path(source.data), "train") is not None:
+        return []
+    found = find_folders(Path(source.data), source.spec.classes, "train")
+    return [(name, path) for name, paths in found.items() for path in paths]
+
+
+def class_counts(found: Partition, labels: Labels, classes: int) -> list[list[int]]:
+    """Samples of each class (columns) at each client (rows)."""
+    counts = [np.bincount(labels[list(each.samples)], minlength=classes) for each in found.clients]
+    return [row.tolist() for row in counts]

@@ -1,0 +1,254 @@
+"""The files of a simulation: what was asked, who took part, and one JSON line for every round that is closed.
+
+    run.json           what was asked for; another simulation is refused in the same folder
+    prepared.json      of the job's model: its layout, and the digests of what it begins with
+    graph.json         the model as workers are given it
+    partition.json     who has which samples
+    tiers.json         budgets, and how they were found
+    rounds.jsonl       the rounds that are closed
+    weights/           global weights after a round
+    updates/           of the rounds that are not closed: trained tasks, each whole or not at all
+
+A run that ended anywhere goes on from here: rounds are played again from the last line, and tasks that are trained lie
+in updates/.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from fedepth.errors import ConfigError, StateError
+from fedepth.files import NOT_JSON, disk_errors, read_regular, write_atomically
+from fedepth.layout import ModelLayout
+from fedepth.printable import printable
+from fedepth.simulation.worker.protocol import RESULT
+from fedepth.task import Result
+
+VERSION = 1
+_MOST_BYTES = 1 << 30
+T = TypeVar("T")
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What decides on the results of a simulation. Workers, engine and their threads' scheduling do not.
+
+    Attributes:
+        job_file: its text.
+        clients: None where the partition says how many.
+        threads: of every worker: other numbers of threads add up in another order.
+        budgets: what the file with reports holds; so with trace and plans. Empty without one.
+    """
+
+    version: int
+    name: str
+    job_file: str
+    data: str
+    clients: int | None
+    partition: str
+    tiers: str
+    seed: int
+    threads: int
+    enforce: bool
+    budgets: str = ""
+    trace: str = ""
+    plans: str = ""
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """The job's model, prepared."""
+
+    layout: ModelLayout
+    notes: tuple[str, ...]
+    digest: str
+    graph_digest: str
+    graph_bytes: int
+
+
+class TierLine(msgspec.Struct, frozen=True):
+    """What the clients of a tier did in a round; peaks are the largest."""
+
+    updates: int
+    blocks: tuple[str, ...]
+    budget_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    steps: int
+    samples_seen: int
+    seconds: float
+
+
+class ClientLine(msgspec.Struct, frozen=True):
+    """What one client did in a round.
+
+    Attributes:
+        end: "update", or what became of its task.
+        steps: optimizer steps of all stages.
+        seconds: of its worker.
+    """
+
+    client: str
+    tier: str
+    end: str
+    blocks: str = ""
+    samples: int = 0
+    predicted_peak_bytes: int = 0
+    measured_peak_bytes: int = 0
+    budget_bytes: int = 0
+    steps: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+
+
+class RoundLine(msgspec.Struct, frozen=True):
+    """A closed round.
+
+    Attributes:
+        accuracy: on the job's test data; None where it has none.
+        published: whether its weights are in force; else `note` says why not.
+        ended_at: in simulated seconds.
+        seconds: of the clock, since the round before was closed.
+        weights_digest: of the weights in force; `weights_round` is the round that they are of.
+    """
+
+    round: int
+    accuracy: float | None
+    loss: float | None
+    published: bool
+    note: str
+    updates: int
+    samples: int
+    steps: int
+    samples_seen: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    simulated_seconds: float
+    ended_at: float
+    weights_digest: str
+    weights_round: int
+    notes: tuple[str, ...]
+    tiers: dict[str, TierLine]
+    clients: tuple[ClientLine, ...]
+
+
+class Record:
+    """The folder of one simulation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, asked: Asked) -> None:
+        """Makes the folder, or finds the same simulation in it.
+
+        Raises:
+            ConfigError: another one lies there.
+            DiskError: it cannot be written.
+        """
+        path = self.folder / "run.json"
+        with disk_errors("the simulation cannot be recorded", self.folder):
+            for name in ("weights", "updates"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            known = self.read("run.json", Asked)
+            if known is None:
+                write_atomically(path, msgspec.json.encode(asked) + b"\n")
+            elif known != asked:
+                fields = [name for name in Asked.__struct_fields__ if getattr(known, name) != getattr(asked, name)]
+                raise ConfigError(
+                    f"{printable(str(self.folder))} holds another simulation, with other {', '.join(fields)}; give "
+                    "another --output, or delete that folder"
+                )
+            for leftover in self.folder.rglob(".*.tmp"):  # of writes that were cut short
+                leftover.unlink(missing_ok=True)
+
+    def read(self, name: str, kind: type[T]) -> T | None:
+        """One of the JSON files; None where it is not there.
+
+        Raises:
+            StateError: it is damaged.
+        """
+        path = self.folder / name
+        try:
+            return msgspec.json.decode(read_regular(path, _MOST_BYTES), type=kind)
+        except FileNotFoundError:
+            return None
+        except (OSError, *NOT_JSON) as error:
+            raise StateError(f"{printable(str(path))} cannot be read: {error}; delete it, or its folder") from None
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes one of the JSON files, durably."""
+        with disk_errors("the simulation cannot be recorded", self.folder):
+            write_atomically(self.folder / name, msgspec.json.encode(value) + b"\n")
+
+    def weights(self, number: int) -> Path:
+        """Where the weights of a round lie."""
+        return self.folder / "weights" / f"round-{number:04d}.safetensors"
+
+    def update(self, number: int, task_id: str, attempt: int) -> Path:
+        """Where the update of a task lies."""
+        return self.folder / "updates" / f"round-{number:04d}" / f"{task_id}-{attempt}"
+
+    def trained(self, folder: Path, weights_digest: str) -> Result | None:
+        """An update that was trained before from these weights; None if there is none."""
+        try:
+            result = msgspec.json.decode(read_regular(folder / RESULT, _MOST_BYTES), type=Result)
+        except (OSError, *NOT_JSON):
+            return None
+        whole = all(
+            path.exists() and path.stat().st_size == part.size_bytes
+            for path, part in zip(part_paths(folder, result), result.parts, strict=True)
+        )
+        return result if whole and result.weights_digest == weights_digest else None
+
+    def rounds(self) -> list[RoundLine]:
+        """The closed rounds; a last line that was cut short is cut off.
+
+        Raises:
+            StateError: a line is damaged.
+        """
+        path = self.folder / "rounds.jsonl"
+        try:
+            data = read_regular(path, _MOST_BYTES)
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with disk_errors("the simulation cannot be recorded", self.folder):
+                os.truncate(path, len(whole))
+        return decode_rounds(whole, path)
+
+    def close_round(self, line: RoundLine) -> None:
+        """Adds a round's line, durably, and deletes what only that round needed."""
+        with disk_errors("the simulation cannot be recorded", self.folder):
+            with open(self.folder / "rounds.jsonl", "ab", buffering=0) as file:
+                file.write(msgspec.json.encode(line) + b"\n")
+                os.fsync(file.fileno())
+            shutil.rmtree(self.folder / "updates" / f"round-{line.round:04d}", ignore_errors=True)
+
+    def keep_weights(self, numbers: Sequence[int]) -> None:
+        """Deletes the weights of all other rounds."""
+        kept = {self.weights(number) for number in numbers}
+        for path in (self.folder / "weights").glob("round-*.safetensors"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+
+def decode_rounds(data: bytes, path: Path) -> list[RoundLine]:
+    """Raises StateError: a line is no round."""
+    try:
+        return [msgspec.json.decode(line, type=RoundLine) for line in data.splitlines()]
+    except NOT_JSON as error:
+        raise StateError(f"{printable(str(path))} is damaged: {error}") from None
+
+
+def part_paths(folder: Path, result: Result) -> tuple[Path, ...]:
+    """Where the parts of an update lie, in the order of its result."""
+    return tuple(folder / f"part-{part.part:04d}.safetensors" for part in result.parts)

@@ -1,0 +1,246 @@
+"""What a simulation begins with: the model, the partition, the clients and their budgets. Made once, then read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedepth import errors
+from fedepth.child import Child
+from fedepth.data.read import DIGITS, Labels, open_images
+from fedepth.errors import ConfigError, FedepthError
+from fedepth.files import read_regular
+from fedepth.job import load_config, model_spec, training_spec
+from fedepth.job_sections import JobConfig
+from fedepth.printable import printable
+from fedepth.simulation.clients import (
+    EVERYTHING,
+    FULL,
+    Client,
+    Tier,
+    load_budgets,
+    load_plans,
+    make_clients,
+    tier_shares,
+)
+from fedepth.simulation.engine import Answer, exchange, start_worker, worker_environment
+from fedepth.simulation.partitions import Partition, Source, make_partition, save_partition
+from fedepth.simulation.record import VERSION, Asked, Prepared, Record
+from fedepth.simulation.trace import Trace, load_trace
+from fedepth.simulation.worker.protocol import MeasurePeak, Prepare, Request
+from fedepth.sizes import format_size
+
+MOST_FILE_BYTES = 1 << 28
+Say = Callable[[str], None]
+
+# Those that are made from a message alone.
+_KINDS = {
+    kind.__name__: kind
+    for kind in (errors.ConfigError, errors.DataError, errors.ModelError, errors.StateError, errors.DiskError)
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fedepth simulate` was given; see its help.
+
+    Attributes:
+        seed: of job, partition, tiers and trace; None for the job's.
+        name: of the run, by which several are compared; "" for the job's.
+        engine: "local" or "ray".
+    """
+
+    job: Path
+    data: str
+    output: Path
+    clients: int | None = None
+    partition: str = "iid"
+    tiers: str = FULL
+    budgets: Path | None = None
+    trace: Path | None = None
+    plans: Path | None = None
+    seed: int | None = None
+    workers: int = 0
+    threads: int = 1
+    enforce: bool = False
+    name: str = ""
+    engine: str = "local"
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """All that is known before the first round."""
+
+    options: Options
+    config: JobConfig
+    record: Record
+    prepared: Prepared
+    partition: Partition
+    labels: Labels
+    clients: tuple[Client, ...]
+    tiers: tuple[Tier, ...]
+    trace: Trace
+
+
+def job_of(options: Options) -> JobConfig:
+    """The job, with the seed that was asked for.
+
+    Raises:
+        ConfigError: the job file is wrong.
+    """
+    config = load_config(options.job)
+    if options.seed is None:
+        return config
+    return msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, seed=options.seed))
+
+
+async def set_up(options: Options, config: JobConfig, record: Record, say: Say) -> Simulation:
+    """Makes or reads what a simulation begins with.
+
+    Raises:
+        FedepthError: something of it is wrong, or cannot be made.
+    """
+    spec, seed = model_spec(config), config.job.seed
+    source: Path | str = options.data if options.data == DIGITS else Path(options.data).resolve()
+    record.open(_asked(options, config, str(source)))
+    labels = open_images(source, spec, "train", scratch=record.folder).labels
+    partition = record.read("partition.json", Partition)
+    if partition is None:
+        partition = make_partition(options.partition, options.clients, seed, Source(source, spec, labels))
+        save_partition(record.folder / "partition.json", partition)
+    trace = load_trace(options.trace, {each.id for each in partition.clients}) if options.trace else Trace()
+    plans = load_plans(options.plans) if options.plans else {}
+    prepared, tiers = record.read("prepared.json", Prepared), record.read("tiers.json", tuple[Tier, ...])
+    if prepared is None or tiers is None:
+        async with preparing(say) as ask:
+            say(f"preparing {spec.name}")
+            prepared = await _prepare(config, record, ask)
+            tiers = await _tiers(options, config, record, ask, say)
+        record.write("prepared.json", prepared)
+        record.write("tiers.json", tiers)
+    clients = make_clients(partition, tiers, seed, plans)
+    return Simulation(options, config, record, prepared, partition, labels, clients, tiers, trace)
+
+
+def _asked(options: Options, config: JobConfig, source: str) -> Asked:
+    def text(path: Path | None) -> str:
+        if path is None:
+            return ""
+        try:
+            return read_regular(path, MOST_FILE_BYTES).decode("utf-8", "replace")
+        except OSError as error:
+            raise ConfigError(f"{printable(str(path))} cannot be read: {error.strerror}") from None
+
+    how = options.partition
+    if how.startswith(("file:", "csv:")):
+        how = f"{how} {text(Path(how.partition(':')[2]))}"
+    return Asked(
+        version=VERSION,
+        name=options.name or config.job.name,
+        job_file=text(options.job),
+        data=source,
+        clients=options.clients,
+        partition=how,
+        tiers=options.tiers,
+        seed=config.job.seed,
+        threads=options.threads,
+        enforce=options.enforce,
+        budgets=text(options.budgets),
+        trace=text(options.trace),
+        plans=text(options.plans),
+    )
+
+
+Ask = Callable[[Request], Any]
+
+
+@asynccontextmanager
+async def preparing(say: Say) -> AsyncIterator[Ask]:
+    """A worker of its own: what exports and traces models loads much that training has no use for."""
+    # Not with a fixed number of threads: this is what a coordinator's model worker does, with as many as there are.
+    child: Child = await start_worker("model worker", worker_environment(0), say)
+
+    async def ask(request: Request) -> dict[str, Any]:
+        return result_of(await exchange(child, request))
+
+    try:
+        yield ask
+    finally:
+        child.kill()
+        await child.stop()
+
+
+def result_of(answer: Answer) -> dict[str, Any]:
+    """What a worker answers.
+
+    Raises:
+        FedepthError: that it names instead.
+    """
+    if "error" in answer:
+        raise as_error(answer["error"])
+    return dict(answer["ok"])
+
+
+def as_error(fields: dict[str, Any]) -> FedepthError:
+    """The error that a worker names."""
+    name, message = str(fields.get("type")), str(fields.get("message"))
+    return _KINDS[name](message) if name in _KINDS else errors.ChildError(f"worker: {name}: {message}")
+
+
+async def _prepare(config: JobConfig, record: Record, ask: Ask) -> Prepared:
+    answer = await ask(
+        Prepare(
+            model=model_spec(config),
+            training=training_spec(config, 1),
+            seed=config.job.seed,
+            weights=config.model.weights,
+            graph=str(record.folder / "graph.json"),
+            output=str(record.weights(0)),
+            folder=config.folder,
+        )
+    )
+    return msgspec.convert(answer, Prepared)
+
+
+async def _tiers(options: Options, config: JobConfig, record: Record, ask: Ask, say: Say) -> tuple[Tier, ...]:
+    if options.budgets is not None:
+        return load_budgets(options.budgets)
+    if options.tiers == FULL:
+        return (Tier(FULL, EVERYTHING, "no limit"),)
+    found: dict[Fraction, Tier] = {}
+    shares = tier_shares(options.tiers)
+    spec, training = model_spec(config), replace(training_spec(config, 1), augmentation="none")
+
+    async def measured(share: Fraction) -> dict[str, Any]:
+        return dict(
+            await ask(
+                MeasurePeak(
+                    model=spec,
+                    training=training,
+                    numerator=share.numerator,
+                    denominator=share.denominator,
+                    graph=str(record.folder / "graph.json"),
+                    weights=str(record.weights(0)),
+                    scratch=str(record.folder / "peak"),
+                )
+            )
+        )
+
+    full = await measured(Fraction(1))
+    for share in shares:
+        answer = full if share == 1 or not full["scales"] else await measured(share)
+        peak, needed = answer["measured_peak_bytes"], answer["needed_bytes"]
+        if full["scales"] or share == 1:
+            how = f"measured: a network {share} as wide, in full, at batch {training.batch}"
+        else:
+            peak, needed = int(peak * share), int(needed * share)
+            how = f"{share} of what the model was measured to need in full, since it has no setting for its width"
+        found[share] = Tier(str(share), needed, how, peak)
+        say(f"tier {share}: {format_size(needed)} ({how}; peak {format_size(peak)})")
+    return tuple(found.values())
