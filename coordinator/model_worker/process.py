@@ -18,20 +18,22 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
 from coordinator.model_worker.protocol import ALIVE_S, Evaluate, Export, Prepare
 from fedepth.child import run_child
 from fedepth.data.damage import check_share
-from fedepth.data.read import Bytes, Images, open_images, read_sound
+from fedepth.data.read import Images, open_images, read_sound
+from fedepth.data.rows import Rows, damaged_only
+from fedepth.data.text import read_tokenizer
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export, random_samples
 from fedepth.files import disk_errors, file_digest
-from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
-from fedepth.models.traced import read_traced, write_traced
+from fedepth.models.traced import TracedModel, read_traced, write_traced
 from fedepth.prepare import prepare_model
 from fedepth.task import ModelSpec
 from fedepth.weights import save
@@ -55,7 +57,8 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
     output, graph = Path(request.output), Path(request.graph)
     for path in (output, graph):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_traced(graph, prepared.traced)
+    tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
+    write_traced(graph, msgspec.structs.replace(prepared.traced, tokenizer=tokenizer))
     digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     return {
         "layout": prepared.traced.graph.layout(),
@@ -69,8 +72,11 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
     """Raises ModelError, StateError: see `load_model`. DataError: there are no test images, or too many damaged."""
-    model = load_model(read_traced(Path(request.graph)).graph, Path(request.weights))
-    images = _test_images(request.test_data, request.model)
+    traced = read_traced(Path(request.graph))
+    model = load_model(traced.graph, Path(request.weights))
+    images = _test_images(request.test_data, request.model, traced.tokenizer)
+    if isinstance(images, Rows):
+        _check_rows(images, request.most_damaged, progress)
     correct, loss, samples = 0, 0.0, 0
     damaged: dict[int, str] = {}
     batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * int(np.prod(request.model.input_shape)))))
@@ -95,8 +101,9 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
 
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
-    graph = read_traced(Path(request.graph)).graph
-    samples, compared_on = comparison_samples(request, graph)
+    traced = read_traced(Path(request.graph))
+    graph = traced.graph
+    samples, compared_on = comparison_samples(request, traced)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -110,16 +117,17 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
         samples=samples,
         compared_on=compared_on,
         choices=request.choices,
+        tokenizer=traced.tokenizer,
     )
     return asdict(report)
 
 
-def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
+def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArray[Any], str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
     if request.test_data:
         try:
-            images = _test_images(request.test_data, request.model)
+            images = _test_images(request.test_data, request.model, traced.tokenizer)
             chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
             pixels, sound, errors = read_sound(images, chosen)
             if not len(sound):
@@ -127,14 +135,25 @@ def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
             return pixels, f"{len(sound)} samples of the test data"
         except (DataError, OSError) as error:
             why = f"the test data cannot be read: {error}"
-    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
+    return random_samples(request.model, traced.graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
-def _test_images(test_data: str, spec: ModelSpec) -> Images:
-    images = open_images(test_data if test_data == "digits" else Path(test_data), spec, "test")
+def _test_images(test_data: str, spec: ModelSpec, tokenizer: str) -> Images:
+    source = test_data if test_data == "digits" else Path(test_data)
+    images = open_images(source, spec, "test", tokenizer=tokenizer)
     if len(images) == 0:
-        raise DataError(f"{test_data} holds no test images. Give the job test data, or leave it out.")
+        what = damaged_only(images) if isinstance(images, Rows) else ""
+        raise DataError(f"{test_data} holds no test samples{what}. Give the job test data, or leave it out.")
     return images
+
+
+def _check_rows(rows: Rows, most: float, progress: Progress) -> None:
+    """Raises DataError if too many rows are damaged; tells of those that are."""
+    found = rows.damaged
+    check_share(len(rows), found.count, most, found.messages, "[test] most_damaged", "rows")
+    if found.count:
+        shown = "; ".join(found.examples[:DAMAGED_SHOWN])
+        progress(f"{found.count} of {len(rows) + found.count} test rows are damaged and left out, such as: {shown}")
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {
