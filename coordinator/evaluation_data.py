@@ -26,11 +26,12 @@ LOOK_ARGV = module_argv("coordinator.evaluation_data")
 
 @dataclass(frozen=True)
 class Request:
-    """`data` is a folder, or "digits"."""
+    """`data` is a folder or a file, or "digits"; `tokenizer` is the job's tokenizer file, or empty."""
 
     data: str
     model: ModelSpec
     most_damaged: float = MOST_DAMAGED
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Answer:
 
     Attributes:
         class_counts: samples of each class, in label order; damaged ones not among them, if any was met.
-        damaged: how many files cannot be read; 0 where the few that were read are all sound.
+        damaged: how many files or rows cannot be read; 0 where the few that were read are all sound.
         example: what is wrong with one.
     """
 
@@ -62,10 +63,20 @@ def _counts(request: Request) -> Answer:
     import numpy as np
 
     from fedepth.data.read import DIGITS, open_images, read_sound
+    from fedepth.data.rows import Rows, damaged_only
+    from fedepth.data.text import read_tokenizer
 
-    images = open_images(request.data if request.data == DIGITS else Path(request.data), request.model, "test")
+    source = request.data if request.data == DIGITS else Path(request.data)
+    tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
+    images = open_images(source, request.model, "test", tokenizer=tokenizer)
     if len(images) == 0:
-        raise DataError(f"{request.data} holds no test samples")
+        what = damaged_only(images) if isinstance(images, Rows) else ""
+        raise DataError(f"{request.data} holds no test samples{what}")
+    if isinstance(images, Rows):
+        found = images.damaged
+        check_share(len(images), found.count, request.most_damaged, found.messages, "[test] most_damaged", "rows")
+        counts = np.bincount(images.labels, minlength=len(request.model.classes)).tolist()
+        return Answer(tuple(counts), found.count, found.messages.get(0, ""))
     chosen = np.linspace(0, len(images) - 1, min(DECODED, len(images))).astype(np.int64)
     damaged: dict[int, str] = {}
     if not read_sound(images, chosen)[2]:

@@ -55,6 +55,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         graph=str(store.files.graph()),
         output=str(partial),
         folder=config.folder,
+        tokenizer=config.tokenizer,
     )
     for note in answer["notes"]:
         _log.info("model", note=note)

@@ -68,6 +68,8 @@ async def examine(config: JobConfig) -> Findings:
 def missing_libraries(config: JobConfig) -> list[str]:
     """What is not installed, or is no model at all."""
     wanted = [("torch", "fedepth[coordinator]", "the model"), ("onnx", "fedepth[coordinator]", "the export")]
+    if config.tokenizer:
+        wanted.append(("tokenizers", "fedepth[text]", "[text] tokenizer"))
     if config.privacy is not None:
         wanted.append(("dp_accounting", "fedepth[privacy]", "[privacy]"))
     source, colon, _ = config.model.name.partition(":")
@@ -115,13 +117,16 @@ async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) 
         return Findings()  # it is told when the model is prepared
     if config.test_data == DIGITS:
         return _digits(spec)
-    answer = await _ask(Request(config.test_data, spec, config.most_damaged), argv)
+    answer = await _ask(
+        Request(config.test_data, spec, config.most_damaged, config.text.tokenizer if config.text else ""), argv
+    )
     if answer.problem:
         return Findings((f"[test] data: {answer.problem}",))
     found = _told(config.test_data, answer.class_counts, spec.classes)
     if not answer.damaged:
         return found
-    warning = f"[test] data: {answer.damaged} files are damaged and left out, such as: {answer.example}"
+    what = "rows" if spec.columns else "files"
+    warning = f"[test] data: {answer.damaged} {what} are damaged and left out, such as: {answer.example}"
     return Findings(found.problems, (*found.warnings, warning), found.facts)
 
 

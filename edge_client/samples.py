@@ -8,17 +8,19 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from edge_client.config import Config
-from edge_client.data_check.client import check_files
-from edge_client.data_check.protocol import CheckRequest
-from fedepth.data.damage import Damage, check_share, load_damage
+from edge_client.data_check.client import check_files, check_rows
+from edge_client.data_check.protocol import CheckRequest, RowRequest
+from fedepth.data.damage import Damage, RowCheck, check_share, load_damage, load_row_check
 from fedepth.data.labels import lacking, listed
+from fedepth.data.row_files import asked_of, find_rows, fingerprint, holds_rows
 from fedepth.data.scan import DataSummary, scan
 from fedepth.errors import DataError
 from fedepth.files import disk_errors
 from fedepth.printable import printable
-from fedepth.task import Task
+from fedepth.task import ModelSpec, Task
 
 CheckFiles = Callable[[CheckRequest, Callable[[int], None]], Awaitable[Damage]]
+CheckRows = Callable[[RowRequest, Callable[[int], None]], Awaitable[RowCheck]]
 
 _ROWS = 20  # of what is left out; and so many damaged files
 _log = structlog.get_logger()
@@ -32,14 +34,17 @@ class Samples:
         damage: the files that were left out at it.
     """
 
-    def __init__(self, config: Config, check: CheckFiles = check_files) -> None:
+    def __init__(self, config: Config, check: CheckFiles = check_files, check_rows: CheckRows = check_rows) -> None:
         self._directory = config.data_dir
         self._most_damaged = config.most_damaged
         self._record = config.state_dir / "data-check"
         self._check = check
+        self._check_rows = check_rows
+        self._rows: RowCheck | None = None  # of the last look
         self._told: object = None
         self._looked = False
         self._told_lacking: tuple[str, str] = ("", "")
+        self._model: ModelSpec | None = None  # of the last job whose task was taken on; it says what rows are
         self.summary = DataSummary(0, (), "", ())
         self.damage = Damage()
 
@@ -50,7 +55,7 @@ class Samples:
     @property
     def class_names(self) -> tuple[str, ...]:
         """As a report has them: what is no text cannot be sent."""
-        return tuple(map(printable, self.summary.classes)) if self.summary.layout == "folders" else ()
+        return tuple(map(printable, self.summary.classes)) if self.summary.layout in ("folders", "rows") else ()
 
     def differs(self, other: DataSummary) -> bool:
         """Whether there is other data than at that look."""
@@ -73,6 +78,9 @@ class Samples:
             DiskError: it cannot be read.
             ChildError: the check of the files failed.
         """
+        if await asyncio.to_thread(self._holds_rows):
+            await self._look_at_rows()
+            return
         damage = self.damage if self.damage.unsaved else load_damage(self._record)
         summary = await asyncio.to_thread(self._scan, damage)
         is_new = summary.fingerprint != damage.fingerprint or (not self._looked and damage.damaged)
@@ -96,15 +104,23 @@ class Samples:
         self._tell()
         check_share(summary.sample_count, summary.damaged, self._most_damaged, damage.damaged, "most_damaged")
 
-    def for_task(self, task: Task) -> DataSummary:
+    async def for_task(self, task: Task) -> DataSummary:
         """The samples by class of the job. Says once which classes this device lacks.
 
         Raises:
-            DataError: there are samples of other classes.
+            DataError: there are samples of other classes, or of another kind.
+            ChildError: the check of rows failed.
         """
         spec = task.model
-        summary = scan(self._directory, spec.classes, first_label=spec.first_label, damage=self.damage.keys)
-        check_share(summary.sample_count, summary.damaged, self._most_damaged, self.damage.damaged, "most_damaged")
+        has_rows = await asyncio.to_thread(self._holds_rows)
+        if has_rows != (spec.columns is not None):
+            raise DataError(_other_kind(spec, printable(str(self._directory)), has_rows=has_rows))
+        if has_rows:
+            self._model = spec
+            await self._look_at_rows()
+            summary = self.summary
+        else:
+            summary = await asyncio.to_thread(self._scan_for, spec)
         missing = lacking(spec.classes, summary.class_counts)
         if missing and self._told_lacking != (task.job, listed(missing)):
             self._told_lacking = (task.job, listed(missing))
@@ -116,17 +132,62 @@ class Samples:
             )
         return summary
 
+    def _scan_for(self, spec: ModelSpec) -> DataSummary:
+        summary = scan(self._directory, spec.classes, first_label=spec.first_label, damage=self.damage.keys)
+        check_share(summary.sample_count, summary.damaged, self._most_damaged, self.damage.damaged, "most_damaged")
+        return summary
+
+    async def _look_at_rows(self) -> None:
+        """Counts the rows that the last job can use, or before any job all of them that can be read."""
+        found = await self._checked_rows()
+        self._looked = True
+        self.damage = Damage(dict(enumerate(found.examples)))
+        classes = self._model.classes if self._model is not None else ()
+        self.summary = DataSummary(
+            found.count, found.class_counts, "rows", classes, damaged=found.damaged, fingerprint=found.fingerprint
+        )
+        self._tell()
+        messages = dict(enumerate(found.examples))
+        check_share(found.count, found.damaged, self._most_damaged, messages, "most_damaged", "rows")
+        if not found.count:
+            raise DataError(f"{printable(str(self._directory))} holds no row to train on")
+
+    async def _checked_rows(self) -> RowCheck:
+        record = self._record
+        now = await asyncio.to_thread(self._fingerprint_of_rows)
+        for known in (self._rows, load_row_check(record)):
+            if known is not None and (known.fingerprint, known.asked) == (now, asked_of(self._model)):
+                self._rows = known
+                return known
+
+        def progress(rows: int) -> None:
+            _log.info("checking the rows", rows=rows)
+
+        request = RowRequest(str(self._directory.resolve()), str(record), self._model)
+        self._rows = found = await self._check_rows(request, progress)
+        if found.unsaved:
+            _log.warning("the check of the data cannot be recorded; it is repeated", error=found.unsaved)
+        return found
+
+    def _holds_rows(self) -> bool:
+        with disk_errors("the training samples cannot be counted", self._directory):
+            return holds_rows(self._directory)
+
+    def _fingerprint_of_rows(self) -> int:
+        with disk_errors("the training samples cannot be counted", self._directory):
+            return fingerprint(find_rows(self._directory, "train"))
+
     def _scan(self, damage: Damage) -> DataSummary:
         with disk_errors("the training samples cannot be counted", self._directory):
             return scan(self._directory, None, damage=damage.keys)
 
     def _tell(self) -> None:
         summary, damaged = self.summary, self.damage.damaged
-        what = (summary.class_counts, summary.left_out, summary.notes)
+        what = (summary.sample_count, summary.class_counts, summary.left_out, summary.notes, *damaged.values())
         if what == self._told:
             return
         self._told = what
-        left_out = sum(row.count for row in summary.left_out)
+        left_out = sum(row.count for row in summary.left_out) or summary.damaged
         _log.info(
             "training data",
             directory=printable(str(self._directory)),
@@ -147,4 +208,19 @@ class Samples:
         if len(summary.left_out) > _ROWS:
             _log.warning("left out of the training data", further_reasons=len(summary.left_out) - _ROWS)
         for message in [*damaged.values()][:_ROWS] if summary.damaged else ():
-            _log.warning("damaged", file=message)
+            _log.warning("damaged", **{"row" if summary.layout == "rows" else "file": message})
+
+
+def _other_kind(spec: ModelSpec, source: str, *, has_rows: bool) -> str:
+    """Why data of one kind cannot be used for a job of another."""
+    if has_rows:
+        return (
+            f"{source} holds rows of files, such as CSV, and {spec.name} takes other inputs: a job trains on rows if "
+            "it has a section [text] or [table]; give this device folders of images, or IDX files"
+        )
+    columns = ", ".join(map(printable, spec.columns.columns[:10])) if spec.columns else ""
+    label = printable(spec.columns.label) if spec.columns else ""
+    return (
+        f"the job trains on rows of files with the columns {label} (the class) and {columns}; {source} holds none: "
+        "give this device a CSV, JSON-lines or Parquet file, or a folder with train.csv"
+    )

@@ -184,7 +184,7 @@ class TaskRunner:
 
     async def _trained(self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter) -> Done:
         with disk_errors("the task cannot be worked on", folder):
-            summary = await asyncio.to_thread(self._samples.for_task, task)
+            summary = await self._samples.for_task(task)
             graph = await self._fetched(self._transport.fetch_graph, task)
             costs = await asyncio.to_thread(read_costs, graph)
             check_plan(costs, task.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,14 +105,14 @@ def plan_command(
 @app.command("infer", epilog=examples("fedepth infer digits.onnx photos/ --top 3"))
 def infer_command(
     model: Annotated[Path, typer.Argument(help="An ONNX file that a job or fedepth-coordinator export wrote.")],
-    files: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    files: Annotated[list[Path], typer.Argument(help="Images, or files with rows such as CSV; or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show of each file.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show what an exported model says of images. Needs no torch.
+    """Show what an exported model says of images, or of the rows of files. Needs no torch.
 
-    Images are read as in training and normalised as the file says. A file that cannot be read is named, and the exit
-    code is then 1.
+    Images and rows are read as in training and normalised as the file says. A file or row that cannot be read is named,
+    and the exit code is then 1.
     """
     try:
         from fedepth.export import infer
@@ -121,8 +122,12 @@ def infer_command(
         ) from error
 
     deployed = infer.open_deployed(model)
-    found, left_out = infer.image_files(files)
-    predictions = list(infer.classify(deployed, found, top))
+    if deployed.spec.columns is not None:
+        left_out: Counter[str] = Counter()
+        predictions = list(infer.classify_rows(deployed, infer.row_files(files), top))
+    else:
+        found, left_out = infer.image_files(files)
+        predictions = list(infer.classify(deployed, found, top))
     if as_json:
         print(infer.as_json(deployed, predictions))
     else:
@@ -264,7 +269,8 @@ def _predictions(predictions: Sequence[Prediction]) -> Table:
     table.add_column("probability", justify="right", no_wrap=True)
     for each in predictions:
         for place, (name, probability) in enumerate(each.classes):
-            file = "" if place else printable(str(each.file))
+            where = f"{each.file}:{each.line}" if each.line else f"{each.file}"
+            file = "" if place else printable(where)
             table.add_row(Text(file), Text(printable(name)), f"{probability:.1%}")
     return table
 

@@ -157,7 +157,7 @@ class ModelCosts:
         model: the model's name.
         units: one entry per unit, in order. The last one has an exit: the head itself.
         input_bytes: one input sample as float32.
-        raw_input_bytes: one input sample as stored (uint8).
+        raw_input_bytes: one input sample as stored: bytes of an image, ids of a text, numbers of a table.
         smallest_micro_batch: 2 where BatchNorm needs more than one value per channel, else 1.
         calibration: of the device that the table is used for.
     """

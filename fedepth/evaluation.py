@@ -15,6 +15,7 @@ import numpy as np
 
 from fedepth.data.damage import check_share
 from fedepth.data.read import DIGITS, Images, open_images, read_sound
+from fedepth.data.rows import Rows, damaged_only
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError
 from fedepth.task import ModelSpec
@@ -52,16 +53,26 @@ class Evaluated:
     damaged: tuple[str, ...] = ()
 
 
-def open_test_images(test_data: str, spec: ModelSpec) -> Images:
+def open_test_images(test_data: str, spec: ModelSpec, tokenizer: str = "") -> Images:
     """A job's test data.
+
+    Args:
+        tokenizer: of a job that trains on texts, as JSON; see `fedepth.data.text`.
 
     Raises:
         DataError: they cannot be read, or there are none.
     """
-    images = open_images(test_data if test_data == DIGITS else Path(test_data), spec, "test")
+    images = open_images(test_data if test_data == DIGITS else Path(test_data), spec, "test", tokenizer=tokenizer)
     if len(images) == 0:
-        raise DataError(f"{test_data} holds no test images. Give the job test data, or leave it out.")
+        what = damaged_only(images) if isinstance(images, Rows) else ""
+        raise DataError(f"{test_data} holds no test samples{what}. Give the job test data, or leave it out.")
     return images
+
+
+def check_rows(rows: Rows, most_damaged: float) -> None:
+    """Raises DataError if a larger share of a file's rows is damaged."""
+    found = rows.damaged
+    check_share(len(rows), found.count, most_damaged, found.messages, "[test] most_damaged", "rows")
 
 
 def batch_size(spec: ModelSpec) -> int:

@@ -25,6 +25,7 @@ from fedepth.aggregation.rules import (
 )
 from fedepth.data.labels import listed, normalised
 from fedepth.errors import ConfigError
+from fedepth.job_rows import table_spec, text_spec, with_row_input, with_tokenizer, wrong_rows
 from fedepth.job_sections import (
     DIGITS,
     LEAST_FLOAT,
@@ -57,6 +58,9 @@ def load_config(path: Path) -> JobConfig:
         config = msgspec.convert(file.tables, JobConfig)
     except msgspec.ValidationError as error:
         raise _explain(file, str(error)) from None
+    if wrong := wrong_rows(config):
+        raise _wrong(file, *wrong)
+    config = with_row_input(config)
     _check_ranges(config, file)
     return _with_model_files(_with_test_path(config, file), file)
 
@@ -66,7 +70,8 @@ def model_spec(config: JobConfig) -> ModelSpec:
     section = config.model
     classes = section.classes
     names = tuple(str(label) for label in range(classes)) if isinstance(classes, int) else map(normalised, classes)
-    channels = section.input_shape[0]
+    rows = config.text is not None or config.table is not None
+    channels = 0 if rows else section.input_shape[0]  # a table's columns have a mean of their own
     return ModelSpec(
         name=section.name,
         classes=tuple(names),
@@ -75,6 +80,8 @@ def model_spec(config: JobConfig) -> ModelSpec:
         std=section.std or (1.0,) * channels,
         input_type=section.input_type,
         first_label=section.first_label,
+        text=text_spec(config),
+        table=table_spec(config),
     )
 
 
@@ -158,7 +165,7 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
 
 def _wrong(file: SettingsFile, section: str, field: str, what: str) -> ConfigError:
     """The message about a field."""
-    return ConfigError(f"{file.name}: [{section}] {field}: {what}{file.place(section, field)}")
+    return ConfigError(f"{file.name}: [{section}]{f' {field}' if field else ''}: {what}{file.place(section, field)}")
 
 
 def _refuse_unknown(file: SettingsFile) -> None:
@@ -243,7 +250,9 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
     if not 1 <= len(model.name) <= MOST_NAME:
         raise _wrong(file, "model", "name", f"must have 1 to {MOST_NAME} characters, has {len(model.name)}")
     _check_classes(model, file)
-    if not 1 <= len(model.input_shape) <= 3:
+    if not model.input_shape:
+        raise _wrong(file, "model", "input_shape", "is missing; only jobs with [text] or [table] need none")
+    if len(model.input_shape) > 3:
         raise _wrong(
             file,
             "model",
@@ -266,7 +275,7 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
 
 
 def _check_floats(config: JobConfig, file: SettingsFile) -> None:
-    for name in ("job", "model", "training", "aggregation", "privacy"):
+    for name in ("job", "model", "training", "aggregation", "privacy", "table"):
         section = getattr(config, name)
         for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
             for number in value if isinstance(value, tuple) else (value,):
@@ -371,4 +380,10 @@ def _with_model_files(config: JobConfig, file: SettingsFile) -> JobConfig:
             what = "is not a file" if weights.exists() else "does not exist"
             raise _wrong(file, "model", "weights", f"{printable(str(weights))} {what}")
         model = msgspec.structs.replace(model, weights=str(weights))
+    if config.text is not None and config.text.tokenizer:
+        path = _path(file, "text", "tokenizer", config.text.tokenizer)
+        try:
+            config = with_tokenizer(config, path)
+        except ConfigError as error:
+            raise _wrong(file, "text", "tokenizer", str(error)) from None
     return msgspec.structs.replace(config, model=model, folder=str(file.folder))

@@ -16,7 +16,7 @@ import msgspec
 from fedepth.errors import ConfigError
 from fedepth.files import file_digest
 from fedepth.job import model_spec, section_types
-from fedepth.job_sections import JobConfig
+from fedepth.job_sections import JobConfig, ModelSection
 from fedepth.printable import shortened
 
 Settings = Mapping[str, Any]  # "training.batch" to a value that JSON can hold
@@ -99,6 +99,16 @@ KINDS: Mapping[str, Kind] = {
             "model.std",
             "model.weights",
             "model.input_type",
+            "text.label",
+            "text.text",
+            "text.length",
+            "text.vocabulary",
+            "text.tokenizer",
+            "table.label",
+            "table.numeric",
+            "table.mean",
+            "table.std",
+            "table.categorical",
             "training.batch",
             "training.optimizer",
         ),
@@ -134,7 +144,7 @@ class Change:
 def settings_of(config: JobConfig) -> dict[str, Any]:
     """The settings of a job, with defaults filled in where they follow from others; None in a section that is absent.
 
-    Instead of the path of a file with weights there is its digest: the file may move.
+    Instead of the path of a file with weights, or a tokenizer, there is its digest: the file may move.
 
     Raises:
         ConfigError: that file cannot be read.
@@ -145,13 +155,16 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
         values = {} if held is None else msgspec.to_builtins(held)
         found.update({f"{section}.{field}": values.get(field) for field in kind.__struct_fields__})
     spec = msgspec.to_builtins(model_spec(config))
-    found.update({f"model.{field}": spec[field] for field in spec})  # with all defaults in place
+    # With all defaults in place. What the other sections say of rows is compared there.
+    found.update({f"model.{field}": spec[field] for field in ModelSection.__struct_fields__ if field in spec})
     found["job.quorum"] = config.job.needed
     if config.model.weights:
         try:
             found["model.weights"] = f"sha256:{file_digest(Path(config.model.weights))}"
         except OSError as error:
             raise ConfigError(f"[model] weights: {config.model.weights} cannot be read: {error.strerror}") from None
+    if config.tokenizer_digest:
+        found["text.tokenizer"] = f"sha256:{config.tokenizer_digest}"
     as_recorded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     return as_recorded
 

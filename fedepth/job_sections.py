@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.plan import CacheType
-from fedepth.task import MOST_CLASSES, InputType
+from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, InputType
 
 DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
@@ -62,18 +62,62 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         weights: a local file with weights to begin with, relative to the job file; empty for fresh ones.
+        input_shape: may be left out with [text] or [table], which say what it is.
         input_type: what the data holds: numbers, or token ids.
         first_label: of data with numbers for labels (IDX files), the number of the first class: 1 for EMNIST's letters.
     """
 
     name: str
     classes: tuple[str, ...] | int
-    input_shape: tuple[AtLeastOne, ...]
+    input_shape: tuple[AtLeastOne, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[Positive, ...] = ()
     weights: str = ""
     input_type: InputType = InputType.FLOAT
     first_label: Annotated[int, Meta(ge=0, le=MOST_CLASSES)] = 0
+
+
+class TextSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[text]: the data are rows of files with texts, which become token ids (`fedepth.data.text`).
+
+    Attributes:
+        label: the column with the class.
+        text: the column with the text, or several, which are joined by spaces.
+        length: tokens of a text; what is longer is cut off, what is shorter is padded.
+        vocabulary: so many ids are words hashed to; 8192 by default. With a tokenizer it has as many as that has.
+        tokenizer: a file of the tokenizers library, relative to the job file, which devices get; empty hashes words.
+    """
+
+    label: str
+    text: str | tuple[str, ...]
+    length: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = 128
+    vocabulary: Annotated[int, Meta(ge=SMALLEST_VOCABULARY, le=MOST_VOCABULARY)] | None = None
+    tokenizer: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those with text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+
+class TableSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[table]: the data are rows of files with these columns (`fedepth.data.tables`).
+
+    `fedepth columns FILE` writes this section.
+
+    Attributes:
+        label: the column with the class.
+        numeric: the columns with numbers.
+        mean: of each of these, over data as the devices have it; a number that is missing counts as the mean.
+        std: their standard deviations.
+        categorical: the columns with one of a few values, and these.
+    """
+
+    label: str
+    numeric: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
+    categorical: dict[str, tuple[str, ...]] = {}
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,12 +137,12 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[test]: what every round's model is evaluated on: a folder relative to the job file, or "digits".
+    """[test]: what every round's model is evaluated on: a folder or file relative to the job file, or "digits".
 
     Without this section the accuracy stays unknown, and exports are compared on random inputs.
 
     Attributes:
-        most_damaged: share of its image files that may be damaged; they are left out.
+        most_damaged: share of its image files or rows that may be damaged; they are left out.
     """
 
     __test__ = False  # the name is the section's, not a test's
@@ -211,10 +255,11 @@ class PrivacySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job file that has passed every check.
 
-    `test.data` is absolute or "digits", `model.weights` absolute or empty.
+    `test.data` is absolute or "digits", `model.weights` and `text.tokenizer` absolute or empty.
 
     Attributes:
         folder: where the job file lies, and a custom model's module may lie; "" if there is no file. Not a setting.
+        tokenizer_digest: sha256 (hex) of the file `text.tokenizer`; "" without one. Not a setting.
     """
 
     job: JobSection
@@ -227,12 +272,20 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitsSection = LimitsSection()
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection | None = None
+    text: TextSection | None = None
+    table: TableSection | None = None
     folder: str = ""
+    tokenizer_digest: str = ""
 
     @property
     def test_data(self) -> str:
         """Where the test data are; empty where the job has none."""
         return "" if self.test is None else self.test.data
+
+    @property
+    def tokenizer(self) -> str:
+        """Path of the tokenizer's file; empty where the job has none."""
+        return "" if self.text is None else self.text.tokenizer
 
     @property
     def most_damaged(self) -> float:

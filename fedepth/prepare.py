@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,5 +114,5 @@ def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
 def _with_costs(
     exported: Exported, spec: ModelSpec, training: TrainingSpec, notes: tuple[str, ...] = ()
 ) -> PreparedModel:
-    costs = trace_costs(exported.graph, spec.name, training.batch)
+    costs = replace(trace_costs(exported.graph, spec.name, training.batch), raw_input_bytes=spec.sample_bytes)
     return PreparedModel(TracedModel(exported.graph, costs), exported.tensors, (*exported.graph.notes, *notes))

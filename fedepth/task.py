@@ -5,15 +5,22 @@ Sizes are bytes, times are seconds unless the name says otherwise. Shapes exclud
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
+from fedepth.layout import ITEM_BYTES
 from fedepth.plan import CacheType, Plan, Policy
 
 MOST_CLASSES = 1 << 15
 MOST_CHANNELS = 1 << 17  # every one has its mean and its standard deviation in the task
+MOST_COLUMNS = 1 << 13  # of a table, or of a text's parts
+MOST_TOKENS = 1 << 13  # of one text
+SMALLEST_VOCABULARY = 4  # two ids are padding and no word
+MOST_VOCABULARY = 1 << 20
+_UINT16_IDS = 1 << 16
 
 
 class Optimizer(str, Enum):
@@ -26,8 +33,8 @@ class Optimizer(str, Enum):
 class InputType(str, Enum):
     """What a model's input holds."""
 
-    FLOAT = "float"  # bytes of data, divided by 255 and normalised: images, vectors, series
-    TOKENS = "tokens"  # bytes of data as token ids
+    FLOAT = "float"  # bytes of data, divided by 255 and normalised: images, vectors, series; or the features of a table
+    TOKENS = "tokens"  # token ids: of texts, or bytes of data
 
     @property
     def dtype(self) -> str:
@@ -63,6 +70,70 @@ class DeviceReport:
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """How a row of a file becomes token ids (fedepth.data.text).
+
+    Attributes:
+        label: the column with the class.
+        text: the columns with text, which are joined by spaces.
+        vocabulary: ids are below it; 0 is padding.
+        tokenizer: sha256 (hex) of the job's tokenizer file, which devices get with the graph; "" hashes words.
+    """
+
+    label: str
+    text: tuple[str, ...]
+    vocabulary: int
+    tokenizer: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are read, without the label."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Category:
+    """A column of a table that holds one of these values."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def slots(self) -> int:
+        """Of its features: one for each value, and one for a value that is missing or another one."""
+        return len(self.values) + 1
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """How a row of a file becomes features (fedepth.data.tables).
+
+    Attributes:
+        label: the column with the class.
+        numeric: the columns with numbers.
+        mean: of each of these, where a number is there.
+        std: their standard deviations.
+        categorical: the columns with one of a few values.
+    """
+
+    label: str
+    numeric: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    categorical: tuple[Category, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are read, without the label."""
+        return (*self.numeric, *(each.name for each in self.categorical))
+
+    @property
+    def features(self) -> int:
+        """How many numbers a model takes of a row."""
+        return 2 * len(self.numeric) + sum(each.slots for each in self.categorical)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Which model a job trains.
 
@@ -75,6 +146,8 @@ class ModelSpec:
         std: per channel, for values in 0..1.
         input_type: what the input holds.
         first_label: of data with numbers for labels, the number of the first class.
+        text: the data are rows with texts; token ids of shape (length,) go in.
+        table: the data are rows of a table; its features go in.
     """
 
     name: str
@@ -84,6 +157,32 @@ class ModelSpec:
     std: tuple[float, ...]
     input_type: InputType = InputType.FLOAT
     first_label: int = 0
+    text: TextSpec | None = None
+    table: TableSpec | None = None
+
+    @property
+    def columns(self) -> TextSpec | TableSpec | None:
+        """What is read of every row; None where the data are no rows of a file."""
+        return self.text or self.table
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of a sample as it is stored; a model's input is made of it (fedepth.data.transforms)."""
+        return self.input_shape if self.table is None else (len(self.table.columns),)
+
+    @property
+    def sample_type(self) -> str:
+        """The element type of a sample as it is stored, as safetensors names it."""
+        if self.table is not None:
+            return "F64"
+        if self.text is not None:
+            return "U16" if self.text.vocabulary <= _UINT16_IDS else "I32"
+        return "U8"
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample as it is stored."""
+        return math.prod(self.sample_shape) * ITEM_BYTES[self.sample_type]
 
 
 @dataclass(frozen=True)

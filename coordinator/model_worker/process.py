@@ -18,17 +18,19 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.model_worker.protocol import ALIVE_S, Evaluate, Export, Prepare
 from fedepth import evaluation
 from fedepth.child import run_child
-from fedepth.data.read import Bytes, read_sound
+from fedepth.data.read import read_sound
+from fedepth.data.rows import Rows
+from fedepth.data.text import read_tokenizer
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export, random_samples
 from fedepth.files import disk_errors, file_digest
-from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
-from fedepth.models.traced import read_traced, write_traced
+from fedepth.models.traced import TracedModel, read_traced, write_traced
 from fedepth.prepare import prepare_model
 from fedepth.weights import save
 
@@ -48,7 +50,8 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
     output, graph = Path(request.output), Path(request.graph)
     for path in (output, graph):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_traced(graph, prepared.traced)
+    tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
+    write_traced(graph, msgspec.structs.replace(prepared.traced, tokenizer=tokenizer))
     digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     return {
         "layout": prepared.traced.graph.layout(),
@@ -62,8 +65,14 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
     """Raises ModelError, StateError: see `load_model`. DataError: there are no test images, or too many damaged."""
-    model = load_model(read_traced(Path(request.graph)).graph, Path(request.weights))
-    images = evaluation.open_test_images(request.test_data, request.model)
+    traced = read_traced(Path(request.graph))
+    model = load_model(traced.graph, Path(request.weights))
+    images = evaluation.open_test_images(request.test_data, request.model, traced.tokenizer)
+    if isinstance(images, Rows) and images.damaged.count:
+        evaluation.check_rows(images, request.most_damaged)
+        shown = "; ".join(images.damaged.examples[:DAMAGED_SHOWN])
+        rows = len(images) + images.damaged.count
+        progress(f"{images.damaged.count} of {rows} test rows are damaged and left out, such as: {shown}")
     found = evaluation.total(evaluation.batches(model, images, request.model), len(images), request.most_damaged)
     if found.damaged:
         shown = "; ".join(found.damaged[:DAMAGED_SHOWN])
@@ -73,8 +82,9 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
 
 def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
-    graph = read_traced(Path(request.graph)).graph
-    samples, compared_on = comparison_samples(request, graph)
+    traced = read_traced(Path(request.graph))
+    graph = traced.graph
+    samples, compared_on = comparison_samples(request, traced)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -88,16 +98,17 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
         samples=samples,
         compared_on=compared_on,
         choices=request.choices,
+        tokenizer=traced.tokenizer,
     )
     return asdict(report)
 
 
-def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
+def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArray[Any], str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
     if request.test_data:
         try:
-            images = evaluation.open_test_images(request.test_data, request.model)
+            images = evaluation.open_test_images(request.test_data, request.model, traced.tokenizer)
             chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
             pixels, sound, errors = read_sound(images, chosen)
             if not len(sound):
@@ -105,7 +116,7 @@ def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
             return pixels, f"{len(sound)} samples of the test data"
         except (DataError, OSError) as error:
             why = f"the test data cannot be read: {error}"
-    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
+    return random_samples(request.model, traced.graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {

@@ -19,8 +19,8 @@ class Prepare:
     """Turn a model into a graph, prove it, write the traced model to `graph` and its first weights to `output`.
 
     `weights` is a file to begin with, or empty; `folder` is where a custom model's module may lie, besides where Python
-    looks. Answers "layout" (ModelLayout), "notes", "digest" and "size_bytes" of
-    the weights, "graph_digest" and "graph_bytes".
+    looks; `tokenizer` is the job's tokenizer file, or empty. Answers "layout" (ModelLayout), "notes", "digest" and
+    "size_bytes" of the weights, "graph_digest" and "graph_bytes".
     """
 
     model: ModelSpec
@@ -30,13 +30,14 @@ class Prepare:
     graph: str
     output: str
     folder: str = ""
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Test weights. `test_data` is a path, or "digits". Answers "accuracy" (0..1), "loss" and "samples".
 
-    Up to the share `most_damaged` of the images may be damaged: they are left out, and not among "samples".
+    Up to the share `most_damaged` of the images or rows may be damaged: they are left out, and not among "samples".
     """
 
     model: ModelSpec

@@ -164,7 +164,7 @@ class Store(RoundStore, TaskStore):
         if settings is not None:
             return
         held = msgspec.json.decode(row["model"], type=ModelSpec)
-        for field in ("name", "classes", "input_shape", "mean", "std", "input_type"):
+        for field in ("name", "classes", "input_shape", "mean", "std", "input_type", "text", "table"):
             before, now = getattr(held, field), getattr(model, field)
             if before != now:
                 raise StateError(

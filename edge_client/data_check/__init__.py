@@ -1,1 +1,1 @@
-"""The check of image files: a child of the agent that holds PIL and numpy."""
+"""The check of image files and rows: a child of the agent that holds PIL and numpy."""

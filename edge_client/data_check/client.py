@@ -1,4 +1,4 @@
-"""The data check as the agent sees it: a child process that looks at image files and is gone afterwards."""
+"""The data check as the agent sees it: a child process that looks at image files or rows and is gone afterwards."""
 
 from __future__ import annotations
 
@@ -7,19 +7,37 @@ from pathlib import Path
 
 import msgspec
 
-from edge_client.data_check.protocol import Checked, CheckFailed, CheckRequest, Event
+from edge_client.data_check.protocol import Checked, CheckFailed, CheckRequest, Event, RowRequest
 from fedepth.child import Child, module_argv
-from fedepth.data.damage import Damage, load_damage
+from fedepth.data.damage import Damage, RowCheck, load_damage
 from fedepth.errors import ChildError, DataError
 
 
 async def check_files(request: CheckRequest, on_progress: Callable[[int], None]) -> Damage:
-    """Runs one check to its end; `on_progress` hears every two seconds how many files were gone through.
+    """Runs one check of image files to its end; `on_progress` hears every two seconds how many were gone through.
 
     Raises:
         DataError: the directory cannot be read.
         ChildError: the check ended without an answer.
     """
+    checked = await _checked(request, on_progress)
+    return checked.damage or load_damage(Path(request.record))
+
+
+async def check_rows(request: RowRequest, on_progress: Callable[[int], None]) -> RowCheck:
+    """The same of the rows of files.
+
+    Raises:
+        DataError: a file cannot be read, or has not the job's columns.
+        ChildError: the check ended without an answer.
+    """
+    checked = await _checked(request, on_progress)
+    if checked.rows is None:
+        raise ChildError("the data check told nothing of the rows")
+    return checked.rows
+
+
+async def _checked(request: CheckRequest | RowRequest, on_progress: Callable[[int], None]) -> Checked:
     try:
         child = await Child.start("data check", module_argv("edge_client.data_check.process"))
     except OSError as error:
@@ -34,7 +52,7 @@ async def check_files(request: CheckRequest, on_progress: Callable[[int], None])
             if isinstance(event, CheckFailed):
                 raise DataError(event.message)
             if isinstance(event, Checked):
-                return event.damage or load_damage(Path(request.record))
+                return event
             on_progress(event.files)
         raise ChildError("the data check ended without an answer")
     finally:

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from edge_client.data_check.protocol import Checked, CheckFailed, CheckProgress, CheckRequest, Event
+from edge_client.data_check.protocol import Checked, CheckFailed, CheckProgress, CheckRequest, Event, RowRequest
 from fedepth.child import run_child
 from fedepth.data.check import check_data
+from fedepth.data.rows import check_rows
 from fedepth.errors import DataError, DiskError
 from fedepth.files import disk_errors
 
@@ -35,13 +37,21 @@ def main() -> None:
                 told = time.monotonic()
                 send(CheckProgress(files))
 
-        request = msgspec.json.decode(sys.stdin.buffer.readline(), type=CheckRequest)
-        send(answer(request, progress))
+        message = msgspec.json.decode(sys.stdin.buffer.readline(), type=dict[str, Any])
+        if "source" in message:
+            send(answer(msgspec.convert(message, RowRequest), progress))
+        else:
+            send(answer(msgspec.convert(message, CheckRequest), progress))
 
 
-def answer(request: CheckRequest, progress: Callable[[int], None]) -> Checked | CheckFailed:
+def answer(request: CheckRequest | RowRequest, progress: Callable[[int], None]) -> Checked | CheckFailed:
     """Carries out one request."""
     try:
+        if isinstance(request, RowRequest):
+            with disk_errors("the data cannot be checked", Path(request.source)):
+                return Checked(
+                    rows=check_rows(Path(request.source), Path(request.record), request.model, on_progress=progress)
+                )
         with disk_errors("the data cannot be checked", Path(request.directory)):
             found = check_data(
                 Path(request.directory), Path(request.record), decode=request.decode, on_progress=progress

@@ -1,7 +1,8 @@
-"""The image files of a data directory that are known to be damaged, kept between starts. Standard library and msgspec.
+"""What of a data set is known to be damaged, kept between starts. Standard library and msgspec.
 
-Two files: `NAME` in JSON says what is damaged, and is all that an agent and its trainer need; `NAME.sound` has the keys
-of the files that were found to be sound, 8 bytes each, so that the next check opens only those that are new or changed.
+Of image files there are two: `NAME` in JSON says what is damaged, and is all that an agent and its trainer need;
+`NAME.sound` has the keys of the files that were found to be sound, 8 bytes each, so that the next check opens only
+those that are new or changed. Of rows in files there is `NAME.rows`: whoever reads them leaves out the same.
 """
 
 from __future__ import annotations
@@ -44,6 +45,51 @@ class Damage:
         return frozenset(self.damaged)
 
 
+@dataclass(frozen=True)
+class RowCheck:
+    """What the last check of files with rows found.
+
+    Attributes:
+        fingerprint: of the files.
+        asked: digest of what rows were checked for; "" where no job has said yet which columns count.
+        count: rows that are taken.
+        class_counts: of them, in label order; empty without a job.
+        damaged: rows that are left out.
+        examples: what is wrong with the first of these.
+        unsaved: why this could not be recorded; empty if it was.
+    """
+
+    fingerprint: int = 0
+    asked: str = ""
+    count: int = 0
+    class_counts: tuple[int, ...] = ()
+    damaged: int = 0
+    examples: tuple[str, ...] = ()
+    unsaved: str = ""
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The message says why, without its place."""
+
+
+def load_row_check(path: Path) -> RowCheck | None:
+    """The record beside `path`; None if there is none that can be read, since it can be made again."""
+    try:
+        return msgspec.json.decode(read_regular(_rows_path(path), MOST_BYTES), type=RowCheck)
+    except (OSError, *NOT_JSON):
+        return None
+
+
+def save_row_check(path: Path, check: RowCheck) -> None:
+    """Replaces the record.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(_rows_path(path), msgspec.json.encode(check))
+
+
 def load_damage(path: Path) -> Damage:
     """The record at `path`; an empty one if there is none that can be read, since it can be made again."""
     try:
@@ -78,13 +124,16 @@ def load_sound(path: Path) -> array[int]:
     return sound
 
 
-def check_share(taken: int, damaged: int, most: float, messages: Mapping[int, str], setting: str) -> None:
-    """Whether the data can be used without its damaged files.
+def check_share(
+    taken: int, damaged: int, most: float, messages: Mapping[int, str], setting: str, what: str = "image files"
+) -> None:
+    """Whether the data can be used without what is damaged of it.
 
     Args:
         most: the largest share of damaged files, 0 to 1.
         messages: what is wrong with each, as far as it is known.
         setting: what a person sets it with.
+        what: is counted.
 
     Raises:
         DataError: more of them are damaged.
@@ -93,10 +142,14 @@ def check_share(taken: int, damaged: int, most: float, messages: Mapping[int, st
         return
     examples = "; ".join([*messages.values()][:_SHOWN]) or "they are empty"
     raise DataError(
-        f"{damaged} of {taken + damaged} image files are damaged ({damaged / (taken + damaged):.0%}), and {setting} "
+        f"{damaged} of {taken + damaged} {what} are damaged ({damaged / (taken + damaged):.0%}), and {setting} "
         f"allows {most:.0%}: repair or remove them, or raise it; such as: {examples}"
     )
 
 
 def _sound_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sound")
+
+
+def _rows_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.rows")

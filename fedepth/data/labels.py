@@ -7,9 +7,11 @@ taken for equal, but what comes close is suggested.
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from fedepth.data.damage import RowError
 from fedepth.printable import printable, shortened, visible
 
 _NAMES_SHOWN = 10
@@ -17,6 +19,7 @@ _MOST_COMPARED = 1000  # classes; comparing takes a while, and a device may send
 _NAME_SHOWN = 60
 _MOST_TOLD = 2000  # characters, fewer than a message to a device may have
 _NEAR = 0.6  # difflib's own measure of what is similar
+_NUMBER = re.compile(r"(-?\d{1,9})(\.0+)?")  # what a program may make of a whole number in a column with gaps
 
 
 def normalised(name: str) -> str:
@@ -96,6 +99,52 @@ def labels_outside(labels: Sequence[int], classes: Sequence[str], first_label: i
             f"[model] first_label = {lowest} in the job file"
         )
     return message
+
+
+class RowLabels:
+    """From the labels of rows to places in the job's classes.
+
+    A label is a class by its name. Where no class is called as a number, and where they are just numbered, a number is
+    one as well, counted from `first_label`.
+    """
+
+    def __init__(self, classes: Sequence[str], first_label: int) -> None:
+        self._classes = classes
+        self._first_label = first_label
+        numbered = [*classes] == [str(place) for place in range(len(classes))]
+        self._places = {} if numbered else {normalised(name).strip(): place for place, name in enumerate(classes)}
+        self._takes_numbers = numbered or not any(map(_NUMBER.fullmatch, classes))
+
+    def place(self, label: str) -> int:
+        """The place of a label's class.
+
+        Raises:
+            RowError: it stands for none of them.
+        """
+        place = self._places.get(label)
+        if place is None:
+            self._places[label] = place = self._found(normalised(label).strip())
+        return place
+
+    def _found(self, label: str) -> int:
+        place = self._places.get(label)
+        if place is not None:
+            return place
+        if not label:
+            raise RowError("has no label")
+        number = _NUMBER.fullmatch(label) if self._takes_numbers else None
+        if number is not None:
+            place = int(number[1]) - self._first_label
+            if 0 <= place < len(self._classes):
+                return place
+            last = self._first_label + len(self._classes) - 1
+            raise RowError(
+                f"has the label {label}; the job has {len(self._classes)} classes, labels {self._first_label} to {last}"
+            )
+        near = _nearest(label[:_NAME_SHOWN], self._classes)
+        meant = f" - did you mean {visible(near, _NAME_SHOWN)}?" if near else ""
+        what = f"has the label {visible(label, _NAME_SHOWN)}, which is not a class of the job"
+        raise RowError(f"{what} ({listed(self._classes)}){meant}")
 
 
 def _nearest(name: str, classes: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Images of any supported source as uint8 batches in a model's shape. numpy and PIL, no torch.
+"""Samples of any supported source as batches in the form in which they are stored. numpy and PIL, no torch.
 
 A batch is read when it is asked for: a data set never lies in memory as a whole, except the small set of digits.
 """
@@ -16,6 +16,8 @@ from PIL import Image
 from fedepth.data.decode import decode_image
 from fedepth.data.digits import load_digits
 from fedepth.data.idx import IdxFile
+from fedepth.data.row_files import find_rows
+from fedepth.data.rows import Rows
 from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
 from fedepth.errors import DamagedFileError, DataError
 from fedepth.task import InputType, ModelSpec
@@ -28,7 +30,7 @@ _CHANNELS = (1, 3)
 
 
 class Images(Protocol):
-    """Labelled images in the shape of a model's input."""
+    """Labelled samples: images in the shape of a model's input, or what else a job trains on."""
 
     @property
     def labels(self) -> Labels:
@@ -36,8 +38,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: npt.NDArray[Any]) -> Bytes:
-        """The images at `indices` (shape (k,)), as a fresh C-contiguous array of shape (k, C, H, W).
+    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The samples at `indices` (shape (k,)), as a fresh C-contiguous array (k, *spec.sample_shape) of the type
+        `spec.sample_type`: images are (k, C, H, W) of bytes.
 
         Raises:
             DataError: an image cannot be read.
@@ -50,8 +53,10 @@ def open_images(
     split: str = "train",
     scratch: Path | None = None,
     damage: frozenset[int] = frozenset(),
+    tokenizer: str = "",
 ) -> Images:
-    """Opens a data directory (see fedepth.data.scan), or "digits" for the set that comes with scikit-learn.
+    """Opens a data directory (see fedepth.data.scan), or "digits" for the set that comes with scikit-learn; for a job
+    with texts or a table a file with rows, or a folder of such files (fedepth.data.row_files).
 
     Images of another size are resized (bilinear; the digits bicubic), colours become gray or gray becomes
     RGB as `spec.input_shape` asks. Class folders are labelled by their place in `spec.classes`; IDX labels
@@ -62,12 +67,15 @@ def open_images(
         spec: the model. Images are of shape (1 or 3, height, width); vectors, series and token ids are IDX files whose
             items have the model's input shape.
         split: "train" or "test".
-        scratch: a folder on a disk, where gzipped files are decompressed to nameless ones.
-        damage: keys of image files to leave out (fedepth.data.damage).
+        scratch: a folder on a disk, where gzipped files are decompressed to nameless ones, and rows are kept.
+        damage: keys of image files to leave out (fedepth.data.damage). Damaged rows are left out in any case.
+        tokenizer: contents of the job's tokenizer file, where it has one.
 
     Raises:
         DataError: the data cannot be used, or is not what the model takes.
     """
+    if spec.columns is not None:
+        return Rows(find_rows(Path(source), split), spec, scratch, tokenizer)
     shape = spec.input_shape
     if len(shape) != 3 or spec.input_type is not InputType.FLOAT:
         idx = None if str(source) == DIGITS else find_idx(Path(source), split)
@@ -178,14 +186,16 @@ def _open_items(items_path: Path, labels_path: Path, spec: ModelSpec, scratch: P
     return _Items(items, labels)
 
 
-def read_sound(images: Images, indices: npt.NDArray[Any]) -> tuple[Bytes, npt.NDArray[Any], list[DamagedFileError]]:
+def read_sound(
+    images: Images, indices: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], list[DamagedFileError]]:
     """The images that can be read of those at `indices`, which of these they are, and what is wrong with the rest."""
     try:
         return images.read(indices), indices, []
     except DamagedFileError:
         pass
     damaged: list[DamagedFileError] = []
-    sound: list[Bytes] = []
+    sound: list[npt.NDArray[Any]] = []
     kept: list[int] = []
     for index in indices.tolist():
         try:

@@ -1,12 +1,14 @@
-"""Normalisation and augmentation of uint8 batches. numpy only."""
+"""From samples as they are stored to a model's input, and augmentation. numpy only."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedepth.data.tables import features
 from fedepth.errors import ConfigError, DataError
 from fedepth.task import InputType, ModelSpec
 
@@ -14,12 +16,15 @@ AUGMENTATIONS = ("none", "crop-flip")
 _PADDING = 4
 
 
-def model_inputs(batch: npt.NDArray[np.uint8], spec: ModelSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
-    """Bytes of data as the model takes them: normalised, or as token ids.
+def model_inputs(batch: npt.NDArray[Any], spec: ModelSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
+    """Samples (n, *spec.sample_shape) as the model takes them (n, *spec.input_shape): bytes normalised, rows of a table
+    as features, or token ids.
 
     Raises:
         DataError: the batch does not have the model's input shape.
     """
+    if spec.table is not None:
+        return features(batch, spec.table)
     return batch.astype(np.int64) if spec.input_type is InputType.TOKENS else normalise(batch, spec)
 
 

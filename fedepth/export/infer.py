@@ -1,12 +1,13 @@
-"""What an exported model says of image files. Needs onnxruntime, numpy and Pillow; no torch, no onnx."""
+"""What an exported model says of images or of the rows of files. Needs onnxruntime, numpy and Pillow; no torch."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from fedepth.data.damage import RowError
 from fedepth.data.decode import decode_image
 from fedepth.data.folders import IMAGE_SUFFIXES
-from fedepth.data.transforms import normalise
+from fedepth.data.records import read_records
+from fedepth.data.row_files import SUFFIXES, is_row_file
+from fedepth.data.rows import sample_encoder
+from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, ModelError
 from fedepth.files import read_regular
 from fedepth.printable import quoted, shortened
-from fedepth.task import InputType, ModelSpec
+from fedepth.task import InputType, ModelSpec, TableSpec, TextSpec
 
 MOST_BYTES = (1 << 31) - 1  # of an ONNX file without data outside it, as protobuf has it
 AT_ONCE = 32
@@ -43,6 +48,9 @@ _LINE_ENDS = str.maketrans(
 )
 
 
+_Read = tuple[Path, int, npt.NDArray[Any] | str]  # a file, the line in it, and a sample or what is wrong with it
+
+
 @dataclass(frozen=True)
 class Deployed:
     """An exported model that is ready to run.
@@ -54,6 +62,7 @@ class Deployed:
         round: the round that gave its weights.
         preprocessing: it normalises its input itself.
         probabilities: it gives probabilities, and not logits.
+        tokenizer: contents of the tokenizer file of its job; empty where it had none.
     """
 
     path: Path
@@ -65,15 +74,21 @@ class Deployed:
     output_name: str
     preprocessing: bool
     probabilities: bool
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of a file: the likeliest classes with their probabilities; or why it says nothing."""
+    """What a model says of a file: the likeliest classes with their probabilities; or why it says nothing.
+
+    Attributes:
+        line: where a row begins; 0 for a file that is one sample.
+    """
 
     file: Path
     classes: tuple[tuple[str, float], ...] = ()
     error: str = ""
+    line: int = 0
 
 
 def labels_text(classes: Sequence[str]) -> str:
@@ -120,6 +135,8 @@ def open_deployed(path: Path) -> Deployed:
             mean=msgspec.json.decode(told["mean"], type=tuple[float, ...]),
             std=msgspec.json.decode(told["std"], type=tuple[float, ...]),
             input_type=InputType(told.get("input_type", "float")),
+            text=msgspec.json.decode(told["text"], type=TextSpec) if "text" in told else None,
+            table=msgspec.json.decode(told["table"], type=TableSpec) if "table" in told else None,
         )
         preprocessing = msgspec.json.decode(told.get("preprocessing", "false"), type=bool)
     except (ValueError, msgspec.MsgspecError) as error:
@@ -129,12 +146,13 @@ def open_deployed(path: Path) -> Deployed:
             f"{path} has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, an export of "
             "fedepth has one of each: it was changed after the export; export it again"
         )
-    if spec.input_type is InputType.FLOAT and not _can_be_normalised(spec):
+    if not _can_be_normalised(spec):
         raise ModelError(f"{path}: its metadata have no mean and std for each channel; export it again")
+    shape = spec.sample_shape if preprocessing else spec.input_shape
     (given,), (taken,) = session.get_outputs(), session.get_inputs()
-    if list(given.shape[1:]) != [len(spec.classes)] or tuple(taken.shape[1:]) != spec.input_shape:
+    if list(given.shape[1:]) != [len(spec.classes)] or tuple(taken.shape[1:]) != shape:
         raise ModelError(
-            f"{path}: its metadata tell of inputs {spec.input_shape} and {len(spec.classes)} classes, its graph of "
+            f"{path}: its metadata tell of inputs {shape} and {len(spec.classes)} classes, its graph of "
             f"{tuple(taken.shape[1:])} and {given.shape[-1]}; export it again"
         )
     return Deployed(
@@ -147,24 +165,31 @@ def open_deployed(path: Path) -> Deployed:
         output_name=given.name,
         preprocessing=preprocessing,
         probabilities=told.get("output") == "probabilities",
+        tokenizer=told.get("tokenizer", ""),
     )
 
 
 def _can_be_normalised(spec: ModelSpec) -> bool:
+    if spec.table is not None:
+        table = spec.table
+        finite = all(math.isfinite(value) for value in (*table.mean, *table.std)) and all(table.std)
+        return len(table.mean) == len(table.std) == len(table.numeric) and finite
+    if spec.input_type is InputType.TOKENS:
+        return True
     channels = spec.input_shape[0] if spec.input_shape else 0
     finite = all(math.isfinite(value) for value in (*spec.mean, *spec.std))
     return len(spec.mean) == len(spec.std) == channels and finite and all(spec.std)
 
 
-def probabilities(model: Deployed, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """(N, classes) for images of shape (N, C, H, W), 0..255."""
-    inputs = images if model.preprocessing else normalise(images, model.spec)
+def probabilities(model: Deployed, samples: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """(N, classes) for samples as they are stored: images of shape (N, C, H, W), 0..255, or rows."""
+    inputs = samples if model.preprocessing else model_inputs(samples, model.spec)
     try:
         outputs = model.session.run([model.output_name], {model.input_name: inputs})[0].astype(np.float64)
     except RUNTIME_ERRORS as error:
         raise ModelError(
-            f"{model.path} cannot be run on {len(images)} images at once: {first_line(error)}; if it was changed after "
-            "the export, export it again"
+            f"{model.path} cannot be run on {len(samples)} samples at once: {first_line(error)}; if it was changed "
+            "after the export, export it again"
         ) from None
     if model.probabilities:
         return np.asarray(outputs)
@@ -181,21 +206,68 @@ def classify(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[P
     shape = model.spec.input_shape
     if len(shape) != 3 or shape[0] not in (1, 3) or model.spec.input_type is not InputType.FLOAT:
         raise ModelError(
-            f"{model.path} takes {model.spec.input_type.value} inputs of shape {shape}; infer reads image files only: "
-            "run this file with onnxruntime, as docs/export.md shows"
+            f"{model.path} takes {model.spec.input_type.value} inputs of shape {shape}; infer reads image files, and "
+            "rows for models of texts and tables: run this file with onnxruntime, as docs/export.md shows"
         )
-    for start in range(0, len(files), AT_ONCE):
-        read: list[npt.NDArray[np.uint8] | str] = [_decoded(file, shape) for file in files[start : start + AT_ONCE]]
-        images = [each for each in read if not isinstance(each, str)]
-        rows = iter(list(probabilities(model, np.stack(images))) if images else [])
-        for file, each in zip(files[start : start + AT_ONCE], read, strict=True):
-            if isinstance(each, str):
-                yield Prediction(file, error=each)
+    yield from _predicted(model, ((file, 0, _decoded(file, shape)) for file in files), top)
+
+
+def classify_rows(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
+    """The same of the rows of files, for a model of texts or of a table: the columns that it was trained on are read,
+    and its label, if it is there, is not.
+
+    Raises:
+        DataError: a file cannot be read, or has not these columns.
+    """
+    columns = model.spec.columns
+    assert columns is not None, "only rows have columns"
+    encode = sample_encoder(model.spec, model.tokenizer)
+
+    def samples() -> Iterator[_Read]:
+        for file in files:
+            for line, values, problem in read_records(file, columns.columns):
+                try:
+                    yield file, line, f"{file}, line {line}: {problem}" if problem else encode(values)
+                except RowError as error:
+                    yield file, line, f"{file}, line {line}: {error}"
+
+    yield from _predicted(model, samples(), top)
+
+
+def _predicted(model: Deployed, samples: Iterable[_Read], top: int) -> Iterator[Prediction]:
+    following = iter(samples)
+    while read := list(islice(following, AT_ONCE)):
+        sound = [sample for _, _, sample in read if not isinstance(sample, str)]
+        rows = iter(list(probabilities(model, np.stack(sound))) if sound else [])
+        for file, line, sample in read:
+            if isinstance(sample, str):
+                yield Prediction(file, error=sample, line=line)
             elif not np.isfinite(row := next(rows)).all():
-                yield Prediction(file, error=f"{model.path} gives no finite numbers for {file}")
+                where = f"{file}, line {line}" if line else f"{file}"
+                yield Prediction(file, error=f"{model.path} gives no finite numbers for {where}", line=line)
             else:
                 best = np.argsort(-row, kind="stable")[:top]
-                yield Prediction(file, tuple((model.spec.classes[index], float(row[index])) for index in best))
+                likeliest = tuple((model.spec.classes[index], float(row[index])) for index in best)
+                yield Prediction(file, likeliest, line=line)
+
+
+def row_files(paths: Sequence[Path]) -> list[Path]:
+    """The files with rows that are meant; of a folder all that lie in it.
+
+    Raises:
+        DataError: one of them does not exist, or a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(
+                f"{quoted(str(path))} does not exist; give files with rows, such as CSV, or folders of them"
+            )
+        inside = sorted(filter(is_row_file, path.iterdir())) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"{quoted(str(path))} holds no files with rows: looked for *{', *'.join(SUFFIXES)}")
+        found += inside
+    return found
 
 
 def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
@@ -234,11 +306,14 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
 def as_json(model: Deployed, predictions: Sequence[Prediction]) -> str:
     """One JSON object."""
     files = [
-        {"file": str(each.file), "error": each.error}
-        if each.error
-        else {
+        {
             "file": str(each.file),
-            "classes": [{"class": name, "probability": probability} for name, probability in each.classes],
+            **({"line": each.line} if each.line else {}),
+            **(
+                {"error": each.error}
+                if each.error
+                else {"classes": [{"class": name, "probability": probability} for name, probability in each.classes]}
+            ),
         }
         for each in predictions
     ]

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -28,9 +29,11 @@ from fedepth.export.infer import RUNTIME_ERRORS, first_line, labels_text
 from fedepth.export.opset import lower, opset_of, strip
 from fedepth.files import write_atomically
 from fedepth.job_sections import ExportSection
+from fedepth.layout import DTYPES as DTYPES_IN_FILES
 from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
 from fedepth.models.run import DTYPES, Model
+from fedepth.models.table_input import table_features
 from fedepth.models.token_ids import largest_id_of
 from fedepth.task import InputType, ModelSpec
 
@@ -40,6 +43,7 @@ PARITY_LIMITS = {"float32": (1e-4, 1e-5), "float16": (1e-2, 1e-2)}
 COMPARED_AT_ONCE = 64
 LABELS_NAME = "labels.txt"
 RANDOM_SEED = 20261129
+MISSING_SHARE = 0.1  # of the numbers of a table that are made up
 # What torch can write: its lowest version, and those that brought operators which it cannot do without.
 _OPSETS = (18, 20, 23)
 _NOT_RUNNABLE: tuple[type[Exception], ...] = (
@@ -92,9 +96,10 @@ def export(
     job: str,
     round: int,
     weights_digest: str,
-    samples: Bytes,
+    samples: npt.NDArray[Any],
     compared_on: str = "",
     choices: ExportSection = ExportSection(),  # noqa: B008 - frozen
+    tokenizer: str = "",
 ) -> ExportReport:
     """Writes `output`, if the exported model gives what the trained one gives, and the classes beside it.
 
@@ -109,9 +114,10 @@ def export(
         job: the job's name.
         round: the round that gave the weights.
         weights_digest: sha256 (hex) of `weights`.
-        samples: (N, *input_shape) data to compare on, as they are stored: bytes of images, or token ids.
+        samples: (N, *sample_shape) data to compare on, as they are stored: bytes of images, token ids, or rows.
         compared_on: what they are, for the report.
         choices: what the file is to be like.
+        tokenizer: contents of the job's tokenizer file, which go into the metadata.
 
     Raises:
         ExportError: torch cannot export the model; an operator needs a later opset than the one asked for; an output
@@ -127,7 +133,7 @@ def export(
     _check_labels(labels, text)
     model = load_model(graph, weights)
     proto = _to_onnx(model, spec, choices)
-    for key, value in _metadata(spec, job, round, weights_digest, choices).items():
+    for key, value in _metadata(spec, job, round, weights_digest, choices, tokenizer).items():
         proto.metadata_props.add(key=key, value=value)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -178,7 +184,11 @@ def export(
 
 
 def compare(
-    model: Callable[[torch.Tensor], torch.Tensor], data: bytes, samples: Bytes, spec: ModelSpec, choices: ExportSection
+    model: Callable[[torch.Tensor], torch.Tensor],
+    data: bytes,
+    samples: npt.NDArray[Any],
+    spec: ModelSpec,
+    choices: ExportSection,
 ) -> tuple[Floats, Floats]:
     """What torch and ONNX Runtime give for the same inputs, each (N, classes).
 
@@ -199,11 +209,20 @@ def compare(
     return np.concatenate(expected), np.concatenate(found)
 
 
-def random_samples(spec: ModelSpec, graph: Graph, count: int) -> Bytes:
-    """Inputs (count, *input_shape) for a comparison without data, always the same: bytes with the job's mean and
-    standard deviation in every channel, as far as bytes can have them, or token ids that the model knows."""
+def random_samples(spec: ModelSpec, graph: Graph, count: int) -> npt.NDArray[Any]:
+    """Samples (count, *sample_shape) for a comparison without data, always the same: bytes with the job's mean and
+    standard deviation in every channel, as far as bytes can have them, numbers of a table with theirs and some that are
+    missing, or token ids that the model knows."""
     rng = np.random.default_rng(RANDOM_SEED)
-    shape = (count, *spec.input_shape)
+    shape = (count, *spec.sample_shape)
+    if spec.table is not None:
+        table = spec.table
+        numbers = rng.standard_normal((count, len(table.numeric))) * table.std + table.mean
+        numbers[rng.random(numbers.shape) < MISSING_SHARE] = np.nan
+        slots = rng.integers(0, [each.slots for each in table.categorical], (count, len(table.categorical)))
+        return np.concatenate((numbers, slots), axis=1)
+    if spec.text is not None:
+        return rng.integers(0, spec.text.vocabulary, shape).astype(DTYPES_IN_FILES[spec.sample_type])
     if spec.input_type is InputType.TOKENS:
         ids: Bytes = rng.integers(0, min(largest_id_of(graph), 255) + 1, shape).astype(np.uint8)
         return ids
@@ -225,6 +244,9 @@ class _Whole(nn.Module):
         for unit in (*model.units, model.head):
             for name, tensor in unit.tensors.items():
                 self.register_buffer(self._names[name], tensor.detach())
+        self._table = spec.table
+        if spec.columns is not None:
+            return
         # As `fedepth.data.transforms.normalise` computes it, rounding included.
         channels = (-1, *(1,) * (len(spec.input_shape) - 1))
         mean, std = (np.asarray(values, np.float64).reshape(channels) for values in (spec.mean, spec.std))
@@ -232,7 +254,9 @@ class _Whole(nn.Module):
         self._offset = nn.Buffer(torch.from_numpy((mean / std).astype(np.float32)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._choices.preprocessing:
+        if self._choices.preprocessing and self._table is not None:
+            x = table_features(x, self._table)
+        elif self._choices.preprocessing:
             x = x.to(torch.float32) * self._factor - self._offset
         for unit in (*self._model.units, self._model.head):
             x = unit(x, {name: getattr(self, self._names[name]) for name in unit.unit.tensor_names})
@@ -256,8 +280,10 @@ def _to_onnx(model: Model, spec: ModelSpec, choices: ExportSection) -> Any:
 
 
 def _traced(model: Model, spec: ModelSpec, choices: ExportSection, opsets: tuple[int, ...]) -> Any:
-    dtype = torch.uint8 if choices.preprocessing else DTYPES[model.graph.input_type]
-    example = torch.zeros((2, *spec.input_shape), dtype=dtype)
+    dtype, shape = DTYPES[model.graph.input_type], spec.input_shape
+    if choices.preprocessing:
+        dtype, shape = DTYPES[spec.sample_type], spec.sample_shape
+    example = torch.zeros((2, *shape), dtype=dtype)
     with warnings.catch_warnings():
         # torch.export and onnxscript warn about each other's deprecations; nothing that a user could act on.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -319,8 +345,16 @@ def _check_labels(path: Path, text: str) -> None:
         )
 
 
-def _metadata(spec: ModelSpec, job: str, round: int, weights_digest: str, choices: ExportSection) -> dict[str, str]:
+def _metadata(
+    spec: ModelSpec, job: str, round: int, weights_digest: str, choices: ExportSection, tokenizer: str
+) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    if spec.text is not None:
+        rows = {"text": msgspec.json.encode(spec.text).decode(), "tokenizer": tokenizer}
+    elif spec.table is not None:
+        rows = {"table": msgspec.json.encode(spec.table).decode()}
     return {
+        **rows,
         "job": job,
         "round": str(round),
         "classes": json.dumps(spec.classes, ensure_ascii=False),
@@ -342,8 +376,21 @@ def _metadata(spec: ModelSpec, job: str, round: int, weights_digest: str, choice
 def _input_contract(spec: ModelSpec, choices: ExportSection) -> str:
     """What goes into the file, in a sentence."""
     shape = f"(N, {', '.join(map(str, spec.input_shape))})"
+    if spec.text is not None:
+        how = "of the tokenizer in the metadata" if spec.text.tokenizer else "hashes of words"
+        return f"int64 {shape}: token ids, {how}, 0 behind the last one"
     if spec.input_type is InputType.TOKENS:
         return f"int64 {shape}: token ids"
+    if spec.table is not None and choices.preprocessing:
+        return (
+            f"float64 (N, {len(spec.table.columns)}): the columns of the metadata's table, numbers as they are, NaN "
+            "where one is missing; of the others the place of the value, or the number of values"
+        )
+    if spec.table is not None:
+        return (
+            f"float32 {shape}: (value - mean) / std or 0 where it is missing, then 1 where one is missing, then a 1 in "
+            "the slot of every other column's value"
+        )
     what = (
         {1: "gray images", 3: "RGB images"}.get(spec.input_shape[0], "images") if len(spec.input_shape) == 3 else "data"
     )

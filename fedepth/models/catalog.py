@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from fedepth.errors import ConfigError
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec
 
+DEFAULT_VOCABULARY = 8192  # of words that are hashed
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}")
 
 
@@ -18,12 +19,14 @@ class ZooEntry:
     Attributes:
         builder: "module:function"; the function takes a ModelSpec.
         description: one line for people.
-        input_shape: (channels, height, width) that it is commonly trained on; a job may name another.
+        input_shape: (channels, height, width), or the tokens of a text, or the features of a table, that it is commonly
+            trained on; a job may name another.
     """
 
     builder: str
     description: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
+    input_type: InputType = InputType.FLOAT
 
 
 ZOO: dict[str, ZooEntry] = {
@@ -43,6 +46,16 @@ ZOO: dict[str, ZooEntry] = {
     "vit-b-16": ZooEntry(
         "fedepth.models.zoo:vit_b_16", "ViT-B/16: 12 layers of width 768, 86 M parameters", (3, 224, 224)
     ),
+    "text-transformer": ZooEntry(
+        "fedepth.models.zoo:text_transformer",
+        "encoder for texts: 4 layers of width 128, 1.8 M parameters with 8,192 words",
+        (128,),
+        InputType.TOKENS,
+    ),
+    "table-mlp": ZooEntry("fedepth.models.zoo:table_mlp", "4 linear layers of width 128 for tables", (32,)),
+    "table-resnet": ZooEntry(
+        "fedepth.models.zoo:table_resnet", "4 residual blocks of width 128 for tables, 270 k parameters", (32,)
+    ),
 }
 
 
@@ -58,7 +71,8 @@ def named_spec(model: str, shape: str | None, classes: int) -> ModelSpec:
     shape_of_input = _input_shape(model, shape)
     channels = shape_of_input[0]
     labels = tuple(str(label) for label in range(classes))
-    return ModelSpec(model, labels, shape_of_input, (0.0,) * channels, (1.0,) * channels)
+    kind = ZOO[model].input_type if model in ZOO else InputType.FLOAT
+    return ModelSpec(model, labels, shape_of_input, (0.0,) * channels, (1.0,) * channels, kind)
 
 
 def _input_shape(model: str, text: str | None) -> tuple[int, ...]:

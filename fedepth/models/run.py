@@ -38,6 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U16": torch.uint16,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,

@@ -19,11 +19,16 @@ MOST_SHARE = 1e6
 T = TypeVar("T")
 
 
-class TracedModel(msgspec.Struct, frozen=True):
-    """A graph and its cost table."""
+class TracedModel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A graph and its cost table.
+
+    Attributes:
+        tokenizer: contents of the job's tokenizer file, where it has one, so that devices have it with the graph.
+    """
 
     graph: Graph
     costs: ModelCosts
+    tokenizer: str = ""
 
 
 class _CostsOnly(msgspec.Struct, frozen=True):

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fedepth.errors import FedepthError, ModelError
-from fedepth.models.catalog import ZOO
+from fedepth.models.catalog import DEFAULT_VOCABULARY, ZOO
 from fedepth.models.source import error_line
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec
 
 
 def build(spec: ModelSpec, folder: Path | None = None) -> nn.Module:
@@ -97,6 +97,40 @@ def vit_tiny(spec: ModelSpec) -> nn.Module:
 def vit_b_16(spec: ModelSpec) -> nn.Module:
     """Width 768, 12 layers, 12 heads; patches of 16 px."""
     return _vit(spec, patch=16, width=768, depth=12, heads=12)
+
+
+def text_transformer(spec: ModelSpec) -> nn.Module:
+    """Width 128, 4 layers, 4 heads; token ids of the job's [text], or up to 8,191."""
+    from fedepth.models.text_transformer import TextTransformer
+
+    if spec.input_type is not InputType.TOKENS or len(spec.input_shape) != 1:
+        raise ModelError(
+            f"{spec.name} takes token ids of shape (length,); the job has {spec.input_type.value} of "
+            f"{spec.input_shape}. Give the job a [text] section."
+        )
+    vocabulary = spec.text.vocabulary if spec.text else DEFAULT_VOCABULARY
+    return TextTransformer(vocabulary, spec.input_shape[0], len(spec.classes))
+
+
+def table_mlp(spec: ModelSpec) -> nn.Module:
+    from fedepth.models.tables import TableMLP
+
+    return TableMLP(_features(spec), len(spec.classes))
+
+
+def table_resnet(spec: ModelSpec) -> nn.Module:
+    from fedepth.models.tables import TableResNet
+
+    return TableResNet(_features(spec), len(spec.classes))
+
+
+def _features(spec: ModelSpec) -> int:
+    if spec.input_type is not InputType.FLOAT or len(spec.input_shape) != 1:
+        raise ModelError(
+            f"{spec.name} takes the features of a table, of shape (features,); the job has {spec.input_type.value} of "
+            f"{spec.input_shape}. Give the job a [table] section."
+        )
+    return spec.input_shape[0]
 
 
 def _vit(spec: ModelSpec, *, patch: int, width: int, depth: int, heads: int) -> nn.Module:

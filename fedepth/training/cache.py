@@ -37,19 +37,21 @@ class RowFormat:
 
     Attributes:
         shape: of a sample, such as (channels, height, width).
-        kind: None for pixels, which are bytes already.
+        kind: None for data as they are stored: pixels, token ids, numbers.
         channels_last: maps are kept in the memory format of the model that makes and reads them. To copy them into
             another and back takes as long as to write them.
+        stored: the type of data that are kept as they are stored.
     """
 
     shape: tuple[int, ...]
     kind: CacheType | None
     channels_last: bool = False
+    stored: torch.dtype = torch.uint8
 
     @property
     def row_bytes(self) -> int:
         values = torch.Size(self.shape).numel()
-        return values if self.kind is None else self.kind.row_bytes(values)
+        return values * self.stored.itemsize if self.kind is None else self.kind.row_bytes(values)
 
     def encode(self, batch: torch.Tensor) -> torch.Tensor:
         """(n, *shape) as rows (n, row_bytes) of uint8."""
@@ -66,9 +68,9 @@ class RowFormat:
         return torch.cat((low.view(torch.uint8), step.view(torch.uint8), levels), dim=1)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """What `encode` was given: uint8 pixels, or float32 activations as exactly as `kind` keeps them."""
+        """What `encode` was given: data as they are stored, or float32 activations as exactly as `kind` keeps them."""
         if self.kind is None:
-            batch = rows
+            batch = rows.view(self.stored)
         elif self.kind is CacheType.FLOAT32:
             batch = rows.view(torch.float32)
         elif self.kind is CacheType.FLOAT16:

@@ -11,6 +11,7 @@ import torch
 from fedepth.costs import ModelCosts
 from fedepth.data.read import Images
 from fedepth.models.run import Model, RunnableUnit
+from fedepth.models.table_input import table_features
 from fedepth.plan import Plan
 from fedepth.task import InputType, ModelSpec, Task
 from fedepth.training.objective import Objective, shared_head
@@ -83,8 +84,8 @@ def read(context: TrainingContext, reader: Reader, name: str) -> torch.Tensor:
 
 
 def to_device(context: TrainingContext, x: torch.Tensor, *, from_data: bool) -> torch.Tensor:
-    """A cached batch as the unit wants it: normalised pixels or token ids if it holds data, else as it was kept; in the
-    model's memory format."""
+    """A cached batch as the unit wants it: the model's input if it holds data, else as it was kept; in the memory
+    format of the model."""
     x = x.to(context.device)
     if from_data:
         x = model_input(context.task.model, x)
@@ -94,7 +95,10 @@ def to_device(context: TrainingContext, x: torch.Tensor, *, from_data: bool) -> 
 
 
 def model_input(spec: ModelSpec, data: torch.Tensor) -> torch.Tensor:
-    """Bytes (B, *input_shape) as the first unit takes them: (x / 255 - mean) / std by channel, or token ids."""
+    """Samples (B, *sample_shape) as the first unit takes them: (x / 255 - mean) / std by channel, token ids, or the
+    features of a table."""
+    if spec.table is not None:
+        return table_features(data, spec.table)
     if spec.input_type is InputType.TOKENS:
         return data.long()
     mean, std = (

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedepth.data.transforms import augment, views_rng
-from fedepth.models.run import RunnableUnit
+from fedepth.models.run import DTYPES, RunnableUnit
 from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.context import TrainingContext, load, to_device
@@ -41,8 +41,10 @@ def _open(context: TrainingContext, stage: Stage, unit: int, source: Cache | Non
     """An empty cache of the inputs of `unit`: the stage's own, or one on the way to it."""
     count, shape = context.cached_samples, context.model.graph.units[unit].input_shape
     if unit == stage.first:
-        kind = None if unit == 0 else context.task.training.cache_type
-        rows = RowFormat(shape, kind, context.channels_last and unit > 0)
+        rows = RowFormat(shape, context.task.training.cache_type, context.channels_last)
+        if unit == 0:
+            spec = context.task.model
+            rows = RowFormat(spec.sample_shape, None, stored=DTYPES[spec.sample_type])
         return open_cache(stage.cache, context.cache, count, rows, source)
     # In full precision: the job's cache type rounds once a stage, however it is built.
     rows = RowFormat(shape, CacheType.FLOAT32, context.channels_last)

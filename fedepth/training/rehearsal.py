@@ -83,7 +83,7 @@ class FirstImages:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return self.images.read(indices)
 
 

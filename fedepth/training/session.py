@@ -38,7 +38,7 @@ class Assignment:
         graph: the traced model of the job (fedepth.models.traced).
         calibration: of this device.
         weights: the global weights.
-        data: a folder with images to train on, see `open_images`.
+        data: a folder with images to train on, or files with rows, see `open_images`.
         output: where the parts of the update go.
         cache: where cached inputs go that do not lie in RAM.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
@@ -112,7 +112,14 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         folder.mkdir(parents=True, exist_ok=True)
     images = assignment.images
     if images is None:
-        images = open_images(assignment.data, task.model, "train", scratch=assignment.cache, damage=assignment.damage)
+        images = open_images(
+            assignment.data,
+            task.model,
+            "train",
+            scratch=assignment.cache,
+            damage=assignment.damage,
+            tokenizer=traced.tokenizer,
+        )
     if 0 < assignment.most_samples < len(images):
         images = FirstImages(images, assignment.most_samples)
     with open_weights(assignment.weights) as weights:

@@ -23,7 +23,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_COLUMNS, MOST_VOCABULARY, SMALLEST_VOCABULARY
 
 CHUNK_BYTES = 1 << 20
 MOST_SIZE = 1 << 50
@@ -94,6 +94,18 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "mean": Bound(elements=MOST_CHANNELS),
         "std": Bound(elements=MOST_CHANNELS, least_float=0.0),
     },
+    "TextSpec": {
+        "text": Bound(elements=MOST_COLUMNS),
+        "vocabulary": Bound(least=SMALLEST_VOCABULARY, most=MOST_VOCABULARY),
+        "tokenizer": _DIGEST,
+    },
+    "TableSpec": {
+        "numeric": Bound(elements=MOST_COLUMNS),
+        "mean": Bound(elements=MOST_COLUMNS),
+        "std": Bound(elements=MOST_COLUMNS, least_float=0.0),
+        "categorical": Bound(elements=MOST_COLUMNS),
+    },
+    "Category": {"values": Bound(elements=MOST_CHANNELS)},
     "TrainingSpec": {
         "learning_rate": _NOT_NEGATIVE,
         "momentum": _NOT_NEGATIVE,

@@ -1,0 +1,252 @@
+"""The rows of a file, one after the other, whatever its format: CSV, JSON lines or Parquet, the first two also gzipped.
+
+What a file holds decides how it is read, and its name only where both CSV and JSON lines would do. A row that is
+damaged comes with the reason; a file that cannot be read at all is a DataError. Files of any size are read in little
+memory. Standard library and msgspec; Parquet needs pyarrow.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import msgspec
+
+from fedepth.data.csv_records import MOST_RECORD, CsvRecords, not_utf8, places
+from fedepth.data.labels import listed, normalised
+from fedepth.errors import DataError
+from fedepth.files import WrongFileError, open_regular
+from fedepth.printable import printable
+from fedepth.sizes import format_size
+
+_HEAD_BYTES = 512
+_GZIP = b"\x1f\x8b"
+_PARQUET = b"PAR1"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+_OTHERS = (
+    (b"PK\x03\x04", "is a spreadsheet or a ZIP file; save the sheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "is an old spreadsheet; save it as CSV"),
+    (b"SQLite format 3\0", "is a SQLite database; export its table as CSV"),
+    (b"%PDF", "is a PDF document"),
+    (b"\x89PNG", "is an image"),
+    (b"\xff\xd8\xff", "is an image"),
+    (b"\xff\xfe\0\0", "is saved as UTF-32; save it as UTF-8"),
+)
+_BATCH_ROWS = 256
+MOST_GROUP_BYTES = 256 << 20  # of one row group of a Parquet file, which is decompressed as a whole
+
+
+class Record(NamedTuple):
+    """One row.
+
+    Attributes:
+        line: where it begins; in a Parquet file the number of the row. Counted from 1.
+        values: of the columns asked for, in their order: text, numbers, booleans, or None. Empty where `problem` is
+            not.
+        problem: why it cannot be read.
+    """
+
+    line: int
+    values: Sequence[Any]
+    problem: str = ""
+
+
+def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """The rows of a file.
+
+    Args:
+        columns: those that are wanted, normalised (NFC); without any, rows are looked at for damage alone.
+
+    Raises:
+        DataError: it is missing, of another kind, or damaged as a whole; or a CSV or Parquet file has not these
+            columns.
+        OSError: it cannot be read.
+    """
+    name = printable(str(path))
+    try:
+        with open_regular(path) as file:
+            head = file.read(_HEAD_BYTES)
+            file.seek(0)
+            if head.startswith(_PARQUET):
+                yield from _parquet(path, name, columns)
+                return
+            if not head:
+                raise DataError(f"{name} is empty")
+            plain: IO[bytes] = file
+            if head.startswith(_GZIP):
+                plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+                head = plain.read(_HEAD_BYTES)
+                plain.seek(0)
+            yield from _text(plain, path, name, head, columns)
+    except FileNotFoundError:
+        raise DataError(f"{name} does not exist") from None
+    except (WrongFileError, IsADirectoryError) as error:
+        raise DataError(f"{name} {error.strerror}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name} is damaged: {str(error).rstrip('.')}; fetch or compress it again") from None
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a CSV or Parquet file, or of the first row of JSON lines.
+
+    Raises:
+        DataError: see `read_records`.
+    """
+    name = printable(str(path))
+    with open_regular(path) as file:
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
+        if head.startswith(_PARQUET):
+            return [normalised(each) for each in _opened_parquet(path, name).schema_arrow.names]
+        plain = cast(IO[bytes], gzip.GzipFile(fileobj=file) if head.startswith(_GZIP) else file)
+        if head.startswith(_GZIP):
+            head = plain.read(_HEAD_BYTES)
+            plain.seek(0)
+        _refuse_others(head, name)
+        if _is_json_lines(path, head):
+            first = plain.readline(MOST_RECORD).removeprefix(_UTF8_MARK)
+            try:
+                return [normalised(each) for each in msgspec.json.decode(first, type=dict[str, Any])]
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                raise DataError(f"{name}, line 1: is not an object of JSON: {error}") from None
+        return CsvRecords(_decoded(plain, head), name, ()).header
+
+
+def as_text(value: Any) -> str:
+    """A value as a CSV file would have it: nothing as "", true and false so, whole numbers without a point."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        return str(int(value))
+    return str(value)
+
+
+def _text(file: IO[bytes], path: Path, name: str, head: bytes, columns: Sequence[str]) -> Iterator[Record]:
+    _refuse_others(head, name)
+    if _is_json_lines(path, head):
+        yield from _json_lines(file, columns)
+        return
+    try:
+        records = CsvRecords(_decoded(file, head), name, columns)
+        at = places(records.header, columns, name)
+        for number, fields, problem in records:
+            yield Record(number, [fields[place] for place in at] if not problem else (), problem)
+    except UnicodeDecodeError as error:  # of UTF-16; what is not UTF-8 costs a row
+        raise DataError(f"{name} is saved as UTF-16 and damaged: {error.reason}; save it as UTF-8") from None
+
+
+def _refuse_others(head: bytes, name: str) -> None:
+    for signature, what in _OTHERS:
+        if head.startswith(signature):
+            raise DataError(f"{name} {what}")
+    if not head.startswith(_UTF16) and 3 * head.count(0) > len(head):
+        raise DataError(f"{name} is saved as UTF-16 without a byte-order mark; save it as UTF-8")
+    if head.removeprefix(_UTF8_MARK).lstrip().startswith(b"["):
+        beginning = head.removeprefix(_UTF8_MARK).lstrip()[1:].lstrip()
+        if beginning.startswith((b"{", b"[")) or not beginning:
+            raise DataError(f"{name} is one list of JSON; write one object on each line, without brackets around them")
+    if head.lstrip()[:1] == b"<":
+        raise DataError(f"{name} is XML or a web page; save the table as CSV")
+
+
+def _is_json_lines(path: Path, head: bytes) -> bool:
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return False
+    return head.removeprefix(_UTF8_MARK).lstrip().startswith(b"{")
+
+
+def _decoded(file: IO[bytes], head: bytes) -> io.TextIOWrapper:
+    if head.startswith(_UTF16):
+        return io.TextIOWrapper(file, encoding="utf-16", newline="")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    number = 0
+    while line := file.readline(MOST_RECORD + 1):
+        number += 1
+        if len(line) > MOST_RECORD and not line.endswith(b"\n"):
+            while (rest := file.readline(MOST_RECORD)) and not rest.endswith(b"\n"):
+                pass
+            yield Record(number, (), f"has more than {MOST_RECORD} bytes")
+            continue
+        line = line.removeprefix(_UTF8_MARK) if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            row = decoder.decode(line)
+        except UnicodeDecodeError as error:
+            yield Record(number, (), not_utf8(line[error.start]))
+        except (msgspec.MsgspecError, RecursionError) as error:
+            yield Record(number, (), f"is not an object of JSON: {error}")
+        else:
+            yield _of_json(number, row, columns)
+
+
+def _of_json(number: int, row: dict[str, Any], columns: Sequence[str]) -> Record:
+    if any(column not in row for column in columns):
+        row = {normalised(key.strip()): value for key, value in row.items()}
+    values = [row.get(column) for column in columns]
+    nested = [column for column, value in zip(columns, values, strict=True) if isinstance(value, (dict, list))]
+    if nested:
+        return Record(number, (), f"the column {listed(nested)} holds several values; a text or a number is read")
+    return Record(number, values)
+
+
+def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[Record]:
+    import pyarrow as pa
+
+    file = _opened_parquet(path, name)
+    called = {normalised(each.strip()): each for each in file.schema_arrow.names}
+    places([normalised(each.strip()) for each in file.schema_arrow.names], columns, name)
+    wanted = [called[column] for column in columns]
+    nested = [each for each in wanted if pa.types.is_nested(file.schema_arrow.field(each).type)]
+    if nested:
+        raise DataError(
+            f"{name}: the column {listed(nested)} holds several values in a row; texts and numbers are read"
+        )
+    groups = range(file.metadata.num_row_groups)
+    largest = max((file.metadata.row_group(each).total_byte_size for each in groups), default=0)
+    if largest > MOST_GROUP_BYTES:
+        raise DataError(
+            f"{name} has a row group of {format_size(largest)}, at most {format_size(MOST_GROUP_BYTES)} are read at "
+            "once; write it with smaller ones (row_group_size)"
+        )
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
+            if not wanted:
+                for _ in range(batch.num_rows):
+                    number += 1
+                    yield Record(number, ())
+                continue
+            lists = [batch.column(batch.schema.get_field_index(each)).to_pylist() for each in wanted]
+            for values in zip(*lists, strict=True):
+                number += 1
+                yield Record(number, values)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name} is damaged behind row {number}: {str(error).splitlines()[0]}") from None
+
+
+def _opened_parquet(path: Path, name: str) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(
+            f"{name} is a Parquet file, which needs pyarrow: pip install 'fedepth[parquet]', or save it as CSV"
+        ) from None
+    try:
+        return pq.ParquetFile(path, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name} is a damaged Parquet file: {str(error).splitlines()[0]}") from None
