@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import PlanError
+from fedepth.models.traced import CostTables
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import Planner
 from fedepth.task import DeviceReport, TrainingSpec
@@ -56,8 +57,8 @@ class _Question:
 class Plans:
     """Plans by question, for one job. To be asked in one event loop."""
 
-    def __init__(self, costs: ModelCosts, policy: Policy) -> None:
-        self._costs = costs
+    def __init__(self, tables: CostTables, policy: Policy) -> None:
+        self._tables = tables
         self._policy = policy
         # One thread: planning is pure Python, of which only one runs at a time.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
@@ -74,7 +75,7 @@ class Plans:
         question = _Question(
             report.calibration,
             training,
-            rounded_samples(self._costs, training, report.sample_count),
+            rounded_samples(self._tables.of(training), training, report.sample_count),
             rounded_budget(report.budget.budget_bytes),
         )
         answer = self._answers.get(question)
@@ -106,4 +107,5 @@ class Plans:
             return error
 
     def _new_planner(self, calibration: Calibration, training: TrainingSpec, sample_count: int) -> Planner:
-        return Planner(replace(self._costs, calibration=calibration), training, sample_count, self._policy)
+        costs = replace(self._tables.of(training), calibration=calibration)
+        return Planner(costs, training, sample_count, self._policy)

@@ -175,7 +175,7 @@ def _trace(model: str, input_shape: str | None, classes: int, training: Training
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 
-    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.costs
+    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.in_training(training).costs
 
 
 def _fields(
