@@ -20,7 +20,7 @@ async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> Tria
     """The model traced at this batch, once per folder, and initial weights."""
     name = f"{spec.name}-{'x'.join(map(str, spec.input_shape))}-{training.batch}".replace(":", "-")
     graph, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
-    costs = _recorded(graph) if weights.exists() else None
+    costs = _recorded(graph, training) if weights.exists() else None
     if costs is None:
         folder.mkdir(parents=True, exist_ok=True)
         async with tracer() as trace:
@@ -28,10 +28,10 @@ async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> Tria
     return TrialModel(spec, training, costs, graph, weights)
 
 
-def _recorded(graph: Path) -> ModelCosts | None:
+def _recorded(graph: Path, training: TrainingSpec) -> ModelCosts | None:
     """None if there are none, or only those of a version that knew other costs."""
     try:
-        return read_costs(graph)
+        return read_costs(graph).of(training)
     except ModelError:
         return None
 

@@ -20,10 +20,10 @@ from coordinator.store.entries import PREPARED_VERSION, Prepared, RoundRecord
 from coordinator.store.records import Store
 from fedepth.aggregation.combine import Paths
 from fedepth.errors import StateError, UnavailableError
-from fedepth.job import model_spec, training_spec
+from fedepth.job import fixes_statistics, model_spec, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
-from fedepth.task import Result
+from fedepth.task import Result, TrainingSpec
 
 NO_TEST_DATA = "no [test] data: the accuracy stays unknown, and exports are compared on random inputs"
 
@@ -43,7 +43,8 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     started = store.latest_round() is not None
     if started:
         await asyncio.to_thread(store.weights_in_force)
-    if known is not None and started and (known.training, known.version) == (training, PREPARED_VERSION):
+    fixed = fixes_statistics(config)
+    if known is not None and started and _is_current(known, training, fixed):
         return known
     partial = store.directory / "weights" / "initial.partial"
     answer = await models.request(
@@ -56,11 +57,13 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         output=str(partial),
         folder=config.folder,
         tokenizer=config.tokenizer,
+        fixed_statistics=fixed,
+        tuning=config.tuning,
     )
     for note in answer["notes"]:
         _log.info("model", note=note)
     layout = msgspec.convert(answer["layout"], ModelLayout)
-    prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION)
+    prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION, fixed)
     await asyncio.to_thread(store.record_prepared, prepared)
     if started:
         partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
@@ -70,6 +73,12 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
             raise StateError(f"initial weights have sha256 {sealed.digest[:12]}…, the model worker said otherwise")
         await asyncio.to_thread(store.record_round, RoundRecord(0, sealed.digest, sealed.size_bytes, time.time(), 0, 0))
     return prepared
+
+
+def _is_current(known: Prepared, training: TrainingSpec, fixed: bool) -> bool:
+    """Whether what was found out holds for this training; `fixed`: it is to fix statistics in some round."""
+    alike = (known.training, known.version) == (training, PREPARED_VERSION)
+    return alike and (known.fixed_statistics or not fixed)
 
 
 class GlobalModel:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Job:
             self.accepts,
             self.check_room,
             self.weights.path,
-            training_spec(config, 1),
+            partial(training_spec, config),
             config.guard.learn_norms and config.privacy is None,  # under which nothing may depend on other updates
         )
 
@@ -354,11 +355,24 @@ class Job:
             self._doubtful = False
         if state.round != self.state.round:
             self._recorded.clear()
+            if self._fixes_statistics(state.round) is not self._fixes_statistics(self.state.round):
+                self._have_planned_anew({action.device_id for action in actions if isinstance(action, GiveTask)})
         if state.phase is not self.state.phase:
             self._course.wake()
         self.state = state
         for action in actions:
             self._tell(action)
+
+    def _fixes_statistics(self, number: int) -> bool:
+        return training_spec(self.config, number).fixed_statistics
+
+    def _have_planned_anew(self, but: set[str]) -> None:
+        """Lets those in line ask again: their plans are for what units cost in the round before."""
+        for device_id, waiter in list(self._waiters.items()):
+            if device_id not in but:
+                self.stop_waiting(device_id, waiter.answer)
+                if not waiter.answer.done():
+                    waiter.answer.set_result(None)
 
     def _read_again(self) -> None:
         """Takes the round over from the record, after a write of which nobody knows what became."""

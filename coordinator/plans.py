@@ -6,8 +6,8 @@ import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
-from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
+from fedepth.models.traced import CostTables
 from fedepth.plan import Plan, Policy
 from fedepth.planning.shared import Question, SharedPlanner, question
 from fedepth.task import DeviceReport, TrainingSpec
@@ -18,11 +18,11 @@ KEPT_PLANS = 4096
 class Plans:
     """Plans by question, for one job. To be asked in one event loop."""
 
-    def __init__(self, costs: ModelCosts, policy: Policy) -> None:
-        self._costs = costs
+    def __init__(self, tables: CostTables, policy: Policy) -> None:
+        self._tables = tables
         # One thread: planning is pure Python, of which only one runs at a time.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-        self._planner = SharedPlanner(costs, policy)
+        self._planner = SharedPlanner(tables, policy)
         self._answers: OrderedDict[Question, asyncio.Future[Plan | PlanError]] = OrderedDict()
 
     async def plan(self, report: DeviceReport, training: TrainingSpec) -> Plan:
@@ -31,7 +31,9 @@ class Plans:
         Raises:
             PlanError: nothing fits its budget.
         """
-        asked = question(self._costs, report.calibration, training, report.sample_count, report.budget.budget_bytes)
+        asked = question(
+            self._tables.of(training), report.calibration, training, report.sample_count, report.budget.budget_bytes
+        )
         answer = self._answers.get(asked)
         if answer is None:
             answer = asyncio.get_running_loop().run_in_executor(self._thread, self._planner.answer, asked)

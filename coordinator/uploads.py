@@ -50,12 +50,12 @@ class Uploads:
         accepts: Callable[[str], bool],
         check_room: Callable[[int], None],
         base: Callable[[], Path],
-        training: TrainingSpec,
+        training: Callable[[int], TrainingSpec],
         learn_norms: bool = True,
     ) -> None:
         """`accepts` says whether an update for a task would count now; `check_room` raises UnavailableError if so many
-        bytes more should not be written; `base` is where the weights lie that updates are trained from; `learn_norms`:
-        refuse an update that goes much further than the others of its round."""
+        bytes more should not be written; `base` is where the weights lie that updates are trained from; `training`: of
+        a round, by its number; `learn_norms`: refuse an update that goes much further than the others of its round."""
         self._store = store
         self._layout = layout
         self._accepts = accepts
@@ -199,14 +199,16 @@ class Uploads:
         in_force = self._store.latest_round()
         if in_force is not None:  # a task that may be answered is of the round after it
             check_origin(result, in_force.digest)
-        check_result(result, task, self._layout, self.limit_parts)
+        training = self._training(task.round)
+        layout = self._layout.without_statistics() if training.fixed_statistics else self._layout
+        check_result(result, task, layout, self.limit_parts)
         parts = self._whole_parts(result)
-        check_update(parts, self._layout, result)
+        check_update(parts, layout, result)
         try:
-            change = update_norms(self._base(), parts, self._layout.parameters)
+            change = update_norms(self._base(), parts, layout.parameters)
         except StateError as error:  # the parts have been looked at, so it is the base
             raise UnavailableError(f"the update cannot be compared with the weights before it: {error}") from error
-        norms = change.per_step(result.steps(self._training))
+        norms = change.per_step(result.steps(training))
         if self._learn_norms:
             check_norms(norms, self._store.norms_of(task.round))
         self._store.keep_parts(result)

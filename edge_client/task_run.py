@@ -186,7 +186,7 @@ class TaskRunner:
         with disk_errors("the task cannot be worked on", folder):
             summary = await self._samples.for_task(task)
             graph = await self._fetched(self._transport.fetch_graph, task)
-            costs = await asyncio.to_thread(read_costs, graph)
+            costs = (await asyncio.to_thread(read_costs, graph)).of(task.training)
             check_plan(costs, task.plan)
             weights = await self._fetched(self._transport.fetch_weights, task)
             reporter.activity("starting the trainer")

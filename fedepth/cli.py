@@ -146,7 +146,7 @@ app.command(
     "simulate",
     epilog=examples(
         "fedepth simulate job.toml --data digits --clients 20 --output runs/digits",
-        "fedepth simulate job.toml --data cifar/ --clients 100 --partition dirichlet:0.3 --tiers fair --output runs/fair",
+        "fedepth simulate job.toml --data cifar/ --clients 100 --partition dirichlet:0.3 --tiers fair --output runs/f",
     ),
 )(simulate_command)
 
@@ -190,7 +190,7 @@ def _trace(model: str, input_shape: str | None, classes: int, training: Training
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 
-    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.costs
+    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.in_training(training).costs
 
 
 def _fields(

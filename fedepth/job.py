@@ -160,7 +160,13 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         augmentation=section.augmentation,
         seed=config.job.seed + number,  # other shuffles in every round, the same after a restart
         cache_type=section.cache_type,
+        fixed_statistics=fixes_statistics(config) and number > (section.fixed_after or 0),
     )
+
+
+def fixes_statistics(config: JobConfig) -> bool:
+    """Whether BatchNorm's statistics are fixed in some round."""
+    return config.training.batch_norm == "fixed"
 
 
 def _wrong(file: SettingsFile, section: str, field: str, what: str) -> ConfigError:
@@ -235,6 +241,11 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
             "learning_rate_end",
             f"must be at most learning_rate, {training.learning_rate}, is {training.learning_rate_end}",
         )
+    _check_statistics(config, file)
+    if config.tuning.new_classifier and not model.weights:
+        raise _wrong(
+            file, "tuning", "new_classifier", "needs [model] weights; without a file with weights all of them are fresh"
+        )
     _check_aggregation(config, file)
     wrong = _wrong_export(config)
     if wrong:
@@ -272,6 +283,22 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
             raise _wrong(
                 file, "model", field, f"must have one number per channel ({model.input_shape[0]}), has {len(values)}"
             )
+
+
+def _check_statistics(config: JobConfig, file: SettingsFile) -> None:
+    training = config.training
+    if training.batch_norm == "trained" and training.fixed_after is not None:
+        raise _wrong(file, "training", "fixed_after", 'is a setting of batch_norm = "fixed"; batch_norm is "trained"')
+    if training.batch_norm == "fixed" and training.fixed_after is None:
+        what = (
+            '"fixed" needs fixed_after: after how many rounds the statistics are fixed, such as half of them; 0 where '
+            "[model] weights has good ones from the start"
+        )
+        raise _wrong(file, "training", "batch_norm", what)
+    rounds = config.job.rounds
+    if training.fixed_after is not None and training.fixed_after >= rounds:
+        what = f"must be below [job] rounds ({rounds}), so that some round fixes them, is {training.fixed_after}"
+        raise _wrong(file, "training", "fixed_after", what)
 
 
 def _check_floats(config: JobConfig, file: SettingsFile) -> None:

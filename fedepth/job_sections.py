@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
+from fedepth.models.graph import MOST_UNITS
 from fedepth.plan import CacheType
 from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, InputType
 
@@ -121,7 +122,13 @@ class TableSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[training]: what one device does in one round; the learning rate moves over the rounds."""
+    """[training]: what one device does in one round; the learning rate moves over the rounds.
+
+    Attributes:
+        batch_norm: the statistics that BatchNorm normalises with in training: those of the batch, or from some round
+            on the global ones, fixed.
+        fixed_after: so many rounds have trained statistics before they are fixed; 0 fixes them from the start.
+    """
 
     batch: AtLeastOne = 32
     local_epochs: AtLeastOne = 1
@@ -134,6 +141,24 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     proximal_mu: NotNegative = 0.0
     augmentation: Literal["none", "crop-flip"] = "none"
     cache_type: CacheType = CacheType.FLOAT32
+    batch_norm: Literal["trained", "fixed"] = "trained"
+    fixed_after: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+
+
+class TuningSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[tuning]: what is trained of a model that begins with weights of its own ([model] weights).
+
+    Attributes:
+        embeddings: whether what comes before the first unit behind which a block may end, such as a Vision
+            Transformer's embeddings or a convolutional network's first convolution, is trained with the first block, or
+            never.
+        last_units: only so many units at the end are trained, and the head; by default all.
+        new_classifier: the classifier begins with fresh weights, also where that of the file would fit.
+    """
+
+    embeddings: Literal["first-stage", "frozen"] = "first-stage"
+    last_units: Annotated[int, Meta(ge=0, le=MOST_UNITS)] | None = None
+    new_classifier: bool = False
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -274,6 +299,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     privacy: PrivacySection | None = None
     text: TextSection | None = None
     table: TableSection | None = None
+    tuning: TuningSection = TuningSection()
     folder: str = ""
     tokenizer_digest: str = ""
 

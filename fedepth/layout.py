@@ -38,6 +38,7 @@ class TensorInfo:
         dtype: its type as safetensors names it, such as "F32" or "I64".
         not_negative: no value of it can be below 0: a variance, or a counter.
         parameter: trained by gradients; else a buffer that training writes.
+        statistic: written by BatchNorm alone, and only while its statistics are trained.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TensorInfo:
     dtype: str
     not_negative: bool = False
     parameter: bool = True
+    statistic: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -92,6 +94,15 @@ class ModelLayout:
     @property
     def size_bytes(self) -> int:
         return sum(tensor.size_bytes for tensor in self.tensors)
+
+    def without_statistics(self) -> ModelLayout:
+        """What updates consist of where BatchNorm's statistics are fixed."""
+
+        def others(tensors: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:
+            return tuple(tensor for tensor in tensors if not tensor.statistic)
+
+        units = tuple(UnitLayout(unit.name, others(unit.tensors)) for unit in self.units)
+        return ModelLayout(units, others(self.head))
 
     def trained_tensors(self, trained_units: tuple[int, ...], *, head: bool) -> tuple[TensorInfo, ...]:
         """The tensors of an update: those of the trained units, by index, and the head's where it is trained."""

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import torch
 
+from fedepth.costs import ModelCosts
 from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
+from fedepth.job_sections import TuningSection
 from fedepth.models import zoo
 from fedepth.models.export import Exported, export_model
+from fedepth.models.fixed_statistics import has_statistics, with_fixed_statistics
+from fedepth.models.graph import Graph
 from fedepth.models.initial_weights import load_initial_weights
 from fedepth.models.source import error_line, first_line
 from fedepth.models.traced import TracedModel
+from fedepth.models.tuning import described, tuned
 from fedepth.models.verify import verify
 from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.training.trial_step import try_one_step
+
+_ALL = TuningSection()  # everything is trained
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int, width: Fr
         torch.manual_seed(seed)
         module = zoo.build(spec) if width == 1 else zoo.build_width(spec, width)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
-        return _with_costs(exported, spec, training)
+        graph = exported.graph
+        return _with_costs(exported, graph, spec, training, fixed_statistics=training.fixed_statistics)
 
 
 def prepare_model(
@@ -66,6 +74,8 @@ def prepare_model(
     weights: Path | None = None,
     folder: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    fixed_statistics: bool = False,
+    tuning: TuningSection = _ALL,
 ) -> PreparedModel:
     """The same for a job: the graph is proved to be the model that its author wrote. Takes seconds to minutes.
 
@@ -74,25 +84,37 @@ def prepare_model(
         weights: a file with weights to begin with (fedepth.models.initial_weights).
         folder: where the module of a custom model may lie; it comes before Python's own places.
         progress: is told what is being done.
+        fixed_statistics: also find out what units cost with fixed BatchNorm statistics.
+        tuning: what of the model is trained.
 
     Raises:
-        ModelError: it cannot be built, exported or cut, or its graph differs from it.
+        ModelError: it cannot be built, exported or cut, its graph differs from it, or the file or `tuning` do not fit.
     """
     classes = len(spec.classes)
     with _in_one_sentence(spec):
         progress("building the model")
         torch.manual_seed(seed)
         module = zoo.build(spec, folder)
-        notes = load_initial_weights(module, weights, classes) if weights else ()
+        notes: tuple[str, ...] = ()
+        if weights:
+            notes = load_initial_weights(module, weights, classes, new_classifier=tuning.new_classifier)
         progress("exporting it as a graph")
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
-        graph = exported.graph
+        graph = tuned(exported.graph, tuning, spec.name)
         progress(f"comparing {len(graph.units)} units with the model")
         verify(module, exported, spec.name)
         progress("trying one training step")
-        try_one_step(graph, exported.tensors, exported.examples(max(2, graph.smallest_micro_batch)))
+        samples = exported.examples(max(2, graph.smallest_micro_batch))
+        try_one_step(graph, exported.tensors, samples)
+        if fixed_statistics:
+            if has_statistics(graph):
+                try_one_step(with_fixed_statistics(graph), exported.tensors, samples)
+            else:
+                notes += ("[training] batch_norm changes nothing: no trained unit has a BatchNorm with statistics",)
         progress("measuring what its units cost")
-        return _with_costs(exported, spec, training, notes)
+        prepared = _with_costs(exported, graph, spec, training, fixed_statistics=fixed_statistics)
+        about_tuning = described(graph, exported.graph)
+        return replace(prepared, notes=(*prepared.notes, *notes, *([about_tuning] if about_tuning else [])))
 
 
 @contextmanager
@@ -112,7 +134,13 @@ def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
 
 
 def _with_costs(
-    exported: Exported, spec: ModelSpec, training: TrainingSpec, notes: tuple[str, ...] = ()
+    exported: Exported, graph: Graph, spec: ModelSpec, training: TrainingSpec, *, fixed_statistics: bool
 ) -> PreparedModel:
-    costs = replace(trace_costs(exported.graph, spec.name, training.batch), raw_input_bytes=spec.sample_bytes)
-    return PreparedModel(TracedModel(exported.graph, costs), exported.tensors, (*exported.graph.notes, *notes))
+    """`graph`: what is trained of the one that was exported."""
+
+    def costs(of: Graph) -> ModelCosts:
+        return replace(trace_costs(of, spec.name, training.batch), raw_input_bytes=spec.sample_bytes)
+
+    fixed = with_fixed_statistics(graph) if fixed_statistics else graph
+    fixed_costs = costs(fixed) if fixed is not graph else None
+    return PreparedModel(TracedModel(graph, costs(graph), fixed_costs), exported.tensors, graph.notes)

@@ -199,6 +199,7 @@ class TrainingSpec:
     augmentation: str  # "none" or "crop-flip"
     seed: int
     cache_type: CacheType = CacheType.FLOAT32
+    fixed_statistics: bool = False  # BatchNorm normalises with the global running statistics, which stay as they are
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,14 @@ def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
     weights = Path(request.weights) if request.weights else None
     folder = Path(request.folder) if request.folder else None
     prepared = prepare_model(
-        request.model, request.training, seed=request.seed, weights=weights, folder=folder, progress=progress
+        request.model,
+        request.training,
+        seed=request.seed,
+        weights=weights,
+        folder=folder,
+        progress=progress,
+        fixed_statistics=request.fixed_statistics,
+        tuning=request.tuning,
     )
     output, graph = Path(request.output), Path(request.graph)
     for path in (output, graph):

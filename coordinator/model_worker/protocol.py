@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedepth.data.damage import MOST_DAMAGED
-from fedepth.job_sections import ExportSection
+from fedepth.job_sections import ExportSection, TuningSection
 from fedepth.task import ModelSpec, TrainingSpec
 
 ALIVE_S = 5.0  # how often a worker says that it lives, while it works
@@ -19,8 +19,9 @@ class Prepare:
     """Turn a model into a graph, prove it, write the traced model to `graph` and its first weights to `output`.
 
     `weights` is a file to begin with, or empty; `folder` is where a custom model's module may lie, besides where Python
-    looks; `tokenizer` is the job's tokenizer file, or empty. Answers "layout" (ModelLayout), "notes", "digest" and
-    "size_bytes" of the weights, "graph_digest" and "graph_bytes".
+    looks; `tokenizer` is the job's tokenizer file, or empty; with `fixed_statistics`, the costs of training with them
+    are found out as well; `tuning` says what of the model is trained. Answers "layout" (ModelLayout), "notes", "digest"
+    and "size_bytes" of the weights, "graph_digest" and "graph_bytes".
     """
 
     model: ModelSpec
@@ -31,6 +32,8 @@ class Prepare:
     output: str
     folder: str = ""
     tokenizer: str = ""
+    fixed_statistics: bool = False
+    tuning: TuningSection = field(default_factory=TuningSection)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class RecordedChange:
     at: float
 
 
-PREPARED_VERSION = 2  # since tensors say what they are
+PREPARED_VERSION = 3  # since tensors say which of them are statistics
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class Prepared:
     """What the model worker found out about the model; its graph and costs lie in a file of this digest and size.
 
     `version` is that of what is said of tensors: what an earlier version recorded is found out again.
+    `fixed_statistics`: the costs with fixed BatchNorm statistics are known as well.
     """
 
     layout: ModelLayout
@@ -156,6 +157,7 @@ class Prepared:
     graph_digest: str
     graph_bytes: int
     version: int = 1
+    fixed_statistics: bool = False
 
 
 @dataclass(frozen=True)

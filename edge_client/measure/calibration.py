@@ -335,7 +335,7 @@ async def _prepare(trace: Tracer, probe: Probe, folder: Path) -> TrialModel:
     if not graph.exists():
         await trace.trace(spec, training, graph, weights)
         write_noise(folder / probe.model, spec, _STEPS * probe.batch)
-    return TrialModel(spec, training, read_costs(graph), graph, weights)
+    return TrialModel(spec, training, read_costs(graph).of(training), graph, weights)
 
 
 async def _run(

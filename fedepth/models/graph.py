@@ -14,7 +14,7 @@ model may branch on its mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import msgspec
@@ -30,7 +30,9 @@ MOST_OPERATIONS = 100_000
 MOST_TENSORS = 100_000
 MOST_BYTES = 64 << 20
 
-_RUNNING_VAR = 4  # its place among the arguments of a normalisation
+# Places among the arguments of batch_norm and instance_norm.
+_RUNNING_MEAN, _RUNNING_VAR, TRAINS = 3, 4, 5
+_COUNTER = "num_batches_tracked"
 
 DTYPE_OF_TORCH = {
     "bool": "BOOL",
@@ -186,6 +188,7 @@ class Graph(msgspec.Struct, frozen=True):
     def layout(self) -> ModelLayout:
         """What an update consists of, unit by unit."""
         variances = frozenset(_variances(self))
+        statistics = {name for unit in (*self.units, self.head) for name in statistics_of(unit)}
 
         def tensors(unit: Unit) -> tuple[TensorInfo, ...]:
             return tuple(
@@ -193,6 +196,7 @@ class Graph(msgspec.Struct, frozen=True):
                     each,
                     not_negative=_is_counter(each) or each.name in variances,
                     parameter=each.name in unit.parameters,
+                    statistic=each.name in statistics,
                 )
                 for each in map(self.info, unit.trained_names)
             )
@@ -286,6 +290,46 @@ def with_scalars(operation: Operation, change: Callable[[Scalar], Scalar], resul
     )
 
 
+def statistics_of(unit: Unit) -> frozenset[str]:
+    """The names of the buffers that only BatchNorm writes: running statistics, and the counters beside them."""
+    averages = {
+        name for each in unit.training.operations if learns_statistics(each, unit) for name in averages_of(each)
+    }
+    counters = {f"{name.rpartition('.')[0]}.{_COUNTER}".lstrip(".") for name in averages} & set(unit.written)
+    others = {written_by(each) for each in unit.training.operations if not counts(each, counters)}
+    return frozenset((averages | counters) - others)
+
+
+def learns_statistics(operation: Operation, unit: Unit) -> bool:
+    """Whether it is a BatchNorm in training that writes running statistics."""
+    averages = averages_of(operation)
+    return uses_the_batch(operation) and bool(averages) and averages <= set(unit.written)
+
+
+def uses_the_batch(operation: Operation) -> bool:
+    """Whether it is a BatchNorm that normalises with the statistics of the batch."""
+    given = operation.arguments
+    return operation.name == "batch_norm" and len(given) > TRAINS and given[TRAINS] is True
+
+
+def averages_of(operation: Operation) -> set[str]:
+    """The running statistics that a BatchNorm names."""
+    given = operation.arguments[_RUNNING_MEAN : _RUNNING_VAR + 1]
+    return {each.name for each in given if isinstance(each, Tensor)}
+
+
+def counts(operation: Operation, counters: Collection[str]) -> bool:
+    """Whether all that an operation does is to add to one of these counters."""
+    packet = operation.name.split(".")[0]
+    return packet == "add_" and written_by(operation) in counters and all(each < 0 for each in operation.results)
+
+
+def written_by(operation: Operation) -> str:
+    """The tensor that an operator writes in place; empty for most, and for BatchNorm, whose name does not say so."""
+    first = operation.arguments[0] if operation.arguments else None
+    return first.name if operation.name.split(".")[0].endswith("_") and isinstance(first, Tensor) else ""
+
+
 def _variances(graph: Graph) -> Iterator[str]:
     """Names of the tensors that are some normalisation's running variance."""
     for unit in (*graph.units, graph.head):
@@ -297,7 +341,7 @@ def _variances(graph: Graph) -> Iterator[str]:
 
 def _is_counter(tensor: TensorInfo) -> bool:
     """torch's name for how many batches a BatchNorm has seen."""
-    return tensor.name.endswith("num_batches_tracked") and tensor.dtype == "I64"
+    return tensor.name.endswith(_COUNTER) and tensor.dtype == "I64"
 
 
 def _check_program(unit: Unit, program: Program) -> None:

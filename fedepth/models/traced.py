@@ -12,7 +12,9 @@ import msgspec
 from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
 from fedepth.files import NOT_JSON, read_regular, write_atomically
+from fedepth.models.fixed_statistics import has_statistics, with_fixed_statistics
 from fedepth.models.graph import MOST_BYTES, MOST_UNITS, Graph, check
+from fedepth.task import TrainingSpec
 
 MOST_COST = 1 << 60  # bytes or floating point operations
 MOST_SHARE = 1e6
@@ -23,16 +25,44 @@ class TracedModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """A graph and its cost table.
 
     Attributes:
+        fixed_costs: the table of the graph with fixed statistics (fedepth.models.fixed_statistics); None where the job
+             never fixes them, or there are none.
         tokenizer: contents of the job's tokenizer file, where it has one, so that devices have it with the graph.
     """
 
     graph: Graph
     costs: ModelCosts
+    fixed_costs: ModelCosts | None = None
     tokenizer: str = ""
 
+    def in_training(self, training: TrainingSpec) -> TracedModel:
+        """Graph and costs as this training runs them.
 
-class _CostsOnly(msgspec.Struct, frozen=True):
+        Raises:
+            ModelError: it fixes statistics, and the costs of that are not known.
+        """
+        if not training.fixed_statistics:
+            return TracedModel(self.graph, self.costs, tokenizer=self.tokenizer)
+        if self.fixed_costs is not None:
+            return TracedModel(with_fixed_statistics(self.graph), self.fixed_costs, tokenizer=self.tokenizer)
+        if has_statistics(self.graph):
+            raise ModelError(
+                f"the costs of {self.costs.model} with fixed BatchNorm statistics are not known; prepare it for "
+                'batch_norm = "fixed"'
+            )
+        return TracedModel(self.graph, self.costs, tokenizer=self.tokenizer)
+
+
+class CostTables(msgspec.Struct, frozen=True):
+    """What a traced model tells a planner, which has no use for the graph. Attributes as of TracedModel."""
+
     costs: ModelCosts
+    fixed_costs: ModelCosts | None = None
+
+    def of(self, training: TrainingSpec) -> ModelCosts:
+        """The table of this training. Whether one is missing shows where the graph is read."""
+        fixed = self.fixed_costs if training.fixed_statistics else None
+        return self.costs if fixed is None else fixed
 
 
 def write_traced(path: Path, model: TracedModel) -> None:
@@ -48,19 +78,27 @@ def read_traced(path: Path) -> TracedModel:
     """
     model = _decode(path, TracedModel)
     check(model.graph)
-    _checked(model.costs, path)
-    if len(model.costs.units) != len(model.graph.units):
-        raise ModelError(f"{path} tells the costs of {len(model.costs.units)} units of {len(model.graph.units)}")
+    for costs in _tables(model):
+        _checked(costs, path)
+        if len(costs.units) != len(model.graph.units):
+            raise ModelError(f"{path} tells the costs of {len(costs.units)} units of {len(model.graph.units)}")
     return model
 
 
-def read_costs(path: Path) -> ModelCosts:
-    """The cost table alone: an agent plans with it, and has no use for the graph.
+def read_costs(path: Path) -> CostTables:
+    """The cost tables alone.
 
     Raises:
         ModelError: see `read_traced`.
     """
-    return _checked(_decode(path, _CostsOnly).costs, path)
+    tables = _decode(path, CostTables)
+    for costs in _tables(tables):
+        _checked(costs, path)
+    return tables
+
+
+def _tables(found: TracedModel | CostTables) -> tuple[ModelCosts, ...]:
+    return (found.costs,) if found.fixed_costs is None else (found.costs, found.fixed_costs)
 
 
 def _checked(costs: ModelCosts, path: Path) -> ModelCosts:

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import PlanError
+from fedepth.models.traced import CostTables
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import Planner
 from fedepth.task import TrainingSpec
@@ -64,8 +65,8 @@ def question(
 class SharedPlanner:
     """Answers questions about one model; what it finds out for one is of use to those that differ in the budget."""
 
-    def __init__(self, costs: ModelCosts, policy: Policy) -> None:
-        self._costs = costs
+    def __init__(self, tables: CostTables, policy: Policy) -> None:
+        self._tables = tables
         self._policy = policy
         self._planner = lru_cache(maxsize=KEPT_PLANNERS)(self._new_planner)
 
@@ -78,4 +79,5 @@ class SharedPlanner:
             return error
 
     def _new_planner(self, calibration: Calibration, training: TrainingSpec, sample_count: int) -> Planner:
-        return Planner(replace(self._costs, calibration=calibration), training, sample_count, self._policy)
+        costs = replace(self._tables.of(training), calibration=calibration)
+        return Planner(costs, training, sample_count, self._policy)

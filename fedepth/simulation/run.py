@@ -19,7 +19,6 @@ from fedepth import evaluation
 from fedepth.aggregation.combine import combine
 from fedepth.aggregation.norms import too_far, update_norms
 from fedepth.aggregation.rules import Norms, PrivateMean, Rule
-from fedepth.costs import ModelCosts
 from fedepth.errors import ChildError, DiskError, FedepthError, JobError, NotFiniteError, PlanError
 from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
@@ -82,8 +81,8 @@ class Run:
         self._reporter = reporter
         self._config = simulation.config
         self._record = simulation.record
-        self._costs: ModelCosts = read_costs(simulation.record.folder / "graph.json")
-        self._planner = SharedPlanner(self._costs, policy(self._config))
+        self._tables = read_costs(simulation.record.folder / "graph.json")
+        self._planner = SharedPlanner(self._tables, policy(self._config))
         self._answers: dict[Question, Plan | PlanError] = {}
         self._works: dict[tuple[Question, bool], float] = {}
         self._clients = {client.id: client for client in simulation.clients}
@@ -210,7 +209,13 @@ class Run:
         return plans, left_out
 
     def _question(self, client: Client, training: TrainingSpec) -> Question:
-        return question(self._costs, client.tier.calibration, training, client.sample_count, client.tier.budget_bytes)
+        return question(
+            self._tables.of(training),
+            client.tier.calibration,
+            training,
+            client.sample_count,
+            client.tier.budget_bytes,
+        )
 
     def _answer(self, client: Client, training: TrainingSpec) -> Plan | PlanError:
         asked = self._question(client, training)
@@ -253,7 +258,7 @@ class Run:
             if plan is None:
                 whole = self._planner.answer(replace(asked, budget_bytes=EVERYTHING))
                 plan = whole if isinstance(whole, Plan) else None
-            costs = replace(self._costs, calibration=asked.calibration)
+            costs = replace(self._tables.of(asked.training), calibration=asked.calibration)
             work = estimated_work(costs, asked.training, asked.sample_count, plan) if plan is not None else 1.0
             self._works[key] = max(work, 1.0)
         return self._works[key]

@@ -82,12 +82,12 @@ class Known:
     """What this process has been through.
 
     Attributes:
-        warm: units it has warmed up for, by the file of their model.
+        warm: units it has warmed up for, by the file of their model, and whether its statistics are fixed.
         rehearsed: what it has rehearsed, with the peaks; the last so many.
         traced: models that are read already, by their files. A simulation keeps its one; a device has no memory for it.
     """
 
-    warm: dict[Path, set[int]] = field(default_factory=dict)
+    warm: dict[tuple[Path, bool], set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
     traced: dict[Path, TracedModel] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     """
     started = time.monotonic()
     task, plan = assignment.task, assignment.plan
-    traced = known.traced.get(assignment.graph) or read_traced(assignment.graph)
+    traced = (known.traced.get(assignment.graph) or read_traced(assignment.graph)).in_training(task.training)
     model = Model(traced.graph)
     check_plan(traced.costs, plan)
     for folder in (assignment.output, assignment.cache):
@@ -138,7 +138,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             enforce=assignment.enforce,
             release_freed=assignment.release_freed,
         )
-        warm = known.warm.setdefault(assignment.graph, set())
+        warm = known.warm.setdefault((assignment.graph, task.training.fixed_statistics), set())
         if not warm.issuperset(plan.trained_units):
             warm_up(context, set(plan.trained_units) - warm)
             warm.update(plan.trained_units)

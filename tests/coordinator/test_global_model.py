@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Rig:
     def _begin(self) -> None:
         layout = self.kit.layout
         self.model = GlobalModel(self.config, self.store, self.models, _Recorder(self.sent), layout.parameters)
-        training = training_spec(self.config, 1)
+        training = partial(training_spec, self.config)
         self.uploads = Uploads(self.store, layout, lambda task: True, lambda size: None, self.model.path, training)
 
     def tensors(self, value: float, fill: float | None = None) -> Tensors:

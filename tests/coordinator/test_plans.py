@@ -16,6 +16,7 @@ from coordinator.plans import Plans, rounded_budget, rounded_samples
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import batches_per_epoch, effective_batch
+from fedepth.models.traced import CostTables
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import Planner
 from fedepth.task import DeviceReport, TrainingSpec
@@ -75,7 +76,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def test_many_who_ask_the_same_at_once_get_one_plan_from_another_thread(counted: Counted, kit: Any) -> None:
     async def main() -> None:
-        plans = Plans(kit.costs, Policy.AUTO)
+        plans = Plans(CostTables(kit.costs), Policy.AUTO)
         reports = [kit.report(f"d{number}", budget_bytes=100 * MIB + number) for number in range(50)]
         found = await asyncio.gather(*(plans.plan(report, TRAINING) for report in reports))
         assert set(found) == {found[0]}
@@ -102,7 +103,7 @@ def test_whatever_changes_a_plan_is_another_question(
     counted: Counted, kit: Any, other: Callable[[DeviceReport], tuple[DeviceReport, TrainingSpec]]
 ) -> None:
     async def main() -> None:
-        plans = Plans(kit.costs, Policy.AUTO)
+        plans = Plans(CostTables(kit.costs), Policy.AUTO)
         report = kit.report("a")
         await plans.plan(report, TRAINING)
         await plans.plan(*other(report))
@@ -113,7 +114,7 @@ def test_whatever_changes_a_plan_is_another_question(
 
 def test_that_nothing_fits_is_an_answer_too(counted: Counted, kit: Any) -> None:
     async def main() -> None:
-        plans = Plans(kit.costs, Policy.AUTO)
+        plans = Plans(CostTables(kit.costs), Policy.AUTO)
         for _ in range(2):
             with pytest.raises(PlanError, match="the smallest plan needs") as caught:
                 await plans.plan(kit.report("a", budget_bytes=1000), TRAINING)
@@ -134,7 +135,7 @@ def test_a_device_that_hangs_up_takes_nobodys_answer_with_it(kit: Any, monkeypat
     monkeypatch.setattr(Planner, "plan", held)
 
     async def main() -> None:
-        plans = Plans(kit.costs, Policy.AUTO)
+        plans = Plans(CostTables(kit.costs), Policy.AUTO)
         first, second = (asyncio.ensure_future(plans.plan(kit.report(name), TRAINING)) for name in "ab")
         await asyncio.sleep(0)
         first.cancel()

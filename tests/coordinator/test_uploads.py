@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,8 @@ class Setup:
             if size_bytes > self.room:
                 raise UnavailableError("the disk is full")
 
-        return Uploads(
-            self.store, self.kit.layout, accepts, check_room, lambda: Path("base"), training_spec(self.kit.config(), 1)
-        )
+        training = partial(training_spec, self.kit.config())
+        return Uploads(self.store, self.kit.layout, accepts, check_room, lambda: Path("base"), training)
 
     def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
         fields: dict[str, Any] = {

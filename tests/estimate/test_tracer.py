@@ -22,7 +22,7 @@ def test_one_child_traces_several_models(tmp_path: Path) -> None:
     async def trace() -> None:
         async with tracer() as asked:
             costs = await asked.trace(named_spec("digits-cnn", None, 10), TRAINING, graph, weights)
-            assert read_costs(graph) == costs
+            assert read_costs(graph).of(TRAINING) == costs
             with pytest.raises(ModelError, match="os:getcwd"):
                 await asked.trace(named_spec("os:getcwd", "1x8x8", 10), TRAINING, tmp_path / "no", tmp_path / "none")
             again = await asked.trace(named_spec("digits-cnn", "1x16x16", 10), TRAINING, graph, weights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models.export import export_model
+from fedepth.models.fixed_statistics import with_fixed_statistics
 from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, read_costs, read_traced
 from fedepth.plan import Policy
@@ -24,6 +27,7 @@ from fedepth.task import TrainingSpec
 from tests.fuzz.damage import changed, damaged, fuzzing
 
 TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+FIXED = replace(TRAINING, fixed_statistics=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,8 @@ def document() -> Any:
         nn.Linear(4, 2),
     )
     graph = export_model(module, "small", (1, 8, 8), "F32", 2).graph
-    return json.loads(msgspec.json.encode(TracedModel(graph, trace_costs(graph, "small", TRAINING.batch))))
+    tables = (trace_costs(each, "small", TRAINING.batch) for each in (graph, with_fixed_statistics(graph)))
+    return json.loads(msgspec.json.encode(TracedModel(graph, *tables)))
 
 
 def use(path: Path, document: bytes) -> None:
@@ -48,15 +53,17 @@ def use(path: Path, document: bytes) -> None:
         traced = read_traced(path)
         traced.graph.layout()
         Model(traced.graph)
+        Model(traced.in_training(FIXED).graph)
     except ModelError as error:
         assert len(str(error)) < 500 + len(str(path))
     try:
-        costs = read_costs(path)
-        for policy in Policy:
+        tables = read_costs(path)
+        for policy, training in product(Policy, (TRAINING, FIXED)):
+            costs = tables.of(training)
             for budget_bytes in (1 << 14, 1 << 30):
                 check_plan(
                     costs,
-                    make_plan(costs, budget_bytes=budget_bytes, training=TRAINING, sample_count=64, policy=policy),
+                    make_plan(costs, budget_bytes=budget_bytes, training=training, sample_count=64, policy=policy),
                 )
     except FedepthError as error:
         assert len(str(error)) < 1000 + len(str(path))

@@ -12,7 +12,7 @@ from fedepth.costs import ModelCosts
 from fedepth.errors import ModelError
 from fedepth.models import traced
 from fedepth.models.graph import Graph, Operation, Program, Tensor, Unit, Value
-from fedepth.models.traced import TracedModel, read_costs, read_traced, write_traced
+from fedepth.models.traced import CostTables, TracedModel, read_costs, read_traced, write_traced
 from tests.unit_costs import unit_cost
 
 LINEAR = Program((Operation("linear", (Value(0), Tensor("w"), None), (1,)),), 1)
@@ -31,7 +31,7 @@ def written(path: Path, graph: Graph = GRAPH, costs: ModelCosts = COSTS) -> Path
 def test_what_is_written_is_read_and_equal_models_give_equal_files(tmp_path: Path) -> None:
     path = written(tmp_path / "one")
     assert read_traced(path) == TracedModel(GRAPH, COSTS)
-    assert read_costs(path) == COSTS
+    assert read_costs(path) == CostTables(COSTS)
     assert written(tmp_path / "two").read_bytes() == path.read_bytes()
 
 

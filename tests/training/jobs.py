@@ -22,6 +22,7 @@ from fedepth.memory.meter import Meter
 from fedepth.models import zoo
 from fedepth.models.digits import DigitsCNN
 from fedepth.models.export import Exported, export_model
+from fedepth.models.fixed_statistics import with_fixed_statistics
 from fedepth.models.preresnet import PreResNet
 from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, write_traced
@@ -107,7 +108,9 @@ def exported(spec: ModelSpec) -> Exported:
 @functools.cache
 def traced(spec: ModelSpec) -> TracedModel:
     graph = exported(spec).graph
-    return TracedModel(graph, trace_costs(graph, spec.name, TRAINING.batch))
+    fixed = with_fixed_statistics(graph)
+    costs = trace_costs(graph, spec.name, TRAINING.batch)
+    return TracedModel(graph, costs, trace_costs(fixed, spec.name, TRAINING.batch) if fixed is not graph else None)
 
 
 def parts_of(module: nn.Module) -> tuple[list[nn.Module], nn.Module]:
@@ -171,16 +174,25 @@ def context(
     units = range(len(exported(spec).graph.units))
     plan = Plan(tuple(stages), tuple(unit for unit in units if unit not in trained), Policy.PAPER, 1 << 40)
     task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, plan, "", 0, "", 0, 0)
+    graph = exported(spec).graph
+    if training.fixed_statistics:
+        graph = with_fixed_statistics(graph)
     return TrainingContext(
-        task=task, plan=plan, model=Model(exported(spec).graph), costs=COSTS, weights=open_weights(weights),
+        task=task, plan=plan, model=Model(graph), costs=COSTS, weights=open_weights(weights),
         images=open_images(folder, spec, "train"), output=folder / "out", cache=folder / "cache", device_id="d",
         device=torch.device("cpu"), channels_last=False, enforce=False,
     )  # fmt: skip
 
 
-def assignment(folder: Path, stages: Sequence[Stage], spec: ModelSpec = SPEC, count: int = 16) -> Assignment:
+def assignment(
+    folder: Path,
+    stages: Sequence[Stage],
+    spec: ModelSpec = SPEC,
+    count: int = 16,
+    training: TrainingSpec = TRAINING,
+) -> Assignment:
     """The same task as a session is given it."""
-    task = context(folder, stages, spec, count=count).task
+    task = context(folder, stages, spec, training, count).task
     graph = folder / "graph.json"
     write_traced(graph, traced(spec))
     return Assignment(

@@ -28,8 +28,12 @@ TOLERANCE = 1e-5
 SGD = TrainingSpec(COUNT, 1, "sgd", 0.05, 0.9, 1e-3, 0.0, "none", 5)
 GROUP_NORM = ModelSpec("digits-cnn", ("a", "b", "c"), (1, 16, 16), (0.5,), (0.5,))
 BATCH_NORM = ModelSpec("preresnet20", ("a", "b", "c"), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
-# With BatchNorm a micro-batch has statistics of its own.
-EXACT = [(spec, size) for spec in (GROUP_NORM, TRANSFORMER) for size in (COUNT, 4, 1)] + [(BATCH_NORM, COUNT)]
+# With BatchNorm a micro-batch has statistics of its own, unless they are fixed.
+EXACT = [
+    *((spec, size, False) for spec in (GROUP_NORM, TRANSFORMER) for size in (COUNT, 4, 1)),
+    (BATCH_NORM, COUNT, False),
+    *((BATCH_NORM, size, True) for size in (COUNT, 4, 1)),
+]
 
 
 def job(folder: Path, spec: ModelSpec, training: TrainingSpec) -> TrainingContext:
@@ -79,6 +83,9 @@ def plainly(
     named = dict(module.named_parameters())
     update = optimizer(list(named.values()))
     module.train()
+    for each in module.modules():
+        if isinstance(each, torch.nn.BatchNorm2d) and job.task.training.fixed_statistics:
+            each.eval()
     for _ in range(steps):
         update.zero_grad()
         functional.cross_entropy(module((pixels / 255 - 0.5) / 0.5), labels).backward()
@@ -100,16 +107,20 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["standard", "channels_last"])
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize(("spec", "micro_batch"), EXACT, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    ("spec", "micro_batch", "fixed_statistics"), EXACT, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_the_gradients_are_those_of_plain_training(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     spec: ModelSpec,
     micro_batch: int,
+    fixed_statistics: bool,
     checkpoint: bool,
     channels_last: bool,
 ) -> None:
-    one = replace(job(tmp_path, spec, SGD), channels_last=channels_last)
+    training = replace(SGD, fixed_statistics=fixed_statistics)
+    one = replace(job(tmp_path, spec, training), channels_last=channels_last)
     stage = replace(one.plan.stages[0], micro_batch=micro_batch, checkpoint=checkpoint)
     got, _ = by_lever(one, stage, monkeypatch)
     expected, _ = plainly(one, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3))

@@ -17,7 +17,19 @@ from fedepth.plan import Stage
 from fedepth.task import ModelSpec, PartInfo, Result, StageResult
 from fedepth.training.session import Assignment, Known, run
 from fedepth.weights import load_numpy
-from tests.training.jobs import TOKENS, TRANSFORMER, VECTORS, Quiet, assignment, exported, stage, traced
+from tests.training.jobs import (
+    PRERESNET,
+    SPEC,
+    TOKENS,
+    TRAINING,
+    TRANSFORMER,
+    VECTORS,
+    Quiet,
+    assignment,
+    exported,
+    stage,
+    traced,
+)
 
 CPU = torch.device("cpu")
 
@@ -115,3 +127,36 @@ def test_a_graph_that_asks_for_what_is_not_run_here_is_refused(tmp_path: Path) -
     units = (replace_struct(unit, training=program), *real.graph.units[1:])
     write_traced(asked.graph, TracedModel(replace_struct(real.graph, units=units), real.costs))
     refused(asked, ModelError, "'from_file', which is not run here")
+
+
+FIXED = replace(TRAINING, fixed_statistics=True)
+
+
+def delivered(asked: Assignment, result: Result) -> set[str]:
+    parts = (asked.output / f"part-{part.part:04d}.safetensors" for part in result.parts)
+    return {name for part in parts for name in load_numpy(part)}
+
+
+def test_fixed_statistics_stay_and_do_not_travel_and_one_process_trains_both_ways(tmp_path: Path) -> None:
+    """The second task has the units warm that the first trained, but not as it runs them."""
+    layout, known = exported(PRERESNET).graph.layout(), Known()
+    for training, expected in ((TRAINING, layout), (FIXED, layout.without_statistics())):
+        hooks = Noting()
+        asked = assignment(tmp_path, [stage(0, 4, 3), stage(5, 9, 3)], PRERESNET, training=training)
+        result = run(replace(asked, output=tmp_path / f"out-{training.fixed_statistics}"), hooks, CPU, known)
+        assert hooks.heard[:2] == ["begin 2", "rehearsing"]
+        asked = replace(asked, output=tmp_path / f"out-{training.fixed_statistics}")
+        assert delivered(asked, result) == {tensor.name for tensor in expected.tensors}
+    assert [len(units) for units in known.warm.values()] == [10, 10]
+
+
+def test_costs_that_are_not_known_are_told(tmp_path: Path) -> None:
+    asked = assignment(tmp_path, [stage(0, 9)], PRERESNET, training=FIXED)
+    write_traced(asked.graph, replace_struct(traced(PRERESNET), fixed_costs=None))
+    refused(asked, ModelError, "the costs of preresnet20 with fixed BatchNorm statistics are not known")
+
+
+def test_a_model_without_statistics_is_trained_as_ever(tmp_path: Path) -> None:
+    asked = assignment(tmp_path, [stage(0, 5)], training=FIXED)
+    assert traced(SPEC).fixed_costs is None
+    assert delivered(asked, run(asked, Noting(), CPU, Known())) == set(exported(SPEC).tensors)

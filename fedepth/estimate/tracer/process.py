@@ -27,7 +27,7 @@ def _trace(request: TraceRequest) -> ModelCosts:
     prepared = trace_model(request.model, request.training, seed=_SEED)
     write_traced(Path(request.graph), prepared.traced)
     save(Path(request.weights), {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
-    return prepared.traced.costs
+    return prepared.traced.in_training(request.training).costs
 
 
 def main() -> None:

@@ -446,6 +446,7 @@ class TrainingSpec(_message.Message):
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_FIELD_NUMBER: _builtins.int
+    FIXED_STATISTICS_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -456,6 +457,7 @@ class TrainingSpec(_message.Message):
     augmentation: _builtins.str
     seed: _builtins.int
     cache_type: Global___CacheType.ValueType
+    fixed_statistics: _builtins.bool
     def __init__(
         self,
         *,
@@ -469,10 +471,11 @@ class TrainingSpec(_message.Message):
         augmentation: _builtins.str = ...,
         seed: _builtins.int = ...,
         cache_type: Global___CacheType.ValueType = ...,
+        fixed_statistics: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "fixed_statistics", b"fixed_statistics", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
