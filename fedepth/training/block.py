@@ -13,6 +13,7 @@ from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.context import TrainingContext, load, read, to_device
+from fedepth.training.objective import objective
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
 
@@ -118,8 +119,11 @@ class BlockTraining:
         context = self._context
         targets = self._labels[piece].to(context.device)
         head = partial(self._head, written=self._head_written)
-        shape = context.model.graph.head_shape
-        loss_of = partial(context.objective, head=head, head_shape=shape, targets=targets, batch=batch)
+        logits_of = partial(context.exit, head=head, head_shape=context.model.graph.head_shape)
+
+        def loss_of(output: torch.Tensor) -> torch.Tensor:
+            return objective(logits_of(output), targets=targets, batch=batch)
+
         x = to_device(context, self._inputs.read(piece), from_data=self._stage.first == 0)
         # A frozen suffix ends with the head's own input, from which the skip connection is the identity.
         units = (*self._units, *self._suffix)

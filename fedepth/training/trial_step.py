@@ -15,7 +15,7 @@ from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.source import first_line
 from fedepth.models.verify import one_thread
 from fedepth.training import checkpoint
-from fedepth.training.objective import any_output, shared_head
+from fedepth.training.objective import Exit, any_exit, objective, shared_head
 
 # Of a gradient's largest value. The same kernels run in the same order, on the same strides or nearly.
 TOLERANCE = 1e-3
@@ -38,7 +38,7 @@ def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torc
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     plain = _fresh(graph, tensors)
-    loss_of = partial(shared_head, head=plain.head, head_shape=graph.head_shape, targets=targets, batch=len(inputs))
+    loss_of = partial(_loss, shared_head, graph, targets)
     torch.manual_seed(_SEED)
     x = inputs
     for unit in plain.units:
@@ -46,10 +46,10 @@ def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torc
             given = x.detach()
         x = _guarded(f"unit {unit.unit.name}", partial(unit, x))
         _alone(graph, tensors, unit, given, targets)
-    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(x)))
+    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(plain.head, x)))
     again = _fresh(graph, tensors)
     torch.manual_seed(_SEED)
-    finish = partial(loss_of, head=again.head)
+    finish = partial(loss_of, again.head)
     _guarded("a checkpointed step of all units", lambda: checkpoint.forward_backward(again.units, inputs, finish))
     _compare(plain, again)
 
@@ -63,12 +63,16 @@ def _alone(
     head = RunnableUnit(graph.head)
     for each in (fresh, head):
         _load(graph, each, tensors)
-    finish = partial(any_output, head=head, head_shape=graph.head_shape, targets=targets, batch=len(x))
+    finish = partial(_loss, any_exit, graph, targets, head)
     what = f"unit {unit.unit.name}"
     loss = _guarded(what, lambda: finish(fresh(x.clone())))
     if loss.requires_grad:
         _guarded(what, lambda: torch.autograd.backward(loss))
     torch.set_rng_state(state)
+
+
+def _loss(exit_: Exit, graph: Graph, targets: torch.Tensor, head: RunnableUnit, output: torch.Tensor) -> torch.Tensor:
+    return objective(exit_(output, head=head, head_shape=graph.head_shape), targets=targets, batch=len(targets))
 
 
 def _guarded(what: str, call: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from fedepth.memory.device import new_meter
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.training.context import TrainingContext
-from fedepth.training.objective import any_output
+from fedepth.training.objective import any_exit
 from fedepth.training.rehearsal import FirstImages, Unheard
 from fedepth.training.stages import train
 
@@ -41,7 +41,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     train(
         replace(
             context,
-            objective=any_output,
+            exit=any_exit,
             task=task,
             plan=plan,
             images=few,
