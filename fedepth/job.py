@@ -153,6 +153,10 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         augmentation=section.augmentation,
         seed=config.job.seed + number,  # other shuffles in every round, the same after a restart
         cache_type=section.cache_type,
+        heads=section.heads,
+        distil=section.distil,
+        distil_weight=section.distil_weight,
+        distil_temperature=section.distil_temperature,
     )
 
 

@@ -78,6 +78,9 @@ KINDS: Mapping[str, Kind] = {
             "training.proximal_mu",
             "training.augmentation",
             "training.cache_type",
+            "training.distil",
+            "training.distil_weight",
+            "training.distil_temperature",
             "aggregation.rule",
             "aggregation.trim",
             "aggregation.max_change",
@@ -101,6 +104,7 @@ KINDS: Mapping[str, Kind] = {
             "model.input_type",
             "training.batch",
             "training.optimizer",
+            "training.heads",  # the global weights hold those of auxiliary heads
         ),
         Kind.REFUSED,
     ),
@@ -154,6 +158,17 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
             raise ConfigError(f"[model] weights: {config.model.weights} cannot be read: {error.strerror}") from None
     as_recorded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     return as_recorded
+
+
+def recorded_settings(held: Settings) -> Settings:
+    """What a record says of all settings; those that are newer than it had their defaults."""
+    defaults = {
+        f"{section}.{field.name}": field.default
+        for section, kind in section_types().items()
+        for field in msgspec.structs.fields(kind)
+        if field.default is not msgspec.NODEFAULT
+    }
+    return {**msgspec.to_builtins(defaults), **held}
 
 
 def differences(before: Settings, now: Settings) -> list[Change]:

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.plan import CacheType
-from fedepth.task import MOST_CLASSES, InputType
+from fedepth.task import MOST_CLASSES, Distil, Heads, InputType
 
 DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
@@ -28,6 +28,8 @@ AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 TensorName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+LossWeight = Annotated[float, Meta(gt=0, le=1e6)]
+Temperature = Annotated[float, Meta(ge=0.01, le=1000)]  # logits divided by less overflow
 Seconds = Annotated[float, Meta(gt=0, le=MOST_SECONDS)]
 
 
@@ -77,7 +79,14 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[training]: what one device does in one round; the learning rate moves over the rounds."""
+    """[training]: what one device does in one round; the learning rate moves over the rounds (docs/methods.md).
+
+    Attributes:
+        heads: what blocks lead to that do not end with the model's last unit.
+        distil: what blocks learn from beside the labels.
+        distil_weight: λ, of how far a block is from what it is to learn from.
+        distil_temperature: T, which softens what both say.
+    """
 
     batch: AtLeastOne = 32
     local_epochs: AtLeastOne = 1
@@ -90,6 +99,10 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     proximal_mu: NotNegative = 0.0
     augmentation: Literal["none", "crop-flip"] = "none"
     cache_type: CacheType = CacheType.FLOAT32
+    heads: Heads = Heads.SHARED
+    distil: Distil = Distil.NONE
+    distil_weight: LossWeight = 1.0
+    distil_temperature: Temperature = 1.0
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,12 +16,13 @@ import torch
 from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
 from fedepth.models import zoo
+from fedepth.models.auxiliary import with_auxiliary
 from fedepth.models.export import Exported, export_model
 from fedepth.models.initial_weights import load_initial_weights
 from fedepth.models.source import error_line, first_line
 from fedepth.models.traced import TracedModel
 from fedepth.models.verify import verify
-from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.task import Heads, ModelSpec, TrainingSpec
 from fedepth.training.trial_step import try_one_step
 
 
@@ -53,6 +54,7 @@ def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int) -> Prepar
         torch.manual_seed(seed)
         module = zoo.build(spec)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
+        exported = _with_heads(exported, spec, training, seed)
         return _with_costs(exported, spec, training)
 
 
@@ -87,6 +89,8 @@ def prepare_model(
         graph = exported.graph
         progress(f"comparing {len(graph.units)} units with the model")
         verify(module, exported, spec.name)
+        exported = _with_heads(exported, spec, training, seed)
+        graph = exported.graph
         progress("trying one training step")
         try_one_step(graph, exported.tensors, exported.examples(max(2, graph.smallest_micro_batch)))
         progress("measuring what its units cost")
@@ -107,6 +111,13 @@ def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
             f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
             f"{first_line(error)}; this error is unexpected; see its traceback in the log"
         ) from error
+
+
+def _with_heads(exported: Exported, spec: ModelSpec, training: TrainingSpec, seed: int) -> Exported:
+    """With the auxiliary heads that a job may ask for."""
+    if training.heads is Heads.SHARED:
+        return exported
+    return with_auxiliary(exported, len(spec.classes), seed=seed)
 
 
 def _with_costs(
