@@ -29,8 +29,8 @@ class Moment:
 
     Attributes:
         stage: index of the stage in its plan.
-        label: what runs: "build 3", "logits 3", "forward 3", "again 3", "backward 3" with the index of the unit, "logits head",
-            "forward exit", "backward exit", or "build" where the inputs are the samples themselves; with
+        label: what runs: "build 3", "logits 3", "forward 3", "again 3", "backward 3" with the index of the unit,
+            "logits head", "forward exit", "backward exit", or "build" where the inputs are the samples themselves; with
             ", convolution 1" behind it while the first of the unit's convolutions runs (fedepth.estimate.peak).
         components: what lives meanwhile, in bytes.
     """

@@ -107,7 +107,7 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
             exit_ = model.exit(index)
             key = (y, exit_ is model.head)
             if exits and key not in exit_by_input:
-                exit_by_input[key] = _exit_cost(exit_, y, batches)
+                exit_by_input[key] = _exit_cost(model, exit_, y, batches)
             kind = _kind(graph, unit.unit, x)
             if kind not in unit_by_kind:
                 unit_by_kind[kind] = _unit_cost(model, unit, x, y, batches)
@@ -225,10 +225,12 @@ def _unit_cost(model: Model, unit: RunnableUnit, x: _Input, y: _Input, batches: 
     )
 
 
-def _exit_cost(exit_: RunnableUnit, y: _Input, batches: tuple[int, int]) -> UnitCost:
+def _exit_cost(model: Model, exit_: RunnableUnit, y: _Input, batches: tuple[int, int]) -> UnitCost:
     step = _exit_step(exit_)
     traces = [_trace(step, (exit_,), y.make(samples, grad=True)) for samples in batches]
-    return _cost(exit_, step, y, 0, batches, traces)
+    # Of equal ones behind several units, one name stands for all.
+    cost = _cost(exit_, step, y, 0, batches, traces)
+    return replace(cost, name="auxiliary head") if exit_.unit in model.graph.auxiliary else cost
 
 
 def _exit_step(exit_: RunnableUnit) -> Step:
