@@ -81,7 +81,6 @@ def train_recomputing(request: TrainRequest) -> dict[str, object]:
         meter.reset()
         started = time.monotonic()
         steps = 0
-        load(context, model.head, trainable=True)
         labels = torch.from_numpy(images.labels.astype(np.int64))
         for index, stage in enumerate(request.plan.stages):
             prefix = list(model.units[: stage.first])

@@ -111,7 +111,7 @@ class SimulatedDevice:
         layout = (await self.model(task)).graph.layout()
         tensors = await self.weights(task)
         random = np.random.default_rng(seed)
-        trained = layout.trained_tensors(plan.trained_units, head=plan.trains_head)
+        trained = layout.trained_tensors(plan)
         changed = {
             each.name: tensors[each.name]
             + random.normal(0, noise, tensors[each.name].shape).astype(tensors[each.name].dtype)

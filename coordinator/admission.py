@@ -28,7 +28,7 @@ from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
 from fedepth.plan import Plan
 from fedepth.printable import printable, quoted, shortened
-from fedepth.task import DeviceReport, ModelSpec, Result, StageResult
+from fedepth.task import FIRST_SETTINGS, DeviceReport, ModelSpec, Result, StageResult, TrainingSpec
 
 if TYPE_CHECKING:
     from fedepth.weights import Array, Reader
@@ -129,9 +129,21 @@ def check_norms(norms: Norms, others: Sequence[Norms]) -> None:
         raise UpdateError("norm", why)
 
 
+def check_settings(report: DeviceReport, training: TrainingSpec) -> str:
+    """Why a device cannot train as this job does, since its agent would not know how; empty if it can."""
+    unknown = [name for name in training.asks_for if name not in (report.settings or FIRST_SETTINGS)]
+    if not unknown:
+        return ""
+    what = ", ".join(f"[training] {name}" for name in unknown)
+    return (
+        f"the job sets {what}, which the agent of this device (fedepth {quoted(report.fedepth_version, 40)}) does not "
+        "know, so that it would train something else; install the coordinator's version of fedepth on the device"
+    )
+
+
 def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> None:
-    """Accepts an update whose parts hold exactly the tensors of `result.trained_units` and the head, each
-    once.
+    """Accepts an update whose parts hold exactly the tensors that its plan trains, each once: those of units, of the
+    head, and of the auxiliary heads that its blocks end with.
 
     Raises:
         UpdateError: with the reason "plan" (trained units that the model does not have, or one twice), "size"
@@ -140,9 +152,7 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
             or float64 beyond what can be averaged, a boolean that is neither).
     """
     _check_units("trained", result.trained_units, layout)
-    expected = {
-        tensor.name: tensor for tensor in layout.trained_tensors(result.trained_units, head=result.plan.trains_head)
-    }
+    expected = {tensor.name: tensor for tensor in layout.trained_tensors(result.plan)}
     holders = _holders(parts, expected)
     missing = [name for name in expected if name not in holders]
     if missing:

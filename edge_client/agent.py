@@ -39,7 +39,7 @@ from fedepth.costs import Calibration
 from fedepth.data.scan import DataSummary
 from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
 from fedepth.sizes import format_size
-from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
+from fedepth.task import SETTINGS, DeviceReport, Failure, Outcome, Progress, Result, Task
 
 POLL_S = 30.0
 LOOK_S = 60.0  # how often data is looked at while the coordinator rejects it
@@ -325,4 +325,5 @@ class Agent:
             calibration=self._calibration,
             instance=self._instance,
             hostname=socket.gethostname(),
+            settings=SETTINGS,
         )

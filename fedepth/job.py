@@ -161,6 +161,10 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         seed=config.job.seed + number,  # other shuffles in every round, the same after a restart
         cache_type=section.cache_type,
         fixed_statistics=fixes_statistics(config) and number > (section.fixed_after or 0),
+        heads=section.heads,
+        distil=section.distil,
+        distil_weight=section.distil_weight,
+        distil_temperature=section.distil_temperature,
     )
 
 

@@ -80,6 +80,9 @@ KINDS: Mapping[str, Kind] = {
             "training.cache_type",
             "training.batch_norm",
             "training.fixed_after",
+            "training.distil",
+            "training.distil_weight",
+            "training.distil_temperature",
             "aggregation.rule",
             "aggregation.trim",
             "aggregation.max_change",
@@ -116,6 +119,7 @@ KINDS: Mapping[str, Kind] = {
             "tuning.embeddings",
             "tuning.last_units",
             "tuning.new_classifier",
+            "training.heads",  # the global weights hold those of auxiliary heads
         ),
         Kind.REFUSED,
     ),
@@ -172,6 +176,17 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
         found["text.tokenizer"] = f"sha256:{config.tokenizer_digest}"
     as_recorded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     return as_recorded
+
+
+def recorded_settings(held: Settings) -> Settings:
+    """What a record says of all settings; those that are newer than it had their defaults."""
+    defaults = {
+        f"{section}.{field.name}": field.default
+        for section, kind in section_types().items()
+        for field in msgspec.structs.fields(kind)
+        if field.default is not msgspec.NODEFAULT
+    }
+    return {**msgspec.to_builtins(defaults), **held}
 
 
 def differences(before: Settings, now: Settings) -> list[Change]:

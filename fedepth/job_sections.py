@@ -10,7 +10,7 @@ from msgspec import Meta
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.models.graph import MOST_UNITS
 from fedepth.plan import CacheType
-from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, InputType
+from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, Distil, Heads, InputType
 
 DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
@@ -29,6 +29,8 @@ AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 TensorName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+LossWeight = Annotated[float, Meta(gt=0, le=1e6)]
+Temperature = Annotated[float, Meta(ge=0.01, le=1000)]  # logits divided by less overflow
 Seconds = Annotated[float, Meta(gt=0, le=MOST_SECONDS)]
 
 
@@ -122,12 +124,16 @@ class TableSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[training]: what one device does in one round; the learning rate moves over the rounds.
+    """[training]: what one device does in one round; the learning rate moves over the rounds (docs/methods.md).
 
     Attributes:
         batch_norm: the statistics that BatchNorm normalises with in training: those of the batch, or from some round
             on the global ones, fixed.
         fixed_after: so many rounds have trained statistics before they are fixed; 0 fixes them from the start.
+        heads: what blocks lead to that do not end with the model's last unit.
+        distil: what blocks learn from beside the labels.
+        distil_weight: λ, of how far a block is from what it is to learn from.
+        distil_temperature: T, which softens what both say.
     """
 
     batch: AtLeastOne = 32
@@ -143,6 +149,10 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_type: CacheType = CacheType.FLOAT32
     batch_norm: Literal["trained", "fixed"] = "trained"
     fixed_after: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+    heads: Heads = Heads.SHARED
+    distil: Distil = Distil.NONE
+    distil_weight: LossWeight = 1.0
+    distil_temperature: Temperature = 1.0
 
 
 class TuningSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

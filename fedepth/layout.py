@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fedepth.plan import Plan
+
 # How safetensors names a type → kind and size in bytes of its elements, as numpy's array protocol writes them. The one
 # table of types: whoever needs numpy's or torch's own derives them from it.
 DTYPES = {
@@ -67,20 +69,23 @@ class UnitLayout:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Every tensor of a model, each in exactly one unit or in the head.
+    """Every tensor of a model, each in exactly one unit, in the head, or in one auxiliary head.
 
     Attributes:
         units: in the order of the forward pass.
         head: the tensors of the head.
+        auxiliary: by unit the tensors of the auxiliary head behind it; empty where there are no such heads.
     """
 
     units: tuple[UnitLayout, ...]
     head: tuple[TensorInfo, ...]
+    auxiliary: tuple[tuple[TensorInfo, ...], ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """All tensors: units in order, then the head."""
-        return tuple(tensor for unit in self.units for tensor in unit.tensors) + self.head
+        """All tensors: units in order, then the head, then auxiliary heads."""
+        units = tuple(tensor for unit in self.units for tensor in unit.tensors)
+        return units + self.head + tuple(tensor for tensors in self.auxiliary for tensor in tensors)
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -102,9 +107,12 @@ class ModelLayout:
             return tuple(tensor for tensor in tensors if not tensor.statistic)
 
         units = tuple(UnitLayout(unit.name, others(unit.tensors)) for unit in self.units)
-        return ModelLayout(units, others(self.head))
+        return ModelLayout(units, others(self.head), tuple(map(others, self.auxiliary)))
 
-    def trained_tensors(self, trained_units: tuple[int, ...], *, head: bool) -> tuple[TensorInfo, ...]:
-        """The tensors of an update: those of the trained units, by index, and the head's where it is trained."""
-        units = tuple(tensor for index in trained_units for tensor in self.units[index].tensors)
-        return units + self.head if head else units
+    def trained_tensors(self, plan: Plan) -> tuple[TensorInfo, ...]:
+        """The tensors of an update that a plan leads to: those of the trained units, of the auxiliary heads that blocks
+        end with, and the head's where it is trained."""
+        units = tuple(tensor for index in plan.trained_units for tensor in self.units[index].tensors)
+        ends = (stage.last for stage in plan.stages if not stage.frozen_suffix)
+        auxiliary = tuple(tensor for last in ends if self.auxiliary for tensor in self.auxiliary[last])
+        return units + auxiliary + (self.head if plan.trains_head else ())

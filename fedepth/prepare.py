@@ -19,6 +19,7 @@ from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
 from fedepth.job_sections import TuningSection
 from fedepth.models import zoo
+from fedepth.models.auxiliary import with_auxiliary
 from fedepth.models.export import Exported, export_model
 from fedepth.models.fixed_statistics import has_statistics, with_fixed_statistics
 from fedepth.models.graph import Graph
@@ -27,7 +28,7 @@ from fedepth.models.source import error_line, first_line
 from fedepth.models.traced import TracedModel
 from fedepth.models.tuning import described, tuned
 from fedepth.models.verify import verify
-from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.task import Heads, ModelSpec, TrainingSpec
 from fedepth.training.trial_step import try_one_step
 
 _ALL = TuningSection()  # everything is trained
@@ -62,8 +63,8 @@ def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int, width: Fr
         torch.manual_seed(seed)
         module = zoo.build(spec) if width == 1 else zoo.build_width(spec, width)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
-        graph = exported.graph
-        return _with_costs(exported, graph, spec, training, fixed_statistics=training.fixed_statistics)
+        exported = _with_heads(exported, spec, training, seed)
+        return _with_costs(exported, exported.graph, spec, training, fixed_statistics=training.fixed_statistics)
 
 
 def prepare_model(
@@ -103,6 +104,9 @@ def prepare_model(
         graph = tuned(exported.graph, tuning, spec.name)
         progress(f"comparing {len(graph.units)} units with the model")
         verify(module, exported, spec.name)
+        about_tuning = described(graph, exported.graph)
+        exported = _with_heads(replace(exported, graph=graph), spec, training, seed)
+        graph = exported.graph
         progress("trying one training step")
         samples = exported.examples(max(2, graph.smallest_micro_batch))
         try_one_step(graph, exported.tensors, samples)
@@ -113,7 +117,6 @@ def prepare_model(
                 notes += ("[training] batch_norm changes nothing: no trained unit has a BatchNorm with statistics",)
         progress("measuring what its units cost")
         prepared = _with_costs(exported, graph, spec, training, fixed_statistics=fixed_statistics)
-        about_tuning = described(graph, exported.graph)
         return replace(prepared, notes=(*prepared.notes, *notes, *([about_tuning] if about_tuning else [])))
 
 
@@ -131,6 +134,13 @@ def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
             f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
             f"{first_line(error)}; this error is unexpected; see its traceback in the log"
         ) from error
+
+
+def _with_heads(exported: Exported, spec: ModelSpec, training: TrainingSpec, seed: int) -> Exported:
+    """With the auxiliary heads that a job may ask for."""
+    if training.heads is Heads.SHARED:
+        return exported
+    return with_auxiliary(exported, len(spec.classes), seed=seed)
 
 
 def _with_costs(

@@ -6,7 +6,7 @@ Sizes are bytes, times are seconds unless the name says otherwise. Shapes exclud
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 
 from fedepth.budget import Budget
@@ -28,6 +28,20 @@ class Optimizer(str, Enum):
 
     SGD = "sgd"
     ADAMW = "adamw"
+
+
+class Heads(str, Enum):
+    """What a block leads to that does not end with the model's last unit."""
+
+    SHARED = "shared"  # by a skip connection to the model's own head (arXiv 2303.04887, section 4.1)
+    AUXILIARY = "auxiliary"  # to a small classifier of its unit's own: m-FeDepth (fedepth.models.auxiliary)
+
+
+class Distil(str, Enum):
+    """What blocks learn from beside the labels."""
+
+    NONE = "none"
+    GLOBAL = "global"  # the logits of the global weights that the task begins with
 
 
 class InputType(str, Enum):
@@ -52,6 +66,7 @@ class DeviceReport:
         hostname: of the machine that the agent runs on, to find it by.
         class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC). Empty
             where data has numbers for labels: counts are then by those, from 0 on.
+        settings: the fields of `TrainingSpec` that its agent knows; () from agents that do not say so.
     """
 
     device_id: str
@@ -67,6 +82,7 @@ class DeviceReport:
     instance: str = ""
     hostname: str = ""
     class_names: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,15 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How a client trains in one round."""
+    """How a client trains in one round.
+
+    What an agent does not know it cannot obey: a field with a default means by that default what agents did before it
+    was there, and a task that says otherwise is given to those only that name the field (`DeviceReport.settings`).
+
+    Attributes:
+        distil_weight: λ, of the divergence from what is distilled (fedepth.training.objective).
+        distil_temperature: T, by which logits are divided before they are compared.
+    """
 
     batch: int
     local_epochs: int
@@ -200,6 +224,24 @@ class TrainingSpec:
     seed: int
     cache_type: CacheType = CacheType.FLOAT32
     fixed_statistics: bool = False  # BatchNorm normalises with the global running statistics, which stay as they are
+    heads: Heads = Heads.SHARED
+    distil: Distil = Distil.NONE
+    distil_weight: float = 1.0
+    distil_temperature: float = 1.0
+
+    @property
+    def asks_for(self) -> tuple[str, ...]:
+        """The fields that do not have their defaults."""
+        return tuple(
+            each.name
+            for each in fields(self)
+            if each.default is not MISSING and getattr(self, each.name) != each.default
+        )
+
+
+# What agents know that do not say what they know.
+FIRST_SETTINGS = ("cache_type",)
+SETTINGS = tuple(each.name for each in fields(TrainingSpec))
 
 
 @dataclass(frozen=True)

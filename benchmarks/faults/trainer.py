@@ -103,7 +103,7 @@ def _train(request: TrainRequest, scene: str, number: int) -> tuple[PartInfo, ..
         return None
     time.sleep(TRAINING_S)
     layout = read_traced(Path(request.graph)).graph.layout()
-    names = [tensor.name for tensor in layout.trained_tensors(plan.trained_units, head=plan.trains_head)]
+    names = [tensor.name for tensor in layout.trained_tensors(plan)]
     with open_weights(Path(request.weights)) as reader:
         tensors = {name: reader.read(name) for name in names}
     path = Path(request.output) / part_name(0)

@@ -36,8 +36,8 @@ from coordinator.store.tables import changes, job
 from coordinator.store.task_store import TaskStore
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON, real_folder
-from fedepth.job_changes import Change, Kind, Settings, differences
-from fedepth.task import ModelSpec
+from fedepth.job_changes import Change, Kind, Settings, differences, recorded_settings
+from fedepth.task import Heads, ModelSpec
 
 __all__ = ["Backup", "EndedTask", "FailureKind", "Prepared", "RoundRecord", "Sealed", "Store", "Summary", "TaskRecord"]
 
@@ -216,7 +216,8 @@ class Store(RoundStore, TaskStore):
         row = self._job()
         if self.latest_round() is None:
             return []
-        held = msgspec.json.decode(row["settings"]) if row["settings"] else _known_settings(row)
+        known = row["settings"]
+        held = recorded_settings(msgspec.json.decode(known)) if known else _known_settings(row)
         return differences(held, settings)
 
     def take_over(self, model: ModelSpec, settings: Settings, changed: Sequence[Change]) -> int:
@@ -299,6 +300,7 @@ class Store(RoundStore, TaskStore):
 def _known_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the record of an earlier version tells of the settings of its job."""
     known = {f"model.{field}": value for field, value in msgspec.json.decode(row["model"]).items()}
+    known["training.heads"] = Heads.SHARED.value  # there were no others
     try:
         training = msgspec.json.decode(row["prepared"])["training"] if row["prepared"] else {}
     except (*NOT_JSON, KeyError, TypeError):

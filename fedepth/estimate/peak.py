@@ -3,6 +3,7 @@
 A stage lives through these moments; each holds something else, and the peak is the largest:
 
     build k    the block's inputs are computed from the inputs of the stage before, without autograd; unit k is running
+    logits k   before the first stage of a task that distils from the global model: its logits are computed; unit k runs
     forward k  the units before k have saved their activations, unit k is running
     again k    with checkpointing: unit k runs again, from its input, for its backward pass
     backward k everything up to unit k is still saved, unit k's gradients are computed and used up one by one
@@ -24,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, StepCost, UnitCost
-from fedepth.plan import CachePlace, PeakComponents
+from fedepth.estimate.teachers import kept_logits_bytes, taught
+from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
 
 MARGIN_BYTES = 3 << 20
@@ -35,6 +37,8 @@ FLOAT_BYTES = 4
 # thousands of pages anew; with more, they ask for no fewer, and what is kept nobody can predict (docs/memory.md).
 KEPT_SHARE = 0.1
 KEPT_BYTES = 1 << 20
+
+Moments = tuple[tuple[str, PeakComponents], ...]
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
 
@@ -116,7 +120,7 @@ class TrainingStep:
         return _at(self.resident, max(self.live, key=lambda moment: moment.size), self.device)
 
     @property
-    def moments(self) -> tuple[tuple[str, PeakComponents], ...]:
+    def moments(self) -> Moments:
         """Every moment in order, by name ("forward 3")."""
         return tuple((moment.name, _at(self.resident, moment, self.device)) for moment in self.live)
 
@@ -140,7 +144,7 @@ def training_step(
 
     Args:
         accumulates: gradients of several micro-batches are summed, so that they live through the forward pass.
-        cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk.
+        cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk. With the logits that are distilled.
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
         frozen_suffix: the units behind the block run as well, frozen.
 
@@ -166,7 +170,7 @@ def training_step(
     )
     parts = [_part(str(first + offset), unit, first=offset == 0) for offset, unit in enumerate(block)]
     parts += [_frozen_part(str(last + offset), unit) for offset, unit in enumerate(suffix, 1)]
-    parts.append(_part("exit", exit_))
+    parts.append(_part("exit", taught(exit_, costs, training)))
     moments = _checkpointed if checkpoint else _plain
     runs = _Runs(micro_batch, costs.calibration)
     return TrainingStep(resident, tuple(moments(parts, runs)), costs.calibration)
@@ -320,10 +324,11 @@ def build_peak(
         cache_bytes: the new cache, if it lies in RAM.
         streamed: one unit at a time is loaded and run over all samples.
     """
-    moments = build_moments(
-        costs, source, first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes, streamed=streamed
+    return _worst(
+        build_moments(
+            costs, source, first, build_batch, source_bytes=source_bytes, cache_bytes=cache_bytes, streamed=streamed
+        )
     )
-    return max((components for _, components in moments), key=lambda each: each.total)
 
 
 def build_moments(
@@ -335,26 +340,65 @@ def build_moments(
     source_bytes: int,
     cache_bytes: int,
     streamed: bool = False,
-) -> tuple[tuple[str, PeakComponents], ...]:
+) -> Moments:
     """Every moment of it in order, by name ("build 3": unit 3 runs); `build_peak` is the largest. Same arguments."""
-    units = costs.units[source:first]
-    device = costs.calibration
-    if not units:
-        samples = costs.input_bytes * build_batch
-        moment = _Moment("build", samples, 0, device.fixed_bytes)
-        return ((moment.name, _at(replace(_NOTHING, cache=cache_bytes), moment, device)),)
-    loaded = sum(unit.loaded_bytes for unit in units)
+    units = [(f"build {index}", unit) for index, unit in enumerate(costs.units[source:first], source)]
+    if units:
+        return _run_through(units, build_batch, costs.calibration, source_bytes + cache_bytes, streamed=streamed)
+    samples = costs.input_bytes * build_batch
+    moment = _Moment("build", samples, 0, costs.calibration.fixed_bytes)
+    return ((moment.name, _at(replace(_NOTHING, cache=cache_bytes), moment, costs.calibration)),)
+
+
+def logits_peak(costs: ModelCosts, first: int, samples: int, *, cache_bytes: int, streamed: bool) -> PeakComponents:
+    """The worst moment of computing the global model's logits from the inputs of unit `first`.
+
+    Args:
+        samples: at once.
+        cache_bytes: caches in RAM meanwhile: of those inputs, and of the logits.
+        streamed: one unit at a time is loaded and run over all samples.
+    """
+    return _worst(logits_moments(costs, first, samples, cache_bytes=cache_bytes, streamed=streamed))
+
+
+def logits_moments(costs: ModelCosts, first: int, samples: int, *, cache_bytes: int, streamed: bool) -> Moments:
+    """Every moment of it in order, by name ("logits 3", "logits head"). Arguments as for `logits_peak`."""
+    units = [(f"logits {index}", unit) for index, unit in enumerate(costs.units[first:], first)]
+    head = replace(costs.head, output_bytes=costs.logit_bytes)
+    return _run_through([*units, ("logits head", head)], samples, costs.calibration, cache_bytes, streamed=streamed)
+
+
+def logits_way(costs: ModelCosts, training: TrainingSpec, stage: Stage, sample_count: int) -> tuple[int, bool]:
+    """How the global model's logits are computed before a task's first stage is trained: samples at once, and whether
+    one unit at a time runs over all of them. The quickest way that takes no more than the stage itself."""
+    cached = cache_bytes_in(stage.cache, costs, training, stage.first, sample_count)
+    cached += kept_logits_bytes(costs, training, sample_count)
+    samples = effective_batch(costs, training, sample_count)
+    while samples:
+        for streamed in (False, True):
+            peak = logits_peak(costs, stage.first, samples, cache_bytes=cached, streamed=streamed)
+            if peak.total <= stage.predicted_peak_bytes:
+                return samples, streamed
+        samples //= 2
+    return 1, True
+
+
+def _run_through(
+    units: Sequence[tuple[str, UnitCost]], samples: int, device: Calibration, cache_bytes: int, *, streamed: bool
+) -> Moments:
+    """Units that run one after the other without autograd, with names for their moments."""
+    loaded = sum(unit.loaded_bytes for _, unit in units)
     moments: list[tuple[str, PeakComponents]] = []
-    runs = _Runs(build_batch, device)
-    for index, unit in enumerate(units, source):
-        resident = replace(
-            _NOTHING,
-            parameters=unit.loaded_bytes if streamed else loaded,
-            cache=source_bytes + cache_bytes,
-        )
-        passes = runs.inference(f"build {index}", unit, held=0, loose=unit.input_bytes * build_batch)
+    runs = _Runs(samples, device)
+    for name, unit in units:
+        resident = replace(_NOTHING, parameters=unit.loaded_bytes if streamed else loaded, cache=cache_bytes)
+        passes = runs.inference(name, unit, held=0, loose=unit.input_bytes * samples)
         moments.extend((moment.name, _at(resident, moment, device)) for moment in passes)
     return tuple(moments)
+
+
+def _worst(moments: Moments) -> PeakComponents:
+    return max((components for _, components in moments), key=lambda each: each.total)
 
 
 def cache_bytes_in(place: CachePlace, costs: ModelCosts, training: TrainingSpec, first: int, sample_count: int) -> int:

@@ -9,9 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedepth.costs import ModelCosts
-from fedepth.estimate.peak import build_moments, cache_bytes_in, effective_batch, training_step
+from fedepth.estimate.peak import (
+    Moments,
+    build_moments,
+    cache_bytes_in,
+    effective_batch,
+    logits_moments,
+    logits_way,
+    training_step,
+)
+from fedepth.estimate.teachers import kept_logits_bytes
 from fedepth.plan import PeakComponents, Plan
-from fedepth.task import TrainingSpec
+from fedepth.task import Distil, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -20,9 +29,9 @@ class Moment:
 
     Attributes:
         stage: index of the stage in its plan.
-        label: what runs: "build 3", "forward 3", "again 3", "backward 3" with the index of the unit, "forward exit",
-            "backward exit", or "build" where the inputs are the samples themselves; with ", convolution 1" behind
-            it while the first of the unit's convolutions runs (fedepth.estimate.peak).
+        label: what runs: "build 3", "logits 3", "forward 3", "again 3", "backward 3" with the index of the unit,
+            "logits head", "forward exit", "backward exit", or "build" where the inputs are the samples themselves; with
+            ", convolution 1" behind it while the first of the unit's convolutions runs (fedepth.estimate.peak).
         components: what lives meanwhile, in bytes.
     """
 
@@ -39,17 +48,22 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
         sample_count: samples in the device's shard; all of them are cached.
     """
     batch = effective_batch(costs, training, sample_count)
+    kept = kept_logits_bytes(costs, training, sample_count)
     moments: list[Moment] = []
     source, source_bytes = 0, 0
     for index, stage in enumerate(plan.stages):
         cached = cache_bytes_in(stage.cache, costs, training, stage.first, sample_count)
+        logits: Moments = ()
+        if index == 0 and training.distil is Distil.GLOBAL:
+            samples, streamed = logits_way(costs, training, stage, sample_count)
+            logits = logits_moments(costs, stage.first, samples, cache_bytes=cached + kept, streamed=streamed)
         build = build_moments(
             costs,
             source,
             stage.first,
             stage.build_batch,
             source_bytes=source_bytes,
-            cache_bytes=cached,
+            cache_bytes=cached + kept,
             streamed=stage.build_streamed,
         )
         step = training_step(
@@ -59,10 +73,10 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
             stage.last,
             stage.micro_batch,
             accumulates=stage.micro_batch < batch,
-            cache_bytes=cached,
+            cache_bytes=cached + kept,
             checkpoint=stage.checkpoint,
             frozen_suffix=stage.frozen_suffix,
         ).moments
-        moments.extend(Moment(index, label, components) for label, components in (*build, *step))
+        moments.extend(Moment(index, label, components) for label, components in (*build, *logits, *step))
         source, source_bytes = stage.first, cached
     return tuple(moments)

@@ -98,20 +98,30 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     """
     batches = (SMALL_BATCH, max(batch, SMALLEST_LARGE_BATCH))
     units: list[UnitCost] = []
-    exit_by_input: dict[_Input, UnitCost] = {}
+    exit_by_input: dict[tuple[_Input, bool], UnitCost] = {}  # an auxiliary head's form follows from its input
     unit_by_kind: dict[bytes, UnitCost] = {}
     with FakeTensorMode():
         model = _filled(graph)
         inputs = _inputs_inside(model)
-        for unit, (x, y), exits in zip(model.units, pairwise(inputs), graph.exits, strict=True):
-            if exits and y not in exit_by_input:
-                exit_by_input[y] = _exit_cost(model, y, batches)
+        for index, (unit, (x, y), exits) in enumerate(zip(model.units, pairwise(inputs), graph.exits, strict=True)):
+            exit_ = model.exit(index)
+            key = (y, exit_ is model.head)
+            if exits and key not in exit_by_input:
+                exit_by_input[key] = _exit_cost(model, exit_, y, batches)
             kind = _kind(graph, unit.unit, x)
             if kind not in unit_by_kind:
                 unit_by_kind[kind] = _unit_cost(model, unit, x, y, batches)
-            units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_input[y] if exits else None))
+            units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_input[key] if exits else None))
+        logits = model.head(inputs[-1].make(SMALL_BATCH))
     values = prod(graph.input_shape)
-    return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch)
+    return ModelCosts(
+        name,
+        tuple(units),
+        values * FLOAT_BYTES,
+        values,
+        graph.smallest_micro_batch,
+        logit_bytes=logits.shape[1] * FLOAT_BYTES,
+    )
 
 
 def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
@@ -122,14 +132,15 @@ def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
     with FakeTensorMode():
         model = _filled(graph)
         units = model.units[first : last + 1]
-        exit_step = _exit_step(model)
+        exit_ = model.exit(last)
+        exit_step = _exit_step(exit_)
 
         def step(x: torch.Tensor) -> torch.Tensor:
             for unit in units:
                 x = unit(x)
             return exit_step(x)
 
-        return _trace(step, (*units, model.head), _at_a_start(model, first).make(samples))
+        return _trace(step, (*units, exit_), _at_a_start(model, first).make(samples))
 
 
 @dataclass(frozen=True)
@@ -214,15 +225,19 @@ def _unit_cost(model: Model, unit: RunnableUnit, x: _Input, y: _Input, batches: 
     )
 
 
-def _exit_cost(model: Model, y: _Input, batches: tuple[int, int]) -> UnitCost:
-    step = _exit_step(model)
-    traces = [_trace(step, (model.head,), y.make(samples, grad=True)) for samples in batches]
-    return _cost(model.head, step, y, 0, batches, traces)
+def _exit_cost(model: Model, exit_: RunnableUnit, y: _Input, batches: tuple[int, int]) -> UnitCost:
+    step = _exit_step(exit_)
+    traces = [_trace(step, (exit_,), y.make(samples, grad=True)) for samples in batches]
+    # Of equal ones behind several units, one name stands for all.
+    cost = _cost(exit_, step, y, 0, batches, traces)
+    return replace(cost, name="auxiliary head") if exit_.unit in model.graph.auxiliary else cost
 
 
-def _exit_step(model: Model) -> Step:
+def _exit_step(exit_: RunnableUnit) -> Step:
+    """The head behind a skip connection, or an auxiliary head, and the loss."""
+
     def step(x: torch.Tensor) -> torch.Tensor:
-        logits = model.head(skip(x, model.graph.head_shape))
+        logits = exit_(skip(x, exit_.unit.input_shape))
         return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64))
 
     return step
@@ -513,4 +528,6 @@ def _filled(graph: Graph) -> Model:
         return torch.empty_permuted(shape, order, dtype=DTYPES[dtype])
 
     model.load(fake, trainable=True)
+    for unit in filter(None, model.auxiliary):
+        unit.tensors.update((name, fake(name).requires_grad_()) for name in unit.unit.parameters)
     return model

@@ -124,6 +124,12 @@ def cut(
     return pieces[:-1], pieces[-1]
 
 
+def uncut(training: FlatProgram, evaluation: FlatProgram, trainable: frozenset[str]) -> Unit:
+    """The whole of a small model as one unit. Arguments as for `cut`."""
+    (unit,) = _pieces(training, evaluation, [], trainable)
+    return unit
+
+
 def _gaps(training: FlatProgram, evaluation: FlatProgram, parameters: frozenset[str]) -> Iterator[_Gap]:
     places = [_places(program, parameters) for program in (training, evaluation)]
     for key, found in places[0].items():

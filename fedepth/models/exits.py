@@ -27,14 +27,18 @@ def find_exits(model: Model, inputs: torch.Tensor) -> tuple[bool, ...]:
         x = inputs
         for unit in model.units:
             x = unit(x)
-            exits.append(_tells_apart(model, x))
+            exits.append(_leads_to_head(model, x))
     return (*exits[:-1], True)
 
 
-def _tells_apart(model: Model, x: torch.Tensor) -> bool:
+def _leads_to_head(model: Model, x: torch.Tensor) -> bool:
     try:
-        logits = model.head(skip(x, model.graph.head_shape))
+        return tells_apart(model.head(skip(x, model.graph.head_shape)))
     except ModelError:
         return False
+
+
+def tells_apart(logits: torch.Tensor) -> bool:
+    """Whether logits (B, classes) of inputs that differ depend on them."""
     change = (logits - logits[:1]).abs().max()
     return bool(change > _SMALLEST_CHANGE * logits.abs().max().clamp_min(1e-12))

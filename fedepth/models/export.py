@@ -75,21 +75,9 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
         ModelError: it cannot be exported or cut; with the user's line, the reason, and what to change.
     """
     check_module(module, name)
-    names, tensors = _tensors(module, name)
-    kept_by_module = {tensor.data_ptr() for tensor in hidden_tensors(module).values()}
-    example = example_inputs(input_shape, input_type, 0, _EXAMPLES)  # shapes and types are all that is looked at
-    programs: list[FlatProgram] = []
+    names, tensors = named_tensors(module, name)
     notes: set[str] = set()
-    was_training = module.training
-    try:
-        for training in (True, False):
-            module.train(training)
-            with undone(module):
-                exported = _export(module, name, example)
-            output = _logits(exported, name, classes, notes)
-            programs.append(_lowered(exported, output, _with_constants(exported, names, tensors, kept_by_module), name))
-    finally:
-        module.train(was_training)
+    programs = flat_programs(module, name, (input_shape, input_type), classes, names, tensors, notes)
     trainable = frozenset(names[each] for each, parameter in module.named_parameters() if parameter.requires_grad)
     parameters = {names[each]: tuple(p.shape) for each, p in module.named_parameters()}
     units, head = cut(programs[0], programs[1], parameters, trainable)
@@ -128,6 +116,41 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
             "left out, so that its graph cannot be compared with it; use an nn.Dropout module of its own for each"
         )
     return Exported(structs.replace(graph, exits=found), kept, ids, left_out)
+
+
+def flat_programs(
+    module: nn.Module,
+    name: str,
+    input_type: tuple[Sequence[int], str],
+    classes: int,
+    names: Mapping[str, str],
+    tensors: dict[str, torch.Tensor],
+    notes: set[str],
+) -> tuple[FlatProgram, FlatProgram]:
+    """The module in training and in evaluation mode.
+
+    Args:
+        input_type: shape without the batch, and "F32" or "I64".
+        names: see `named_tensors`, and `tensors`, to which constants of the programs are added.
+        notes: to which what a person should know is added.
+
+    Raises:
+        ModelError: it cannot be exported.
+    """
+    kept_by_module = {tensor.data_ptr() for tensor in hidden_tensors(module).values()}
+    example = example_inputs(*input_type, 0, _EXAMPLES)  # shapes and types are all that is looked at
+    programs: list[FlatProgram] = []
+    was_training = module.training
+    try:
+        for training in (True, False):
+            module.train(training)
+            with undone(module):
+                exported = _export(module, name, example)
+            output = _logits(exported, name, classes, notes)
+            programs.append(_lowered(exported, output, _with_constants(exported, names, tensors, kept_by_module), name))
+    finally:
+        module.train(was_training)
+    return programs[0], programs[1]
 
 
 def example_inputs(
@@ -221,7 +244,7 @@ def is_spread(tensor: torch.Tensor) -> bool:
     return any(step == 0 and extent > 1 for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def named_tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """From every name of a parameter or buffer to the first with the same storage, and the tensors by that name."""
     names: dict[str, str] = {}
     tensors: dict[str, torch.Tensor] = {}

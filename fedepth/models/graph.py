@@ -18,12 +18,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import msgspec
+from msgspec import structs
 
 from fedepth.errors import ModelError
 from fedepth.files import NOT_JSON
 from fedepth.layout import ITEM_BYTES, ModelLayout, TensorInfo, UnitLayout
 
 FORMAT_VERSION = 1
+VERSION_WITH_AUXILIARY = 2  # one that does not know of auxiliary heads would train blocks on something else
 # A graph comes from the network: more than any model has is refused before it is looked at.
 MOST_UNITS = 512
 MOST_OPERATIONS = 100_000
@@ -155,6 +157,8 @@ class Graph(msgspec.Struct, frozen=True):
         smallest_micro_batch: 2 where BatchNorm sees a single value per channel and sample, of which it has no variance.
         channels_last: convolutions run faster in this memory format on a CPU, and are known to be safe in it.
         notes: what a person should know, such as outputs that are left out.
+        auxiliary: for every unit the classifier that a block is trained on which ends behind it, None where there is
+            none; empty where blocks lead to the head by skip connections (fedepth.models.auxiliary).
     """
 
     version: int
@@ -166,6 +170,7 @@ class Graph(msgspec.Struct, frozen=True):
     smallest_micro_batch: int
     channels_last: bool
     notes: tuple[str, ...] = ()
+    auxiliary: tuple[Unit | None, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -180,6 +185,21 @@ class Graph(msgspec.Struct, frozen=True):
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Every unit's output without the batch."""
         return (*(unit.input_shape for unit in self.units[1:]), self.head_shape)
+
+    @property
+    def parts(self) -> tuple[Unit, ...]:
+        """Everything that has tensors: units, head, auxiliary heads."""
+        return (*self.units, self.head, *(each for each in self.auxiliary if each is not None))
+
+    @property
+    def without_auxiliary(self) -> Graph:
+        """The model alone, as it is evaluated and exported."""
+        if not self.auxiliary:
+            return self
+        names = {name for unit in (*self.units, self.head) for name in unit.tensor_names}
+        own = {name: kind for name, kind in self.tensors.items() if name in names}
+        version, exits = FORMAT_VERSION, (*(False for _ in self.units[:-1]), True)
+        return structs.replace(self, version=version, exits=exits, tensors=own, auxiliary=())
 
     def info(self, name: str) -> TensorInfo:
         dtype, shape = self.tensors[name]
@@ -201,7 +221,11 @@ class Graph(msgspec.Struct, frozen=True):
                 for each in map(self.info, unit.trained_names)
             )
 
-        return ModelLayout(tuple(UnitLayout(unit.name, tensors(unit)) for unit in self.units), tensors(self.head))
+        return ModelLayout(
+            tuple(UnitLayout(unit.name, tensors(unit)) for unit in self.units),
+            tensors(self.head),
+            tuple(() if unit is None else tensors(unit) for unit in self.auxiliary),
+        )
 
 
 def encode(graph: Graph) -> bytes:
@@ -227,10 +251,10 @@ def decode(data: bytes) -> Graph:
 
 def check(graph: Graph) -> None:
     """Raises ModelError if the graph refers to what it does not have, or is larger than any model."""
-    if graph.version != FORMAT_VERSION:
+    if graph.version not in (FORMAT_VERSION, VERSION_WITH_AUXILIARY):
         raise ModelError(
-            f"the model's graph has format {graph.version}, this version reads {FORMAT_VERSION}; install the same "
-            "version of fedepth on the coordinator and its devices"
+            f"the model's graph has format {graph.version}, this version reads up to {VERSION_WITH_AUXILIARY}; install "
+            "the same version of fedepth on the coordinator and its devices"
         )
     if not 1 <= len(graph.units) <= MOST_UNITS or len(graph.tensors) > MOST_TENSORS:
         raise ModelError(f"the model's graph has {len(graph.units)} units and {len(graph.tensors)} tensors")
@@ -238,6 +262,7 @@ def check(graph: Graph) -> None:
         raise ModelError("the model's graph does not say of every unit whether a block may end behind it")
     if graph.input_type not in ("F32", "I64") or graph.smallest_micro_batch not in (1, 2):
         raise ModelError("the model's graph has an input type or a smallest micro-batch that does not exist")
+    _check_auxiliary(graph)
     for name, (dtype, shape) in graph.tensors.items():
         if dtype not in ITEM_BYTES or any(extent < 0 for extent in shape) or len(shape) > 16:
             raise ModelError(
@@ -245,7 +270,7 @@ def check(graph: Graph) -> None:
             )
     operations = 0
     owner: dict[str, str] = {}
-    for unit in (*graph.units, graph.head):
+    for unit in graph.parts:
         for name in unit.tensor_names:
             if name not in graph.tensors:
                 raise ModelError(f"unit {unit.name[:80]} of the model's graph names an unknown tensor {name[:80]!r}")
@@ -257,6 +282,20 @@ def check(graph: Graph) -> None:
             _check_program(unit, program)
     if operations > MOST_OPERATIONS:
         raise ModelError(f"the model's graph has {operations} operations; at most {MOST_OPERATIONS} are run")
+
+
+def _check_auxiliary(graph: Graph) -> None:
+    if bool(graph.auxiliary) != (graph.version == VERSION_WITH_AUXILIARY):
+        raise ModelError(f"the model's graph has format {graph.version} and {len(graph.auxiliary)} auxiliary heads")
+    if not graph.auxiliary:
+        return
+    if len(graph.auxiliary) != len(graph.units) or graph.auxiliary[-1] is not None:
+        raise ModelError("the model's graph does not have an auxiliary head, or none, behind every unit but the last")
+    for has_exit, unit, shape in zip(graph.exits[:-1], graph.auxiliary, graph.output_shapes, strict=False):
+        if has_exit != (unit is not None):
+            raise ModelError("a block may not end behind a unit of the model's graph that has no auxiliary head")
+        if unit is not None and unit.input_shape != shape:
+            raise ModelError(f"{unit.name[:80]} of the model's graph does not take what comes out of its unit")
 
 
 def values_of(operation: Operation) -> Iterator[int]:
@@ -332,7 +371,7 @@ def written_by(operation: Operation) -> str:
 
 def _variances(graph: Graph) -> Iterator[str]:
     """Names of the tensors that are some normalisation's running variance."""
-    for unit in (*graph.units, graph.head):
+    for unit in graph.parts:
         for operation in (*unit.training.operations, *unit.evaluation.operations):
             if operation.name in ("batch_norm", "instance_norm"):
                 variance = operation.arguments[_RUNNING_VAR : _RUNNING_VAR + 1]

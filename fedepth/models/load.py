@@ -13,13 +13,13 @@ from fedepth.weights import open_weights
 
 
 def load_model(graph: Graph, weights: Path) -> Model:
-    """The model on the CPU, in evaluation mode, with the weights of a safetensors file.
+    """The model on the CPU, in evaluation mode, with the weights of a safetensors file; without its auxiliary heads.
 
     Raises:
         ModelError: the file's tensors are not the model's.
         StateError: the file is missing or damaged.
     """
-    model = Model(graph)
+    model = Model(graph.without_auxiliary)
     with open_weights(weights) as reader:
         if odd := sorted(set(graph.tensors).symmetric_difference(reader.names)):
             raise ModelError(

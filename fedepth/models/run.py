@@ -120,6 +120,13 @@ class Model:
         self.graph = graph
         self.units = tuple(map(RunnableUnit, graph.units))
         self.head = RunnableUnit(graph.head)
+        self.auxiliary = tuple(None if unit is None else RunnableUnit(unit) for unit in graph.auxiliary)
+
+    def exit(self, last: int, *, frozen_suffix: bool = False) -> RunnableUnit:
+        """What a block leads to that ends with unit `last`: an auxiliary head, or the head; through a frozen suffix
+        always the head."""
+        auxiliary = self.auxiliary[last] if self.auxiliary and not frozen_suffix else None
+        return self.head if auxiliary is None else auxiliary
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(B, *input_shape) to (B, classes) logits."""
@@ -132,9 +139,10 @@ class Model:
             unit.training = mode
 
     def load(self, read: Callable[[str], torch.Tensor], *, trainable: bool = False) -> None:
-        """Loads every tensor; `read` is called once for each."""
-        known = {name: read(name) for name in self.graph.tensors}
-        for unit in (*self.units, self.head):
+        """Loads every tensor of it, without auxiliary heads; `read` is called once for each."""
+        parts = (*self.units, self.head)
+        known = {name: read(name) for name in dict.fromkeys(name for part in parts for name in part.unit.tensor_names)}
+        for unit in parts:
             for name in unit.unit.tensor_names:
                 tensor = known[name]
                 unit.tensors[name] = tensor.requires_grad_() if trainable and name in unit.unit.parameters else tensor

@@ -9,11 +9,13 @@ first unit alone. Figures are exact: a block fits here if and only if `training_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
 from fedepth.costs import Calibration, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.estimate.peak import copied_bytes, may_keep_bytes, needed_bytes, optimizer_copies
+from fedepth.estimate.teachers import taught
 from fedepth.task import TrainingSpec
 
 IMPOSSIBLE = 1 << 80  # what a block needs that there cannot be; more than any sum of sizes
@@ -81,9 +83,11 @@ class Needs:
     """Tables for one model and one way to train it, made when they are first asked for."""
 
     def __init__(self, costs: ModelCosts, training: TrainingSpec, batch: int) -> None:
+        costs = _with_teachers(costs, training)
         self._units = costs.units
         self._device = costs.calibration
         self._head = costs.head
+        self._logit_bytes = costs.logit_bytes
         self._raw_input_bytes = costs.input_bytes
         self._batch = batch
         # Per trained byte: optimizer state, and the global weights that FedProx keeps.
@@ -112,6 +116,11 @@ class Needs:
         if streamed:
             return max(map(int.__add__, loaded, runs))
         return sum(loaded) + max(runs)
+
+    def head_alone(self, samples: int) -> int:
+        """Raw bytes of the head loaded and run without autograd."""
+        most = _Bound(self._head.inference, Size(0, self._logit_bytes), 0, self._device).at(samples)
+        return self._head.loaded_bytes + self._device.fixed_bytes + self._head.input_bytes * samples + most
 
     def runs(self, samples: int) -> list[int]:
         """What a forward pass of each unit takes without autograd, beside its weights."""
@@ -253,6 +262,13 @@ class Needs:
         forward, backward = passes
         most = max(forward + exit_.output_bytes * samples, backward)
         return exit_.input_bytes * samples + self._device.fixed_bytes + most
+
+
+def _with_teachers(costs: ModelCosts, training: TrainingSpec) -> ModelCosts:
+    """The costs with exits as they are in a step; those that are one and the same stay so."""
+    known = {id(unit.exit): taught(unit.exit, costs, training) for unit in costs.units if unit.exit is not None}
+    units = (replace(unit, exit=known[id(unit.exit)] if unit.exit is not None else None) for unit in costs.units)
+    return replace(costs, units=tuple(units))
 
 
 class _Bound:

@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 
 from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
-from fedepth.estimate.peak import build_peak, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import build_peak, effective_batch, logits_peak, needed_bytes, training_step
+from fedepth.estimate.teachers import kept_logits_bytes
 from fedepth.plan import CachePlace, Ending, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.needs import raw_limit, with_kept
 from fedepth.planning.search import Found, Search
 from fedepth.planning.ways import Way, Ways, Work
 from fedepth.sizes import format_size
-from fedepth.task import TrainingSpec
+from fedepth.task import Distil, TrainingSpec
 
 
 def make_plan(
@@ -63,10 +64,12 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     frozen_suffix = costs.units[unit].exit is None
     way = Way(planner.ways.batch, checkpoint=False, work=0.0)
     found = Found(unit, unit, way, CachePlace.DISK, frozen_suffix)
+    kept = planner.kept_bytes
     trained = planner.trained_peak(found)
-    slowest_build = build_peak(costs, 0, unit, 1, source_bytes=0, cache_bytes=0, streamed=True)
-    budget_bytes = needed_bytes(max(trained.total, slowest_build.total))
-    limit = raw_limit(budget_bytes, costs.calibration)
+    slowest_build = build_peak(costs, 0, unit, 1, source_bytes=0, cache_bytes=kept, streamed=True)
+    slowest_logits = planner.slowest_logits(None, unit, CachePlace.DISK)
+    budget_bytes = needed_bytes(max(each.total for each in (trained, slowest_build, *slowest_logits)))
+    limit = raw_limit(budget_bytes, costs.calibration) - kept
     stage = planner.stage(None, found, limit)
     behind = tuple(range(unit + 1, len(costs.units))) if frozen_suffix else ()
     return Plan((stage,), behind, policy, budget_bytes)
@@ -76,7 +79,8 @@ def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: 
     """The predicted peak of training all units that are not frozen at once with the job's batch, inputs on disk."""
     batch = effective_batch(costs, training, sample_count)
     first, last = costs.first_trained, len(costs.units) - 1
-    return training_step(costs, training, first, last, batch, accumulates=False, cache_bytes=0).peak
+    kept = kept_logits_bytes(costs, training, sample_count)
+    return training_step(costs, training, first, last, batch, accumulates=False, cache_bytes=kept).peak
 
 
 def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> int:
@@ -91,7 +95,11 @@ def estimated_work(costs: ModelCosts, training: TrainingSpec, sample_count: int,
 
 
 class Planner:
-    """The planner for one job. What it finds out about blocks holds for every budget, so that many may be asked for."""
+    """The planner for one job. What it finds out about blocks holds for every budget, so that many may be asked for.
+
+    Attributes:
+        kept_bytes: RAM that is taken all the time, by logits that the task distils from.
+    """
 
     def __init__(
         self,
@@ -120,8 +128,14 @@ class Planner:
         self._sample_count = sample_count
         self._policy = policy
         self._done = done
+        self.kept_bytes = kept_logits_bytes(costs, training, sample_count)
         self._search = Search(
-            self.ways, [unit.loaded_bytes for unit in costs.units], costs.first_trained, done, endings
+            self.ways,
+            [unit.loaded_bytes for unit in costs.units],
+            costs.first_trained,
+            done,
+            endings,
+            self.ways.needs.head_alone(1) if training.distil is Distil.GLOBAL else None,
         )
 
     def plan(self, budget_bytes: int) -> Plan:
@@ -130,7 +144,7 @@ class Planner:
         Raises:
             PlanError: no plan fits; carries what the smallest plan needs.
         """
-        limit = raw_limit(budget_bytes, self._costs.calibration)
+        limit = raw_limit(budget_bytes, self._costs.calibration) - self.kept_bytes
         found = self._search.best(limit)
         if not found:
             raise self._nothing_fits(budget_bytes)
@@ -143,7 +157,7 @@ class Planner:
 
     def least_bytes(self) -> int:
         """The smallest budget for which there is a plan."""
-        return needed_bytes(with_kept(self._search.least(), self._costs.calibration))
+        return needed_bytes(with_kept(self._search.least() + self.kept_bytes, self._costs.calibration))
 
     def trained_peak(self, found: Found) -> PeakComponents:
         """The predicted peak of training a block this way."""
@@ -154,13 +168,21 @@ class Planner:
             found.last,
             found.way.micro_batch,
             accumulates=found.way.micro_batch < self.ways.batch,
-            cache_bytes=self.ways.cached(found.first, found.place),
+            cache_bytes=self.ways.cached(found.first, found.place) + self.kept_bytes,
             checkpoint=found.way.checkpoint,
             frozen_suffix=found.frozen_suffix,
         ).peak
 
+    def slowest_logits(self, previous: Stage | None, first: int, place: CachePlace) -> tuple[PeakComponents, ...]:
+        """The peak of computing the logits that the task distils from, if that comes before the stage that begins with
+        unit `first`, as small as it can be."""
+        if previous is not None or self._training.distil is Distil.NONE:
+            return ()
+        cached = self.ways.cached(first, place) + self.kept_bytes
+        return (logits_peak(self._costs, first, 1, cache_bytes=cached, streamed=True),)
+
     def stage(self, previous: Stage | None, found: Found, limit: int) -> Stage:
-        """The stage, with its inputs computed as fast as they can be within so many raw bytes."""
+        """The stage, with its inputs computed as fast as they can be within so many raw bytes beside kept ones."""
         first = found.first
         source = previous.first if previous else 0
         source_bytes = self.ways.cached(source, previous.cache) if previous else 0
@@ -177,16 +199,17 @@ class Planner:
             first,
             build_batch,
             source_bytes=source_bytes,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bytes + self.kept_bytes,
             streamed=streamed,
         )
+        logits = self.slowest_logits(previous, first, found.place)
         return Stage(
             first,
             found.last,
             found.way.micro_batch,
             found.place,
             build_batch,
-            predicted=max(building, self.trained_peak(found), key=lambda peak: peak.total),
+            predicted=max(building, *logits, self.trained_peak(found), key=lambda peak: peak.total),
             checkpoint=found.way.checkpoint,
             build_streamed=streamed,
             frozen_suffix=found.frozen_suffix,

@@ -60,8 +60,14 @@ class Search:
         first_trained: int,
         done: Stage | None,
         endings: Sequence[Ending],
+        logits_of_head: int | None = None,
     ) -> None:
-        """`loaded_bytes`: what each unit takes when it is only run; no plan begins before `first_trained`."""
+        """
+        Args:
+            loaded_bytes: what each unit takes when it is only run.
+            first_trained: no plan begins before it.
+            logits_of_head: where the whole model runs before the first stage, for its logits, what its head takes.
+        """
         self._endings = endings
         self._ways = ways
         self._done = done
@@ -69,6 +75,8 @@ class Search:
         self._end = len(loaded_bytes) - 1
         # What computing inputs takes at least: one unit at a time, loaded alone, run on single samples.
         self._passing = [loaded + run for loaded, run in zip(loaded_bytes, ways.needs.runs(1), strict=True)]
+
+        self._logits_of_head = None if done else logits_of_head
 
     def best(self, limit: int) -> list[Found]:
         """The stages of the best plan; none where nothing fits."""
@@ -127,13 +135,17 @@ class Search:
         return found[min(found)] if found else []
 
     def _first_build(self, first: int) -> int:
-        """The least raw bytes for computing the inputs of a plan's first stage, when their cache lies on disk."""
+        """The least raw bytes for computing the inputs of a plan's first stage, when their cache lies on disk, and the
+        logits that follow from them."""
         source, source_bytes = (
             (self._done.first, self._ways.cached(self._done.first, self._done.cache)) if self._done else (0, 0)
         )
+        moments = [] if self._logits_of_head is None else [*self._passing[first:], self._logits_of_head]
         if source == first:
-            return self._ways.needs.building(first, first, 1, streamed=False)
-        return source_bytes + max(self._passing[source:first])
+            moments.append(self._ways.needs.building(first, first, 1, streamed=False))
+        else:
+            moments.append(source_bytes + max(self._passing[source:first]))
+        return max(moments)
 
     def _least(self, ending: Ending) -> int:
         """The smallest limit within which there is a plan that ends so."""

@@ -245,7 +245,7 @@ class Run:
             images = count * training.local_epochs * self._planner_work(client, training, plan) / whole
             seconds += images / conditions.images_per_second
         if conditions.upload_bytes_per_second is not None:
-            tensors = self._simulation.prepared.layout.trained_tensors(plan.trained_units, head=plan.trains_head)
+            tensors = self._simulation.prepared.layout.trained_tensors(plan)
             seconds += sum(tensor.size_bytes for tensor in tensors) / conditions.upload_bytes_per_second
         return seconds
 

@@ -13,12 +13,13 @@ from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.context import TrainingContext, load, read, to_device
+from fedepth.training.objective import Teachers, objective
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
 
 
 class BlockTraining:
-    """A block and the head, loaded and trainable, until `close`.
+    """A block and its exit, loaded and trainable, until `close`.
 
     Attributes:
         smallest_micro_batch: the smallest so far.
@@ -36,8 +37,14 @@ class BlockTraining:
         micro_batch: MicroBatch,
         *,
         trains_head: bool,
+        distilled: Inputs | None = None,
     ) -> None:
-        """`index`: the place of the stage in its task."""
+        """
+        Args:
+            index: the place of the stage in its task.
+            trains_head: else the head stays as it is, where it is the exit.
+            distilled: logits of all samples that the block learns from beside the labels.
+        """
         self.smallest_micro_batch = micro_batch.now
         self._micro_batch = micro_batch
         self.steps = 0
@@ -46,6 +53,7 @@ class BlockTraining:
         self._stage = stage
         self._inputs = inputs
         self._labels = labels
+        self._distilled = distilled
         self._shuffle = torch.Generator().manual_seed(_seed(context, index))
         torch.manual_seed(_seed(context, index) ^ 1)  # dropout
         model = context.model
@@ -57,14 +65,17 @@ class BlockTraining:
         for unit in self._suffix:
             load(context, unit, trainable=False)
             unit.training = False
-        self._head = model.head
-        self._head.training = True
-        self._trained = [*self._units, *([self._head] if trains_head else [])]
-        for _, parameter in self._head.parameters():
-            parameter.requires_grad_(trains_head)
+        self._exit = model.exit(stage.last, frozen_suffix=stage.frozen_suffix)
+        load(context, self._exit, trainable=True)
+        self._exit.training = True
+        is_head = self._exit is model.head
+        trains_exit = trains_head or not is_head
+        self._trained = [*self._units, *([self._exit] if trains_exit else [])]
+        for _, parameter in self._exit.parameters():
+            parameter.requires_grad_(trains_exit)
         # Behind a skip connection the head sees zeros for channels; such statistics must not reach its BatchNorm.
         true_features = stage.last == len(model.units) - 1 or stage.frozen_suffix
-        self._head_written = {} if true_features else self._head.copies_of_written()
+        self._written = self._exit.copies_of_written() if is_head and not true_features else {}
         self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
         named = [pair for unit in self._trained for pair in unit.parameters()]
@@ -117,9 +128,13 @@ class BlockTraining:
         """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
         context = self._context
         targets = self._labels[piece].to(context.device)
-        head = partial(self._head, written=self._head_written)
-        shape = context.model.graph.head_shape
-        loss_of = partial(context.objective, head=head, head_shape=shape, targets=targets, batch=batch)
+        head = partial(self._exit, written=self._written)
+        logits_of = partial(context.exit, head=head, head_shape=self._exit.unit.input_shape)
+        teachers = self._teachers(piece)
+
+        def loss_of(output: torch.Tensor) -> torch.Tensor:
+            return objective(logits_of(output), targets=targets, batch=batch, teachers=teachers)
+
         x = to_device(context, self._inputs.read(piece), from_data=self._stage.first == 0)
         # A frozen suffix ends with the head's own input, from which the skip connection is the identity.
         units = (*self._units, *self._suffix)
@@ -132,6 +147,14 @@ class BlockTraining:
         if loss.requires_grad:  # not where the model's author froze the whole block, and the head stays
             torch.autograd.backward(loss)
         return float(loss.detach())
+
+    def _teachers(self, piece: torch.Tensor) -> tuple[Teachers, ...]:
+        """What they say of the samples at `piece`."""
+        if self._distilled is None:
+            return ()
+        spec = self._context.task.training
+        logits = self._distilled.read(piece).to(self._context.device)
+        return (Teachers((logits,), spec.distil_weight, spec.distil_temperature),)
 
     def _updater(self, name: str, parameter: torch.Tensor) -> Callable[[torch.Tensor], None]:
         spec = self._context.task.training

@@ -14,7 +14,7 @@ from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.table_input import table_features
 from fedepth.plan import Plan
 from fedepth.task import InputType, ModelSpec, Task
-from fedepth.training.objective import Objective, shared_head
+from fedepth.training.objective import Exit, shared_head
 from fedepth.weights import Reader, open_weights
 
 
@@ -33,7 +33,7 @@ class TrainingContext:
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
         first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
         trained: by their names, where tensors are that training has changed since `weights`.
-        objective: what a block is trained on.
+        exit: from the output of a block to the logits that it is trained on.
         must_stay_finite: stop where the loss or the weights are not finite any more. A rehearsal and a warm-up go on:
             they measure, and train on too little to judge by.
     """
@@ -54,7 +54,7 @@ class TrainingContext:
     cache_room: int = 0
     first_samples: int = 0
     trained: Mapping[str, Reader] = field(default_factory=dict)
-    objective: Objective = shared_head
+    exit: Exit = shared_head
     must_stay_finite: bool = True
 
     @property

@@ -1,4 +1,5 @@
-"""The inputs of a stage, computed once: augmented views before the first unit, activations behind frozen ones after."""
+"""The inputs of a stage, computed once: augmented views before the first unit, activations behind frozen ones after.
+And what the global model says of them, for tasks that distil from it."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from fedepth.data.transforms import augment, views_rng
+from fedepth.estimate.peak import logits_way
+from fedepth.estimate.teachers import logits_place
 from fedepth.models.run import DTYPES, RunnableUnit
 from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
@@ -29,12 +32,45 @@ def build_inputs(
     for end in ends:
         try:
             target = _open(context, stage, end, given)
-            _pass(context, target, range(start, end), given, stage.build_batch, between)
+            units = context.model.units[start:end]
+            _pass(context, target, units, given, stage.build_batch, between, from_data=start == 0)
         finally:
             if given is not None:
                 given.close()
         given, start = target, end
     return target
+
+
+def global_logits(context: TrainingContext, stage: Stage, source: Cache, between: Callable[[], None]) -> Cache:
+    """The logits of the global weights for all samples, float32, in evaluation mode.
+
+    Args:
+        stage: the first of its task.
+        source: its inputs, which are the very views that the task trains on, or follow from them by the global weights.
+            It stays as it is.
+        between: called after every batch; may wait.
+    """
+    count, training = context.cached_samples, context.task.training
+    samples, streamed = logits_way(context.costs, training, stage, count)
+    units = [*context.model.units[stage.first :], context.model.head]
+    pieces = [[unit] for unit in units] if streamed else [units]
+    given = source
+    for number, piece in enumerate(pieces):
+        if number == len(pieces) - 1:
+            rows = RowFormat((len(context.task.model.classes),), CacheType.FLOAT32)
+            target = open_cache(logits_place(context.costs, count), context.cache, count, rows)
+        else:
+            rows = RowFormat(units[number + 1].unit.input_shape, CacheType.FLOAT32, context.channels_last)
+            # The stage's own inputs are not written over: it has yet to train on them.
+            before = given if number else None
+            target = open_cache(CachePlace.DISK, context.cache, count, rows, before)
+        try:
+            _pass(context, target, piece, given, samples, between, from_data=stage.first == number == 0)
+        finally:
+            if given is not source:
+                given.close()
+        given = target
+    return given
 
 
 def _open(context: TrainingContext, stage: Stage, unit: int, source: Cache | None) -> Cache:
@@ -54,18 +90,19 @@ def _open(context: TrainingContext, stage: Stage, unit: int, source: Cache | Non
 def _pass(
     context: TrainingContext,
     target: Cache,
-    indices: range,
+    units: Sequence[RunnableUnit],
     source: Cache | None,
     batch: int,
     between: Callable[[], None],
+    *,
+    from_data: bool,
 ) -> None:
-    """Loads the units at `indices` and runs them over all samples; `source` holds the inputs of the first of them."""
-    units = [context.model.units[index] for index in indices]
+    """Loads the units and runs them over all samples; `source` holds the inputs of the first of them."""
     try:
         for unit in units:
             load(context, unit, trainable=False)
             unit.training = False  # BatchNorm of frozen units uses its running statistics
-        _fill(context, target, units, source, batch, between, from_data=indices.start == 0)
+        _fill(context, target, units, source, batch, between, from_data=from_data)
     except BaseException:
         target.close()
         raise

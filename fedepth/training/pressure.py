@@ -14,6 +14,7 @@ from fedepth.estimate.peak import (
     needed_bytes,
     training_step,
 )
+from fedepth.estimate.teachers import kept_logits_bytes
 from fedepth.plan import Stage
 from fedepth.task import TrainingSpec
 
@@ -54,7 +55,8 @@ def fitting_micro_batch(
             stage.last,
             micro_batch,
             accumulates=micro_batch < batch,
-            cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
+            cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count)
+            + kept_logits_bytes(costs, training, sample_count),
             checkpoint=stage.checkpoint,
             frozen_suffix=stage.frozen_suffix,
         ).peak
@@ -79,7 +81,8 @@ def building_fits(
         stage.first,
         stage.build_batch,
         source_bytes=cache_bytes_in(previous.cache, costs, training, first, sample_count) if previous else 0,
-        cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count),
+        cache_bytes=cache_bytes_in(stage.cache, costs, training, stage.first, sample_count)
+        + kept_logits_bytes(costs, training, sample_count),
         streamed=stage.build_streamed,
     )
     return needed_bytes(peak.total) <= budget_bytes

@@ -11,6 +11,7 @@ import torch
 
 from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
+from fedepth.errors import ModelError
 from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
@@ -18,7 +19,7 @@ from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, read_traced
 from fedepth.plan import Plan
 from fedepth.planning.check import check_plan
-from fedepth.task import Result, Task
+from fedepth.task import Heads, Result, Task
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
 from fedepth.training.rehearsal import FirstImages, rehearse
@@ -108,6 +109,11 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     traced = (known.traced.get(assignment.graph) or read_traced(assignment.graph)).in_training(task.training)
     model = Model(traced.graph)
     check_plan(traced.costs, plan)
+    if bool(traced.graph.auxiliary) != (task.training.heads is Heads.AUXILIARY):
+        raise ModelError(
+            f"the task asks for {task.training.heads.value} heads, and the model's graph has "
+            f"{'some' if traced.graph.auxiliary else 'no'} auxiliary ones; restart the coordinator"
+        )
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
     images = assignment.images

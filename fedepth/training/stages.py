@@ -1,6 +1,6 @@
 """Depth-wise training of one task (arXiv 2303.04887, sections 4.1 and 4.2).
 
-For every stage: compute the block's inputs once from those of the stage before, train the block together with the head
+For every stage: compute the block's inputs once from those of the stage before, train the block together with its exit
 for the job's local epochs, freeze it, write it out. Only the weights that a stage needs are in memory; everything else
 of the model stays in the weights file.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,10 @@ from fedepth.models.run import RunnableUnit
 from fedepth.plan import CacheType, Ending, Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
-from fedepth.task import PartInfo, StageResult, TrainingSpec
+from fedepth.task import Distil, PartInfo, StageResult, TrainingSpec
 from fedepth.training.block import BlockTraining
 from fedepth.training.cache import Cache
-from fedepth.training.context import TrainingContext, load
+from fedepth.training.context import TrainingContext
 from fedepth.training.limits import (
     UNBOUNDED,
     Peaks,
@@ -45,7 +45,7 @@ from fedepth.training.limits import (
     unwritten_bytes,
     whole_heap,
 )
-from fedepth.training.prefix import build_inputs
+from fedepth.training.prefix import build_inputs, global_logits
 from fedepth.training.pressure import MicroBatch, building_fits
 from fedepth.weights import write_tensors
 
@@ -108,6 +108,12 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
         DivergedError: the loss or the weights are not finite any more.
         DiskError: a part cannot be written.
     """
+    with ExitStack() as opened:
+        return _train(context, meter, hooks, rehearsed or {}, opened)
+
+
+def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks, opened: ExitStack) -> Trained:
+    """The same; what has to last for all stages is closed with `opened`."""
     model = context.model
     waiting = list(context.plan.stages)
     done: list[Stage] = []
@@ -115,8 +121,8 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
     parts: list[Path] = []
     infos: list[PartInfo] = []
     cache: Cache | None = None
+    distilled: Cache | None = None
     labels = torch.from_numpy(np.asarray(context.images.labels, np.int64))[: context.first_samples or None]
-    load(context, model.head, trainable=True)
     while waiting:
         budget = _budget_bytes(context, meter, hooks, len(done))
         try:
@@ -127,7 +133,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
             raise
         plan = _of_stages(context, [*done, *waiting])
         stage = waiting.pop(0)
-        rehearsed_bytes = (rehearsed or {}).get(stage, 0)
+        rehearsed_bytes = rehearsed.get(stage, 0)
         count = len(done) + 1 + len(waiting)
         hooks.stage_started(len(done), count, stage)
         reset(meter, context.device)  # after the plan is settled, so that the peak is this stage's alone
@@ -138,22 +144,34 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
                 limits.enter_context(DataLimit(meter.baseline.data_bytes, budget, overhead))
             if releases(context, stage):
                 limits.enter_context(allocator.release_freed())
-            cap = limits.enter_context(heap_cap(context, meter, rehearsed or {}, stage, budget))
+            cap = limits.enter_context(heap_cap(context, meter, rehearsed, stage, budget))
             previous = done[-1] if done else None
             yield_memory = partial(_yield_memory, context, stage, meter, cap, hooks, len(done))
             try:
                 between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, context, stage, previous)))
                 cache = build_inputs(context, stage, previous, cache, between)
+                if context.task.training.distil is Distil.GLOBAL and distilled is None:
+                    distilled = opened.enter_context(closing(global_logits(context, stage, cache, between)))
                 # What the inputs took says nothing of what training them takes, so this look is at what is expected.
                 micro_batch = MicroBatch(context.costs, context.task.training, stage, context.cached_samples)
                 yield_memory(micro_batch.fits, expected_bytes(context, stage, rehearsed_bytes, budget))
                 block = BlockTraining(
-                    context, stage, cache, labels, len(done), micro_batch, trains_head=plan.trains_head
+                    context,
+                    stage,
+                    cache,
+                    labels,
+                    len(done),
+                    micro_batch,
+                    trains_head=plan.trains_head,
+                    distilled=distilled,
                 )
                 check = partial(check_first_step, meter, context, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
                 losses = _epochs(context, stage, block, meter, check, partial(yield_memory, micro_batch.fits), report)
                 units = list(model.units[stage.first : stage.last + 1])
+                exit_ = model.exit(stage.last, frozen_suffix=stage.frozen_suffix)
+                if exit_ is not model.head:  # which later stages may go on training
+                    units.append(exit_)
                 _write(context, units, block.steps, parts, infos)
             except BaseException as error:
                 if cache is not None:
@@ -211,12 +229,13 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
     """The stages still to train, planned anew if memory has shrunk below what they need.
 
     Raises:
-        PlanError: no plan for all that is left fits. Once a block is trained, the head stays what it was for that:
-            trained, or at its global value.
+        PlanError: no plan for all that is left fits. Once a block is trained, the head that blocks share stays what it
+            was for that: trained, or at its global value.
     """
     if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
         return waiting
     before = _of_stages(context, [*done, *waiting])
+    kept = done and not context.model.auxiliary
     plan = make_plan(
         context.costs,
         budget_bytes=budget,
@@ -224,7 +243,7 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
         sample_count=context.cached_samples,
         policy=context.task.policy,
         done=done[-1] if done else None,
-        endings=tuple(Ending) if not done else _WITH_HEAD if before.trains_head else (Ending.FROZEN_HEAD,),
+        endings=tuple(Ending) if not kept else _WITH_HEAD if before.trains_head else (Ending.FROZEN_HEAD,),
     )
     return list(plan.stages)
 

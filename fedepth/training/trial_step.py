@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 
 from fedepth.errors import ModelError
-from fedepth.models.graph import Graph
+from fedepth.models.graph import Graph, Unit
 from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.source import first_line
 from fedepth.models.verify import one_thread
 from fedepth.training import checkpoint
-from fedepth.training.objective import any_output, shared_head
+from fedepth.training.objective import any_exit, objective
 
 # Of a gradient's largest value. The same kernels run in the same order, on the same strides or nearly.
 TOLERANCE = 1e-3
@@ -38,37 +38,41 @@ def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torc
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     plain = _fresh(graph, tensors)
-    loss_of = partial(shared_head, head=plain.head, head_shape=graph.head_shape, targets=targets, batch=len(inputs))
+    loss_of = partial(_loss, targets)
     torch.manual_seed(_SEED)
     x = inputs
-    for unit in plain.units:
+    for index, unit in enumerate(plain.units):
         with torch.no_grad():
             given = x.detach()
         x = _guarded(f"unit {unit.unit.name}", partial(unit, x))
-        _alone(graph, tensors, unit, given, targets)
-    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(x)))
+        _alone(graph, tensors, unit.unit, plain.exit(index).unit, given, targets)
+    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(plain.head, x)))
     again = _fresh(graph, tensors)
     torch.manual_seed(_SEED)
-    finish = partial(loss_of, head=again.head)
+    finish = partial(loss_of, again.head)
     _guarded("a checkpointed step of all units", lambda: checkpoint.forward_backward(again.units, inputs, finish))
     _compare(plain, again)
 
 
 def _alone(
-    graph: Graph, tensors: Mapping[str, torch.Tensor], unit: RunnableUnit, x: torch.Tensor, targets: torch.Tensor
+    graph: Graph, tensors: Mapping[str, torch.Tensor], unit: Unit, exit_: Unit, x: torch.Tensor, targets: torch.Tensor
 ) -> None:
     """The unit as a block of its own."""
     state = torch.get_rng_state()
-    fresh = RunnableUnit(unit.unit)
-    head = RunnableUnit(graph.head)
-    for each in (fresh, head):
+    fresh, ending = RunnableUnit(unit), RunnableUnit(exit_)
+    for each in (fresh, ending):
         _load(graph, each, tensors)
-    finish = partial(any_output, head=head, head_shape=graph.head_shape, targets=targets, batch=len(x))
-    what = f"unit {unit.unit.name}"
+    finish = partial(_loss, targets, ending)
+    what = f"unit {unit.name}"
     loss = _guarded(what, lambda: finish(fresh(x.clone())))
     if loss.requires_grad:
         _guarded(what, lambda: torch.autograd.backward(loss))
     torch.set_rng_state(state)
+
+
+def _loss(targets: torch.Tensor, exit_: RunnableUnit, output: torch.Tensor) -> torch.Tensor:
+    logits = any_exit(output, head=exit_, head_shape=exit_.unit.input_shape)
+    return objective(logits, targets=targets, batch=len(targets))
 
 
 def _guarded(what: str, call: Callable[[], T]) -> T:

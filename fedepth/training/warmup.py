@@ -20,7 +20,7 @@ from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.training.context import TrainingContext
-from fedepth.training.objective import any_output
+from fedepth.training.objective import any_exit
 from fedepth.training.rehearsal import FirstImages, Unheard
 from fedepth.training.stages import train
 
@@ -46,7 +46,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     train(
         replace(
             context,
-            objective=any_output,
+            exit=any_exit,
             task=task,
             plan=plan,
             images=few,

@@ -111,6 +111,8 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "momentum": _NOT_NEGATIVE,
         "weight_decay": _NOT_NEGATIVE,
         "proximal_mu": _NOT_NEGATIVE,
+        "distil_weight": _NOT_NEGATIVE,
+        "distil_temperature": _NOT_NEGATIVE,
     },
     "StageResult": {
         "loss_first": _ANY_FLOAT,

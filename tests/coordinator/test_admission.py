@@ -45,8 +45,8 @@ def head() -> dict[str, Any]:
 
 
 def result(*units: int, untrained: tuple[int, ...] = ()) -> Result:
-    stage = Stage(0, 1, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
-    return Result("t", 1, "d", 1, 10, Plan((stage,), untrained, Policy.AUTO, 0), units, (), (), 1.0, "malloc", 0)
+    stages = tuple(Stage(unit, unit, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0)) for unit in units)
+    return Result("t", 1, "d", 1, 10, Plan(stages, untrained, Policy.AUTO, 0), units, (), (), 1.0, "malloc", 0)
 
 
 def saved(folder: Path, *parts: dict[str, Any]) -> list[Path]:

@@ -12,11 +12,19 @@ from hypothesis import strategies as st
 
 from fedepth.costs import Calibration, ModelCosts, PassCost, Size
 from fedepth.errors import PlanError
-from fedepth.estimate.peak import build_peak, cache_bytes_in, effective_batch, needed_bytes, training_step
+from fedepth.estimate.peak import (
+    build_peak,
+    cache_bytes_in,
+    effective_batch,
+    logits_peak,
+    needed_bytes,
+    training_step,
+)
+from fedepth.estimate.teachers import kept_logits_bytes
 from fedepth.plan import CachePlace, Ending, Plan, Policy, Stage
 from fedepth.planning.needs import Needs, raw_limit, with_kept
 from fedepth.planning.planner import estimated_work, make_plan
-from fedepth.task import TrainingSpec
+from fedepth.task import Distil, TrainingSpec
 from tests.drawn_costs import models
 
 TRAINING = TrainingSpec(8, 2, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
@@ -36,6 +44,7 @@ class AllPlans:
     ) -> None:
         self.costs, self.training, self.samples, self.policy, self.done = costs, training, samples, policy, done
         self.batch = effective_batch(costs, training, samples)
+        self.kept = kept_logits_bytes(costs, training, samples)
         self.stages_of: dict[tuple[int, int, CachePlace, bool], list[tuple[int, float]]] = {}
         self.builds: dict[tuple[int, CachePlace | None, int, CachePlace], int] = {}
 
@@ -58,7 +67,7 @@ class AllPlans:
     def of(
         self, blocks: list[tuple[int, int]], places: tuple[CachePlace, ...], frozen_suffix: bool
     ) -> Iterator[tuple[float, int]]:
-        built = 0
+        built = 0 if self.done else self.logits(blocks[0][0], places[0])
         source, source_place = (self.done.first, self.done.cache) if self.done else (0, None)
         for (first, _), place in zip(blocks, places, strict=True):
             built = max(built, self.build(source, source_place, first, place))
@@ -69,6 +78,17 @@ class AllPlans:
         ]
         for chosen in itertools.product(*ways):
             yield sum(work for _, work in chosen), max(built, *(needed for needed, _ in chosen))
+
+    def logits(self, first: int, place: CachePlace) -> int:
+        """The budget for the logits that a task distils from, before its first stage."""
+        if self.training.distil is Distil.NONE:
+            return 0
+        cached = cache_bytes_in(place, self.costs, self.training, first, self.samples) + self.kept
+        ways = itertools.product(range(1, self.batch + 1), (False, True))
+        return min(
+            needed_bytes(logits_peak(self.costs, first, samples, cache_bytes=cached, streamed=streamed).total)
+            for samples, streamed in ways
+        )
 
     def ways(self, first: int, last: int, place: CachePlace, frozen_suffix: bool) -> list[tuple[int, float]]:
         """Budget and work of every way to train a block that no other way beats in both."""
@@ -95,7 +115,7 @@ class AllPlans:
                 peak = training_step(
                     self.costs, self.training, first, last, micro_batch,
                     accumulates=micro_batch < self.batch,
-                    cache_bytes=cache_bytes_in(place, self.costs, self.training, first, self.samples),
+                    cache_bytes=self.kept + cache_bytes_in(place, self.costs, self.training, first, self.samples),
                     checkpoint=checkpoint, frozen_suffix=frozen_suffix,
                 ).peak  # fmt: skip
                 stage = Stage(
@@ -116,7 +136,7 @@ class AllPlans:
     def build(self, source: int, source_place: CachePlace | None, first: int, place: CachePlace) -> int:
         key = (source, source_place, first, place)
         if key not in self.builds:
-            cached = cache_bytes_in(place, self.costs, self.training, first, self.samples)
+            cached = self.kept + cache_bytes_in(place, self.costs, self.training, first, self.samples)
             held = cache_bytes_in(source_place, self.costs, self.training, source, self.samples) if source_place else 0
             self.builds[key] = min(
                 needed_bytes(
@@ -145,6 +165,9 @@ def test_no_plan_is_better(data: st.DataObject, device: Calibration, policy: Pol
         units = (replace(unit, inference=cost) for unit, cost in zip(light, inference, strict=True))
         costs = replace(costs, units=tuple(units))
     training = replace(TRAINING, batch=data.draw(st.integers(1, 8)), proximal_mu=data.draw(st.sampled_from([0.0, 0.1])))
+    if data.draw(st.booleans()):
+        training = replace(training, distil=Distil.GLOBAL)
+        costs = replace(costs, logit_bytes=data.draw(st.sampled_from((40, 2_000, 100_000))))
     samples = data.draw(st.integers(costs.smallest_micro_batch, 40))
     done = None
     if goes_on and len(costs.units) > 1:
@@ -176,11 +199,19 @@ def test_no_plan_is_better(data: st.DataObject, device: Calibration, policy: Pol
 
 
 @settings(max_examples=100, deadline=None)
-@given(models(DEVICES[1]), st.integers(1, 8), st.sampled_from([0.0, 0.1]), st.booleans(), st.booleans())
+@given(
+    models(DEVICES[1]),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from(Distil),
+    st.booleans(),
+    st.booleans(),
+)
 def test_needs_are_those_of_the_prediction(
-    costs: ModelCosts, micro_batch: int, proximal_mu: float, checkpoint: bool, frozen_suffix: bool
+    costs: ModelCosts, micro_batch: int, proximal_mu: float, distil: Distil, checkpoint: bool, frozen_suffix: bool
 ) -> None:
-    training = replace(TRAINING, proximal_mu=proximal_mu)
+    training = replace(TRAINING, proximal_mu=proximal_mu, distil=distil)
+    costs = replace(costs, logit_bytes=400)
     table = Needs(costs, training, 8).table(micro_batch, checkpoint=checkpoint, frozen_suffix=frozen_suffix)
     units = len(costs.units)
     for first in range(units):

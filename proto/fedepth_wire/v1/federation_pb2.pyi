@@ -79,6 +79,40 @@ CACHE_TYPE_FLOAT16: CacheType.ValueType  # 2
 CACHE_TYPE_UINT8: CacheType.ValueType  # 3
 Global___CacheType: _TypeAlias = CacheType  # noqa: Y015
 
+class _Heads:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HeadsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Heads.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HEADS_UNSPECIFIED: _Heads.ValueType  # 0
+    HEADS_SHARED: _Heads.ValueType  # 1
+    HEADS_AUXILIARY: _Heads.ValueType  # 2
+
+class Heads(_Heads, metaclass=_HeadsEnumTypeWrapper): ...
+
+HEADS_UNSPECIFIED: Heads.ValueType  # 0
+HEADS_SHARED: Heads.ValueType  # 1
+HEADS_AUXILIARY: Heads.ValueType  # 2
+Global___Heads: _TypeAlias = Heads  # noqa: Y015
+
+class _Distil:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DistilEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Distil.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISTIL_UNSPECIFIED: _Distil.ValueType  # 0
+    DISTIL_NONE: _Distil.ValueType  # 1
+    DISTIL_GLOBAL: _Distil.ValueType  # 2
+
+class Distil(_Distil, metaclass=_DistilEnumTypeWrapper): ...
+
+DISTIL_UNSPECIFIED: Distil.ValueType  # 0
+DISTIL_NONE: Distil.ValueType  # 1
+DISTIL_GLOBAL: Distil.ValueType  # 2
+Global___Distil: _TypeAlias = Distil  # noqa: Y015
+
 class _InputType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -206,6 +240,7 @@ class DeviceReport(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -223,6 +258,10 @@ class DeviceReport(_message.Message):
     def calibration(self) -> Global___Calibration: ...
     @_builtins.property
     def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """fields of TrainingSpec that the agent obeys; none from agents older than this field"""
+
     def __init__(
         self,
         *,
@@ -239,10 +278,11 @@ class DeviceReport(_message.Message):
         instance: _builtins.str = ...,
         hostname: _builtins.str = ...,
         class_names: _abc.Iterable[_builtins.str] | None = ...,
+        settings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,6 +487,10 @@ class TrainingSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_FIELD_NUMBER: _builtins.int
     FIXED_STATISTICS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    DISTIL_FIELD_NUMBER: _builtins.int
+    DISTIL_WEIGHT_FIELD_NUMBER: _builtins.int
+    DISTIL_TEMPERATURE_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -458,6 +502,11 @@ class TrainingSpec(_message.Message):
     seed: _builtins.int
     cache_type: Global___CacheType.ValueType
     fixed_statistics: _builtins.bool
+    heads: Global___Heads.ValueType
+    """What an older coordinator does not say has its default. A device names the settings that it knows (DeviceReport)."""
+    distil: Global___Distil.ValueType
+    distil_weight: _builtins.float
+    distil_temperature: _builtins.float
     def __init__(
         self,
         *,
@@ -472,12 +521,31 @@ class TrainingSpec(_message.Message):
         seed: _builtins.int = ...,
         cache_type: Global___CacheType.ValueType = ...,
         fixed_statistics: _builtins.bool = ...,
+        heads: Global___Heads.ValueType | None = ...,
+        distil: Global___Distil.ValueType | None = ...,
+        distil_weight: _builtins.float | None = ...,
+        distil_temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "heads", b"heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "fixed_statistics", b"fixed_statistics", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "fixed_statistics", b"fixed_statistics", "heads", b"heads", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__distil: _TypeAlias = _typing.Literal["distil"]  # noqa: Y015
+    _WhichOneofArgType__distil: _TypeAlias = _typing.Literal["_distil", b"_distil"]  # noqa: Y015
+    _WhichOneofReturnType__distil_temperature: _TypeAlias = _typing.Literal["distil_temperature"]  # noqa: Y015
+    _WhichOneofArgType__distil_temperature: _TypeAlias = _typing.Literal["_distil_temperature", b"_distil_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__distil_weight: _TypeAlias = _typing.Literal["distil_weight"]  # noqa: Y015
+    _WhichOneofArgType__distil_weight: _TypeAlias = _typing.Literal["_distil_weight", b"_distil_weight"]  # noqa: Y015
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distil) -> _WhichOneofReturnType__distil | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distil_temperature) -> _WhichOneofReturnType__distil_temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distil_weight) -> _WhichOneofReturnType__distil_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
 
