@@ -90,7 +90,7 @@ class Run:
         self._tests = 0  # test images
 
     async def play(self) -> list[RoundLine]:
-        """Plays all rounds that are not closed yet; the lines of all.
+        """Plays all rounds that are not closed yet, once the workers are there (`open`); the lines of all.
 
         Raises:
             JobError: a round cannot reach its quorum, or too many were not published.
@@ -102,7 +102,6 @@ class Run:
         now = lines[-1].ended_at if lines else 0.0
         number = len(lines) + 1
         self._check_guard(lines)
-        await self._open()
         pending: Closing | None = None
         try:
             while number <= config.job.rounds or pending is not None:
@@ -142,7 +141,8 @@ class Run:
         path = self._record.weights(last.weights_round)
         return InForce(path, last.weights_digest, last.weights_round, known[-1] if known else None)
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
+        """Starts the engine's workers on the data of the simulation."""
         config, folder = self._config, self._record.folder
         self._tests = await self._engine.start(
             Open(

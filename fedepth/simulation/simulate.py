@@ -68,7 +68,9 @@ async def _simulated(
     try:
         if done:
             reporter.say(f"going on after round {len(done)}")
-        lines = await Run(simulation, engine, reporter).play()
+        run = Run(simulation, engine, reporter)
+        await run.open()
+        lines = await run.play()
     finally:
         await engine.close()
     with contextlib.suppress(OSError):  # scratch files; they are in nobody's way
