@@ -126,12 +126,14 @@ class LocalEngine:
             began = time.monotonic()
             try:
                 answer = await self._answered(number, request)
-            except ChildError as error:
-                if not future.done():
-                    future.set_exception(error)
             except asyncio.CancelledError:
                 future.cancel()
                 raise
+            except Exception as error:
+                if not future.done():
+                    future.set_exception(error)
+                if not isinstance(error, ChildError):
+                    raise
             else:
                 self.cpu_seconds += answer.get("cpu_seconds", 0.0)
                 if not future.done():

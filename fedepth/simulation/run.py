@@ -25,8 +25,9 @@ from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
-from fedepth.planning.planner import estimated_work
+from fedepth.planning.planner import estimated_work, make_plan, smallest_peak
 from fedepth.planning.shared import Question, SharedPlanner, question
+from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
 from fedepth.rounds.machine import Rules
 from fedepth.rounds.soundness import Evaluation, objection
 from fedepth.simulation.clients import EVERYTHING, Client
@@ -292,10 +293,11 @@ class Run:
             cache=str(self._record.folder / "work" / f"{given.task_id}-{given.attempt}"),
             enforce=self._simulation.options.enforce,
         )
-        return await self._trained(request, self._planner_work(client.id, training, plan))
+        return await self._trained(request, client, self._planner_work(client.id, training, plan))
 
-    async def _trained(self, request: Train, work: float) -> Result | Failure:
-        task = request.task
+    async def _trained(self, request: Train, client: Client, work: float) -> Result | Failure:
+        """Trains with smaller and smaller plans until one stays inside its budget, as an agent does."""
+        task, smaller = request.task, 0
         while True:
             try:
                 answer = await self._engine.ask(request, work=work)
@@ -307,12 +309,26 @@ class Run:
             if told["disk"]:
                 raise DiskError(told["message"])
             if told["capped"] and not request.release_freed:
-                request = replace(request, release_freed=True)  # as an agent does; see edge_client.task_run
+                request = replace(request, release_freed=True)
                 continue
             outcome = Outcome(told["outcome"])
             if outcome is Outcome.ERROR:
                 raise as_error(told)
-            return Failure(task.task_id, task.attempt, request.device_id, outcome, told["message"])
+            smaller += 1
+            if outcome is not Outcome.OVER_BUDGET or not request.enforce or smaller > SMALLER_PLANS:
+                return Failure(task.task_id, task.attempt, request.device_id, outcome, told["message"])
+            try:
+                plan = self._smaller_plan(request, client, told["miss_bytes"], smaller)
+            except PlanError as nothing:
+                return Failure(task.task_id, task.attempt, request.device_id, outcome, str(nothing))
+            request = replace(request, plan=plan, release_freed=False)
+
+    def _smaller_plan(self, request: Train, client: Client, miss_bytes: int, tries: int) -> Plan:
+        costs = replace(self._costs, calibration=client.tier.calibration)
+        training, samples, chosen = request.task.training, client.sample_count, request.task.policy
+        least = smallest_peak(costs, training, samples, chosen)
+        limit = min(request.budget_bytes, smaller_limit(request.plan, miss_bytes, least, tries))
+        return make_plan(costs, budget_bytes=limit, training=training, sample_count=samples, policy=chosen)
 
     def _judge(self, result: Result, others: list[Norms], weights: InForce) -> str:
         """As a coordinator admits updates: not if they go much further than those that came before."""

@@ -52,7 +52,11 @@ def simulate(
     out = console(stderr=True)
     out.quiet = quiet
     with lock, Reporter(out, config.job.rounds) as reporter:
-        return asyncio.run(_simulated(options, record, reporter, drawn))
+        try:
+            return asyncio.run(_simulated(options, record, reporter, drawn))
+        except KeyboardInterrupt:
+            reporter.say("stopped; the same command goes on from here")
+            raise
 
 
 async def _simulated(

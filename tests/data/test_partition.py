@@ -72,7 +72,7 @@ def test_balanced_parts_have_equal_sizes_and_mixtures_of_their_own() -> None:
     assert {len(part) for part in parts} == {125}
     assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
     shares = [np.bincount(LABELS[part]).max() / 125 for part in parts]
-    assert float(np.mean(shares)) > 0.35
+    assert float(np.mean(shares)) > 0.25  # of ten classes
     even = dirichlet_balanced(LABELS, 8, 1e6, seed=1)
     assert all(np.bincount(LABELS[part], minlength=10).max() <= 25 for part in even)
 
