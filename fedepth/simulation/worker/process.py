@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedepth import evaluation
-from fedepth.child import run_child
+from fedepth.child import end_with_parent, run_child
 from fedepth.data.read import DIGITS, Images, open_images
 from fedepth.errors import (
     DataError,
@@ -55,7 +53,6 @@ from fedepth.training.session import Assignment, Known, run
 from fedepth.training.warmup import start
 from fedepth.weights import save
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
     OverBudgetError: Outcome.OVER_BUDGET,
@@ -230,15 +227,6 @@ def serve(requests: BinaryIO, answers: BinaryIO, device: torch.device) -> None:
     write({"event": "ready"})
     for line in requests:
         write(worker.answer(line))
-
-
-def end_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends, however it ends: a worker that went on with
-    its task would write where its successor writes."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)  # it ended just now
 
 
 def main() -> None:
