@@ -53,7 +53,7 @@ from fedepth.terminal import console as quiet_console
 
 MIB = 1 << 20
 SHARE = 96
-CAPS = (11 * MIB, 0, 14 * MIB)
+CAPS = (11 * MIB, 64 * MIB, 14 * MIB)  # two of them have to split the model
 SEED = 5
 _LIMIT_S = 3600
 
@@ -125,7 +125,7 @@ def on_devices(folder: Path, job: Path) -> tuple[Path, dict[str, Any]]:
         (weights,) = (running.coordinator_state / "weights").glob(f"round-{last:04d}-*.safetensors")
     plans: dict[str, Any] = {}
     for update in (each["result"] for each in record["updates"]):
-        if plans.setdefault(update["device_id"], update["plan"]) != update["plan"]:
+        if plans.setdefault(update["device_id"], update["plan"])["stages"] != update["plan"]["stages"]:
             raise SystemExit("a device has planned otherwise in another round: nothing can be pinned")
     return weights, plans
 

@@ -39,7 +39,10 @@ def simulate_command(
         str, typer.Option(help="Memory of the clients: fair, lack or surplus (measured), or full for no limit.")
     ] = "full",
     budgets: Annotated[
-        Path | None, typer.Option(help="Memory of real devices instead: output of fedepth-client probe --json.")
+        Path | None,
+        typer.Option(
+            help="Memory of real devices instead: output of fedepth-client probe --json, or a run's tiers.json."
+        ),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="JSON lines: speeds, links, absences, dropouts.")] = None,
     plans: Annotated[Path | None, typer.Option(help="JSON: plans by client that are trained as they are.")] = None,

@@ -20,7 +20,16 @@ from fedepth.aggregation.combine import combine
 from fedepth.aggregation.norms import too_far, update_norms
 from fedepth.aggregation.rules import Norms, PrivateMean, Rule
 from fedepth.costs import ModelCosts
-from fedepth.errors import ChildError, DiskError, FedepthError, JobError, NotFiniteError, PlanError
+from fedepth.errors import (
+    ChildError,
+    DamagedUpdateError,
+    DiskError,
+    FedepthError,
+    JobError,
+    NotFiniteError,
+    PlanError,
+    StateError,
+)
 from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
@@ -37,7 +46,7 @@ from fedepth.simulation.lines import round_line
 from fedepth.simulation.progress import Reporter
 from fedepth.simulation.record import RoundLine, part_paths
 from fedepth.simulation.setup import Simulation, as_error, result_of
-from fedepth.simulation.worker.protocol import Evaluate, Open, Train
+from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
 
 EVALUATED_AT_ONCE = 4  # batches of test data in one request: small enough to fill gaps
@@ -364,6 +373,13 @@ class Run:
             )
         except NotFiniteError as error:
             note = str(error)
+        except DamagedUpdateError as error:
+            for path in error.paths:
+                (path.parent / RESULT).unlink(missing_ok=True)  # so that they are trained again
+            raise StateError(
+                f"round {number}: {len(error.paths)} parts of updates are damaged, such as {error.paths[0]}; check "
+                "that disk, and give the same command again"
+            ) from error
         else:
             notes += tuple(told)
             new = InForce(output, file_digest(output), number, None)

@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fedepth.errors import ConfigError
@@ -48,6 +49,12 @@ def test_budgets_are_what_devices_report(tmp_path: Path, form: str) -> None:
     found = load_budgets(path)
     assert [tier.budget_bytes for tier in found] == ([300] if form == "indented" else [300, 500])
     assert found[-1].calibration.fixed_bytes == (found[0].calibration.fixed_bytes if form == "indented" else 7)
+
+
+def test_budgets_may_be_the_tiers_of_another_run(tmp_path: Path) -> None:
+    tiers = (Tier("1/6", 100, "measured", 90), Tier("1", 700, "measured", 600))
+    (tmp_path / "tiers.json").write_bytes(msgspec.json.encode(tiers))
+    assert load_budgets(tmp_path / "tiers.json") == tiers
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"budget": {"budget_bytes": "much"}}', "no"])

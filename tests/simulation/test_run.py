@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedepth.errors import ConfigError, DataError, DiskError, JobError
+from fedepth.errors import ConfigError, DataError, DiskError, JobError, StateError
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
 from tests.simulation.conftest import InProcess
 
@@ -164,6 +164,21 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_it_goes_on_later(lab: Any)
     lab.run(job, "whole")
     lab.run(job)
     assert lab.digests() == lab.digests("whole")
+
+
+def test_an_update_that_was_damaged_meanwhile_is_trained_again(lab: Any) -> None:
+    job = lab.job(rounds="1")
+    lab.run(job, "whole")
+
+    def damage(request: Request) -> None:
+        if isinstance(request, Train) and len(lab.engine.trained) == 3:
+            part = next((lab.folder / "run" / "updates").rglob("part-0000.safetensors"))
+            part.write_bytes(part.read_bytes()[:-4] + b"none")
+
+    with pytest.raises(StateError, match="1 parts of updates are damaged, such as "):
+        lab.run(job, engine=InProcess(1, damage))
+    lab.run(job)
+    assert len(lab.engine.trained) == 1 and lab.digests() == lab.digests("whole")
 
 
 def test_nobody_who_can_train_is_told_with_the_reason(lab: Any) -> None:
