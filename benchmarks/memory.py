@@ -35,12 +35,12 @@ from benchmarks.bench_task import prepare, write_digits
 from edge_client.config import TrainerConfig
 from edge_client.measure.calibration import calibrated
 from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer, write_noise
-from edge_client.task_run import SMALLER_PLANS, smaller_limit
 from edge_client.trainer.protocol import Done, Failed
 from fedepth.costs import Calibration
 from fedepth.errors import PlanError
 from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
+from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
 from fedepth.sizes import format_size
 from fedepth.task import InputType, ModelSpec, Outcome, TrainingSpec
 

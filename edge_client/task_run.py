@@ -40,14 +40,13 @@ from fedepth.models.traced import read_costs
 from fedepth.plan import Plan, Stage
 from fedepth.planning.check import check_plan
 from fedepth.planning.planner import make_plan, smallest_peak
+from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
 from fedepth.sizes import format_size
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
-SMALLER_PLANS = 4
 FETCHES = 3  # of a file that comes damaged
 DISK_WAITS = 10  # of DISK_PAUSE_S each
 CHECKS = 2  # of the data, in one task
-_SMALLEST_STEP = 0.05
 _PLANS_REMEMBERED = 64
 _log = structlog.get_logger()
 
@@ -377,19 +376,6 @@ class TaskRunner:
 def _output(folder: Path) -> Path:
     """Where the trainer puts the parts of a task whose folder this is."""
     return folder / "output"
-
-
-def smaller_limit(plan: Plan, miss_bytes: int, least_bytes: int = 0, tries: int = 1) -> int:
-    """What a plan may need after `plan` has gone over its budget by `miss_bytes` (0 if nobody could tell).
-
-    Counted from what the plan was predicted to need, not from the budget, which may lie far above it: the next plan is
-    then another one for certain. The more `tries` have failed, the larger the least step: it doubles. Where the miss is
-    larger than all that could be saved, the smallest plan, which needs `least_bytes`, is still worth a try.
-    """
-    needed = needed_bytes(plan.predicted_peak_bytes)
-    step = _SMALLEST_STEP * 2 ** (tries - 1)
-    limit = max(0, needed - max(miss_bytes, int(needed * step)))
-    return max(limit, least_bytes) if least_bytes < needed else limit
 
 
 class _TrainerFailed(FedepthError):

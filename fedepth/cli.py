@@ -25,7 +25,7 @@ from fedepth.plan import Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.printable import printable
 from fedepth.program import run_program
-from fedepth.simulation.commands import simulate_command
+from fedepth.simulation.commands import compare_command, simulate_command
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
@@ -149,6 +149,9 @@ app.command(
         "fedepth simulate job.toml --data cifar/ --clients 100 --partition dirichlet:0.3 --tiers fair --output runs/f",
     ),
 )(simulate_command)
+app.command("compare", epilog=examples("fedepth compare runs/fair-1 runs/fair-2 runs/full --plot compared.png"))(
+    compare_command
+)
 
 
 def main() -> None:

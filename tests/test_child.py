@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +35,21 @@ def test_lines_of_a_child_are_passed_on_also_when_it_fails() -> None:
     asyncio.run(scene())
     assert said[:2] == ["one", "tw\\xff"]
     assert "".join(said[2:-1]) == "x" * 70000
+
+
+def test_a_child_that_ends_with_its_parent_does_so_however_that_ends() -> None:
+    child = "import time; import fedepth.child as c; c.end_with_parent(); print(1, flush=True); time.sleep(60)"
+    parent = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, start_new_session=True)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    watched = os.pidfd_open(pid)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert select.select([watched], [], [], 30)[0]
+    os.close(watched)

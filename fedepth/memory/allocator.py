@@ -42,6 +42,7 @@ _STATUS = Path("/proc/self/status")
 _DATA = re.compile(r"^VmData:\s+(\d+) kB", re.MULTILINE)
 
 
+@lru_cache(maxsize=1)  # a process keeps its allocator, and its maps are long
 def name() -> str:
     """Such as "libtcmalloc_minimal.so.4.5.10", or "glibc 2.36, thresholds 65536"."""
     maps = _MAPS.read_text()

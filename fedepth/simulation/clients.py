@@ -78,7 +78,7 @@ def make_clients(
 
 def load_budgets(path: Path) -> tuple[Tier, ...]:
     """Budgets of real devices: what `fedepth-client probe --json` or `report --json` said on each, one after the other
-    or in a list.
+    or in a list; or the tiers.json of another run.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.
@@ -86,6 +86,9 @@ def load_budgets(path: Path) -> tuple[Tier, ...]:
     found = []
     for number, report in enumerate(_reports(path), 1):
         where = f"--budgets: report {number} of {printable(str(path))}"
+        if isinstance(report, dict) and report.keys() >= {"name", "budget_bytes", "how"}:
+            found.append(_tier(report, where))
+            continue
         budget = report.get("budget") or report.get("device") if isinstance(report, dict) else None
         size = budget.get("budget_bytes") if isinstance(budget, dict) else None
         if not isinstance(size, int) or size < 0:
@@ -99,6 +102,13 @@ def load_budgets(path: Path) -> tuple[Tier, ...]:
     if not found:
         raise ConfigError(f"--budgets: {printable(str(path))} holds no report")
     return tuple(found)
+
+
+def _tier(fields: dict[str, Any], where: str) -> Tier:
+    try:
+        return msgspec.convert(fields, Tier)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _reports(path: Path) -> list[Any]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from fedepth.commands import JsonOption
 from fedepth.errors import ConfigError
+from fedepth.job import model_spec
 from fedepth.printable import printable
+from fedepth.sizes import format_size
 from fedepth.terminal import console, print_json
+
+if TYPE_CHECKING:
+    from fedepth.simulation.compare import Comparison, Spread
+    from fedepth.simulation.setup import Simulation
 
 
 def simulate_command(
@@ -29,7 +39,10 @@ def simulate_command(
         str, typer.Option(help="Memory of the clients: fair, lack or surplus (measured), or full for no limit.")
     ] = "full",
     budgets: Annotated[
-        Path | None, typer.Option(help="Memory of real devices instead: output of fedepth-client probe --json.")
+        Path | None,
+        typer.Option(
+            help="Memory of real devices instead: output of fedepth-client probe --json, or a run's tiers.json."
+        ),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="JSON lines: speeds, links, absences, dropouts.")] = None,
     plans: Annotated[Path | None, typer.Option(help="JSON: plans by client that are trained as they are.")] = None,
@@ -58,7 +71,8 @@ def simulate_command(
         trace=trace, plans=plans, seed=seed, workers=workers, threads=threads, enforce=enforce, name=name,
         engine=engine,
     )  # fmt: skip
-    lines = simulate(options)
+    lines = simulate(options, drawn=_draw_partition)
+    _draw_runs(output / "accuracy.png", [output])
     if as_json:
         print_json(lines)
         return
@@ -69,3 +83,90 @@ def simulate_command(
         out.print(f"accuracy {last.accuracy:.2%} after round {last.round}, at best {best:.2%}")
     weights = output / "weights" / f"round-{last.weights_round:04d}.safetensors"
     out.print(f"weights: {printable(str(weights))}", markup=False, soft_wrap=True)
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of fedepth simulate, finished or not.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write: accuracy.", dir_okay=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare simulations: accuracy, work and memory. Runs of one name count as seeds of one set-up.
+
+    Counted are the rounds that all runs of a name have closed. Accuracies are means and standard deviations over seeds.
+    """
+    from fedepth.simulation.compare import compare, read_run
+
+    if plot is not None:
+        _plotting("--plot")
+    found = compare([read_run(run) for run in runs])
+    if plot is not None:
+        _draw_runs(plot, runs)
+    if as_json:
+        print_json(found)
+    else:
+        console().print(_table(found))
+
+
+def _table(found: Sequence[Comparison]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("name", overflow="fold")
+    for name in ("seeds", "rounds", "accuracy", "best", "steps", "samples", "seconds", "down", "up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("peak by tier", overflow="fold")
+    for each in found:
+        table.add_row(
+            Text(printable(each.name)),
+            str(len(each.seeds)),
+            str(each.rounds),
+            _percent(each.final),
+            _percent(each.best),
+            f"{each.steps:.0f}",
+            f"{each.samples_seen:.0f}",
+            f"{each.seconds:.0f}",
+            format_size(round(each.bytes_down)),
+            format_size(round(each.bytes_up)),
+            Text(", ".join(f"{printable(tier)}: {format_size(peak)}" for tier, peak in each.peaks.items())),
+        )
+    return table
+
+
+def _percent(value: Spread | None) -> str:
+    return "" if value is None else f"{value.mean:.2%} ± {value.std:.2%}"
+
+
+def _draw_partition(simulation: Simulation) -> None:
+    """Leaves a picture of who has what beside it, where pictures can be made."""
+    from fedepth.simulation.partitions import class_counts
+
+    path = simulation.record.folder / "partition.png"
+    plot = _plotting()
+    if plot is not None and not path.exists():
+        classes = model_spec(simulation.config).classes
+        counts = class_counts(simulation.partition, simulation.labels, len(classes))
+        title = f"{simulation.partition.how}, seed {simulation.partition.seed}: samples by class"
+        plot.save_partition(path, counts, classes, title)
+
+
+def _draw_runs(path: Path, runs: Sequence[Path]) -> None:
+    from fedepth.simulation.compare import read_run
+
+    plot = _plotting()
+    if plot is not None:
+        plot.save_runs(path, [read_run(run) for run in runs])
+
+
+def _plotting(option: str = "") -> Any:
+    """The module that draws; None where matplotlib is missing, unless an option asks for it.
+
+    Raises:
+        ConfigError: it is missing and asked for.
+    """
+    try:
+        from fedepth.simulation import plot
+    except ImportError as error:
+        if not option:
+            return None
+        raise ConfigError(
+            f"{option} needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
+        ) from error
+    return plot

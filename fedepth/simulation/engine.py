@@ -27,10 +27,12 @@ class Engine(Protocol):
     Attributes:
         workers: how many.
         busy_seconds: that workers have spent on requests, all together.
+        cpu_seconds: processor time of it.
     """
 
     workers: int
     busy_seconds: float
+    cpu_seconds: float
 
     async def start(self, opened: Open) -> int:
         """Starts the workers and has each of them open the data; the number of test images."""
@@ -86,6 +88,7 @@ class LocalEngine:
         """`on_line` is told what workers write to standard error."""
         self.workers = workers
         self.busy_seconds = 0.0
+        self.cpu_seconds = 0.0
         self._environment: Mapping[str, str] = worker_environment(threads)
         self._on_line = on_line
         self._queue = Queue()
@@ -123,13 +126,16 @@ class LocalEngine:
             began = time.monotonic()
             try:
                 answer = await self._answered(number, request)
-            except ChildError as error:
-                if not future.done():
-                    future.set_exception(error)
             except asyncio.CancelledError:
                 future.cancel()
                 raise
+            except Exception as error:
+                if not future.done():
+                    future.set_exception(error)
+                if not isinstance(error, ChildError):
+                    raise
             else:
+                self.cpu_seconds += answer.get("cpu_seconds", 0.0)
                 if not future.done():
                     future.set_result(answer)
             self.busy_seconds += time.monotonic() - began

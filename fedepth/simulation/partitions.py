@@ -14,7 +14,7 @@ import numpy as np
 from fedepth.data import partition
 from fedepth.data.partition import Indices
 from fedepth.data.read import DIGITS, Labels
-from fedepth.data.scan import find_folders, find_idx
+from fedepth.data.scan import find_folders, find_idx, split_root
 from fedepth.errors import ConfigError, DataError
 from fedepth.files import NOT_JSON, read_regular, write_atomically
 from fedepth.printable import printable, quoted
@@ -156,8 +156,9 @@ def _owners_by_folder(source: Source, argument: str) -> list[str]:
             "--partition folder:LEVEL counts from 1, the folders inside a class folder; needs image files"
         )
     owners = []
-    for name, path in files:
-        inner = path.parts[path.parts.index(name) + 1 : -1] if name in path.parts else ()
+    root = split_root(Path(source.data), source.spec.classes, "train")
+    for path in files:
+        inner = path.relative_to(root).parts[1:-1]  # below the class folder
         owners.append(inner[level - 1] if len(inner) >= level else "")
     return owners
 
@@ -176,7 +177,7 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
     places: dict[str, int] = {}
     if "index" not in columns:
         root = Path(source.data)
-        places = {str(file.relative_to(root)): place for place, (_, file) in enumerate(_image_files(source))}
+        places = {str(file.relative_to(root)): place for place, file in enumerate(_image_files(source))}
     for row in rows:
         if "index" in columns:
             place: int | None = _whole(row["index"] or "", "an index")
@@ -189,12 +190,12 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
     return owners
 
 
-def _image_files(source: Source) -> list[tuple[str, Path]]:
-    """The class folder's name and the path of every sample, in the order of the data; none where there are no files."""
+def _image_files(source: Source) -> list[Path]:
+    """The path of every sample, in the order of the data; none where there are no files."""
     if str(source.data) == DIGITS or find_idx(Path(source.data), "train") is not None:
         return []
     found = find_folders(Path(source.data), source.spec.classes, "train")
-    return [(name, path) for name, paths in found.items() for path in paths]
+    return [path for paths in found.values() for path in paths]
 
 
 def class_counts(found: Partition, labels: Labels, classes: int) -> list[list[int]]:

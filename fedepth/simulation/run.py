@@ -19,13 +19,23 @@ from fedepth import evaluation
 from fedepth.aggregation.combine import combine
 from fedepth.aggregation.norms import too_far, update_norms
 from fedepth.aggregation.rules import Norms, PrivateMean, Rule
-from fedepth.errors import ChildError, DiskError, FedepthError, JobError, NotFiniteError, PlanError
+from fedepth.errors import (
+    ChildError,
+    DamagedUpdateError,
+    DiskError,
+    FedepthError,
+    JobError,
+    NotFiniteError,
+    PlanError,
+    StateError,
+)
 from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan
-from fedepth.planning.planner import estimated_work
+from fedepth.planning.planner import estimated_work, make_plan, smallest_peak
 from fedepth.planning.shared import Question, SharedPlanner, question
+from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
 from fedepth.rounds.machine import Rules
 from fedepth.rounds.soundness import Evaluation, objection
 from fedepth.simulation.clients import EVERYTHING, Client
@@ -35,7 +45,7 @@ from fedepth.simulation.lines import round_line
 from fedepth.simulation.progress import Reporter
 from fedepth.simulation.record import RoundLine, part_paths
 from fedepth.simulation.setup import Simulation, as_error, result_of
-from fedepth.simulation.worker.protocol import Evaluate, Open, Train
+from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
 
 EVALUATED_AT_ONCE = 4  # batches of test data in one request: small enough to fill gaps
@@ -89,7 +99,7 @@ class Run:
         self._tests = 0  # test images
 
     async def play(self) -> list[RoundLine]:
-        """Plays all rounds that are not closed yet; the lines of all.
+        """Plays all rounds that are not closed yet, once the workers are there (`open`); the lines of all.
 
         Raises:
             JobError: a round cannot reach its quorum, or too many were not published.
@@ -101,7 +111,6 @@ class Run:
         now = lines[-1].ended_at if lines else 0.0
         number = len(lines) + 1
         self._check_guard(lines)
-        await self._open()
         pending: Closing | None = None
         try:
             while number <= config.job.rounds or pending is not None:
@@ -141,7 +150,8 @@ class Run:
         path = self._record.weights(last.weights_round)
         return InForce(path, last.weights_digest, last.weights_round, known[-1] if known else None)
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
+        """Starts the engine's workers on the data of the simulation."""
         config, folder = self._config, self._record.folder
         self._tests = await self._engine.start(
             Open(
@@ -297,10 +307,11 @@ class Run:
             cache=str(self._record.folder / "work" / f"{given.task_id}-{given.attempt}"),
             enforce=self._simulation.options.enforce,
         )
-        return await self._trained(request, self._planner_work(client.id, training, plan))
+        return await self._trained(request, client, self._planner_work(client.id, training, plan))
 
-    async def _trained(self, request: Train, work: float) -> Result | Failure:
-        task = request.task
+    async def _trained(self, request: Train, client: Client, work: float) -> Result | Failure:
+        """Trains with smaller and smaller plans until one stays inside its budget, as an agent does."""
+        task, smaller = request.task, 0
         while True:
             try:
                 answer = await self._engine.ask(request, work=work)
@@ -312,12 +323,26 @@ class Run:
             if told["disk"]:
                 raise DiskError(told["message"])
             if told["capped"] and not request.release_freed:
-                request = replace(request, release_freed=True)  # as an agent does; see edge_client.task_run
+                request = replace(request, release_freed=True)
                 continue
             outcome = Outcome(told["outcome"])
             if outcome is Outcome.ERROR:
                 raise as_error(told)
-            return Failure(task.task_id, task.attempt, request.device_id, outcome, told["message"])
+            smaller += 1
+            if outcome is not Outcome.OVER_BUDGET or not request.enforce or smaller > SMALLER_PLANS:
+                return Failure(task.task_id, task.attempt, request.device_id, outcome, told["message"])
+            try:
+                plan = self._smaller_plan(request, client, told["miss_bytes"], smaller)
+            except PlanError as nothing:
+                return Failure(task.task_id, task.attempt, request.device_id, outcome, str(nothing))
+            request = replace(request, plan=plan, release_freed=False)
+
+    def _smaller_plan(self, request: Train, client: Client, miss_bytes: int, tries: int) -> Plan:
+        costs = replace(self._costs, calibration=client.tier.calibration)
+        training, samples, chosen = request.task.training, client.sample_count, request.task.policy
+        least = smallest_peak(costs, training, samples, chosen)
+        limit = min(request.budget_bytes, smaller_limit(request.plan, miss_bytes, least, tries))
+        return make_plan(costs, budget_bytes=limit, training=training, sample_count=samples, policy=chosen)
 
     def _judge(self, result: Result, others: list[Norms], weights: InForce) -> str:
         """As a coordinator admits updates: not if they go much further than those that came before."""
@@ -353,6 +378,13 @@ class Run:
             )
         except NotFiniteError as error:
             note = str(error)
+        except DamagedUpdateError as error:
+            for path in error.paths:
+                (path.parent / RESULT).unlink(missing_ok=True)  # so that they are trained again
+            raise StateError(
+                f"round {number}: {len(error.paths)} parts of updates are damaged, such as {error.paths[0]}; check "
+                "that disk, and give the same command again"
+            ) from error
         else:
             notes += tuple(told)
             new = InForce(output, file_digest(output), number, None)

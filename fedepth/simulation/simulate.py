@@ -52,7 +52,11 @@ def simulate(
     out = console(stderr=True)
     out.quiet = quiet
     with lock, Reporter(out, config.job.rounds) as reporter:
-        return asyncio.run(_simulated(options, record, reporter, drawn))
+        try:
+            return asyncio.run(_simulated(options, record, reporter, drawn))
+        except KeyboardInterrupt:
+            reporter.say("stopped; the same command goes on from here")
+            raise
 
 
 async def _simulated(
@@ -68,7 +72,9 @@ async def _simulated(
     try:
         if done:
             reporter.say(f"going on after round {len(done)}")
-        lines = await Run(simulation, engine, reporter).play()
+        run = Run(simulation, engine, reporter)
+        await run.open()
+        lines = await run.play()
     finally:
         await engine.close()
     with contextlib.suppress(OSError):  # scratch files; they are in nobody's way

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.data.partition import dirichlet
+from fedepth.data.partition import by_owner, dirichlet, dirichlet_balanced, iid, shards
 from fedepth.errors import ConfigError, DataError
 
 LABELS = np.repeat(np.arange(10), 100)
@@ -65,3 +65,64 @@ def test_samples_of_a_class_are_dealt_at_random_and_not_by_position() -> None:
 def test_settings_out_of_range_are_refused(clients: int, alpha: float, minimum: int) -> None:
     with pytest.raises(ConfigError, match=f"clients {clients}"):
         dirichlet(LABELS, clients, alpha, 1, minimum)
+
+
+def test_balanced_parts_have_equal_sizes_and_mixtures_of_their_own() -> None:
+    parts = dirichlet_balanced(LABELS, 8, 0.3, seed=1)
+    assert {len(part) for part in parts} == {125}
+    assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
+    shares = [np.bincount(LABELS[part]).max() / 125 for part in parts]
+    assert float(np.mean(shares)) > 0.25  # of ten classes
+    even = dirichlet_balanced(LABELS, 8, 1e6, seed=1)
+    assert all(np.bincount(LABELS[part], minlength=10).max() <= 25 for part in even)
+
+
+def test_balanced_parts_at_the_limit_of_a_small_alpha_are_single_classes_while_they_last() -> None:
+    # Each mixture is one class. Two clients, two classes, equal sizes: either each its own, or both want the same one,
+    # of which each gets what the order of places gives it, and the rest of the other.
+    labels = np.repeat([0, 1], 10)
+    for seed in range(20):
+        first, second = (np.bincount(labels[part], minlength=2) for part in dirichlet_balanced(labels, 2, 1e-300, seed))
+        assert first.sum() == second.sum() == 10
+        assert (first + second).tolist() == [10, 10]
+    assert any(
+        sorted(len(set(labels[part])) for part in dirichlet_balanced(labels, 2, 1e-300, seed)) == [1, 1]
+        for seed in range(20)
+    )
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    clients=st.integers(1, 12),
+    alpha=st.floats(1e-300, 1e6),
+    seed=st.integers(0, 2**64),
+)
+def test_no_balanced_sample_is_lost(labels: list[int], clients: int, alpha: float, seed: int) -> None:
+    array = np.array(labels, np.int64)
+    if len(labels) < clients:
+        with pytest.raises(DataError, match=f"{len(labels)} samples cannot give {clients} parts one each"):
+            dirichlet_balanced(array, clients, alpha, seed)
+        return
+    for parts in (dirichlet_balanced(array, clients, alpha, seed), iid(len(array), clients, seed)):
+        assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert all(part.tolist() == sorted(part.tolist()) for part in parts)
+
+
+def test_shards_are_runs_of_samples_sorted_by_class() -> None:
+    labels = np.array([1, 0, 1, 0, 2, 2, 3, 3])
+    parts = shards(labels, 2, 2, seed=5)
+    # Four shards of two samples: exactly the four classes, of which each client has two.
+    owned = [sorted(set(labels[part].tolist())) for part in parts]
+    assert [len(classes) for classes in owned] == [2, 2] and sorted(owned[0] + owned[1]) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="8 samples cannot give 9 parts"):
+        shards(labels, 3, 3, seed=5)
+    with pytest.raises(ConfigError, match="at least one shard, not 0"):
+        shards(labels, 3, 0, seed=5)
+
+
+def test_owners_have_their_samples_in_the_order_of_names() -> None:
+    parts = by_owner(["z", "a", "", "z"])
+    assert {name: part.tolist() for name, part in parts.items()} == {"a": [1], "z": [0, 3]}
+    assert list(parts) == ["a", "z"]

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,33 @@ def test_the_module_of_a_custom_model_is_looked_for_in_the_folder_of_the_job_fir
     assert sys.path == before
     with pytest.raises(ModelError, match=rf"it is looked for in {tmp_path} and where Python looks"):
         zoo.build(spec_of("no_such_module:build"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "width", "channels"),
+    [
+        ("preresnet20", (3, 32, 32), Fraction(1, 6), [3, 6, 11]),
+        ("preresnet20", (3, 32, 32), Fraction(2), [32, 64, 128]),
+        ("digits-cnn", (1, 8, 8), Fraction(1, 6), [2, 6, 11]),
+        ("digits-cnn", (1, 8, 8), Fraction(1, 1000), [1]),
+        ("preresnet20", (3, 32, 32), Fraction(1, 1000), [1]),
+    ],
+)
+def test_a_model_of_another_width_has_that_share_of_the_channels(
+    name: str, shape: tuple[int, ...], width: Fraction, channels: list[int]
+) -> None:
+    spec = ModelSpec(name, ("a", "b"), shape, (0.5,) * shape[0], (0.5,) * shape[0])
+    model = zoo.build_width(spec, width)
+    found = {module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)}
+    assert sorted(found) == channels
+    assert model(torch.zeros(2, *shape)).shape == (2, 2)
+
+
+def test_the_width_of_a_model_is_one_and_others_have_none() -> None:
+    spec = ModelSpec("preresnet20", ("a", "b"), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    shapes = {name: tensor.shape for name, tensor in zoo.build(spec).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in zoo.build_width(spec, Fraction(1)).state_dict().items()} == shapes
+    other = ModelSpec("resnet18", ("a", "b"), (3, 64, 64), (0.5,) * 3, (0.5,) * 3)
+    assert zoo.has_width(spec) and not zoo.has_width(other)
+    with pytest.raises(ModelError, match="'resnet18' has no setting for its width; digits-cnn, preresnet20 have"):
+        zoo.build_width(other, Fraction(1, 2))

@@ -1,0 +1,106 @@
+"""Partitions and results as pictures. Needs matplotlib (the extra `plot`)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedepth.errors import ConfigError
+from fedepth.printable import printable
+from fedepth.simulation.compare import Run
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+_MOST_NAMES = 12  # of classes in a legend
+
+
+def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> None:
+    """Writes a PNG: a bar for every client, its samples stacked by class.
+
+    Args:
+        counts: samples of each class (columns) at each client (rows).
+
+    Raises:
+        ConfigError: the file cannot be written there.
+    """
+    figure = _figure(12, 5)
+    axes = figure.add_subplot()
+    clients = range(len(counts))
+    bottoms = [0] * len(counts)
+    for label, name in enumerate(classes):
+        heights = [row[label] for row in counts]
+        shade = _COLOURS[label % len(_COLOURS)] if len(classes) <= len(_COLOURS) else _shade(label, len(classes))
+        axes.bar(clients, heights, 1.0, bottoms, color=shade, label=printable(name), linewidth=0)
+        bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+    axes.set_xlim(-0.5, len(counts) - 0.5)
+    axes.set_xlabel("client")
+    axes.set_ylabel("samples")
+    axes.set_title(printable(title))
+    if len(classes) <= _MOST_NAMES:
+        figure.legend(loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
+def save_runs(path: Path, runs: Sequence[Run]) -> None:
+    """Writes a PNG: accuracy by round and by samples seen; of runs with one name the mean, and a band of one standard
+    deviation.
+
+    Raises:
+        ConfigError: the file cannot be written there.
+    """
+    figure = _figure(12, 5)
+    by_round, by_samples = figure.subplots(1, 2, sharey=True)
+    for number, name in enumerate(dict.fromkeys(run.name for run in runs)):
+        same = [run for run in runs if run.name == name]
+        colour = _COLOURS[number % len(_COLOURS)]
+        rounds = min(len(run.accuracies) for run in same)
+        if not rounds:
+            continue
+        histories = [[accuracy for _, accuracy in run.accuracies[:rounds]] for run in same]
+        means = [statistics.fmean(values) for values in zip(*histories, strict=True)]
+        widths = [statistics.stdev(values) if len(same) > 1 else 0.0 for values in zip(*histories, strict=True)]
+        numbers = [number for number, _ in same[0].accuracies[:rounds]]
+        samples = [statistics.fmean(_samples_seen(run, number) for run in same) for number in numbers]
+        label = printable(name) if len(same) == 1 else f"{printable(name)} ({len(same)} seeds)"
+        for axes, places in ((by_round, [float(number) for number in numbers]), (by_samples, samples)):
+            axes.plot(places, means, color=colour, label=label)
+            low = [mean - width for mean, width in zip(means, widths, strict=True)]
+            high = [mean + width for mean, width in zip(means, widths, strict=True)]
+            axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+    by_round.set_xlabel("round")
+    by_round.set_ylabel("accuracy on the test data")
+    by_samples.set_xlabel("samples seen by clients")
+    by_round.grid(alpha=0.3)
+    by_samples.grid(alpha=0.3)
+    handles, _ = by_round.get_legend_handles_labels()
+    if handles:
+        by_round.legend(frameon=False)
+    _save(figure, path)
+
+
+def _samples_seen(run: Run, number: int) -> float:
+    return math.fsum(line.samples_seen for line in run.rounds if line.round <= number)
+
+
+def _shade(label: int, classes: int) -> tuple[float, float, float]:
+    """Neighbouring labels in colours that differ."""
+    part = (label * 0.618034) % 1.0
+    return 0.2 + 0.7 * part, 0.25 + 0.5 * ((part * 3) % 1.0), 0.9 - 0.7 * (label / max(1, classes - 1))
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise ConfigError(f"the picture cannot be written to {path}: {error.strerror}; name another file") from error

@@ -1,0 +1,79 @@
+"""Several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedepth.errors import StateError
+from fedepth.simulation.compare import Spread, compare, read_run
+from fedepth.simulation.record import VERSION, Asked, Record, RoundLine, TierLine
+
+
+def line(number: int, accuracy: float | None, **changes: Any) -> RoundLine:
+    tier = TierLine(1, ("0-5",), 100, 50, 40 + number, 2, 20, 1.0)
+    fields: dict[str, Any] = {
+        "round": number, "accuracy": accuracy, "loss": 1.0, "published": True, "note": "", "updates": 1, "samples": 10,
+        "steps": 2, "samples_seen": 20, "predicted_peak_bytes": 50, "measured_peak_bytes": 40, "bytes_down": 100,
+        "bytes_up": 100, "seconds": 1.0, "simulated_seconds": 0.0, "ended_at": 0.0, "weights_digest": "", "notes": (),
+        "weights_round": number, "tiers": {"1/2": tier}, "clients": (),
+    }  # fmt: skip
+    return RoundLine(**{**fields, **changes})
+
+
+def run(folder: Path, name: str, seed: int, lines: list[RoundLine]) -> Path:
+    record = Record(folder / f"{name}-{seed}")
+    record.open(Asked(VERSION, name, "", "", 1, "", "", seed, 1, False))
+    for each in lines:
+        record.close_round(each)
+    return record.folder
+
+
+def test_runs_of_a_name_are_seeds_and_count_as_far_as_all_of_them_have_come(tmp_path: Path) -> None:
+    one = run(tmp_path, "deep", 1, [line(1, 0.5), line(2, 0.7), line(3, 0.9)])
+    two = run(tmp_path, "deep", 2, [line(1, 0.6), line(2, 0.5, published=False)])
+    other = run(tmp_path, "full", 1, [line(1, None, loss=None)])
+    deep, full = compare([read_run(path) for path in (one, two, other)])
+    assert (deep.name, deep.seeds, deep.rounds) == ("deep", (1, 2), 2)
+    # After round 2: 0.7, and 0.6 of the model before the one that was not published.
+    assert (
+        deep.final is not None
+        and deep.final.mean == pytest.approx(0.65)
+        and deep.final.std == pytest.approx(0.0707, abs=1e-4)
+    )
+    assert deep.best is not None and deep.best.mean == pytest.approx(0.65)
+    assert (deep.steps, deep.samples_seen, deep.bytes_up, deep.peaks) == (4, 40, 200, {"1/2": 42})
+    assert full.final is None and full.rounds == 1
+    one_alone = compare([read_run(one)])[0]
+    assert one_alone.final == Spread(0.9, 0.0)
+
+
+def test_a_line_that_was_cut_short_is_cut_off_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    folder = run(tmp_path, "deep", 1, [line(1, 0.5)])
+    path = folder / "rounds.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:20])
+    assert len(read_run(folder).rounds) == 1 and path.read_bytes() == whole
+    path.write_bytes(b"{}\n")
+    with pytest.raises(StateError, match="is damaged"):
+        read_run(folder)
+
+
+def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="holds no simulation"):
+        read_run(tmp_path)
+    with pytest.raises(StateError, match="has no closed round yet"):
+        read_run(run(tmp_path, "deep", 1, []))
+    assert msgspec.json.decode((tmp_path / "deep-1" / "run.json").read_bytes())["name"] == "deep"
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    plot = pytest.importorskip("fedepth.simulation.plot")
+    runs = [run(tmp_path, "deep", seed, [line(1, 0.5), line(2, 0.1 * seed)]) for seed in (1, 2)]
+    plot.save_runs(tmp_path / "runs.png", [read_run(each) for each in runs])
+    plot.save_partition(tmp_path / "partition.png", [[1, 2], [3, 0]], ("a", "b"), "two")
+    for name in ("runs.png", "partition.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
