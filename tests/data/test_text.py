@@ -124,6 +124,12 @@ def test_ids_of_a_tokenizer_leave_0_to_padding(tokenizer: dict[str, object], exp
     assert list(tokens("")) == [1]
 
 
+@pytest.mark.parametrize("vocabulary", [-1, 0, 2, 3, 1 << 40])
+def test_a_vocabulary_that_no_job_has(vocabulary: int) -> None:
+    with pytest.raises(DataError, match="allowed are 4 to 1048576"):
+        open_tokenizer(TextSpec("label", ("text",), vocabulary), 3)
+
+
 def test_another_tokenizer_than_the_jobs_is_not_used() -> None:
     spec = TextSpec("label", ("text",), 5, "0" * 64)
     with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{12}…, the job names 000000000000…"):
