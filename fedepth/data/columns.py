@@ -94,7 +94,8 @@ def look_at_columns(files: Sequence[Path]) -> tuple[list[Column], int, list[str]
     if twice:
         raise DataError(f"{printable(str(files[0]))} has the column {listed(twice)} more than once; rename the others")
     columns = [Column(name) for name in names]
-    damaged, examples = 0, []
+    damaged = 0
+    examples: list[str] = []
     for path in files:
         for line, values, problem in read_records(path, names):
             if problem:

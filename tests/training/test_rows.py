@@ -134,6 +134,26 @@ def test_an_optimizer_step_on_rows_is_that_of_the_whole_model(tmp_path: Path, sp
         np.testing.assert_allclose(trained[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_rows_are_read_anew_only_where_the_file_or_the_job_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counting(source: Path, spec: ModelSpec, *args: object, **kwargs: object) -> object:
+        opened.append(spec.name)
+        return open_images(source, spec, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fedepth.training.session.open_images", counting)
+    known, asked = Known(), assignment(tmp_path, TABLE, local_epochs=1)
+    device = torch.device("cpu")
+    for number in (1, 2):
+        run(replace(asked, output=tmp_path / f"out{number}"), Hooks(), device, known)
+        assert opened == ["table"]
+    write_rows(asked.data, TABLE, 20)
+    again = run(replace(asked, output=tmp_path / "out3"), Hooks(), device, known)
+    assert (opened, again.sample_count) == (["table", "table"], 20)
+
+
 @pytest.mark.parametrize("spec", [TABLE, TEXTS], ids=["table", "texts"])
 def test_torch_and_numpy_make_the_same_inputs(tmp_path: Path, spec: ModelSpec) -> None:
     samples = open_images(write_rows(tmp_path / "rows.csv", spec), spec).read(np.arange(16))
