@@ -17,13 +17,13 @@ import structlog
 
 from edge_client.backoff import Backoff, Clock, DiskWait, Reminder
 from edge_client.config import Config
-from edge_client.data_check.client import check_files
+from edge_client.data_check.client import check_files, check_rows
 from edge_client.delivery import Delivery
 from edge_client.lease import Lease
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
 from edge_client.outbox import Outbox
-from edge_client.samples import CheckFiles, Samples
+from edge_client.samples import CheckFiles, CheckRows, Samples
 from edge_client.task_run import TaskRunner
 from edge_client.trainer.client import TRAINER_ARGV, TrainerKeeper, torch_version
 from edge_client.transport import (
@@ -55,10 +55,11 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What tests replace: the trainer's command line, the check of files, memory, time, and where progress is shown."""
+    """What tests replace: the trainer's command line, the checks of data, memory, time, and where progress is shown."""
 
     trainer_argv: Sequence[str] = TRAINER_ARGV
     check_files: CheckFiles = check_files
+    check_rows: CheckRows = check_rows
     measure: Callable[[], Memory] = measure
     clock: Clock = field(default_factory=Clock)
     on_progress: Callable[[Progress | None], None] = lambda progress: None
@@ -96,7 +97,7 @@ class Agent:
         )
         self._lease = Lease(transport, around.on_progress, device_id)
         self._delivery = Delivery(device_id, self._outbox, transport, self._backoff, self._lease)
-        self._samples = samples or Samples(config, around.check_files)
+        self._samples = samples or Samples(config, around.check_files, around.check_rows)
         self._runner = TaskRunner(
             config,
             self._samples,
@@ -191,6 +192,7 @@ class Agent:
                 file = self._config.state_dir / "device-id"
                 remedy = {"remedy": f"if this device is a copy of another, delete {file} to join as a new device"}
             _log.error("the coordinator rejected this device", message=answer.message, next_try_s=pause, **remedy)
+        self._samples.forget_job()
         await self._pause_unless_data_changes(pause, self._samples.summary)
 
     async def _pause_unless_data_changes(self, pause: float, before: DataSummary) -> bool:

@@ -50,7 +50,7 @@ _Cap = Annotated[str | None, typer.Option(help="Upper limit on training memory, 
 @app.command(epilog=examples("fedepth-client run --coordinator 192.168.1.10:8970 --data ./photos --budget-cap 300MiB"))
 def run(
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the training data.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder or file with the training data.")] = None,
     config: _ConfigFile = None,
     state: _State = None,
     name: Annotated[str | None, typer.Option(help="Human-readable name of the device.")] = None,

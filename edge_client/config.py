@@ -4,7 +4,7 @@ coordinator = "192.168.1.10:8970"
 data = "/srv/fedepth/data"
 state = "/var/lib/fedepth"
 name = "kitchen"
-most_damaged = 0.05   # share of image files that may be damaged; they are left out
+most_damaged = 0.05   # share of image files or rows that may be damaged; they are left out
 [memory]
 cap = "300MiB"        # what training may add; 0 for no cap
 reserve = "64MiB"     # left to others

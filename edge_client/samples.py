@@ -104,6 +104,11 @@ class Samples:
         self._tell()
         check_share(summary.sample_count, summary.damaged, self._most_damaged, damage.damaged, "most_damaged")
 
+    def forget_job(self) -> None:
+        """Counts rows at the next look without the classes of a job: another one may run there by now, which has
+        others."""
+        self._model = None
+
     async def for_task(self, task: Task) -> DataSummary:
         """The samples by class of the job. Says once which classes this device lacks.
 

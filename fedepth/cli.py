@@ -154,6 +154,46 @@ app.command("compare", epilog=examples("fedepth compare runs/fair-1 runs/fair-2 
 )
 
 
+@app.command("columns", epilog=examples("fedepth columns people.csv --label income"))
+def columns_command(
+    files: Annotated[list[Path], typer.Argument(help="CSV, JSON-lines or Parquet files with the same columns.")],
+    label: Annotated[str, typer.Option(help="The column with the class.")],
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="A column with numbers that are categories; may be given several times.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the section [table] of a job file for the columns of a file.
+
+    Columns of numbers are given with mean and standard deviation, those with at most 50 different values with these
+    values; all others are left out and named.
+    """
+    try:
+        from fedepth.data.columns import look_at_columns, table_section
+    except ImportError as error:
+        raise ConfigError(f"{error}. Reading tables needs numpy: pip install 'fedepth[infer]'") from error
+
+    columns, damaged, examples = look_at_columns(files)
+    section = table_section(columns, label, categorical or ())
+    if as_json:
+        found = [
+            {
+                "name": each.name,
+                "missing": each.missing,
+                "numeric": each.is_numeric,
+                **({"mean": each.mean, "std": each.std} if each.is_numeric else {}),
+                **({"values": dict(each.values)} if each.is_categorical else {}),
+            }
+            for each in columns
+        ]
+        print_json({"columns": found, "damaged": damaged, "section": section})
+    else:
+        print(section, end="")
+    if damaged:
+        text = f"{damaged} rows are damaged and left out, such as: {examples[0]}"
+        console(stderr=True, soft_wrap=True).print(text, markup=False)
+
+
 def main() -> None:
     """Runs a command and ends; see `fedepth.program`."""
     run_program("fedepth", app)

@@ -17,7 +17,6 @@ from fedepth.errors import DataError
 from fedepth.printable import quoted
 
 MOST_RECORD = 1 << 20  # characters, all its lines together
-_MOST_READ_AGAIN = 64 * MOST_RECORD  # behind quotation marks that nobody closes
 _DELIMITERS = ",;\t|"
 _SEPARATOR = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # what Excel writes and reads in front of the header
 _NOT_TEXT = re.compile("[\udc80-\udcff]")  # how errors="surrogateescape" keeps bytes that are not UTF-8
@@ -71,12 +70,8 @@ class CsvRecords:
         self._delimiter, self.header = self._columns(line, separator[1] if separator else "", wanted)
 
     def __iter__(self) -> Iterator[Line]:
-        """The records; blank lines are none.
-
-        Raises:
-            DataError: more quotation marks are not closed than can be made good.
-        """
-        lines, read_again = self._lines, 0
+        """The records; blank lines are none."""
+        lines = self._lines
         while True:
             lines.begin()
             try:
@@ -89,17 +84,13 @@ class CsvRecords:
                 return
             except (csv.Error, _Damaged) as error:
                 yield Line(lines.first, (), lines.objection or _reason(error))
-                read_again += lines.back()
-            if read_again > _MOST_READ_AGAIN:
-                raise DataError(
-                    f"{self._name} has quotation marks that are not closed, the last before line {lines.first}: write "
-                    'those within a text twice, as "", and put quotation marks around the whole text'
-                )
+                lines.back()  # few lines more than once: behind a mark that is not closed are none that open another
 
     def _objection(self, fields: Sequence[str]) -> str:
         if len(fields) in (0, len(self.header)):
             return ""
-        return f"has {len(fields)} fields, the first line names {len(self.header)} columns"
+        count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+        return f"has {count}, the first line names {len(self.header)} columns"
 
     def _columns(self, line: str, separator: str, wanted: Sequence[str]) -> tuple[str, list[str]]:
         """The delimiter and the names: by the columns that are wanted, or else by how many there are."""
@@ -201,12 +192,10 @@ class _Lines:
         self._taken.clear()
         self._size, self.objection = 0, ""
 
-    def back(self) -> int:
-        """The next record begins with the second line of this one. Returns how many characters are read again."""
-        again = self._taken[1:]
-        self._again.extendleft(reversed(again))
+    def back(self) -> None:
+        """The next record begins with the second line of this one."""
+        self._again.extendleft(reversed(self._taken[1:]))
         self.begin()
-        return sum(len(line) for _, line in again)
 
     def not_blank(self) -> str:
         """The next line that is not blank; "" at the end of the file."""

@@ -19,7 +19,7 @@ import msgspec
 from fedepth.data.csv_records import MOST_RECORD, CsvRecords, not_utf8, places
 from fedepth.data.labels import listed, normalised
 from fedepth.errors import DataError
-from fedepth.files import WrongFileError, open_regular
+from fedepth.files import NOT_JSON, WrongFileError, open_regular
 from fedepth.printable import printable
 from fedepth.sizes import format_size
 
@@ -112,9 +112,10 @@ def column_names(path: Path) -> list[str]:
             first = plain.readline(MOST_RECORD).removeprefix(_UTF8_MARK)
             try:
                 return [normalised(each) for each in msgspec.json.decode(first, type=dict[str, Any])]
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            except NOT_JSON as error:
                 raise DataError(f"{name}, line 1: is not an object of JSON: {error}") from None
-        return CsvRecords(_decoded(plain, head), name, ()).header
+        with _decoded(plain, head) as decoded:
+            return CsvRecords(decoded, name, ()).header
 
 
 def as_text(value: Any) -> str:
@@ -136,10 +137,11 @@ def _text(file: IO[bytes], path: Path, name: str, head: bytes, columns: Sequence
         yield from _json_lines(file, columns)
         return
     try:
-        records = CsvRecords(_decoded(file, head), name, columns)
-        at = places(records.header, columns, name)
-        for number, fields, problem in records:
-            yield Record(number, [fields[place] for place in at] if not problem else (), problem)
+        with _decoded(file, head) as decoded:
+            records = CsvRecords(decoded, name, columns)
+            at = places(records.header, columns, name)
+            for number, fields, problem in records:
+                yield Record(number, [fields[place] for place in at] if not problem else (), problem)
     except UnicodeDecodeError as error:  # of UTF-16; what is not UTF-8 costs a row
         raise DataError(f"{name} is saved as UTF-16 and damaged: {error.reason}; save it as UTF-8") from None
 
@@ -185,12 +187,18 @@ def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
             continue
         try:
             row = decoder.decode(line)
-        except UnicodeDecodeError as error:
-            yield Record(number, (), not_utf8(line[error.start]))
-        except (msgspec.MsgspecError, RecursionError) as error:
-            yield Record(number, (), f"is not an object of JSON: {error}")
+        except NOT_JSON as error:
+            yield Record(number, (), _not_an_object(line, error))
         else:
             yield _of_json(number, row, columns)
+
+
+def _not_an_object(line: bytes, error: Exception) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as where:
+        return not_utf8(line[where.start])
+    return f"is not an object of JSON: {error}"
 
 
 def _of_json(number: int, row: dict[str, Any], columns: Sequence[str]) -> Record:

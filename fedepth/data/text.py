@@ -23,7 +23,7 @@ import msgspec
 from fedepth.errors import ConfigError, DataError
 from fedepth.files import NOT_JSON, read_regular
 from fedepth.printable import printable
-from fedepth.task import TextSpec
+from fedepth.task import MOST_VOCABULARY, SMALLEST_VOCABULARY, TextSpec
 
 PADDING = 0
 NO_WORD = 1
@@ -124,6 +124,11 @@ def open_tokenizer(spec: TextSpec, length: int, contents: str = "") -> Tokenize:
     Raises:
         DataError: the contents are not those that the job names, or the tokenizers library is missing or refuses them.
     """
+    if not SMALLEST_VOCABULARY <= spec.vocabulary <= MOST_VOCABULARY:
+        raise DataError(
+            f"the job has a vocabulary of {spec.vocabulary} words, allowed are {SMALLEST_VOCABULARY} to "
+            f"{MOST_VOCABULARY}"
+        )
     if not spec.tokenizer:
         return lambda text: [word_id(word, spec.vocabulary) for word in words(text)[:length]] or [NO_WORD]
     if tokenizer_digest(contents) != spec.tokenizer:

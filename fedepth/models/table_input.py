@@ -19,6 +19,6 @@ def table_features(rows: torch.Tensor, spec: TableSpec) -> torch.Tensor:
         parts += [torch.where(missing, 0.0, scaled), missing.to(torch.float32)]
     if spec.categorical:
         slots = rows[:, count:].to(torch.int64) + torch.from_numpy(first_slots(spec)).to(rows.device)
-        empty = torch.zeros((len(rows), spec.features - 2 * count), dtype=torch.float32, device=rows.device)
+        empty = torch.zeros((rows.shape[0], spec.features - 2 * count), dtype=torch.float32, device=rows.device)
         parts.append(empty.scatter(1, slots, 1.0))
     return torch.cat(parts, 1)

@@ -11,6 +11,7 @@ import torch
 
 from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
+from fedepth.data.row_files import find_rows, fingerprint
 from fedepth.errors import ModelError
 from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
@@ -19,7 +20,7 @@ from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, read_traced
 from fedepth.plan import Plan
 from fedepth.planning.check import check_plan
-from fedepth.task import Heads, Result, Task
+from fedepth.task import Heads, ModelSpec, Result, Task
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
 from fedepth.training.rehearsal import FirstImages, rehearse
@@ -86,11 +87,13 @@ class Known:
         warm: units it has warmed up for, by the file of their model, and whether its statistics are fixed.
         rehearsed: what it has rehearsed, with the peaks; the last so many.
         traced: models that are read already, by their files. A simulation keeps its one; a device has no memory for it.
+        rows: samples of the last files with rows, in a file without a name, by what they were made of.
     """
 
     warm: dict[tuple[Path, bool], set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
     traced: dict[Path, TracedModel] = field(default_factory=dict)
+    rows: dict[tuple[int, ModelSpec], Images] = field(default_factory=dict)
 
 
 def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known: Known) -> Result:
@@ -116,16 +119,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         )
     for folder in (assignment.output, assignment.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    images = assignment.images
-    if images is None:
-        images = open_images(
-            assignment.data,
-            task.model,
-            "train",
-            scratch=assignment.cache,
-            damage=assignment.damage,
-            tokenizer=traced.tokenizer,
-        )
+    images = _opened(assignment, traced.tokenizer, known) if assignment.images is None else assignment.images
     if 0 < assignment.most_samples < len(images):
         images = FirstImages(images, assignment.most_samples)
     with open_weights(assignment.weights) as weights:
@@ -168,6 +162,24 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         baseline_bytes=meter.baseline.resident_bytes,
         weights_digest=task.weights_digest,
     )
+
+
+def _opened(assignment: Assignment, tokenizer: str, known: Known) -> Images:
+    """The data of a task. Rows are kept for the tasks to come, since it takes long to read them."""
+    spec = assignment.task.model
+
+    def opened() -> Images:
+        return open_images(
+            assignment.data, spec, "train", scratch=assignment.cache, damage=assignment.damage, tokenizer=tokenizer
+        )
+
+    if spec.columns is None:
+        return opened()
+    key = (fingerprint(find_rows(assignment.data, "train")), spec)
+    if key not in known.rows:
+        known.rows = {}  # those of before go first
+        known.rows = {key: opened()}
+    return known.rows[key]
 
 
 def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, known: Known) -> Peaks:

@@ -23,7 +23,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_COLUMNS, MOST_VOCABULARY, SMALLEST_VOCABULARY
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_COLUMNS
 
 CHUNK_BYTES = 1 << 20
 MOST_SIZE = 1 << 50
@@ -96,7 +96,6 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
     },
     "TextSpec": {
         "text": Bound(elements=MOST_COLUMNS),
-        "vocabulary": Bound(least=SMALLEST_VOCABULARY, most=MOST_VOCABULARY),
         "tokenizer": _DIGEST,
     },
     "TableSpec": {

@@ -27,7 +27,7 @@ from edge_client.transport import (
 from fedepth.budget import MemoryLimit
 from fedepth.plan import Plan
 from fedepth.task import DeviceReport, Failure, Progress, Result, Task
-from tests.edge_client.conftest import GRAPH, checked_here
+from tests.edge_client.conftest import GRAPH, checked_here, rows_checked_here
 
 MIB = 1 << 20
 START = 10 * MIB  # what the fake trainer says of itself
@@ -152,7 +152,13 @@ class Bench:
     def agent(self, transport: FakeTransport, scenes: list[Any], *, stay: bool = False, **overrides: Any) -> Agent:
         (self.root / "scenes.json").write_text(json.dumps(scenes))
         argv = [sys.executable, str(FAKE_TRAINER), str(self.root / "scenes.json"), str(self.root / "journal")]
-        around = Surroundings(trainer_argv=argv, check_files=checked_here, measure=self.memory, clock=self.clock)
+        around = Surroundings(
+            trainer_argv=argv,
+            check_files=checked_here,
+            check_rows=rows_checked_here,
+            measure=self.memory,
+            clock=self.clock,
+        )
         config = self.config(**overrides)
         return Agent(config, "device", transport, exit_when_done=not stay, surroundings=around)
 

@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_client.data_check.protocol import CheckRequest
+from edge_client.data_check.protocol import CheckRequest, RowRequest
 from fedepth.costs import ModelCosts, Size, UnitCost
 from fedepth.data.check import check_data
-from fedepth.data.damage import Damage
+from fedepth.data.damage import Damage, RowCheck
+from fedepth.data.rows import check_rows
 from fedepth.plan import Plan, Policy
 from fedepth.planning.planner import make_plan
 from fedepth.task import ModelSpec, PartInfo, Result, StageResult, Task, TrainingSpec
@@ -30,6 +31,11 @@ PICTURE = bytes.fromhex(
 async def checked_here(request: CheckRequest, on_progress: Callable[[int], None]) -> Damage:
     """A check of data files as the agent's child does it, without the child."""
     return check_data(Path(request.directory), Path(request.record), decode=request.decode, on_progress=on_progress)
+
+
+async def rows_checked_here(request: RowRequest, on_progress: Callable[[int], None]) -> RowCheck:
+    """The same of rows."""
+    return check_rows(Path(request.source), Path(request.record), request.model, on_progress=on_progress)
 
 
 def unit(name: str) -> UnitCost:

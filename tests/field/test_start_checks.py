@@ -84,6 +84,39 @@ DATA: dict[str, tuple[Callable[[Path], object], tuple[int, ...], str]] = {
 }
 
 
+ROWS = """[job]
+name = "demo"
+[model]
+name = "text-transformer"
+classes = ["cat", "dog", "bird"]
+[text]
+label = "label"
+text = "text"
+[test]
+data = "test.csv"
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts", "problem"),
+    [
+        ("label,text\ncat,a\nbird,b\nbird,c\n", (1, 0, 2), ""),
+        ("label,text\n" + "cat,a\n" * 20 + "cow,b\n", (20, 0, 0), ""),
+        ("label,text\ncat,a\ncow,b\n", (), "1 of 2 rows are damaged (50%), and [test] most_damaged allows 5%"),
+        ("label,text\ncow,b\n", (), "holds no test samples: all 1 rows are damaged, such as: "),
+        ("label,text\n", (), "holds no test samples"),
+        ("name,text\ncat,a\n", (), "has no column 'label'; it has 'name', 'text'"),
+        ("", (), "is empty"),
+    ],
+)
+def test_test_data_of_rows(tmp_path: Path, rows: str, counts: tuple[int, ...], problem: str) -> None:
+    (tmp_path / "test.csv").write_text(rows)
+    answer = look(Request(str(tmp_path / "test.csv"), model_spec(config_of(tmp_path, ROWS))))
+    assert answer.class_counts == counts
+    assert problem in answer.problem and bool(answer.problem) == bool(problem)
+    assert bool(answer.damaged) == ("cow" in rows and not problem)
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_test_data(tmp_path: Path, name: str) -> None:
     make, counts, problem = DATA[name]

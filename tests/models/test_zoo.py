@@ -9,7 +9,7 @@ from torch import nn
 
 from fedepth.errors import ModelError
 from fedepth.models import zoo
-from fedepth.models.catalog import ZOO
+from fedepth.models.catalog import ZOO, named_spec
 from fedepth.models.export import export_model
 from fedepth.models.graph import encode
 from fedepth.task import ModelSpec
@@ -48,6 +48,33 @@ def no_model() -> int:
 def test_parameter_counts_are_those_of_the_architectures(name: str) -> None:
     model = zoo.build(spec_of(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "units", "head"),
+    [
+        # 8192 · 127 + 128 · 127 of words and positions; per layer 3 · (128² + 128), 2 norms, 128 · 127 + 127,
+        # 128 · 512 + 512 and 512 · 127 + 127; the head's norm and 128 · 4 + 4
+        ("text-transformer", 1_847_932, ["embedding", "layers.0", "layers.1", "layers.2", "layers.3"], (128, 128)),
+        ("table-mlp", 55_300, ["layers.0", "layers.1", "layers.2", "layers.3"], (128,)),
+        ("table-resnet", 269_700, ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3"], (128,)),
+    ],
+)
+def test_models_of_rows_are_cut_into_their_layers(
+    name: str, parameters: int, units: list[str], head: tuple[int, ...]
+) -> None:
+    spec = named_spec(name, None, 4)
+    exported = export_model(zoo.build(spec), name, spec.input_shape, spec.input_type.dtype, 4)
+    assert sum(tensor.numel() for tensor in exported.tensors.values()) == parameters
+    assert [unit.name for unit in exported.graph.units] == units
+    assert exported.graph.head_shape == head
+    assert all(exported.graph.exits)  # of one width: a skip connection is the identity
+
+
+@pytest.mark.parametrize("name", ["text-transformer", "table-mlp", "table-resnet"])
+def test_models_of_rows_take_no_images(name: str) -> None:
+    with pytest.raises(ModelError, match=r"takes .*the job has float of \(3, 32, 32\)\. Give the job a \[t"):
+        zoo.build(spec_of(name))
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -1,0 +1,164 @@
+"""What the columns of a file hold, as the section [table] of a job file says it: `fedepth columns`.
+
+One pass over the rows, in little memory: sums of numbers, and of other columns the first values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedepth.data.damage import RowError
+from fedepth.data.labels import listed, normalised
+from fedepth.data.records import as_text, column_names, read_records
+from fedepth.data.tables import MISSING, number_of
+from fedepth.errors import DataError
+from fedepth.printable import printable
+
+MOST_VALUES = 50  # of a column with categories, and of the label
+_LONGEST_VALUE = 200
+
+
+@dataclass
+class Column:
+    """What was seen of one column.
+
+    Attributes:
+        missing: rows without a value.
+        numbers: rows with a number.
+        values: how often each value occurs, at most MOST_VALUES + 1 of them.
+        other: a value that is no number; "" as long as there is none.
+    """
+
+    name: str
+    missing: int = 0
+    numbers: int = 0
+    values: Counter[str] = field(default_factory=Counter)
+    other: str = ""
+    _shift: float = 0.0  # a first value, by which sums stay small: they would lose what numbers far from 0 differ by
+    _sum: float = 0.0
+    _squares: float = 0.0
+
+    def add(self, value: object) -> None:
+        """Takes the value of one row."""
+        text = as_text(value).strip()
+        if text.casefold() in MISSING:
+            self.missing += 1
+            return
+        if text in self.values or len(self.values) <= MOST_VALUES:
+            self.values[text[: _LONGEST_VALUE + 1]] += 1
+        if self.other:
+            return
+        try:
+            number = number_of(value)
+        except RowError:
+            self.other = text
+            return
+        if not self.numbers:
+            self._shift = number
+        self.numbers += 1
+        self._sum += number - self._shift
+        self._squares += (number - self._shift) ** 2
+
+    @property
+    def is_numeric(self) -> bool:
+        return self.numbers > 0 and not self.other
+
+    @property
+    def is_categorical(self) -> bool:
+        return 0 < len(self.values) <= MOST_VALUES and max(map(len, self.values)) <= _LONGEST_VALUE
+
+    @property
+    def mean(self) -> float:
+        return self._shift + self._sum / self.numbers
+
+    @property
+    def std(self) -> float:
+        """Of all numbers, in the sense of the whole population; 1 where all are equal."""
+        variance = self._squares / self.numbers - (self._sum / self.numbers) ** 2
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+
+def look_at_columns(files: Sequence[Path]) -> tuple[list[Column], int, list[str]]:
+    """Every column of the files, how many rows are damaged, and what is wrong with the first of them.
+
+    Raises:
+        DataError: a file cannot be read, or they have not the same columns.
+    """
+    names = column_names(files[0])
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise DataError(f"{printable(str(files[0]))} has the column {listed(twice)} more than once; rename the others")
+    columns = [Column(name) for name in names]
+    damaged = 0
+    examples: list[str] = []
+    for path in files:
+        for line, values, problem in read_records(path, names):
+            if problem:
+                damaged += 1
+                examples = examples or [printable(f"{path}, line {line}: {problem}")]
+                continue
+            for column, value in zip(columns, values, strict=True):
+                column.add(value)
+    return columns, damaged, examples
+
+
+def table_section(columns: Sequence[Column], label: str, categorical: Collection[str] = ()) -> str:
+    """The sections [model] and [table] of a job file, as far as they follow from the columns.
+
+    Args:
+        label: the column with the class.
+        categorical: columns that count as categories although they hold numbers.
+
+    Raises:
+        DataError: there is no such column, or it has too many values to be the class.
+    """
+    by_name = {column.name: column for column in columns}
+    wanted = [normalised(each.strip()) for each in (label, *categorical)]
+    if missing := [each for each in wanted if each not in by_name]:
+        raise DataError(f"there is no column {listed(missing)}; there are {listed([*by_name])}")
+    classes = by_name[wanted[0]]
+    if not classes.is_categorical:
+        raise DataError(
+            f"the column {listed([classes.name])} has no values, or more than {MOST_VALUES}: it is not a class"
+        )
+    others = [column for column in columns if column is not classes]
+    numeric = [each for each in others if each.is_numeric and each.name not in wanted]
+    chosen = [each for each in others if each not in numeric and each.is_categorical]
+    left_out = [each for each in others if each not in numeric and each not in chosen]
+    lines = ["[model]", f"classes = {_list(_ordered(classes.values))}", "", "[table]", f"label = {_text(classes.name)}"]
+    if numeric:
+        lines += [
+            f"numeric = {_list([each.name for each in numeric])}",
+            f"mean = [{', '.join(repr(each.mean) for each in numeric)}]",
+            f"std = [{', '.join(repr(each.std) for each in numeric)}]",
+        ]
+    for each in left_out:
+        why = "has no values" if not each.values else f"has more than {MOST_VALUES} values that are no numbers"
+        shown = f", such as {_text(each.other[:60])}" if each.other else ""
+        lines.append(f"# left out: {_text(each.name)} {why}{shown}")
+    if chosen:
+        lines += ["", "[table.categorical]"]
+        lines += [f"{_text(each.name)} = {_list(_ordered(each.values))}" for each in chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _ordered(values: Counter[str]) -> list[str]:
+    """Numbers by size, all else by name."""
+    try:
+        return sorted(values, key=lambda each: (float(each), each))
+    except ValueError:
+        return sorted(values)
+
+
+def _list(texts: Sequence[str]) -> str:
+    return f"[{', '.join(map(_text, texts))}]"
+
+
+def _text(text: str) -> str:
+    """As a basic string of TOML: JSON's, but for the one control character that JSON leaves as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
