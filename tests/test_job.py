@@ -102,6 +102,13 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
             "weight_decay": ("-1", "1e39"),
             "proximal_mu": ("-1", "inf", "1e39"),
             "augmentation": ('"mixup"',),
+            "batch_norm": ('"frozen"', '"fixed"'),  # without fixed_after
+            "fixed_after": ("-1", "1.5", "2"),  # 2 belongs to batch_norm = "fixed"
+        },
+        "tuning": {
+            "embeddings": ('"thawed"', "true"),
+            "last_units": ("-1", "513", '"all"'),
+            "new_classifier": ("1", "true"),  # there is no file with another one
         },
         "test": {"data": ('"nowhere"', "7")},
         "export": {
@@ -209,6 +216,22 @@ def test_the_task_carries_the_rate_and_another_seed_every_round() -> None:
     second = training_spec(config, 2)
     assert (second.learning_rate, second.seed, second.proximal_mu) == (pytest.approx(0.6), 9, 0.25)
     assert training_spec(config, 5) == training_spec(config, 4)
+
+
+def test_statistics_are_fixed_after_so_many_rounds(tmp_path: Path) -> None:
+    def fixed_in(after: int) -> list[bool]:
+        settings = f'[training]\nbatch_norm = "fixed"\nfixed_after = {after}\n'
+        config = load_config(write(tmp_path, GOOD.replace("[training]\n", settings)))
+        return [training_spec(config, number).fixed_statistics for number in (1, 2, 3, 4)]
+
+    assert fixed_in(0) == [True] * 4
+    assert fixed_in(1) == [False, True, True, True]
+    assert fixed_in(3) == [False] * 3 + [True]
+    with pytest.raises(
+        ConfigError, match=r"\[training\] fixed_after: must be below \[job\] rounds \(4\), so that some"
+    ):
+        fixed_in(4)
+    assert not any(training_spec(load_config(write(tmp_path, GOOD)), number).fixed_statistics for number in (1, 4))
 
 
 def test_limits_have_defaults_and_bounds(tmp_path: Path) -> None:

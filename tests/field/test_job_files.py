@@ -98,6 +98,22 @@ REFUSED: dict[str, tuple[bytes, str | tuple[str, ...]]] = {
     "a name that is there twice": (job("rounds = 4", "rounds = 4\nrounds = 5"), ("line 4, column", "'rounds = 5'")),
     "a section that is there twice": (job("[test]", "[job]"), ("at line 8, column", "the line is '[job]'")),
     "a control character": (job("demo", "de\x00mo"), ("line 2, column 11", r"""'name = "de\x00mo"'""")),
+    "fixed statistics without a round": (
+        job("[test]", '[training]\nbatch_norm = "fixed"\n[test]'),
+        ("[training] batch_norm", '"fixed" needs fixed_after: after how many rounds', "such as half of them", "line 9"),
+    ),
+    "a round for statistics that are never fixed": (
+        job("[test]", "[training]\nfixed_after = 2\n[test]"),
+        ("[training] fixed_after", 'is a setting of batch_norm = "fixed"'),
+    ),
+    "statistics that are fixed after the end": (
+        job("[test]", '[training]\nbatch_norm = "fixed"\nfixed_after = 4\n[test]'),
+        ("[training] fixed_after", "must be below [job] rounds (4)"),
+    ),
+    "a new classifier instead of none": (
+        job("[test]", "[tuning]\nnew_classifier = true\n[test]"),
+        ("[tuning] new_classifier", "needs [model] weights"),
+    ),
     "a setting that is misspelt": (
         job("rounds = 4", "ruonds = 4"),
         "job.toml: [job] ruonds: no such setting; did you mean rounds? (line 3, column 1: 'ruonds = 4')",
