@@ -17,8 +17,9 @@ from fedepth.task import ModelSpec, TrainingSpec
 
 
 async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> TrialModel:
-    """The model traced at this batch, once per folder, and initial weights."""
-    name = f"{spec.name}-{'x'.join(map(str, spec.input_shape))}-{training.batch}".replace(":", "-")
+    """The model traced at this batch and with these heads, once per folder, and initial weights."""
+    shape = "x".join(map(str, spec.input_shape))
+    name = f"{spec.name}-{shape}-{training.batch}-{training.heads.value}".replace(":", "-")
     graph, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     costs = _recorded(graph, training) if weights.exists() else None
     if costs is None:

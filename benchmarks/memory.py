@@ -3,11 +3,11 @@
     python -m benchmarks.memory --quick --json FILE    24 trials, and 5 of them again
     python -m benchmarks.memory --json FILE            200 trials, and 40 of them again
 
-Every trial draws model, batch, optimizer, policy and a budget between what the smallest plan needs and what full
-training needs. The trainer enforces the budget (RLIMIT_DATA, its own checks) as on a device; a plan that goes over is
-replaced by a smaller one, also as there. Every fifth trial is run once more, without enforcement. Finished trials are
-kept in a folder, so that a run that was stopped goes on where it was. `--plot FILE.png` draws predicted against
-measured.
+Every trial draws model, batch, optimizer, policy, heads, what is distilled, and a budget between what the smallest plan
+needs and what full training needs. The trainer enforces the budget (RLIMIT_DATA, its own checks) as on a device; a plan
+that goes over is replaced by a smaller one, also as there. Every fifth trial is run once more, without enforcement.
+Finished trials are kept in a folder, so that a run that was stopped goes on where it was. `--plot FILE.png` draws
+predicted against measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
 from fedepth.sizes import format_size
-from fedepth.task import InputType, ModelSpec, Outcome, TrainingSpec
+from fedepth.task import Distil, Heads, InputType, ModelSpec, Outcome, TrainingSpec
 
 TRIALS, QUICK_TRIALS = 200, 24
 UNENFORCED_EVERY = 5
@@ -105,6 +105,8 @@ class Trial:
     rehearsed_bytes: int
     seconds: float
     stages: tuple[StageFigures, ...]
+    heads: str = "shared"
+    distil: str = "none"
 
 
 async def run_trials(folder: Path, count: int, seed: int, calibration: Calibration) -> list[Trial]:
@@ -144,7 +146,9 @@ def draw(chance: random.Random) -> Drawn:
     spec = ModelSpec(name, tuple("0123456789"), shape, (0.3,) * shape[0], (0.35,) * shape[0], kind)
     optimizer = chance.choice(["sgd", "adamw"])
     training = TrainingSpec(chance.choice(batches), 1, optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
-    return Drawn(spec, training, chance.choice(list(Policy)), chance.random())
+    policy, height = chance.choice(list(Policy)), chance.random()
+    training = replace(training, heads=chance.choice(list(Heads)), distil=chance.choice(list(Distil)))
+    return Drawn(spec, training, policy, height)
 
 
 async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Calibration) -> Trial:
@@ -179,6 +183,8 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Cali
             StageFigures(planned, stage.rehearsed_peak_bytes, stage.measured_peak_bytes)
             for planned, stage in zip(plan.stages, stages, strict=False)
         ),
+        heads=training.heads.value,
+        distil=training.distil.value,
     )
 
 
@@ -300,8 +306,9 @@ def memory(
     for trial in trials:
         if trial.outcome != "trained" or trial.tries > 1 or trial.measured_bytes > trial.budget_bytes:
             console.print(
-                f"{trial.model} batch {trial.batch} {trial.optimizer} {trial.policy}: budget "
-                f"{format_size(trial.budget_bytes)}, measured {format_size(trial.measured_bytes)}, "
+                f"{trial.model} batch {trial.batch} {trial.optimizer} {trial.policy} {trial.heads} heads, distil "
+                f"{trial.distil}: budget {format_size(trial.budget_bytes)}, "
+                f"measured {format_size(trial.measured_bytes)}, "
                 f"{trial.tries} tries, {trial.outcome[:100]}"
             )
     found = {**figures(trials), "calibration": asdict(calibration), "seed": seed}

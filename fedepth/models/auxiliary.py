@@ -72,15 +72,22 @@ def with_auxiliary(exported: Exported, classes: int, *, seed: int) -> Exported:
     units: list[Unit] = []
     tensors: dict[str, torch.Tensor] = {}
     for index, shape in enumerate(graph.output_shapes[:-1]):
-        channels = channel_dimension(shape, graph.head_shape)
-        if channels is None:  # there is no skip connection
-            channels = channel_dimension(shape, (classes,)) or 0
+        channels = _channels(shape, graph.head_shape)
         module = AuxiliaryClassifier(shape, channels, classes)
         if shape not in by_shape:
             by_shape[shape] = _exported(module, shape, classes)
         units.append(_renamed(by_shape[shape], f"{PREFIX}{index}"))
         tensors.update((f"{PREFIX}{index}.{name}", tensor.detach()) for name, tensor in module.named_parameters())
     return _where_they_tell(exported, units, tensors)
+
+
+def _channels(shape: tuple[int, ...], head_shape: tuple[int, ...]) -> int:
+    """Which dimension of a unit's output holds its channels: as for a skip connection, where there is one."""
+    found = channel_dimension(shape, head_shape)
+    if found is None:
+        found = channel_dimension(shape, (1,)) or 0
+    # The mean of a single channel is 0 behind its norm: what a map of 1×1 with channels last looks like.
+    return found if shape[found] > 1 else shape.index(max(shape))
 
 
 def _exported(module: nn.Module, shape: tuple[int, ...], classes: int) -> Unit:

@@ -206,7 +206,7 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
         done.append(stage)
     if cache is not None:
         cache.close()
-    if plan.trains_head:
+    if plan.trains_head and exit_ is model.head:  # not where a warm-up, which ends anywhere, has auxiliary heads
         _write(context, [model.head], block.steps, parts, infos)
     model.head.release()
     return Trained(plan, tuple(results), tuple(parts), tuple(infos))

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.admission import check_report, check_result, check_update, lacking_classes
+from coordinator.admission import check_report, check_result, check_settings, check_update, lacking_classes
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.costs import Calibration
 from fedepth.errors import UpdateError
 from fedepth.job_sections import LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
-from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import ModelSpec, Result
+from fedepth.plan import CachePlace, CacheType, PeakComponents, Plan, Policy, Stage
+from fedepth.task import SETTINGS, Distil, Heads, ModelSpec, Result, TrainingSpec
 from fedepth.weights import save, write_tensors
 
 LAYOUT = ModelLayout(
@@ -65,6 +65,51 @@ def reason(parts: list[Path], *units: int, layout: ModelLayout = LAYOUT) -> tupl
 def test_an_update_of_all_units_in_any_parts_is_accepted(tmp_path: Path) -> None:
     check_update(saved(tmp_path, stem(), body() | head()), LAYOUT, result(0, 1))
     check_update(saved(tmp_path, head(), body(), stem()), LAYOUT, result(1, 0))
+
+
+def test_an_update_has_the_auxiliary_heads_that_its_blocks_end_with_and_no_others(tmp_path: Path) -> None:
+    own = {"auxiliary.0.linear.bias": np.ones(3, np.float32)}
+    layout = replace(LAYOUT, auxiliary=((TensorInfo("auxiliary.0.linear.bias", (3,), "F32"),), ()))
+    check_update(saved(tmp_path, stem() | own, body(), head()), layout, result(0, 1))
+    assert reason(saved(tmp_path, stem(), body(), head()), 0, 1, layout=layout)[0] == "missing_tensor"
+    assert reason(saved(tmp_path, body() | own, head()), 1, layout=layout)[0] == "unknown_tensor"
+    whole = Stage(0, 1, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))
+    at_once = replace(result(0, 1), plan=Plan((whole,), (), Policy.AUTO, 0))
+    check_update(saved(tmp_path, stem() | body() | head()), layout, at_once)
+    with pytest.raises(UpdateError, match=r"auxiliary\.0\.linear\.bias.*not in the trained units"):
+        check_update(saved(tmp_path, stem() | body() | head() | own), layout, at_once)
+    through = replace(result(0, untrained=(1,)).plan.stages[0], frozen_suffix=True)
+    suffix = replace(result(0), plan=Plan((through,), (1,), Policy.AUTO, 0))
+    check_update(saved(tmp_path, stem(), head()), layout, suffix)
+    behind = replace(result(0), plan=Plan(result(0).plan.stages, (1,), Policy.AUTO, 0))
+    check_update(saved(tmp_path, stem() | own), layout, behind)
+
+
+TRAINING = TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("training", "knows", "unknown"),
+    [
+        (TRAINING, (), ()),
+        (TRAINING, SETTINGS, ()),
+        (replace(TRAINING, cache_type=CacheType.UINT8), (), ()),  # which every agent knows
+        (replace(TRAINING, heads=Heads.AUXILIARY), (), ("heads",)),
+        (replace(TRAINING, heads=Heads.AUXILIARY), SETTINGS, ()),
+        (replace(TRAINING, distil=Distil.GLOBAL, distil_weight=0.5), ("batch", "distil"), ("distil_weight",)),
+        (replace(TRAINING, distil=Distil.GLOBAL, heads=Heads.AUXILIARY), (), ("heads", "distil")),
+    ],
+)
+def test_a_device_that_would_train_something_else_is_refused_by_name(
+    kit: Any, training: TrainingSpec, knows: tuple[str, ...], unknown: tuple[str, ...]
+) -> None:
+    report = replace(kit.report("a"), settings=knows, fedepth_version="0.0.9")
+    told = check_settings(report, training)
+    assert bool(told) == bool(unknown)
+    if unknown:
+        named = ", ".join(f"[training] {name}" for name in unknown)
+        assert f"sets {named}, which the agent of this device (fedepth '0.0.9') does not know" in told
+        assert "install the coordinator's version" in told
 
 
 def test_an_update_of_some_units_and_the_head_is_accepted(tmp_path: Path) -> None:

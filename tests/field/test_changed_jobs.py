@@ -66,6 +66,10 @@ CASES: list[tuple[str, str, Kind | None, list[str]]] = [
         ['[tuning] embeddings from "first-stage" to "frozen"'],
     ),
     ("[test]", "[tuning]\nlast_units = 2\n[test]", REFUSED, ["[tuning] last_units from nothing to 2"]),
+    ("batch = 16", 'batch = 16\ndistil = "global"', ASKS, ['[training] distil from "none" to "global"']),
+    ("batch = 16", "batch = 16\ndistil_weight = 2", ASKS, ["[training] distil_weight from 1.0 to 2.0"]),
+    ("batch = 16", "batch = 16\ndistil_temperature = 2", ASKS, ["[training] distil_temperature from 1.0 to 2.0"]),
+    ("batch = 16", 'batch = 16\nheads = "auxiliary"', REFUSED, ['[training] heads from "shared" to "auxiliary"']),
     ("seed = 7", "seed = 8", REFUSED, ["[job] seed from 7 to 8"]),
     ("batch = 16", "batch = 32", REFUSED, ["[training] batch from 16 to 32"]),
     ("batch = 16", 'batch = 16\noptimizer = "adamw"', REFUSED, ['[training] optimizer from "sgd" to "adamw"']),
@@ -177,6 +181,19 @@ def test_a_job_that_has_no_weights_yet_may_be_put_right(tmp_path: Path) -> None:
     Store.open(tmp_path / "state", "demo", model_spec(now)).close()  # it is the recorded model now
 
 
+def test_settings_newer_than_a_record_had_their_defaults(tmp_path: Path) -> None:
+    """Else the heads of a job that an earlier version began could be changed without a word."""
+    config = config_of(tmp_path, JOB)
+    older = {name: value for name, value in settings_of(config).items() if name != "training.heads"}
+    store = Store.open(tmp_path / "state", "demo", model_spec(config))
+    store.take_over(model_spec(config), older, [])
+    begin(store)
+    assert store.changed(settings_of(config)) == []
+    now = settings_of(config_of(tmp_path, JOB.replace("batch = 16", 'batch = 16\nheads = "auxiliary"')))
+    assert [str(each) for each in store.changed(now)] == ['[training] heads from "shared" to "auxiliary"']
+    store.close()
+
+
 def test_a_file_with_weights_may_move(tmp_path: Path) -> None:
     text = JOB.replace("mean = [0.3]", 'mean = [0.3]\nweights = "first"')
     settings = [settings_of(config_of(tmp_path / folder, text)) for folder in ("here", "there")]
@@ -195,6 +212,7 @@ def test_a_job_of_an_earlier_version_is_compared_by_what_it_recorded(tmp_path: P
         ("seed = 7", "seed = 8", "[job] seed from 7 to 8"),
         ("batch = 16", "batch = 32", "[training] batch from 16 to 32"),
         ("0.05", "0.1", "[training] learning_rate from 0.05 to 0.1"),
+        ("batch = 16", 'batch = 16\nheads = "auxiliary"', '[training] heads from "shared" to "auxiliary"'),
         ("rounds = 4", "rounds = 5", ""),  # it is not known what they were
     ):
         changed = store.changed(settings_of(config_of(tmp_path, JOB.replace(old, new))))

@@ -137,6 +137,30 @@ REFUSED: dict[str, tuple[bytes, str | tuple[str, ...]]] = {
         job("rounds = 4", "quorum = 5"),
         ("quorum: must be at most devices_per_round", "(line 3"),
     ),
+    "heads that do not exist": (
+        job("[test]", '[training]\nheads = "local"\n[test]'),
+        ("[training] heads: invalid enum value 'local'", "(line 9, column 1"),
+    ),
+    "a teacher that does not exist": (
+        job("[test]", "[training]\ndistil = true\n[test]"),
+        ("[training] distil: ", "(line 9, column 1"),
+    ),
+    "nothing to distil by": (
+        job("[test]", '[training]\ndistil = "global"\ndistil_weight = 0\n[test]'),
+        ("[training] distil_weight: ", "> 0", "(line 10, column 1"),
+    ),
+    "a temperature of zero": (
+        job("[test]", "[training]\ndistil_temperature = 0.0\n[test]"),
+        ("[training] distil_temperature: ", ">= 0.01", "(line 9, column 1"),
+    ),
+    "a temperature that melts everything": (
+        job("[test]", "[training]\ndistil_temperature = 1e9\n[test]"),
+        ("[training] distil_temperature: ", "<= 1000", "(line 9, column 1"),
+    ),
+    "distillation that is misspelt": (
+        job("[test]", '[training]\ndistill = "global"\n[test]'),
+        "[training] distill: no such setting; did you mean distil?",
+    ),
     "a section in one line": (
         b"job = {name = 'demo', rounds = 0}\n" + job('[job]\nname = "demo"\nrounds = 4\n', ""),
         ("[job] rounds: ", "(line 1, column 1: "),

@@ -20,6 +20,7 @@ from fedepth.estimate.tracing import trace_costs
 from fedepth.files import file_digest
 from fedepth.memory.meter import Meter
 from fedepth.models import zoo
+from fedepth.models.auxiliary import with_auxiliary
 from fedepth.models.digits import DigitsCNN
 from fedepth.models.export import Exported, export_model
 from fedepth.models.fixed_statistics import with_fixed_statistics
@@ -27,7 +28,7 @@ from fedepth.models.preresnet import PreResNet
 from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, write_traced
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
-from fedepth.task import InputType, ModelSpec, PartInfo, StageResult, Task, TrainingSpec
+from fedepth.task import Heads, InputType, ModelSpec, PartInfo, StageResult, Task, TrainingSpec
 from fedepth.training.context import TrainingContext
 from fedepth.training.session import Assignment
 from fedepth.training.stages import train
@@ -106,8 +107,15 @@ def exported(spec: ModelSpec) -> Exported:
 
 
 @functools.cache
-def traced(spec: ModelSpec) -> TracedModel:
-    graph = exported(spec).graph
+def exported_with(spec: ModelSpec, heads: Heads) -> Exported:
+    """The same, with what a job's `heads` adds to it."""
+    plain = exported(spec)
+    return plain if heads is Heads.SHARED else with_auxiliary(plain, len(spec.classes), seed=3)
+
+
+@functools.cache
+def traced(spec: ModelSpec, heads: Heads = Heads.SHARED) -> TracedModel:
+    graph = exported_with(spec, heads).graph
     fixed = with_fixed_statistics(graph)
     costs = trace_costs(graph, spec.name, TRAINING.batch)
     return TracedModel(graph, costs, trace_costs(fixed, spec.name, TRAINING.batch) if fixed is not graph else None)
@@ -154,8 +162,8 @@ def write_data(folder: Path, spec: ModelSpec, count: int) -> None:
     write_idx(folder / "train-labels-idx1-ubyte", (np.arange(count) % 3).astype(np.uint8))
 
 
-def write_weights(path: Path, spec: ModelSpec) -> Path:
-    save(path, {name: tensor.numpy() for name, tensor in exported(spec).tensors.items()})
+def write_weights(path: Path, spec: ModelSpec, heads: Heads = Heads.SHARED) -> Path:
+    save(path, {name: tensor.numpy() for name, tensor in exported_with(spec, heads).tensors.items()})
     return path
 
 
@@ -166,15 +174,15 @@ def context(
     training: TrainingSpec = TRAINING,
     count: int = 16,
 ) -> TrainingContext:
-    weights = write_weights(folder / "weights.safetensors", spec)
+    graph = exported_with(spec, training.heads).graph
+    weights = write_weights(folder / "weights.safetensors", spec, training.heads)
     write_data(folder, spec, count)
     for each in ("out", "cache"):
         (folder / each).mkdir(exist_ok=True)
     trained = {unit for stage in stages for unit in range(stage.first, stage.last + 1)}
-    units = range(len(exported(spec).graph.units))
+    units = range(len(graph.units))
     plan = Plan(tuple(stages), tuple(unit for unit in units if unit not in trained), Policy.PAPER, 1 << 40)
     task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, plan, "", 0, "", 0, 0)
-    graph = exported(spec).graph
     if training.fixed_statistics:
         graph = with_fixed_statistics(graph)
     return TrainingContext(
@@ -194,7 +202,7 @@ def assignment(
     """The same task as a session is given it."""
     task = context(folder, stages, spec, training, count).task
     graph = folder / "graph.json"
-    write_traced(graph, traced(spec))
+    write_traced(graph, traced(spec, training.heads))
     return Assignment(
         task=replace(task, graph_digest=file_digest(graph), graph_bytes=graph.stat().st_size),
         plan=task.plan,
