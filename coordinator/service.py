@@ -20,7 +20,7 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
-from coordinator.admission import check_report
+from coordinator.admission import check_report, counted_for
 from coordinator.job import Job
 from coordinator.uploads import PartHeader
 from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
@@ -51,6 +51,7 @@ class FederationService(FederationServicer):
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
         job = self._job
+        report = counted_for(report, job.model.classes)
         problem = check_report(report, job.model.classes, job.config.limits, job.model.first_label)
         if problem:
             return self._rejected(report, problem)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import structlog
 
@@ -12,8 +13,7 @@ from edge_client.data_check.client import check_files
 from edge_client.data_check.protocol import CheckRequest
 from fedepth.data.damage import Damage, check_share, load_damage
 from fedepth.data.labels import lacking, listed
-from fedepth.data.scan import DataSummary, scan
-from fedepth.errors import DataError
+from fedepth.data.scan import DataSummary, NoImagesError, scan
 from fedepth.files import disk_errors
 from fedepth.printable import printable
 from fedepth.task import Task
@@ -40,12 +40,25 @@ class Samples:
         self._told: object = None
         self._looked = False
         self._told_lacking: tuple[str, str] = ("", "")
+        self._told_of_job: tuple[str, tuple[int, ...]] = ("", ())
         self.summary = DataSummary(0, (), "", ())
         self.damage = Damage()
 
     @property
     def count(self) -> int:
         return self.summary.sample_count
+
+    def count_for(self, classes: Sequence[str]) -> int:
+        """The samples for a job with these classes, as the coordinator counts them from a report."""
+        return self.summary.count_for(classes)
+
+    @property
+    def folders(self) -> dict[str, int]:
+        """Images by folder, as a report has them (`DataSummary.folders`)."""
+        counts: Counter[str] = Counter()
+        for name, count in self.summary.folders.items():
+            counts[printable(name)] += count
+        return dict(counts)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -89,12 +102,13 @@ class Samples:
                 _log.warning("the check of the data cannot be recorded; it is repeated", error=damage.unsaved)
             try:
                 summary = await asyncio.to_thread(self._scan, damage)
-            except DataError:  # nothing is left
-                check_share(0, len(damage.damaged), self._most_damaged, damage.damaged, "most_damaged")
+            except NoImagesError as error:  # nothing is left
+                keys = error.walk.damaged
+                check_share(0, len(keys), self._most_damaged, _messages(damage, keys), "most_damaged")
                 raise
         self.summary, self.damage = summary, damage
         self._tell()
-        check_share(summary.sample_count, summary.damaged, self._most_damaged, damage.damaged, "most_damaged")
+        self._check_share(summary)
 
     def for_task(self, task: Task) -> DataSummary:
         """The samples by class of the job. Says once which classes this device lacks.
@@ -104,7 +118,15 @@ class Samples:
         """
         spec = task.model
         summary = scan(self._directory, spec.classes, first_label=spec.first_label, damage=self.damage.keys)
-        check_share(summary.sample_count, summary.damaged, self._most_damaged, self.damage.damaged, "most_damaged")
+        self._check_share(summary)
+        if summary.sample_count != self.count and self._told_of_job != (task.job, summary.class_counts):
+            self._told_of_job = (task.job, summary.class_counts)
+            _log.info(
+                "training data for this job",
+                job=task.job,
+                samples=summary.sample_count,
+                classes=sum(1 for count in summary.class_counts if count),
+            )
         missing = lacking(spec.classes, summary.class_counts)
         if missing and self._told_lacking != (task.job, listed(missing)):
             self._told_lacking = (task.job, listed(missing))
@@ -116,12 +138,16 @@ class Samples:
             )
         return summary
 
+    def _check_share(self, summary: DataSummary) -> None:
+        messages = _messages(self.damage, summary.damaged_keys)
+        check_share(summary.sample_count, summary.damaged, self._most_damaged, messages, "most_damaged")
+
     def _scan(self, damage: Damage) -> DataSummary:
         with disk_errors("the training samples cannot be counted", self._directory):
             return scan(self._directory, None, damage=damage.keys)
 
     def _tell(self) -> None:
-        summary, damaged = self.summary, self.damage.damaged
+        summary = self.summary
         what = (summary.class_counts, summary.left_out, summary.notes)
         if what == self._told:
             return
@@ -146,5 +172,10 @@ class Samples:
             )
         if len(summary.left_out) > _ROWS:
             _log.warning("left out of the training data", further_reasons=len(summary.left_out) - _ROWS)
-        for message in [*damaged.values()][:_ROWS] if summary.damaged else ():
+        for message in [*_messages(self.damage, summary.damaged_keys).values()][:_ROWS]:
             _log.warning("damaged", file=message)
+
+
+def _messages(damage: Damage, keys: Collection[int]) -> dict[int, str]:
+    """What is wrong with the files of these keys, as far as it is known."""
+    return {key: message for key, message in damage.damaged.items() if key in keys}

@@ -45,6 +45,10 @@ class DeviceReport:
         hostname: of the machine that the agent runs on, to find it by.
         class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC). Empty
             where data has numbers for labels: counts are then by those, from 0 on.
+        folder_names: where a folder is called as a split, so that only the job's classes tell what it is: the folders
+            of images, as `fedepth.data.splits.images_by_class` takes them. They replace `sample_count`, `class_counts`
+            and `class_names`. Empty elsewhere.
+        folder_counts: of the images in each.
     """
 
     device_id: str
@@ -60,6 +64,8 @@ class DeviceReport:
     instance: str = ""
     hostname: str = ""
     class_names: tuple[str, ...] = ()
+    folder_names: tuple[str, ...] = ()
+    folder_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

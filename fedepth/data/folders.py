@@ -89,7 +89,8 @@ class Walk:
         prefix: of paths, where the folder lies in the data directory.
         names: of the class folders, normalised, with what they are called on the disk.
         with_images: of these, those with an image.
-        damaged: how many files are empty or otherwise known to be damaged.
+        loose: how many images lie beside them.
+        damaged: the keys of files that are empty or otherwise known to be damaged.
     """
 
     root: Path
@@ -98,7 +99,8 @@ class Walk:
     prefix: str = ""
     names: dict[str, list[str]] = field(default_factory=dict)
     with_images: set[str] = field(default_factory=set)
-    damaged: int = 0
+    loose: int = 0
+    damaged: set[int] = field(default_factory=set)
     _left_out: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     _entered: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -180,25 +182,17 @@ class Walk:
             return False
 
     def _hidden(self, entry: os.DirEntry[str], path: str, top: str) -> bool:
-        name = entry.name.lower()
-        if name.startswith("._"):
-            reason = "AppleDouble file of macOS"
-        elif name in _SYSTEM_FILES or name == ".ds_store":
-            reason = "file of an operating system"
-        elif name in _SYSTEM_FOLDERS:
-            reason = "folder of an operating system"
-        elif name.startswith("."):
-            reason = "hidden"
-        else:
-            return False
-        self.leave_out(top, path, reason)
-        return True
+        reason = hidden(entry.name)
+        if reason:
+            self.leave_out(top, path, reason)
+        return bool(reason)
 
     def _stray(self, entry: os.DirEntry[str]) -> None:
         """Something that lies beside the class folders."""
         if self._hidden(entry, entry.name, ""):
             return
         reason = self._objection(entry)
+        self.loose += not reason
         self.leave_out("", entry.name, reason or _NO_CLASS)
 
     def _picture(self, entry: os.DirEntry[str], top: str, path: str) -> Picture | None:
@@ -209,7 +203,7 @@ class Walk:
         status = entry.stat()
         key = file_key(self.prefix + path, status)
         if not status.st_size or key in self.damage:
-            self.damaged += 1
+            self.damaged.add(key)
             self.leave_out(top, path, EMPTY if not status.st_size else "damaged")
             return None
         return Picture(normalised(top), path, key)
@@ -228,6 +222,18 @@ class Walk:
         if suffix in IMAGE_SUFFIXES:
             return ""
         return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else "not an image (no suffix)")
+
+
+def hidden(name: str) -> str:
+    """Why a file or folder of this name is passed over, whatever it holds; empty if it is not."""
+    name = name.lower()
+    if name.startswith("._"):
+        return "AppleDouble file of macOS"
+    if name in _SYSTEM_FILES or name == ".ds_store":
+        return "file of an operating system"
+    if name in _SYSTEM_FOLDERS:
+        return "folder of an operating system"
+    return "hidden" if name.startswith(".") else ""
 
 
 def file_key(path: str, status: os.stat_result) -> int:

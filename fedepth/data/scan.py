@@ -11,19 +11,19 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from fedepth.data.folders import LeftOut, Picture, Walk, file_key
+from fedepth.data.folders import LeftOut, Picture, Walk, file_key, hidden
 from fedepth.data.idx import IdxFile
 from fedepth.data.labels import labels_outside, normalised, unknown_names
+from fedepth.data.splits import SPLITS, called_as_split, images_by_class, read_as
 from fedepth.errors import DataError
 from fedepth.printable import printable, visible
 from fedepth.task import MOST_CLASSES
 
-_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 _IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 _IDX_NAME = re.compile(
     r"(?:(?P<set>.+)[-_.])?(?P<split>train|t10k|test)[-_.](?P<kind>images|labels)[-_.]idx[1-4](?:[-_.][a-z0-9]+)?"
@@ -48,7 +48,10 @@ class DataSummary:
         left_out: what lies there and is not taken.
         damaged: of it, how many image files are empty or damaged.
         notes: what else a person should know: where IDX files were found, which folders count as one class.
-        fingerprint: changes with every file that is taken.
+        fingerprint: changes with every file that is taken, or would be for a job with other classes.
+        damaged_keys: of the files that `damaged` counts.
+        folders: where the job is not known and some folder is called as a split, images by folder, as
+            `fedepth.data.splits.images_by_class` takes them.
     """
 
     sample_count: int
@@ -59,6 +62,14 @@ class DataSummary:
     damaged: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
     fingerprint: int = field(default=0, compare=False)
+    damaged_keys: frozenset[int] = field(default=frozenset(), compare=False)
+    folders: Mapping[str, int] = field(default_factory=dict)
+
+    def count_for(self, classes: Sequence[str]) -> int:
+        """The labelled images, for a job with these classes."""
+        if not self.folders:
+            return self.sample_count
+        return sum(images_by_class([*self.folders], [*self.folders.values()], classes).values())
 
 
 class IdxPair(NamedTuple):
@@ -94,24 +105,65 @@ def scan(
         return _scan_idx(directory, pair, classes, first_label)
     fingerprint = 0
 
-    def count(pictures: Iterator[Picture]) -> dict[str, int]:
+    def keyed(pictures: Iterable[Picture]) -> Iterator[Picture]:
         nonlocal fingerprint
-        counts: Counter[str] = Counter()
         for picture in pictures:  # none of them is kept
-            counts[picture.name] += 1
             fingerprint = (fingerprint + picture.key) % _KEYS
-        return counts
+            yield picture
 
-    found, walk = _by_class(directory, classes, split, damage, count, 0)
+    def count(pictures: Iterator[Picture]) -> dict[str, int]:
+        return Counter(picture.name for picture in keyed(pictures))
+
+    further = further_folders(directory, split, damage) if classes is None else None
+    try:
+        found, walk = _by_class(directory, classes, split, damage, count, 0)
+    except NoImagesError as error:
+        if further is None:
+            raise
+        found, walk = {}, error.walk
+    folders = {} if further is None else _by_folder(directory, split, walk, found, keyed(further))
+    if not found and not any(folders.values()):
+        raise NoImagesError(walk)
     return DataSummary(
         sample_count=sum(found.values()),
         class_counts=tuple(found.values()),
         layout="folders",
         classes=tuple(found),
         left_out=walk.left_out,
-        damaged=walk.damaged,
-        notes=_merged(walk),
+        damaged=len(walk.damaged),
+        notes=(*_merged(walk), *_open_questions(folders)),
         fingerprint=fingerprint,
+        damaged_keys=frozenset(walk.damaged),
+        folders=folders,
+    )
+
+
+def _by_folder(
+    directory: Path, split: str, walk: Walk, found: Mapping[str, int], further: Iterable[Picture]
+) -> dict[str, int]:
+    """Images by folder, where a folder's name leaves open whether it is a split (`DataSummary.folders`)."""
+    inside = "" if walk.root == directory else f"{walk.root.name}/"
+    counts: Counter[str] = Counter()
+    for top, inner in _folders(directory).items():
+        if called_as_split(top, split):
+            counts.update({f"{top}/{normalised(name)}": 0 for name in (*inner, "")})
+    counts.update({inside + name: count for name, count in found.items()})
+    if inside:
+        counts[inside] += walk.loose
+    for picture in further:
+        top, *rest = picture.path.split("/")
+        inner_name = rest[0] if len(rest) > 1 else ""
+        counts[f"{top}/{normalised(inner_name)}" if called_as_split(top, split) else normalised(top)] += 1
+    return dict(counts)
+
+
+def _open_questions(folders: Mapping[str, int]) -> tuple[str, ...]:
+    """Of folders that a job may make classes of: those that hold images, and no folders."""
+    flat = {name.rstrip("/"): count for name, count in folders.items() if count and called_as_split(name.rstrip("/"))}
+    return tuple(
+        f"folder {visible(name)} with {count} images counts for a job that has such a class; to others it is a split"
+        for name, count in flat.items()
+        if sum(each.startswith(f"{name}/") for each in folders) < 2
     )
 
 
@@ -193,7 +245,7 @@ def _by_class(
         if unknown:
             raise DataError(f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away")
     if not taken:
-        raise DataError(_no_images(walk))
+        raise NoImagesError(walk)
     names = [normalised(name) for name in classes] if classes is not None else sorted(taken)
     called = classes if classes is not None else names
     return {label: taken.get(name, nothing) for label, name in zip(called, names, strict=True)}, walk
@@ -208,20 +260,48 @@ def walk_folders(
         DataError: the directory is missing or cannot be read, or there is no such split.
     """
     _check_directory(directory, split)
-    root = split_root(directory, classes or (), split)
-    splits = {name for names in _FOLDERS.values() for name in names}
-    known = splits - {name.lower() for name in classes or ()}
-    others = {name for other, names in _FOLDERS.items() if other != split for name in names}
-    beside = _folder_names(directory) if root != directory else []
-    reserved = frozenset(name for name in _folder_names(root) if name.lower() in known) if root == directory else set()
-    walk = Walk(root, frozenset(reserved), damage, "" if root == directory else f"{root.name}/")
-    for name in beside:
-        if name != root.name and name.lower() not in others and not name.startswith("."):
-            walk.leave_out("", f"{name}/", f"beside the folder {visible(root.name)}, which is read")
-    for name in sorted(reserved) if classes is None else ():
-        if not _folder_names(root / name):
-            walk.leave_out("", f"{name}/", "called as a split, and counted for a job only that has such a class")
+    folders = _folders(directory)
+    reading = read_as(folders, classes, split)
+    if split == "test" and not reading.root:
+        raise DataError(
+            f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
+        )
+    if not reading.root:
+        walk = Walk(directory, reading.reserved, damage)
+        for name in sorted(reading.reserved) if classes is not None else ():
+            if called_as_split(name, split):
+                walk.leave_out("", f"{name}/", "called as a split, without folders of classes in it")
+        return walk
+    walk = Walk(directory / reading.root, frozenset(), damage, f"{reading.root}/")
+    others = {name for other, names in SPLITS.items() if other != split for name in names}
+    for name in folders:
+        if name != reading.root and name.lower() not in others:
+            walk.leave_out("", f"{name}/", f"beside the folder {visible(reading.root)}, which is read")
     return walk
+
+
+def further_folders(directory: Path, split: str, damage: frozenset[int] = frozenset()) -> Walk | None:
+    """The walk over the folders that a job's classes may make classes of, where `walk_folders` without classes does not
+    read them; None where the names of folders leave nothing open.
+
+    Raises:
+        DataError: the directory is missing or cannot be read, or there is no such split.
+    """
+    _check_directory(directory, split)
+    folders = _folders(directory)
+    if not any(map(called_as_split, folders)):
+        return None
+    reading = read_as(folders, None, split)
+    read = {reading.root} if reading.root else folders.keys() - reading.reserved
+    return Walk(directory, frozenset(read), damage)
+
+
+class NoImagesError(DataError):
+    """A walk found nothing to take. It knows what it left out."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__(_no_images(walk))
+        self.walk = walk
 
 
 def _no_images(walk: Walk) -> str:
@@ -285,8 +365,8 @@ def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, fir
 
 
 def _check_directory(directory: Path, split: str) -> None:
-    if split not in _FOLDERS:
-        raise DataError(f"there is no split {split!r}; splits are {', '.join(_FOLDERS)}")
+    if split not in SPLITS:
+        raise DataError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
     try:
         is_folder, exists = directory.is_dir(), directory.exists()
         if is_folder:
@@ -301,49 +381,16 @@ def _check_directory(directory: Path, split: str) -> None:
         raise DataError(f"data directory {printable(str(directory))} {what}; correct the setting `data`")
 
 
-def split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
-    """The folder with the class folders of a split. It may have the name of a class, if folders of classes are in it.
-
-    Raises:
-        DataError: there is none for tests.
-    """
-    called = {normalised(name) for name in classes}
-    folders = _folder_names(directory)
-    splits = {name for names in _FOLDERS.values() for name in names}
-    alone = all(name.lower() in splits or name.startswith(".") for name in folders)
-    found = {
-        name.lower(): name
-        for name in sorted(folders, key=str.swapcase, reverse=True)  # "train" before "Train"
-        if name.lower() in _FOLDERS[split] and _is_split(directory / name, called, alone=alone)
-    }
-    for name in _FOLDERS[split]:
-        if name in found:
-            return directory / found[name]
-    if split == "test":
-        raise DataError(
-            f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
-        )
-    return directory
-
-
-def _is_split(folder: Path, classes: set[str], *, alone: bool) -> bool:
-    """Whether a folder with the name of a split is one, and not that of a class.
-
-    Args:
-        classes: of the job, normalised; empty if they are not known.
-        alone: nothing but splits lies beside it.
-    """
-    inner = [name for name in _folder_names(folder) if not name.startswith(".")]
-    if normalised(folder.name) in classes:
-        return any(normalised(name) in classes for name in inner)
-    return alone or bool(inner) or bool(classes)
+def _folders(directory: Path) -> dict[str, list[str]]:
+    """The folders in a directory, and of those that are called as splits the folders in each; no hidden ones."""
+    return {name: _folder_names(directory / name) if called_as_split(name) else [] for name in _folder_names(directory)}
 
 
 def _folder_names(directory: Path) -> list[str]:
-    """None in a directory that cannot be read, which the walk names."""
+    """Without hidden ones; none in a directory that cannot be read, which the walk names."""
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if _is_folder(entry))
+            return sorted(entry.name for entry in entries if not hidden(entry.name) and _is_folder(entry))
     except OSError:
         return []
 
