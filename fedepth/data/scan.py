@@ -31,6 +31,7 @@ _IDX_NAME = re.compile(
     re.IGNORECASE,
 )
 _IDX_LEVELS = 2
+_SPLIT_WORDS = re.compile("|".join(("t10k", *sorted((w for names in SPLITS.values() for w in names), key=len)[::-1])))
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def scan(
     """
     pair = find_idx(directory, split)
     if pair is not None:
-        return _scan_idx(directory, pair, classes, first_label)
+        return _scan_idx(directory, split, pair, classes, first_label)
     fingerprint = 0
 
     def keyed(pictures: Iterable[Picture]) -> Iterator[Picture]:
@@ -175,32 +176,92 @@ def find_idx(directory: Path, split: str) -> IdxPair | None:
             or there are several such sets.
     """
     _check_directory(directory, split)
-    found: dict[tuple[Path, str, str], dict[str, Path]] = {}
+    sets = _idx_sets(directory)
+    found = {place: files for place, files in sets.items() if place.split in _IDX_SPLITS[split]}
+    if not found:
+        return None
+    if len(found) > 1:
+        raise DataError(
+            f"{printable(str(directory))} holds {len(found)} data sets for {split}: {_listed(_examples(found))}; "
+            "move all but one away, or name the folder of one"
+        )
+    ((place, files),) = found.items()
+    if len(files) == 1:
+        ((kind, path),) = files.items()
+        missing = "labels-idx1" if kind == "images" else "images-idx3"
+        full = f"{place.prefix}-{place.split}" if place.prefix else place.split
+        raise DataError(
+            f"{printable(str(path.parent))} holds {printable(path.name)} but no {full}-{missing}-ubyte[.gz]"
+        )
+    pair = IdxPair(files["images"], files["labels"])
+    _check_other_split(directory, split, place, sets)
+    folder = pair.images.parent
+    if folder != directory and (picture := _picture_beside(directory, split, pair)):
+        raise DataError(
+            f"{printable(str(directory))} holds class folders with images, such as {printable(picture)}, and an IDX "
+            f"data set in {printable(str(folder))}; name that folder to read the set, or move it away to read the "
+            "images"
+        )
+    return pair
+
+
+class _Place(NamedTuple):
+    """Where an IDX set lies, and what it is called: "emnist-letters" and "train"."""
+
+    folder: Path
+    prefix: str
+    split: str
+
+
+def _idx_sets(directory: Path) -> dict[_Place, dict[str, Path]]:
+    """The IDX files in and below a directory: of each set the paths of "images" and "labels"."""
+    found: dict[_Place, dict[str, Path]] = {}
     for folder in _near_folders(directory):
         for entry in sorted(os.listdir(folder)):  # noqa: PTH208 - names, of which there may be a million
             name = _IDX_NAME.fullmatch(entry)
             path = folder / entry
-            if name is None or name["split"].lower() not in _IDX_SPLITS[split] or not path.is_file():
+            if name is None or not path.is_file():
                 continue
-            files = found.setdefault((folder.resolve(), (name["set"] or "").lower(), name["split"].lower()), {})
-            kind = name["kind"].lower()
-            if kind not in files or files[kind].suffix == ".gz":  # unpacked ones can be read at any place
+            place = _Place(folder.resolve(), (name["set"] or "").lower(), name["split"].lower())
+            files, kind = found.setdefault(place, {}), name["kind"].lower()
+            if kind not in files or files[kind].suffix.lower() == ".gz":  # unpacked ones can be read at any place
                 files[kind] = path
-    if not found:
-        return None
-    if len(found) > 1:
-        sets = [next(iter(files.values())) for files in found.values()]
+    return found
+
+
+def _check_other_split(directory: Path, split: str, place: _Place, sets: Mapping[_Place, dict[str, Path]]) -> None:
+    """Whether the one set of a split and those of the other may belong together: by name and, but for words such as
+    "train", by folder.
+
+    Raises:
+        DataError: they are of different data sets.
+    """
+
+    def identity(other: _Place) -> tuple[str, str]:
+        return _SPLIT_WORDS.sub("", str(other.folder).lower()).rstrip("/"), other.prefix
+
+    others = {other: files for other, files in sets.items() if other.split not in _IDX_SPLITS[split]}
+    if others and identity(place) not in map(identity, others):
+        (other,) = SPLITS.keys() - {split}
         raise DataError(
-            f"{printable(str(directory))} holds {len(sets)} data sets for {split}: {_listed(list(map(str, sets)))}; "
-            "move all but one away, or name the folder of one"
+            f"{printable(str(directory))} holds parts of different data sets: for {split} "
+            f"{_listed(_examples({place: sets[place]}))}, for {other} {_listed(_examples(others))}; move what does not "
+            "belong there away, or name the folder of one"
         )
-    (((folder, prefix, name_of_split), files),) = found.items()
-    if len(files) == 1:
-        ((kind, path),) = files.items()
-        missing = "labels-idx1" if kind == "images" else "images-idx3"
-        full = f"{prefix}-{name_of_split}" if prefix else name_of_split
-        raise DataError(f"{printable(str(folder))} holds {printable(path.name)} but no {full}-{missing}-ubyte[.gz]")
-    return IdxPair(files["images"], files["labels"])
+
+
+def _picture_beside(directory: Path, split: str, pair: IdxPair) -> str:
+    """An image in a class folder outside the folder of an IDX set, relative to the directory; empty if none is."""
+    parts = pair.images.parent.relative_to(directory).parts
+    reading = read_as(_folders(directory), None, split)
+    if (parts and reading.root == parts[0]) or (split == "test" and not reading.root):
+        return ""
+    picture = next(iter(Walk(directory / reading.root, reading.reserved | {*parts[:1]})), None)
+    return str(Path(reading.root, picture.path)) if picture else ""
+
+
+def _examples(sets: Mapping[_Place, dict[str, Path]]) -> list[str]:
+    return [str(next(iter(files.values()))) for files in sets.values()]
 
 
 def find_folders(
@@ -339,7 +400,9 @@ def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str], firs
         raise DataError(f"{path} {objection}")
 
 
-def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, first_label: int) -> DataSummary:
+def _scan_idx(
+    directory: Path, split: str, pair: IdxPair, classes: Sequence[str] | None, first_label: int
+) -> DataSummary:
     labels = IdxFile(pair.labels, 1, any_integers=True)
     check_pair(IdxFile(pair.images, None), labels)
     counts = Counter(labels.values())
@@ -354,12 +417,14 @@ def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, fir
     else:
         names = tuple(classes)
     check_labels(pair.labels, sorted(counts), names, first_label)
+    picture = _picture_beside(directory, split, pair)
+    beside = (f"images in folders beside these files, such as {picture}, are not read",) if picture else ()
     return DataSummary(
         sample_count=len(labels),
         class_counts=tuple(counts[first_label + place] for place in range(len(names))),
         layout="idx",
         classes=names,
-        notes=(f"reading {pair.images} and {pair.labels.name}",),
+        notes=(f"reading {pair.images} and {pair.labels.name}", *beside),
         fingerprint=sum(file_key(str(path), path.stat()) for path in pair) % _KEYS,
     )
 
