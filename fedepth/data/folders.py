@@ -113,7 +113,7 @@ class Walk:
         for entry in self._entries("", ""):
             if entry.name in self.reserved:
                 continue
-            if not self._is_folder(entry):
+            if not is_folder(entry):
                 self._stray(entry)
             elif not self._hidden(entry, entry.name, ""):
                 self.names.setdefault(normalised(entry.name), []).append(entry.name)
@@ -126,7 +126,7 @@ class Walk:
                 inner = f"{path}/{entry.name}"
                 if self._hidden(entry, inner, top):
                     continue
-                if self._is_folder(entry):
+                if is_folder(entry):
                     (links if entry.is_symlink() else folders).append((top, inner))
                     continue
                 picture = self._picture(entry, top, inner)
@@ -175,12 +175,6 @@ class Walk:
             return False
         return True
 
-    def _is_folder(self, entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:  # a link in a circle; it is named as a file
-            return False
-
     def _hidden(self, entry: os.DirEntry[str], path: str, top: str) -> bool:
         reason = hidden(entry.name)
         if reason:
@@ -222,6 +216,14 @@ class Walk:
         if suffix in IMAGE_SUFFIXES:
             return ""
         return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else "not an image (no suffix)")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one. A link in a circle is named as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def hidden(name: str) -> str:

@@ -16,7 +16,8 @@ from PIL import Image
 from fedepth.data.decode import decode_image
 from fedepth.data.digits import load_digits
 from fedepth.data.idx import IdxFile, place_of_colours
-from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
+from fedepth.data.idx_sets import find_idx
+from fedepth.data.scan import check_labels, check_pair, find_folders
 from fedepth.errors import DamagedFileError, DataError
 from fedepth.task import InputType, ModelSpec
 

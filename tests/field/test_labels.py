@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedepth.data.idx_sets import find_idx
 from fedepth.data.labels import by_class, lacking, unknown_names
 from fedepth.data.read import open_images
-from fedepth.data.scan import find_idx, scan
+from fedepth.data.scan import scan
 from fedepth.errors import DataError
 from fedepth.printable import visible
 from fedepth.task import ModelSpec
