@@ -91,7 +91,7 @@ class Samples:
         is_new = summary.fingerprint != damage.fingerprint or (not self._looked and damage.damaged)
         self._looked = True
         if summary.layout == "folders" and (is_new or (decode and not damage.decoded)):
-            total = summary.sample_count
+            total = sum(summary.folders.values()) if summary.folders else summary.sample_count
 
             def progress(files: int) -> None:
                 _log.info("checking the image files", files=files, of=total)

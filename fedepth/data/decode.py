@@ -32,7 +32,7 @@ from PIL import (
 from fedepth.data import png
 from fedepth.data.colour import Coding, coding_of, in_srgb
 from fedepth.data.folders import RAW_SUFFIXES
-from fedepth.data.foreign import foreign, unidentified, unlike_any
+from fedepth.data.foreign import foreign, unidentified, unlike_any, unusual_jpeg
 from fedepth.data.whole import check_whole
 from fedepth.errors import DamagedFileError, DataError
 from fedepth.printable import printable, shortened
@@ -99,9 +99,9 @@ def decode_image(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
             pixels = np.asarray(_decoded(file, path, shape))
     except DataError:
         raise
-    except (MemoryError, _TooLarge) as error:
+    except MemoryError:
         raise DataError(
-            f"{printable(str(path))} takes more memory to decode than training may take{_amount(error)}; scale it down "
+            f"{printable(str(path))} takes more memory to decode than training may take; scale it down "
             f"towards {shape[2]}×{shape[1]} pixels, or save it as JPEG, which is decoded near its final size"
         ) from None
     except Exception as error:  # Pillow's decoders meet damage with every kind of error
@@ -132,12 +132,12 @@ def _unreadable(path: Path, error: Exception) -> DamagedFileError:
     return DamagedFileError(f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it", path)
 
 
-class _TooLarge(Exception):
-    """An image has more pixels than are decoded."""
-
-
-def _amount(error: Exception) -> str:
-    return f" ({error})" if isinstance(error, _TooLarge) else ""
+def _too_large(image: Image.Image, path: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{printable(str(path))} has {image.width}×{image.height} pixels, and at most {_MOST_PIXELS / 1e6:.0f} million "
+        "are read; scale it down, or save it as JPEG, which is decoded near its final size",
+        path,
+    )
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -161,12 +161,21 @@ def _open(file: BinaryIO, path: Path) -> Image.Image:
         # Many are TIFF files whose first image is a thumbnail.
         raise foreign(path, "a camera's raw file")
     image = _identified(file, path)
+    why = ""
     if image.format == "PNG":
         _coding(file, path)
-    why = unlike_any(image.tag_v2) if isinstance(image, TiffImagePlugin.TiffImageFile) else ""
+        why = png.objection(file)
+    elif image.format == "JPEG":
+        why = unusual_jpeg(file)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        why = unlike_any(image.tag_v2)
     if why:
-        message = f"{printable(str(path))} is a TIFF {why}; save it as PNG or JPEG, or remove it"
-        raise DamagedFileError(message, path)
+        message = f"{printable(str(path))} is a {image.format} {why}, which is not read; save it as PNG or JPEG"
+        raise DamagedFileError(f"{message}, or remove it", path)
+    # A JPEG is scaled to an eighth of its size, at least, while it is decoded.
+    pixels = image.width * image.height // (64 if image.format in ("JPEG", "MPO") else 1)
+    if pixels > _MOST_PIXELS:
+        raise _too_large(image, path)
     return image
 
 
@@ -208,7 +217,7 @@ def _decoded(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> Image.Image:
         # A 12-megapixel photo would take 36 MB otherwise. Gray comes from the luma alone, where no profile says else.
         image.draft("RGB" if profile else mode, stored)
     if image.width * image.height > _MOST_PIXELS:
-        raise _TooLarge(f"{image.width}×{image.height} pixels")
+        raise _too_large(image, path)
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image.load()

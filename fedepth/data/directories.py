@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedepth.data.folders import hidden, is_folder
+from fedepth.data.folders import ARCHIVES, hidden, is_folder
 from fedepth.data.splits import SPLITS, called_as_split
 from fedepth.errors import DataError
 from fedepth.printable import printable
@@ -29,6 +29,11 @@ def check_directory(directory: Path, split: str) -> None:
             "or the permissions"
         ) from None
     if not is_directory:
+        if exists and directory.suffix.lower() in ARCHIVES:
+            raise DataError(
+                f"data directory {printable(str(directory))} is an archive; unpack it, and name the folder with the "
+                "setting `data`"
+            )
         what = "is not a directory" if exists else "does not exist"
         raise DataError(f"data directory {printable(str(directory))} {what}; correct the setting `data`")
 

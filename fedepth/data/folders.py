@@ -27,13 +27,14 @@ IMAGE_SUFFIXES = frozenset(
 )  # fmt: skip
 _CONVERT = "convert it to JPEG or PNG"
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2")
 _UNREAD = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC, which is not read: {_CONVERT}"),
     ".avif": f"AVIF, which is not read: {_CONVERT}",
     **dict.fromkeys((".svg", ".svgz"), f"SVG, which is not read: {_CONVERT}"),
     **dict.fromkeys(RAW_SUFFIXES, f"a camera's raw file, which is not read: {_CONVERT}"),
     **dict.fromkeys((".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".exr", ".hdr", ".eps", ".pdf"), f"not read: {_CONVERT}"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2"), "an archive: unpack it"),
+    **dict.fromkeys(ARCHIVES, "an archive: unpack it"),
 }
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
@@ -44,6 +45,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _NO_CLASS = "image in no class folder: move it into one"
+NO_SUFFIX = "file without a suffix: an image needs one, such as .jpg"
 EMPTY = "empty file"
 _MOST_ROWS = 200
 _OTHERS = "other reasons"
@@ -103,11 +105,13 @@ class Walk:
     damaged: set[int] = field(default_factory=set)
     _left_out: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     _entered: dict[tuple[int, int], str] = field(default_factory=dict)
+    _above: set[tuple[int, int]] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[Picture]:
         """The images, folder by folder. Links to folders are followed last, so that a folder keeps its own place."""
         status = self.root.stat()
         self._entered[status.st_dev, status.st_ino] = "the data directory itself"
+        self._above = {place for folder in self.root.resolve().parents if (place := _place(folder))}
         folders: deque[tuple[str, str]] = deque()  # (class folder as it is called, path)
         links: deque[tuple[str, str]] = deque()
         for entry in self._entries("", ""):
@@ -169,6 +173,9 @@ class Walk:
         except OSError as error:
             self.leave_out(top, f"{path}/", f"folder that cannot be read: {error.strerror}")
             return False
+        if (status.st_dev, status.st_ino) in self._above:
+            self.leave_out(top, f"{path}/", "link to a folder that the data lie in")
+            return False
         before = self._entered.setdefault((status.st_dev, status.st_ino), f"{path}/")
         if before != f"{path}/":
             self.leave_out(top, f"{path}/", "link to a folder that is read already")
@@ -215,7 +222,16 @@ class Walk:
         suffix = Path(entry.name).suffix.lower()
         if suffix in IMAGE_SUFFIXES:
             return ""
-        return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else "not an image (no suffix)")
+        return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else NO_SUFFIX)
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from all others; None of one that cannot be reached by this name."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -235,6 +251,8 @@ def hidden(name: str) -> str:
         return "file of an operating system"
     if name in _SYSTEM_FOLDERS:
         return "folder of an operating system"
+    if name.startswith(".") and name.endswith(".icloud"):
+        return "file that is still in iCloud: download it"
     return "hidden" if name.startswith(".") else ""
 
 

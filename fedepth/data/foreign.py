@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, TiffImagePlugin
 
 from fedepth.errors import DamagedFileError
-from fedepth.printable import printable
+from fedepth.printable import printable, quoted
 
 _HEAD_BYTES = 1024
 # (where, bytes, what): formats that people have and that are not read.
@@ -29,11 +29,27 @@ _FOREIGN: tuple[tuple[int, bytes, str], ...] = (
     (0, b"#?RADIANCE", "a Radiance HDR image"),
     (0, b"v/1\x01", "an OpenEXR image"),
     (0, b"FUJIFILMCCD-RAW", "a camera's raw file"),
+    (8, b"AVI ", "a video"),
+    (8, b"WAVE", "a sound file"),
+    (0, b"ID3", "a sound file"),
+    (0, b"OggS", "a sound file or a video"),
+    (0, b"\x8aMNG", "an MNG animation"),
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"\x1f\x8b", "a gzipped file"),
+    (0, b"7z\xbc\xaf", "a 7-Zip archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"\x93NUMPY", "an array of NumPy"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (128, b"DICM", "a DICOM image"),
+    (0, b"\xd0\xcf\x11\xe0", "a document of Microsoft Office"),
     (0, b"\0\5\x16\7", "an AppleDouble file, which macOS writes beside the real one"),
-    (0, b"bplist00", "a placeholder of iCloud"),
     (0, b"\0\0\1\0", "an icon"),
+)
+# What holds a photo's place until somebody fetches it.
+_PLACEHOLDERS = (
+    (b"bplist00", "of iCloud; download the photo"),
+    (b"version https://git-lfs.github.com/", "of Git LFS; fetch the file with `git lfs pull`"),
 )
 _BEGINNINGS = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -46,6 +62,9 @@ _BEGINNINGS = (
     (b"MM\0+", "TIFF"),
     (b"BM", "BMP"),
 )
+_LEAST_TEXT = 16  # bytes
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_LOSSLESS = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 # TIFF 6.0, sections 8, 18 and 19, and what later writers added.
 _COMPRESSIONS = {
     6: "old-style JPEG",
@@ -84,6 +103,9 @@ def unidentified(path: Path, file: BinaryIO) -> DamagedFileError:
     for start, magic, what in _FOREIGN:
         if head[start:].startswith(magic):
             return foreign(path, what)
+    placeholder = next((what for magic, what in _PLACEHOLDERS if head.startswith(magic)), "")
+    if placeholder:
+        return DamagedFileError(f"{printable(str(path))} is a placeholder {placeholder}, or remove it", path)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
         return foreign(path, "an SVG drawing")
@@ -97,6 +119,14 @@ def unidentified(path: Path, file: BinaryIO) -> DamagedFileError:
     if kind == "TIFF" and (why := _of_tiff(file)):
         message = f"{printable(str(path))} is a TIFF {why}, which is not read; save it as PNG or JPEG, or remove it"
         return DamagedFileError(message, path)
+    if kind == "JPEG" and (why := unusual_jpeg(file)):
+        message = f"{printable(str(path))} is a JPEG {why}, which is not read; save it as PNG or JPEG, or remove it"
+        return DamagedFileError(message, path)
+    if not kind and len(head) >= _LEAST_TEXT and _is_text(head):
+        message = (
+            f"{printable(str(path))} is text, not an image ({quoted(head.decode('ascii'), 40)}); repair or remove it"
+        )
+        return DamagedFileError(message, path)
     why = (
         f"its header is not that of a whole {kind}"
         if kind
@@ -105,13 +135,40 @@ def unidentified(path: Path, file: BinaryIO) -> DamagedFileError:
     return DamagedFileError(f"{printable(str(path))} cannot be read as an image: {why}; repair or remove it", path)
 
 
+def unusual_jpeg(file: BinaryIO) -> str:
+    """What bars a JPEG from being read, by its frame header (ITU-T T.81, section B.2.2); empty if nothing does."""
+    place = 2
+    while True:
+        file.seek(place)
+        data = file.read(9)
+        if len(data) < 2 or data[0] != 0xFF:
+            return ""
+        marker, length = data[1], int.from_bytes(data[2:4], "big")
+        if marker == 0xFF:
+            place += 1
+        elif marker == 0xD9:
+            return "without an image in it"
+        elif marker in _FRAMES and len(data) == 9:
+            if marker in _LOSSLESS:
+                return "of the lossless kind" if marker in (0xC3, 0xCB) else "of several resolutions"
+            if data[4] != 8:
+                return f"of {data[4]} bits a sample"
+            return "" if data[5:7] != bytes(2) else "that does not say how high it is"
+        else:
+            place += 2 + length
+
+
+def _is_text(head: bytes) -> bool:
+    return all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head)
+
+
 def unlike_any(tags: Any) -> str:
     """What is unusual in the tags of a TIFF that Pillow reads, but not as it is meant; empty if nothing is."""
     bits, formats = _each(tags, ExifTags.Base.BitsPerSample, 1), _each(tags, 339, 1)
     if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and len(bits) > 1 and bits[0] != 8:
         return f"with a plane for each colour and {bits[0]} bits a sample"
     if formats[0] == 2 and bits[0] < 32:
-        return f"of signed integers of {bits[0]} bits, of which nobody can say what is black"
+        return f"of signed integers of {bits[0]} bits"
     return ""
 
 

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import takewhile
 from typing import BinaryIO, NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -60,13 +61,21 @@ def without_spoilt(file: BinaryIO) -> BytesIO | None:
 
 def coding(file: BinaryIO) -> tuple[int, int, int, int] | None:
     """The four numbers of a cICP chunk (section 11.3.2.6): primaries, transfer, matrix, full range."""
-    for name, start, length in chunks(file):
-        if name == b"IDAT":
-            break
+    for name, start, length in takewhile(lambda chunk: chunk.name != b"IDAT", chunks(file)):
         if name == b"cICP" and length == 4:
             primaries, transfer, matrix, full = os.pread(file.fileno(), 4, start)
             return primaries, transfer, matrix, full
     return None
+
+
+def objection(file: BinaryIO) -> str:
+    """What bars a PNG from being read, by its chunks; empty if nothing does."""
+    names = [name for name, _, _ in takewhile(lambda chunk: chunk.name != b"IDAT", chunks(file))]
+    if b"CgBI" in names:
+        return "as Apple packs it for apps (CgBI)"
+    if os.pread(file.fileno(), 1, 25) == b"\3" and b"PLTE" not in names:
+        return "without its palette"
+    return ""
 
 
 def bits_of(file: BinaryIO) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedepth.data.directories import check_directory, folders_in
+from fedepth.data.directories import check_directory, folder_names, folders_in
 from fedepth.data.folders import LeftOut, Picture, Walk, file_key
 from fedepth.data.idx import IdxFile
 from fedepth.data.idx_sets import IdxPair, find_idx, picture_beside
@@ -115,7 +115,7 @@ def scan(
         classes=tuple(found),
         left_out=walk.left_out,
         damaged=len(walk.damaged),
-        notes=(*_merged(walk), *_open_questions(folders)),
+        notes=(*_merged(walk), *_open_questions(directory, folders), *_one_level_up(walk, found)),
         fingerprint=fingerprint,
         damaged_keys=frozenset(walk.damaged),
         folders=folders,
@@ -141,13 +141,28 @@ def _by_folder(
     return dict(counts)
 
 
-def _open_questions(folders: Mapping[str, int]) -> tuple[str, ...]:
+def _open_questions(directory: Path, folders: Mapping[str, int]) -> tuple[str, ...]:
     """Of folders that a job may make classes of: those that hold images, and no folders."""
-    flat = {name.rstrip("/"): count for name, count in folders.items() if count and called_as_split(name.rstrip("/"))}
+    flat = [name for name, inner in folders_in(directory).items() if called_as_split(name) and not inner]
+    counts = {name: folders.get(name, 0) + folders.get(f"{name}/", 0) for name in flat} if folders else {}
     return tuple(
-        f"folder {visible(name)} with {count} images counts for a job that has such a class; to others it is a split"
-        for name, count in flat.items()
-        if sum(each.startswith(f"{name}/") for each in folders) < 2
+        f"folder {visible(name)} (images: {count}) counts for a job that has such a class; to others it is a split"
+        for name, count in counts.items()
+        if count
+    )
+
+
+def _one_level_up(walk: Walk, found: Mapping[str, int]) -> tuple[str, ...]:
+    """Where all images lie in folders of one folder, these may be what is meant by classes."""
+    if len(walk.names) != 1 or not found:
+        return ()
+    name = next(iter(walk.names.values()))[0]
+    inner = folder_names(walk.root / name)
+    if len(inner) < 2:
+        return ()
+    return (
+        f"folder {visible(name)} counts as one class; if the folders in it are classes, such as {visible(inner[0])}, "
+        f"name {printable(str(walk.root / name))} with the setting `data`",
     )
 
 
@@ -191,7 +206,10 @@ def _by_class(
     if classes is not None:
         unknown = unknown_names(sorted(name for name in taken if name), classes)
         if unknown:
-            raise DataError(f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away")
+            raise DataError(
+                f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away"
+                f"{_deeper(walk, classes)}"
+            )
     if not taken:
         raise NoImagesError(walk)
     names = [normalised(name) for name in classes] if classes is not None else sorted(taken)
@@ -257,8 +275,20 @@ def _no_images(walk: Walk) -> str:
         f"{printable(str(walk.root))} holds no images: expected are folders, one for each class, with files "
         "such as *.jpg and *.png, or train-images-idx3-ubyte and train-labels-idx1-ubyte"
     )
+    if walk.loose:
+        message += "; labels are read from the names of folders, not from a file or from names of images"
     rows = [f"{row.count} × {row.reason}, such as {printable(row.example)}" for row in walk.left_out[:_NAMES_SHOWN]]
     return f"{message}; it does hold {'; '.join(rows)}" if rows else message
+
+
+def _deeper(walk: Walk, classes: Sequence[str]) -> str:
+    """Names a folder that holds folders of the job's classes, if there is one."""
+    known = {normalised(name) for name in classes}
+    for name in (each for called in walk.names.values() for each in called):
+        inner = folder_names(walk.root / name)
+        if any(normalised(each) in known or called_as_split(each) for each in inner):
+            return f", or name {printable(str(walk.root / name))}, in which folders of classes lie"
+    return ""
 
 
 def _merged(walk: Walk) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from fedepth.data.read import open_images, read_sound
 from fedepth.data.scan import scan
 from fedepth.errors import ConfigError, DataError
 from fedepth.task import ModelSpec
+from tests.field.pictures import png_header
 from tests.field.trees import IMAGE, Content, bind, cut, link, look, put, rotten
 
 # what it is: what lies there, images by class, {(folder, reason): (how many, such as)}
@@ -56,6 +57,55 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
             ("a", "hidden"): (1, "a/.hidden.png"),
         },
     ),
+    "what Windows leaves": (
+        {
+            "a/1.png": IMAGE,
+            "a/1 - Copy.png": IMAGE,
+            "a/~$report.docx": b"x",
+            "a/1.png:Zone.Identifier": b"x",
+            "a/photo.jpg.tmp": b"x",
+            "a/1.png - Shortcut.lnk": b"x",
+            "$RECYCLE.BIN/x/1.png": IMAGE,
+        },
+        {"a": 2},
+        {
+            ("", "folder of an operating system"): (1, "$RECYCLE.BIN"),
+            ("a", "not an image (.docx)"): (1, "a/~$report.docx"),
+            ("a", "not an image (.identifier)"): (1, "a/1.png:Zone.Identifier"),
+            ("a", "not an image (.tmp)"): (1, "a/photo.jpg.tmp"),
+            ("a", "not an image (.lnk)"): (1, "a/1.png - Shortcut.lnk"),
+        },
+    ),
+    "photos that are still in iCloud": (
+        {"a/1.png": IMAGE, "a/.IMG_1.jpg.icloud": b"bplist00"},
+        {"a": 1},
+        {("a", "file that is still in iCloud: download it"): (1, "a/.IMG_1.jpg.icloud")},
+    ),
+    "odd names": (
+        dict.fromkeys(
+            (
+                "a/new\nline.png",
+                "a/😀.png",
+                "a/\u202egnp.x.png",
+                "a/cafe\u0301.png",
+                "a/caf\u00e9.png",
+                "a/-rf.png",
+                "a/x.png.png",
+            ),
+            IMAGE,
+        ),
+        {"a": 7},
+        {},
+    ),
+    "links to folders above": (
+        {"a/1.png": IMAGE, "a/up": link("../.."), "all": link("/"), "../other.png": IMAGE},
+        {"a": 1},
+        {
+            ("a", "link to a folder that the data lie in"): (1, "a/up/"),
+            ("all", "link to a folder that the data lie in"): (1, "all/"),
+            ("all", "class folder without images"): (1, "all"),
+        },
+    ),
     "other files": (
         {
             "a/1.png": IMAGE,
@@ -71,7 +121,7 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
         {"a": 1},
         {
             ("a", "not an image (.txt)"): (2, "a/more.txt"),
-            ("a", "not an image (no suffix)"): (1, "a/Makefile"),
+            ("a", "file without a suffix: an image needs one, such as .jpg"): (1, "a/Makefile"),
             ("a", "HEIC, which is not read: convert it to JPEG or PNG"): (1, "a/live.heic"),
             ("a", "AVIF, which is not read: convert it to JPEG or PNG"): (1, "a/new.AVIF"),
             ("a", "SVG, which is not read: convert it to JPEG or PNG"): (1, "a/logo.svg"),
@@ -177,6 +227,51 @@ def test_where_nothing_is_taken_the_refusal_says_what_there_is(tmp_path: Path) -
         scan(tmp_path, None)
 
 
+# what lies in a folder of which nothing is taken, or another class, and what is said of it
+EXPECTED: dict[str, tuple[dict[str, Content], str]] = {
+    "a list of labels": (
+        {"1.png": IMAGE, "2.png": IMAGE, "labels.csv": b"1.png,cat"},
+        r"expected are folders, one for each class, .*; labels are read from the names of folders, not from a file or",
+    ),
+    "classes in names of files": (
+        {"cat.1.png": IMAGE, "dog.1.png": IMAGE},
+        "labels are read from the names of folders",
+    ),
+    "no suffixes": ({"cat/1": b"x"}, r"1 × file without a suffix: an image needs one, such as \.jpg, such as cat/1"),
+    "an archive": ({"train.zip": b"PK\3\4"}, r"it does hold 1 × an archive: unpack it, such as train\.zip"),
+    "a folder too high": (
+        {"photos/cat/1.png": IMAGE, "photos/dog/1.png": IMAGE},
+        r"folder 'photos'; rename .*, or name .*/photos, in which folders of classes lie",
+    ),
+    "a folder above the splits": ({"set/train/cat/1.png": IMAGE}, "or name .*/set, in which folders of classes lie"),
+    "another case": ({"Cat/1.png": IMAGE, "cat/1.png": IMAGE}, "folder 'Cat' - did you mean class 'cat'"),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_what_is_expected_is_said(tmp_path: Path, case: str) -> None:
+    tree, said = EXPECTED[case]
+    with pytest.raises(DataError, match=said):
+        scan(put(tmp_path / "data", tree), ("cat", "dog"))
+
+
+def test_an_archive_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(
+        DataError, match=r"photos\.zip is an archive; unpack it, and name the folder with the setting `data`"
+    ):
+        scan(tmp_path / "photos.zip", None)
+
+
+def test_a_folder_that_may_lie_too_high_is_noted_before_the_job_is_known(tmp_path: Path) -> None:
+    put(tmp_path, {"photos/cat/1.png": IMAGE, "photos/dog/1.png": IMAGE})
+    (note,) = scan(tmp_path, None).notes
+    assert note == (
+        f"folder 'photos' counts as one class; if the folders in it are classes, such as 'cat', name {tmp_path}/photos "
+        "with the setting `data`"
+    )
+
+
 def test_reasons_are_bounded_in_number(tmp_path: Path) -> None:
     put(tmp_path, {"a/1.png": IMAGE} | {f"a/{n}.x{n}": b"x" for n in range(300)})
     rows = scan(tmp_path, None).left_out
@@ -201,6 +296,7 @@ DAMAGE: dict[str, tuple[str, Content, str]] = {
     "cut BMP": ("x.bmp", cut, "x.bmp cannot be read as an image"),
     "cut WebP": ("x.webp", cut, "x.webp cannot be read as an image"),
     "text": ("x.png", b"hello", "x.png cannot be read as an image: no format that is read begins with 68 65"),
+    "too many pixels": ("x.png", lambda path: png_header(path, 60_000, 60_000), "x.png has 60000×60000 pixels, and at"),
     "HEIC by another name": ("x.jpg", b"\0\0\0\x18ftypheic", "x.jpg is an HEIC image"),
 }
 

@@ -124,6 +124,45 @@ SHOWN: list[tuple[str, Build, Corners]] = [
     ("big.tif", saved(photo(), big_tiff=True), COLOURS),
 ]
 
+# Headers of images of billions of pixels.
+LARGE = {
+    "bmp": b"BM"
+    + struct.pack("<IHHIIiiHHIIiiII", 58, 0, 0, 54, 40, 1 << 30, 1 << 30, 1, 24, 0, 4, 0, 0, 0, 0)
+    + b"1234",
+    "gif": b"GIF89a\xff\xff\xff\xff\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
+    "tga": struct.pack("<3B5x4H2B", 0, 0, 2, 0, 0, 65535, 65535, 24, 0),
+    "ppm": b"P6 100000 100000 255\n123",
+}
+# How files begin that are no images at all, and what is said of them.
+OTHERS = [
+    (b"RIFF\0\0\0\0AVI LIST", "is a video, which is not read"),
+    (b"RIFF\0\0\0\0WAVEfmt ", "is a sound file, which"),
+    (b"\x93NUMPY\1\0", "is an array of NumPy, which"),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, which"),
+    (bytes(128) + b"DICM", "is a DICOM image, which"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive, which"),
+    (b"bplist00\xd1", "is a placeholder of iCloud; download the photo, or remove it"),
+    (
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "is a placeholder of Git LFS; fetch the file with `git lfs pull`",
+    ),
+    (b'{"error": "not found"}', r"is text, not an image \('{\"error\": \"not found\"}'\); repair or remove it"),
+    (b"\x8aMNG\r\n\x1a\n", "is an MNG animation, which"),
+]
+
+
+def changed(build: Build, old: bytes, new: bytes) -> Build:
+    """With other bytes in its header."""
+
+    def write(path: Path) -> None:
+        build(path)
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+
+    return write
+
+
 # name of the file: how it is made, what is said of it
 REFUSED: list[tuple[str, Build, str]] = [
     (
@@ -157,12 +196,12 @@ REFUSED: list[tuple[str, Build, str]] = [
     (
         "signed.tif",
         raw_tiff([DEEP[:, :, 0].tobytes()], 16, 1, 1, t339=2),
-        "is a TIFF of signed integers of 16 bits, of w",
+        "is a TIFF of signed integers of 16 bits, which",
     ),
     (
         "deep-planes.tif",
         raw_tiff([np.ascontiguousarray(DEEP[:, :, n]).tobytes() for n in range(3)], 16, 3, 2, t284=2),
-        "is a TIFF with a plane for each colour and 16 bits a sample; save it as PNG or JPEG",
+        "is a TIFF with a plane for each colour and 16 bits a sample, which is not read; save",
     ),
     (
         "raw.tif",
@@ -183,6 +222,25 @@ REFUSED: list[tuple[str, Build, str]] = [
         raw_tiff([quarters([value << 24 for value in GRAYS], dtype="<u4").tobytes()], 32, 1, 1),
         "holds integer values from 0 to 4.27819e\\+09, of which nobody can say what is white",
     ),
+    ("no-palette.png", png(8, 3, gray_rows((0, 1, 2, 3))), "is a PNG without its palette, which is not read"),
+    ("app.png", png(8, 2, rgb_rows(), (b"CgBI", b"P\0 \2")), r"is a PNG as Apple packs it for apps \(CgBI\), which"),
+    ("thumbnail-only.jpg", holding(b"\xff\xd8\xff\xe1\0\x06Exif\xff\xd9"), "is a JPEG without an image in it, which"),
+    (
+        "12-bit.jpg",
+        changed(noise(), b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+        "is a JPEG of 12 bits a sample, which",
+    ),
+    (
+        "lossless.jpg",
+        changed(noise(), b"\xff\xc0\0\x11", b"\xff\xc3\0\x11"),
+        "is a JPEG of the lossless kind, which is not read",
+    ),
+    ("no-height.jpg", changed(noise(), b"\xff\xc0\0\x11\x08\0\x28", b"\xff\xc0\0\x11\x08\0\0"), "say how high it is"),
+    *(
+        (f"large.{end}", holding(head), "has .* pixels, and at most 134 million are read; scale")
+        for end, head in LARGE.items()
+    ),
+    *((f"{number}.jpg", holding(head), said) for number, (head, said) in enumerate(OTHERS)),
     ("zeros.jpg", holding(bytes(5000)), "holds nothing but zero bytes, as after a copy that failed; copy it again"),
 ]
 

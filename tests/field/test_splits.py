@@ -126,7 +126,7 @@ def test_what_a_job_may_count_is_said_and_checked_before_the_job_is_known(tmp_pa
     samples, logs = look(tmp_path)
     assert (samples.count, samples.count_for(("cat", "test")), samples.count_for(("cat", "dog"))) == (9, 11, 9)
     assert samples.folders == {"cat": 9, "test": 2}
-    said = "folder 'test' with 2 images counts for a job that has such a class; to others it is a split"
+    said = "folder 'test' (images: 2) counts for a job that has such a class; to others it is a split"
     assert [line["note"] for line in logs if "note" in line] == [said]
     assert [line for line in logs if line["event"] == "damaged"] == []  # of what may never be read
     assert len(samples.damage.damaged) == 1
