@@ -1,8 +1,8 @@
 """Looks for damaged image files before anything is trained on them. numpy and PIL: in a process of its own.
 
-A file is opened and its end looked at, which costs about a millisecond. Where its end says that something is missing,
-or its format has no end, it is decoded. Damage in the middle of a file is found when it is decoded for the first time;
-then all files are (`decode`).
+A file is opened and its end looked at, which is cheap (benchmarks.data_check). Where its end says that something is
+missing, or its format has no end, it is decoded. Damage in the middle of a file is found when it is decoded for the
+first time; then all files are (`decode`).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.data_check import measure
 from fedepth.data.check import check_data
 from fedepth.data.decode import check_image, decode_image
 from fedepth.errors import DamagedFileError
@@ -273,6 +274,12 @@ def test_code_points_come_before_a_profile(tmp_path: Path) -> None:
     assert chunk[4:8] == b"cICP"
     (tmp_path / "x.png").write_bytes(content[:33] + chunk + content[33:])
     assert corners(decode_image(tmp_path / "x.png", (3, HEIGHT, WIDTH))) == [list(colour) for colour in COLOURS]
+
+
+def test_what_the_check_costs_can_be_measured(tmp_path: Path) -> None:
+    cost = measure(tmp_path, "png", 2)
+    assert cost.file_bytes == (tmp_path / "png/class/1.png").stat().st_size
+    assert cost.decoded_us > cost.looked_us > 0
 
 
 def test_a_check_that_decodes_finds_all_of_them(tmp_path: Path) -> None:
