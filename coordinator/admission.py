@@ -23,6 +23,7 @@ from fedepth.aggregation.rules import Norms
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.labels import by_class, labels_outside, lacking, listed, unknown_names
+from fedepth.data.splits import images_by_class
 from fedepth.errors import StateError, UpdateError
 from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
@@ -73,6 +74,17 @@ def check_report(report: DeviceReport, classes: Sequence[str], limits: LimitsSec
         or _objection_to_samples(report, limits)
         or _objection_to_budget(report.budget)
         or _objection_to_calibration(report.calibration)
+    )
+
+
+def counted_for(report: DeviceReport, classes: Sequence[str]) -> DeviceReport:
+    """The report with its samples counted by these classes, where names of folders left open what they are."""
+    names, counts = report.folder_names, report.folder_counts
+    if not names or len(names) != len(counts):
+        return report
+    found = images_by_class(names, counts, classes)
+    return dataclasses.replace(
+        report, sample_count=sum(found.values()), class_names=tuple(found), class_counts=tuple(found.values())
     )
 
 
@@ -177,6 +189,8 @@ def lacking_classes(report: DeviceReport, model: ModelSpec) -> tuple[str, ...]:
 def _objection_to_classes(report: DeviceReport, classes: Sequence[str], first_label: int) -> str:
     """A device that does not know the job's classes yet may hold samples of only some of them."""
     names, counts = report.class_names, report.class_counts
+    if len(report.folder_names) != len(report.folder_counts):
+        return f"the device reports {len(report.folder_names)} folders and counts of {len(report.folder_counts)}"
     if names:
         if len(names) != len(counts):
             return f"the device reports {len(names)} class folders and counts of {len(counts)}"
@@ -194,6 +208,14 @@ def _objection_to_classes(report: DeviceReport, classes: Sequence[str], first_la
 def _objection_to_samples(report: DeviceReport, limits: LimitsSection) -> str:
     counts = report.class_counts
     if report.sample_count <= 0:
+        beside = [
+            name.rstrip("/") for name, count in zip(report.folder_names, report.folder_counts, strict=True) if count > 0
+        ]
+        if beside:
+            return (
+                f"the device has images in {listed(beside)}, and none in a folder of a class of the job; make a folder "
+                "for each class"
+            )
         return "the device has no training samples; add data and ask again"
     if report.sample_count > limits.samples_per_device:
         return (

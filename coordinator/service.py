@@ -20,7 +20,7 @@ from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
-from coordinator.admission import check_report, check_settings
+from coordinator.admission import check_report, check_settings, counted_for
 from coordinator.job import Job
 from coordinator.uploads import PartHeader
 from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
@@ -52,6 +52,7 @@ class FederationService(FederationServicer):
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
         job = self._job
+        report = counted_for(report, job.model.classes)
         problem = check_report(report, job.model.classes, job.config.limits, job.model.first_label)
         problem = problem or check_settings(report, training_spec(job.config, job.state.round))
         if problem:

@@ -250,7 +250,7 @@ class Agent:
         )
         self._lease.note(Progress(task.task_id, task.attempt, self._device_id, "downloading"))
         async with self._lease.renewed() as beat:
-            work = asyncio.create_task(self._runner.run(task, self._samples.count))
+            work = asyncio.create_task(self._runner.run(task, self._samples.count_for(task.model.classes)))
             try:
                 await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
@@ -312,7 +312,7 @@ class Agent:
         return self._budgets.budget(self._keeper.held_bytes, self._keeper.baseline_bytes)
 
     def _report(self) -> DeviceReport:
-        memory = self._memory
+        memory, folders = self._memory, self._samples.folders
         return DeviceReport(
             device_id=self._device_id,
             name=self._config.name or socket.gethostname(),
@@ -328,4 +328,6 @@ class Agent:
             instance=self._instance,
             hostname=socket.gethostname(),
             settings=SETTINGS,
+            folder_names=tuple(folders),
+            folder_counts=tuple(folders.values()),
         )

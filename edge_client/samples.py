@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import structlog
 
@@ -13,7 +14,7 @@ from edge_client.data_check.protocol import CheckRequest, RowRequest
 from fedepth.data.damage import Damage, RowCheck, check_share, load_damage, load_row_check
 from fedepth.data.labels import lacking, listed
 from fedepth.data.row_files import asked_of, find_rows, fingerprint, holds_rows
-from fedepth.data.scan import DataSummary, scan
+from fedepth.data.scan import DataSummary, NoImagesError, scan
 from fedepth.errors import DataError
 from fedepth.files import disk_errors
 from fedepth.printable import printable
@@ -45,12 +46,25 @@ class Samples:
         self._looked = False
         self._told_lacking: tuple[str, str] = ("", "")
         self._model: ModelSpec | None = None  # of the last job whose task was taken on; it says what rows are
+        self._told_of_job: tuple[str, tuple[int, ...]] = ("", ())
         self.summary = DataSummary(0, (), "", ())
         self.damage = Damage()
 
     @property
     def count(self) -> int:
         return self.summary.sample_count
+
+    def count_for(self, classes: Sequence[str]) -> int:
+        """The samples for a job with these classes, as the coordinator counts them from a report."""
+        return self.summary.count_for(classes)
+
+    @property
+    def folders(self) -> dict[str, int]:
+        """Images by folder, as a report has them (`DataSummary.folders`)."""
+        counts: Counter[str] = Counter()
+        for name, count in self.summary.folders.items():
+            counts[printable(name)] += count
+        return dict(counts)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -86,7 +100,7 @@ class Samples:
         is_new = summary.fingerprint != damage.fingerprint or (not self._looked and damage.damaged)
         self._looked = True
         if summary.layout == "folders" and (is_new or (decode and not damage.decoded)):
-            total = summary.sample_count
+            total = sum(summary.folders.values()) if summary.folders else summary.sample_count
 
             def progress(files: int) -> None:
                 _log.info("checking the image files", files=files, of=total)
@@ -97,12 +111,13 @@ class Samples:
                 _log.warning("the check of the data cannot be recorded; it is repeated", error=damage.unsaved)
             try:
                 summary = await asyncio.to_thread(self._scan, damage)
-            except DataError:  # nothing is left
-                check_share(0, len(damage.damaged), self._most_damaged, damage.damaged, "most_damaged")
+            except NoImagesError as error:  # nothing is left
+                keys = error.walk.damaged
+                check_share(0, len(keys), self._most_damaged, _messages(damage, keys), "most_damaged")
                 raise
         self.summary, self.damage = summary, damage
         self._tell()
-        check_share(summary.sample_count, summary.damaged, self._most_damaged, damage.damaged, "most_damaged")
+        self._check_share(summary)
 
     def forget_job(self) -> None:
         """Counts rows at the next look without the classes of a job: another one may run there by now, which has
@@ -126,6 +141,14 @@ class Samples:
             summary = self.summary
         else:
             summary = await asyncio.to_thread(self._scan_for, spec)
+        if summary.sample_count != self.count and self._told_of_job != (task.job, summary.class_counts):
+            self._told_of_job = (task.job, summary.class_counts)
+            _log.info(
+                "training data for this job",
+                job=task.job,
+                samples=summary.sample_count,
+                classes=sum(1 for count in summary.class_counts if count),
+            )
         missing = lacking(spec.classes, summary.class_counts)
         if missing and self._told_lacking != (task.job, listed(missing)):
             self._told_lacking = (task.job, listed(missing))
@@ -139,7 +162,7 @@ class Samples:
 
     def _scan_for(self, spec: ModelSpec) -> DataSummary:
         summary = scan(self._directory, spec.classes, first_label=spec.first_label, damage=self.damage.keys)
-        check_share(summary.sample_count, summary.damaged, self._most_damaged, self.damage.damaged, "most_damaged")
+        self._check_share(summary)
         return summary
 
     async def _look_at_rows(self) -> None:
@@ -182,13 +205,19 @@ class Samples:
         with disk_errors("the training samples cannot be counted", self._directory):
             return fingerprint(find_rows(self._directory, "train"))
 
+    def _check_share(self, summary: DataSummary) -> None:
+        messages = _messages(self.damage, summary.damaged_keys)
+        check_share(summary.sample_count, summary.damaged, self._most_damaged, messages, "most_damaged")
+
     def _scan(self, damage: Damage) -> DataSummary:
         with disk_errors("the training samples cannot be counted", self._directory):
             return scan(self._directory, None, damage=damage.keys)
 
     def _tell(self) -> None:
-        summary, damaged = self.summary, self.damage.damaged
-        what = (summary.sample_count, summary.class_counts, summary.left_out, summary.notes, *damaged.values())
+        summary = self.summary
+        rows = summary.layout == "rows"
+        messages = self.damage.damaged if rows else _messages(self.damage, summary.damaged_keys)
+        what = (summary.sample_count, summary.class_counts, summary.left_out, summary.notes, *messages.values())
         if what == self._told:
             return
         self._told = what
@@ -212,8 +241,13 @@ class Samples:
             )
         if len(summary.left_out) > _ROWS:
             _log.warning("left out of the training data", further_reasons=len(summary.left_out) - _ROWS)
-        for message in [*damaged.values()][:_ROWS] if summary.damaged else ():
-            _log.warning("damaged", **{"row" if summary.layout == "rows" else "file": message})
+        for message in [*messages.values()][:_ROWS]:
+            _log.warning("damaged", **{"row" if rows else "file": message})
+
+
+def _messages(damage: Damage, keys: Collection[int]) -> dict[int, str]:
+    """What is wrong with the files of these keys, as far as it is known."""
+    return {key: message for key, message in damage.damaged.items() if key in keys}
 
 
 def _other_kind(spec: ModelSpec, source: str, *, has_rows: bool) -> str:

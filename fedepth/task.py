@@ -67,6 +67,10 @@ class DeviceReport:
         class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC). Empty
             where data has numbers for labels: counts are then by those, from 0 on.
         settings: the fields of `TrainingSpec` that its agent knows; () from agents that do not say so.
+        folder_names: where a folder is called as a split, so that only the job's classes tell what it is: the folders
+            of images, as `fedepth.data.splits.images_by_class` takes them. They replace `sample_count`, `class_counts`
+            and `class_names`. Empty elsewhere.
+        folder_counts: of the images in each.
     """
 
     device_id: str
@@ -83,6 +87,8 @@ class DeviceReport:
     hostname: str = ""
     class_names: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    folder_names: tuple[str, ...] = ()
+    folder_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

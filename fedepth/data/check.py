@@ -1,8 +1,8 @@
 """Looks for damaged image files before anything is trained on them. numpy and PIL: in a process of its own.
 
-A file is opened and its end looked at, which costs about a millisecond. Where its end says that something is missing,
-or its format has no end, it is decoded. Damage in the middle of a file is found when it is decoded for the first time;
-then all files are (`decode`).
+A file is opened and its end looked at, which is cheap (benchmarks.data_check). Where its end says that something is
+missing, or its format has no end, it is decoded. Damage in the middle of a file is found when it is decoded for the
+first time; then all files are (`decode`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from fedepth.data.damage import Damage, load_damage, load_sound, save_damage
 from fedepth.data.decode import check_image, decode_image
-from fedepth.data.scan import walk_folders
+from fedepth.data.scan import further_folders, walk_folders
 from fedepth.errors import DataError
 
 _TAIL_BYTES = 16
@@ -41,12 +41,11 @@ def check_data(
     known: array[int] = load_sound(record) if before.decoded or not decode else array("Q")
     sound: array[int] = array("Q")
     damaged: dict[int, str] = {}
-    walk = walk_folders(directory, None, "train")
-    for number, picture in enumerate(walk, 1):
+    for number, (path, key) in enumerate(_files(directory), 1):
         # What was damaged is tried once more: a disk or a share may have failed for a moment only.
-        again = picture.key in before.damaged
-        if _holds(known, picture.key) or _is_sound(walk.root / picture.path, picture.key, decode or again, damaged):
-            sound.append(picture.key)
+        again = key in before.damaged
+        if _holds(known, key) or _is_sound(path, key, decode or again, damaged):
+            sound.append(key)
         on_progress(number)
     sound = array("Q", sorted(sound))
     found = Damage(damaged, sum(sound) % (1 << 64), decode)
@@ -55,6 +54,14 @@ def check_data(
     except OSError as error:
         return replace(found, unsaved=f"{error.filename or record}: {error.strerror or error}")
     return found
+
+
+def _files(directory: Path) -> Iterator[tuple[Path, int]]:
+    """The image files that some job's training may take, with their keys."""
+    for walk in (walk_folders(directory, None, "train"), further_folders(directory, "train")):
+        if walk is not None:
+            for picture in walk:
+                yield walk.root / picture.path, picture.key
 
 
 def _is_sound(path: Path, key: int, decode: bool, damaged: dict[int, str]) -> bool:

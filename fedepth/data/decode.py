@@ -6,12 +6,9 @@ what it does with orientation, depth, transparency, colour profiles and animatio
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +19,7 @@ from PIL import (
     ExifTags,
     GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -31,7 +29,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from fedepth.data import png
+from fedepth.data.colour import Coding, coding_of, in_srgb
 from fedepth.data.folders import RAW_SUFFIXES
+from fedepth.data.foreign import foreign, unidentified, unlike_any, unusual_jpeg
+from fedepth.data.whole import check_whole
 from fedepth.errors import DamagedFileError, DataError
 from fedepth.printable import printable, shortened
 
@@ -49,47 +51,14 @@ _FORMATS = tuple(
         PpmImagePlugin.PpmImageFile,
     )
 )
+# Where an alpha channel of zeros means that there is none; so viewers and libraries have it, since many writers leave
+# these bytes empty.
+_OPAQUE_AT_ZERO = ("TGA", "BMP", "DIB")
 _BY_NAME = {".tga": (TgaImagePlugin.TgaImageFile.format,)}  # whose first bytes tell nothing
-# (where, bytes, what): formats that people have and that are not read.
-_FOREIGN: tuple[tuple[int, bytes, str], ...] = (
-    *((4, b"ftyp" + brand, "an HEIC image") for brand in (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1")),
-    (4, b"ftypavi", "an AVIF image"),
-    (4, b"ftypcrx", "a camera's raw file"),
-    (4, b"ftyp", "a video"),
-    (0, b"\x1a\x45\xdf\xa3", "a video"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"%!PS", "a PostScript file"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"gimp xcf", "a GIMP file"),
-    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
-    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
-    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (0, b"#?RADIANCE", "a Radiance HDR image"),
-    (0, b"v/1\x01", "an OpenEXR image"),
-    (0, b"FUJIFILMCCD-RAW", "a camera's raw file"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"\x1f\x8b", "a gzipped file"),
-    (0, b"\0\5\x16\7", "an AppleDouble file, which macOS writes beside the real one"),
-    (0, b"\0\0\1\0", "an icon"),
-)
-_BEGINNINGS = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG", "PNG"),
-    (b"GIF8", "GIF"),
-    (b"RIFF", "WebP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"BM", "BMP"),
-)
-_HEAD_BYTES = 1024
 # After a JPEG is scaled while it is decoded. Beyond it, one image takes over half a GiB.
 _MOST_PIXELS = 1 << 27
 _BAND_ROWS = 64  # 16-bit images become 8-bit ones so many rows at a time
-_SRGB_GAMMA = 1 / 2.2  # of a PNG's gAMA chunk, where it changes nothing
-_GROUND = (255, 255, 255)  # what shows through transparent parts, as in most viewers
 _MODES = {1: "L", 3: "RGB"}
-_PROFILES_KEPT = 16
 
 # By EXIF orientation: what turns the stored image into the one to be shown.
 _TURNS = {
@@ -102,10 +71,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
-
-# None where it would change nothing, or cannot be used: it is damaged, or for other colours than the image has.
-Transform = Callable[[Image.Image], Image.Image] | None
-_transforms: dict[tuple[bytes, str], Transform] = {}
 
 
 def decode_image(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
@@ -134,15 +99,13 @@ def decode_image(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
             pixels = np.asarray(_decoded(file, path, shape))
     except DataError:
         raise
-    except (MemoryError, _TooLarge) as error:
+    except MemoryError:
         raise DataError(
-            f"{printable(str(path))} takes more memory to decode than training may take{_amount(error)}; scale it down "
+            f"{printable(str(path))} takes more memory to decode than training may take; scale it down "
             f"towards {shape[2]}×{shape[1]} pixels, or save it as JPEG, which is decoded near its final size"
         ) from None
     except Exception as error:  # Pillow's decoders meet damage with every kind of error
-        what = shortened(str(error)) or type(error).__name__
-        message = f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it"
-        raise DamagedFileError(message, path) from error
+        raise _unreadable(path, error) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
 
 
@@ -159,17 +122,22 @@ def check_image(path: Path) -> None:
     except DataError:
         raise
     except Exception as error:
-        what = shortened(str(error)) or type(error).__name__
-        message = f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it"
-        raise DamagedFileError(message, path) from error
+        raise _unreadable(path, error) from error
 
 
-class _TooLarge(Exception):
-    """An image has more pixels than are decoded."""
+def _unreadable(path: Path, error: Exception) -> DamagedFileError:
+    what = shortened(str(error)) or type(error).__name__
+    if what.startswith("decoder error"):  # of libtiff, whose words go to standard error
+        what = "its compressed pixels are damaged, or of a kind that is not read"
+    return DamagedFileError(f"{printable(str(path))} cannot be read as an image: {what}; repair or remove it", path)
 
 
-def _amount(error: Exception) -> str:
-    return f" ({error})" if isinstance(error, _TooLarge) else ""
+def _too_large(image: Image.Image, path: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{printable(str(path))} has {image.width}×{image.height} pixels, and at most {_MOST_PIXELS / 1e6:.0f} million "
+        "are read; scale it down, or save it as JPEG, which is decoded near its final size",
+        path,
+    )
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -191,36 +159,53 @@ def _opened(path: Path) -> BinaryIO:
 def _open(file: BinaryIO, path: Path) -> Image.Image:
     if path.suffix.lower() in RAW_SUFFIXES:
         # Many are TIFF files whose first image is a thumbnail.
-        raise _foreign(path, "a camera's raw file")
+        raise foreign(path, "a camera's raw file")
+    image = _identified(file, path)
+    why = ""
+    if image.format == "PNG":
+        _coding(file, path)
+        why = png.objection(file)
+    elif image.format == "JPEG":
+        why = unusual_jpeg(file)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        why = unlike_any(image.tag_v2)
+    if why:
+        message = f"{printable(str(path))} is a {image.format} {why}, which is not read; save it as PNG or JPEG"
+        raise DamagedFileError(f"{message}, or remove it", path)
+    # A JPEG is scaled to an eighth of its size, at least, while it is decoded.
+    pixels = image.width * image.height // (64 if image.format in ("JPEG", "MPO") else 1)
+    if pixels > _MOST_PIXELS:
+        raise _too_large(image, path)
+    return image
+
+
+def _identified(file: BinaryIO, path: Path) -> ImageFile.ImageFile:
+    formats = _FORMATS + _BY_NAME.get(path.suffix.lower(), ())
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a photo of 200 megapixels is no attack; see _decoded
     try:
-        return Image.open(file, formats=_FORMATS + _BY_NAME.get(path.suffix.lower(), ()))
+        try:
+            return Image.open(file, formats=formats)
+        except (UnidentifiedImageError, ValueError):
+            file.seek(0)
+            repaired = png.without_spoilt(file) if file.read(len(png.SIGNATURE)) == png.SIGNATURE else None
+            if repaired is None:
+                raise
+            return Image.open(repaired, formats=formats)
     except UnidentifiedImageError:
-        file.seek(0)
-        raise _unidentified(path, file.read(_HEAD_BYTES)) from None
+        raise unidentified(path, file) from None
     finally:
         Image.MAX_IMAGE_PIXELS = most
 
 
-def _unidentified(path: Path, head: bytes) -> DamagedFileError:
-    for start, magic, what in _FOREIGN:
-        if head[start:].startswith(magic):
-            return _foreign(path, what)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
-        return _foreign(path, "an SVG drawing")
-    if text.startswith((b"<!doctype html", b"<html")):
-        message = f"{printable(str(path))} is a web page, not an image; download it again or remove it"
-        return DamagedFileError(message, path)
-    begins = head[:8].hex(" ")
-    kind = next((name for magic, name in _BEGINNINGS if head.startswith(magic)), "")
-    why = f"its header is not that of a whole {kind}" if kind else f"no format that is read begins with {begins}"
-    return DamagedFileError(f"{printable(str(path))} cannot be read as an image: {why}; repair or remove it", path)
-
-
-def _foreign(path: Path, what: str) -> DamagedFileError:
-    message = f"{printable(str(path))} is {what}, which is not read; convert it to JPEG or PNG, or remove it"
-    return DamagedFileError(message, path)
+def _coding(file: BinaryIO, path: Path) -> Coding | None:
+    """The colours of a PNG's cICP chunk."""
+    try:
+        return coding_of(png.coding(file))
+    except ValueError as error:
+        message = (
+            f"{printable(str(path))} is a PNG {error}, which is not converted to sRGB; save it as sRGB, or remove it"
+        )
+        raise DamagedFileError(message, path) from None
 
 
 def _decoded(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> Image.Image:
@@ -232,21 +217,21 @@ def _decoded(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> Image.Image:
         # A 12-megapixel photo would take 36 MB otherwise. Gray comes from the luma alone, where no profile says else.
         image.draft("RGB" if profile else mode, stored)
     if image.width * image.height > _MOST_PIXELS:
-        raise _TooLarge(f"{image.width}×{image.height} pixels")
+        raise _too_large(image, path)
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image.load()
     finally:
         Image.MAX_IMAGE_PIXELS = most
+    check_whole(image, file)
     # Only now: a PNG may say it behind its pixels, and a TIFF is turned by Pillow while it is loaded.
     orientation = _orientation(image)
     profile = image.info.get("icc_profile")
     gamma = None if profile or "srgb" in image.info else image.info.get("gamma")
-    # Of a sample, as IHDR has it (PNG specification, section 11.2.1).
-    bits = os.pread(file.fileno(), 1, 24)[0] if image.format == "PNG" else 8
-    plain = _plain(image, path, bits)
+    coding = _coding(file, path) if image.format == "PNG" else None
+    plain = _plain(image, path, file)
     plain = _resized(plain, _swapped(size) if orientation in _SWAPS_SIDES else size)
-    plain = _in_srgb(plain, profile, gamma)
+    plain = in_srgb(plain, profile, gamma, coding)
     if orientation in _TURNS:
         plain = plain.transpose(_TURNS[orientation])
     return plain if plain.mode == mode else plain.convert(mode)
@@ -261,12 +246,18 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def _plain(image: Image.Image, path: Path, bits: int) -> Image.Image:
-    """The image, whose file has so many bits a sample, in a mode that can be scaled: L, LA, RGB, RGBA or CMYK."""
+def _plain(image: Image.Image, path: Path, file: BinaryIO) -> Image.Image:
+    """The image in a mode that can be scaled: L, LA, RGB, RGBA or CMYK."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _eight_bits(image, path)
     if image.mode in ("L", "RGB") and "transparency" in image.info:
-        return _with_key(image, bits)
+        return _with_key(image, file, path)
+    if (
+        image.format in _OPAQUE_AT_ZERO
+        and image.mode in ("LA", "RGBA")
+        and image.getchannel("A").getextrema() == (0, 0)
+    ):
+        return image.convert(image.mode[:-1])
     if image.mode in ("P", "PA"):
         return image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
@@ -280,7 +271,7 @@ def _plain(image: Image.Image, path: Path, bits: int) -> Image.Image:
     return image.convert("RGB")  # YCbCr, HSV, RGBX, LAB
 
 
-def _with_key(image: Image.Image, bits: int) -> Image.Image:
+def _with_key(image: Image.Image, file: BinaryIO, path: Path) -> Image.Image:
     """Of a gray or RGB image with one colour that is transparent (PNG's tRNS, GIF): the same with alpha.
 
     Pillow gives that colour as the file has it, and pixels as 8 bits, whatever depth they had.
@@ -288,10 +279,20 @@ def _with_key(image: Image.Image, bits: int) -> Image.Image:
     key = image.info["transparency"]
     if isinstance(key, bytes):
         return image
-    parts = tuple(part >> 8 if bits == 16 else part * 255 // ((1 << bits) - 1) for part in np.atleast_1d(key).tolist())
-    pixels = np.asarray(image)
-    opaque = pixels != parts[0] if image.mode == "L" else (pixels != np.array(parts)).any(axis=2)
+    bits = png.bits_of(file) if image.format == "PNG" else 8
+    parts = np.atleast_1d(key)
+    if bits == 16:  # the upper bytes of RGB are what Pillow gives; the lower ones differ, too
+        low = _identified(file, path)
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        opaque = _differs(image, parts >> 8) | _differs(low, parts & 255)
+    else:
+        opaque = _differs(image, parts * 255 // ((1 << bits) - 1))
     return _with_alpha(image, opaque)
+
+
+def _differs(image: Image.Image, colour: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    pixels = np.asarray(image)
+    return np.asarray(pixels != colour[0] if pixels.ndim == 2 else (pixels != colour).any(axis=2))
 
 
 def _with_alpha(image: Image.Image, opaque: npt.NDArray[np.bool_]) -> Image.Image:
@@ -308,12 +309,16 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     is_float = image.mode == "F"
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))
     most = 1.0 if is_float else float((1 << min(16, bits[0] if isinstance(bits, tuple) else bits)) - 1)
+    # Pillow has all integers of 32 bits as signed ones; a TIFF says whether they are (339: SampleFormat).
+    is_unsigned = image.mode == "I" and bool(tags) and tags.get(339, (1,)) in (1, (1,))
     inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     gray = np.empty((image.height, image.width), np.uint8)
     opaque = np.ones((image.height, image.width), np.bool_) if isinstance(key, int) else None
     for top in range(0, image.height, _BAND_ROWS):
         rows = slice(top, min(top + _BAND_ROWS, image.height))
         band = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
+        if is_unsigned:
+            band = band.view(np.uint32)
         low, high = band.min(), band.max()
         if not 0 <= low <= high <= most:  # nor NaN
             raise DamagedFileError(
@@ -333,68 +338,6 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Bilinear, over all pixels that fall into one. Transparent ones have no part in it."""
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _in_srgb(image: Image.Image, profile: Any, gamma: Any) -> Image.Image:
-    """Opaque, gray or RGB, in sRGB."""
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colours = image.convert(image.mode[:-1]) if alpha is not None else image
-    transform = _transform(profile, colours.mode) if isinstance(profile, bytes) else None
-    if transform is not None:
-        colours = transform(colours)
-    elif colours.mode == "CMYK":
-        colours = colours.convert("RGB")
-    if isinstance(gamma, float) and gamma > 0 and abs(gamma - _SRGB_GAMMA) > 0.02:
-        exponent = _SRGB_GAMMA / gamma
-        table = [round(255 * (value / 255) ** exponent) for value in range(256)]
-        colours = colours.point(table * len(colours.getbands()))
-    if alpha is None:
-        return colours
-    ground = Image.new("RGB", colours.size, _GROUND).convert(colours.mode)
-    ground.paste(colours, mask=alpha)
-    return ground
-
-
-def _transform(profile: bytes, mode: str) -> Transform:
-    """What turns colours of this profile into sRGB. The last few are kept: the photos of one camera share theirs."""
-    key = hashlib.sha256(profile).digest(), mode
-    if key not in _transforms:
-        while len(_transforms) >= _PROFILES_KEPT:
-            del _transforms[next(iter(_transforms))]
-        _transforms[key] = _new_transform(profile, mode)
-    return _transforms[key]
-
-
-def _new_transform(profile: bytes, mode: str) -> Transform:
-    try:
-        from PIL import ImageCms  # only here, since most photos have no profile
-    except ImportError:  # a Pillow built without it
-        return None
-    try:
-        source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
-        built = ImageCms.buildTransform(source, srgb, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-    def apply(image: Image.Image) -> Image.Image:
-        result = ImageCms.applyTransform(image, built)
-        assert result is not None
-        return result
-
-    # sRGB goes by many names, and what is as good as sRGB is left alone.
-    probe = _probe(mode)
-    if mode != "CMYK" and np.abs(np.asarray(apply(probe), np.int16) - np.asarray(probe.convert("RGB"))).max() <= 2:
-        return None
-    return apply
-
-
-def _probe(mode: str) -> Image.Image:
-    """Colours all over a mode's range."""
-    steps = np.arange(0, 256, 17, dtype=np.uint8)
-    if mode == "L":
-        return Image.fromarray(steps[None])
-    cube = np.stack(np.meshgrid(*[steps] * 3, indexing="ij"), axis=-1).reshape(len(steps), -1, 3)
-    return Image.fromarray(cube) if mode == "RGB" else Image.new(mode, (1, 1))
 
 
 def _swapped(size: tuple[int, int]) -> tuple[int, int]:

@@ -27,13 +27,14 @@ IMAGE_SUFFIXES = frozenset(
 )  # fmt: skip
 _CONVERT = "convert it to JPEG or PNG"
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2")
 _UNREAD = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC, which is not read: {_CONVERT}"),
     ".avif": f"AVIF, which is not read: {_CONVERT}",
     **dict.fromkeys((".svg", ".svgz"), f"SVG, which is not read: {_CONVERT}"),
     **dict.fromkeys(RAW_SUFFIXES, f"a camera's raw file, which is not read: {_CONVERT}"),
     **dict.fromkeys((".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".exr", ".hdr", ".eps", ".pdf"), f"not read: {_CONVERT}"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2"), "an archive: unpack it"),
+    **dict.fromkeys(ARCHIVES, "an archive: unpack it"),
 }
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
@@ -44,6 +45,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _NO_CLASS = "image in no class folder: move it into one"
+NO_SUFFIX = "file without a suffix: an image needs one, such as .jpg"
 EMPTY = "empty file"
 _MOST_ROWS = 200
 _OTHERS = "other reasons"
@@ -89,7 +91,8 @@ class Walk:
         prefix: of paths, where the folder lies in the data directory.
         names: of the class folders, normalised, with what they are called on the disk.
         with_images: of these, those with an image.
-        damaged: how many files are empty or otherwise known to be damaged.
+        loose: how many images lie beside them.
+        damaged: the keys of files that are empty or otherwise known to be damaged.
     """
 
     root: Path
@@ -98,20 +101,23 @@ class Walk:
     prefix: str = ""
     names: dict[str, list[str]] = field(default_factory=dict)
     with_images: set[str] = field(default_factory=set)
-    damaged: int = 0
+    loose: int = 0
+    damaged: set[int] = field(default_factory=set)
     _left_out: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     _entered: dict[tuple[int, int], str] = field(default_factory=dict)
+    _above: set[tuple[int, int]] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[Picture]:
         """The images, folder by folder. Links to folders are followed last, so that a folder keeps its own place."""
         status = self.root.stat()
         self._entered[status.st_dev, status.st_ino] = "the data directory itself"
+        self._above = {place for folder in self.root.resolve().parents if (place := _place(folder))}
         folders: deque[tuple[str, str]] = deque()  # (class folder as it is called, path)
         links: deque[tuple[str, str]] = deque()
         for entry in self._entries("", ""):
             if entry.name in self.reserved:
                 continue
-            if not self._is_folder(entry):
+            if not is_folder(entry):
                 self._stray(entry)
             elif not self._hidden(entry, entry.name, ""):
                 self.names.setdefault(normalised(entry.name), []).append(entry.name)
@@ -124,7 +130,7 @@ class Walk:
                 inner = f"{path}/{entry.name}"
                 if self._hidden(entry, inner, top):
                     continue
-                if self._is_folder(entry):
+                if is_folder(entry):
                     (links if entry.is_symlink() else folders).append((top, inner))
                     continue
                 picture = self._picture(entry, top, inner)
@@ -167,38 +173,27 @@ class Walk:
         except OSError as error:
             self.leave_out(top, f"{path}/", f"folder that cannot be read: {error.strerror}")
             return False
+        if (status.st_dev, status.st_ino) in self._above:
+            self.leave_out(top, f"{path}/", "link to a folder that the data lie in")
+            return False
         before = self._entered.setdefault((status.st_dev, status.st_ino), f"{path}/")
         if before != f"{path}/":
             self.leave_out(top, f"{path}/", "link to a folder that is read already")
             return False
         return True
 
-    def _is_folder(self, entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:  # a link in a circle; it is named as a file
-            return False
-
     def _hidden(self, entry: os.DirEntry[str], path: str, top: str) -> bool:
-        name = entry.name.lower()
-        if name.startswith("._"):
-            reason = "AppleDouble file of macOS"
-        elif name in _SYSTEM_FILES or name == ".ds_store":
-            reason = "file of an operating system"
-        elif name in _SYSTEM_FOLDERS:
-            reason = "folder of an operating system"
-        elif name.startswith("."):
-            reason = "hidden"
-        else:
-            return False
-        self.leave_out(top, path, reason)
-        return True
+        reason = hidden(entry.name)
+        if reason:
+            self.leave_out(top, path, reason)
+        return bool(reason)
 
     def _stray(self, entry: os.DirEntry[str]) -> None:
         """Something that lies beside the class folders."""
         if self._hidden(entry, entry.name, ""):
             return
         reason = self._objection(entry)
+        self.loose += not reason
         self.leave_out("", entry.name, reason or _NO_CLASS)
 
     def _picture(self, entry: os.DirEntry[str], top: str, path: str) -> Picture | None:
@@ -209,7 +204,7 @@ class Walk:
         status = entry.stat()
         key = file_key(self.prefix + path, status)
         if not status.st_size or key in self.damage:
-            self.damaged += 1
+            self.damaged.add(key)
             self.leave_out(top, path, EMPTY if not status.st_size else "damaged")
             return None
         return Picture(normalised(top), path, key)
@@ -227,7 +222,38 @@ class Walk:
         suffix = Path(entry.name).suffix.lower()
         if suffix in IMAGE_SUFFIXES:
             return ""
-        return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else "not an image (no suffix)")
+        return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else NO_SUFFIX)
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from all others; None of one that cannot be reached by this name."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one. A link in a circle is named as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def hidden(name: str) -> str:
+    """Why a file or folder of this name is passed over, whatever it holds; empty if it is not."""
+    name = name.lower()
+    if name.startswith("._"):
+        return "AppleDouble file of macOS"
+    if name in _SYSTEM_FILES or name == ".ds_store":
+        return "file of an operating system"
+    if name in _SYSTEM_FOLDERS:
+        return "folder of an operating system"
+    if name.startswith(".") and name.endswith(".icloud"):
+        return "file that is still in iCloud: download it"
+    return "hidden" if name.startswith(".") else ""
 
 
 def file_key(path: str, status: os.stat_result) -> int:

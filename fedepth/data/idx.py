@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import math
 import os
-import re
 import struct
 import tempfile
 import weakref
@@ -29,11 +28,20 @@ _UNSIGNED_BYTE = 8
 # Integers, by their type in the file: numpy's name, and the bytes of one.
 _INTEGERS = {_UNSIGNED_BYTE: (">u1", 1), 9: (">i1", 1), 11: (">i2", 2), 12: (">i4", 4)}
 _STRUCT_FORMATS = {">u1": ">B", ">i1": ">b", ">i2": ">h", ">i4": ">i"}
+_KINDS = {
+    _UNSIGNED_BYTE: "unsigned bytes",
+    9: "signed bytes",
+    11: "16-bit integers",
+    12: "32-bit integers",
+    13: "32-bit floats",
+    14: "64-bit floats",
+}
+_GZIPPED = b"\x1f\x8b"
+_COLOURS = (1, 3)
 _DIMENSIONS_LIMIT = 4
 _EXTENT_LIMIT = 1 << 31
 _GZIP_RATIO = 1032  # deflate cannot do better (zlib's technical notes), so that a larger claim is false
 _PIECE_BYTES = 1 << 20
-_DIMENSIONS = re.compile(r"[-_.]idx([1-4])(?![0-9])", re.IGNORECASE)
 
 
 def write_idx(path: Path, array: Buffer) -> None:
@@ -70,7 +78,7 @@ def write_idx_items(path: Path, shape: Sequence[int], pieces: Iterable[Buffer]) 
 
 
 class IdxFile:
-    """An IDX file of unsigned bytes, or one of integers.
+    """An IDX file of unsigned bytes, or one of integers; gzipped if its content is, whatever its name.
 
     Items are read where they are asked for. A gzipped file cannot be read so: the first read of items decompresses
     it into a nameless file, which is gone when this object is.
@@ -87,7 +95,7 @@ class IdxFile:
         """Reads the header.
 
         Args:
-            dimensions: that it has to have; None for any number, which its name then tells.
+            dimensions: that it has to have; None for any number of them.
             scratch: an existing folder for the decompressed file, on a disk; without one, the system's folder for
                 temporary files, which may lie in memory.
             any_integers: signed ones, and of up to 4 bytes, are welcome too.
@@ -97,13 +105,13 @@ class IdxFile:
                 short or too long for what its header says (a gzipped file: only if no compression could explain it).
         """
         self.path = path
-        self._zipped = path.suffix == ".gz"
-        dimensions = _named_dimensions(path) if dimensions is None else dimensions
-        self._start = 4 + 4 * dimensions
+        with open(path, "rb") as file:
+            self._zipped = file.read(2) == _GZIPPED
         self._scratch = scratch
         self._plain: BinaryIO | None = None
         size = path.stat().st_size
-        kind, self.shape = self._parse(self._read_start(), dimensions, _INTEGERS if any_integers else (_UNSIGNED_BYTE,))
+        kind, self.shape = self._parse(dimensions, _INTEGERS if any_integers else (_UNSIGNED_BYTE,))
+        self._start = 4 + 4 * len(self.shape)
         self.dtype, width = _INTEGERS[kind]
         self.item_bytes = width * math.prod(self.shape[1:])
         self._size = self._start + width * math.prod(self.shape)
@@ -185,26 +193,51 @@ class IdxFile:
     def _read_start(self) -> bytes:
         try:
             with gzip.open(self.path) if self._zipped else open(self.path, "rb") as file:
-                return file.read(self._start)
+                return file.read(4 + 4 * _DIMENSIONS_LIMIT)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{self.path} is damaged: {error}") from None
 
-    def _parse(self, start: bytes, dimensions: int, kinds: Collection[int]) -> tuple[int, tuple[int, ...]]:
+    def _parse(self, expected: int | None, kinds: Collection[int]) -> tuple[int, tuple[int, ...]]:
         """The element type and the shape."""
-        kind = start[2] if len(start) == self._start else 0
-        if kind not in kinds or start[:4] != bytes((0, 0, kind, dimensions)):
+        start = self._read_start()
+        kind, dimensions = (start[2], start[3]) if len(start) >= 4 else (0, 0)
+        if start[:2] != bytes(2) or kind not in _KINDS or not 1 <= dimensions <= _DIMENSIONS_LIMIT:
             raise DataError(
-                f"{self.path} is damaged or of another kind: it begins with "
-                f"{start[:4].hex(' ') or 'nothing'}, an IDX file of unsigned bytes in {dimensions} "
-                f"dimensions with {bytes((0, 0, _UNSIGNED_BYTE, dimensions)).hex(' ')}"
+                f"{self.path} is damaged or of another kind: it begins with {start[:4].hex(' ') or 'nothing'}, an IDX "
+                f"file of unsigned bytes in 1 to {_DIMENSIONS_LIMIT} dimensions with 00 00 08 and their number"
             )
+        if kind not in kinds:
+            wanted = (
+                "labels are integers of 1, 2 or 4 bytes" if len(kinds) > 1 else "items are unsigned bytes, 0 to 255"
+            )
+            raise DataError(f"{self.path} holds {_KINDS[kind]}, and {wanted}; write it anew as these")
+        if expected is not None and dimensions != expected:
+            wanted = ": one number for each image" if expected == 1 else ""
+            raise DataError(f"{self.path} has {dimensions} dimensions, and {expected} are expected{wanted}")
+        if len(start) < 4 + 4 * dimensions:
+            raise DataError(f"{self.path} is damaged: it ends within its header, after {len(start)} bytes")
         shape = struct.unpack_from(f">{dimensions}I", start, 4)
         if min(shape[1:], default=1) < 1 or max(shape) >= _EXTENT_LIMIT:
             raise DataError(f"{self.path} is damaged: its header says {shape}")
         return kind, shape
 
 
-def _named_dimensions(path: Path) -> int:
-    """3 for `train-images-idx3-ubyte` and `train-images.idx3-ubyte`."""
-    found = _DIMENSIONS.search(path.name)
-    return int(found[1]) if found else 3
+def place_of_colours(images: IdxFile) -> int | None:
+    """Which dimension of a file of images holds red, green and blue, or the only gray; None where each is (H, W).
+
+    Raises:
+        DataError: these are no images, or nobody can say which dimension it is.
+    """
+    shape = images.shape
+    if len(shape) == 3:
+        return None
+    places = [place for place in (1, 3) if len(shape) == 4 and shape[place] in _COLOURS]
+    if len(places) == 1:
+        return places[0]
+    why = (
+        f"both {shape[1]} and {shape[3]} may be the number of colours"
+        if places
+        else "images are of shape (height, width), (height, width, colours) or (colours, height, width), with 1 or 3 "
+        "colours"
+    )
+    raise DataError(f"{images.path} holds items of shape {shape[1:]}, which cannot be read as images: {why}")

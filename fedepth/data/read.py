@@ -15,10 +15,11 @@ from PIL import Image
 
 from fedepth.data.decode import decode_image
 from fedepth.data.digits import load_digits
-from fedepth.data.idx import IdxFile
+from fedepth.data.idx import IdxFile, place_of_colours
+from fedepth.data.idx_sets import find_idx
 from fedepth.data.row_files import find_rows
 from fedepth.data.rows import Rows
-from fedepth.data.scan import check_labels, check_pair, find_folders, find_idx
+from fedepth.data.scan import check_labels, check_pair, find_folders
 from fedepth.errors import DamagedFileError, DataError
 from fedepth.task import InputType, ModelSpec
 
@@ -87,7 +88,7 @@ def open_images(
     if str(source) == DIGITS:
         images, labels = load_digits(split)
         check_labels(Path(DIGITS), np.unique(labels).tolist(), spec.classes)
-        return _GrayImages(lambda indices: images[indices], labels, shape, Image.Resampling.BICUBIC)
+        return _ArrayImages(lambda indices: images[indices], labels, shape, Image.Resampling.BICUBIC)
     directory = Path(source)
     idx = find_idx(directory, split)
     if idx is None:
@@ -95,8 +96,8 @@ def open_images(
     return _open_idx(*idx, spec, scratch)
 
 
-class _GrayImages:
-    """Gray images of one size, fetched by index as (k, h, w)."""
+class _ArrayImages:
+    """Images of one size, fetched by index as (k, h, w) or (k, h, w, 3)."""
 
     def __init__(
         self,
@@ -114,13 +115,16 @@ class _GrayImages:
         return len(self.labels)
 
     def read(self, indices: npt.NDArray[Any]) -> Bytes:
-        gray = self._fetch(indices)
-        batch = np.empty((len(gray), *self._shape), np.uint8)
-        if gray.shape[1:] == self._shape[1:]:
-            batch[:] = gray[:, None]
-        else:
-            for place, pixels in enumerate(gray):
-                batch[place] = np.asarray(_resized(Image.fromarray(pixels), self._shape, self._resampling))
+        fetched = self._fetch(indices)
+        batch = np.empty((len(fetched), *self._shape), np.uint8)
+        is_gray = fetched.ndim == 3
+        if fetched.shape[1:3] == self._shape[1:] and (is_gray or self._shape[0] == 3):
+            batch[:] = fetched[:, None] if is_gray else fetched.transpose(0, 3, 1, 2)
+            return batch
+        for place, pixels in enumerate(fetched):
+            image = _resized(Image.fromarray(pixels), self._shape, self._resampling)
+            image = image if is_gray or self._shape[0] == 3 else image.convert("L")
+            batch[place] = np.asarray(image) if image.mode == "L" else np.asarray(image).transpose(2, 0, 1)
         return batch
 
 
@@ -144,14 +148,19 @@ class _FileImages:
 
 
 def _open_idx(images_path: Path, labels_path: Path, spec: ModelSpec, scratch: Path | None) -> Images:
-    images = IdxFile(images_path, 3, scratch)
+    images = IdxFile(images_path, None, scratch)
+    colours = place_of_colours(images)
     labels = _labels(labels_path, images, spec)
 
     def fetch(indices: npt.NDArray[Any]) -> Bytes:
         data = images.read_items(indices.tolist())
-        return np.frombuffer(data, np.uint8).reshape(-1, *images.shape[1:])
+        pixels = np.frombuffer(data, np.uint8).reshape(-1, *images.shape[1:])
+        if colours is None:
+            return pixels
+        last = np.ascontiguousarray(np.moveaxis(pixels, colours, 3))
+        return last[..., 0] if last.shape[3] == 1 else last
 
-    return _GrayImages(fetch, labels, spec.input_shape, Image.Resampling.BILINEAR)
+    return _ArrayImages(fetch, labels, spec.input_shape, Image.Resampling.BILINEAR)
 
 
 def _labels(path: Path, items: IdxFile, spec: ModelSpec) -> Labels:

@@ -1,36 +1,27 @@
 """What a data directory holds: its layout, and how many samples of each class. Standard library only.
 
-Two layouts are understood. "idx": pairs such as `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, gzipped or
-not, under the names that people have (`train-images.idx3-ubyte`, `emnist-letters-train-images-idx3-ubyte`), in the
-directory or up to two levels down (`MNIST/raw`); the test split's names have `t10k` or `test` instead. "folders":
-`CLASS/**/*.jpg` below the directory or its `train` folder; the test split lies in a folder `test` or `val`.
+Two layouts are understood. "idx": IDX files, see fedepth.data.idx_sets. "folders": `CLASS/**/*.jpg` below the directory
+or its `train` folder; the test split lies in a folder `test` or `val`.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from fedepth.data.directories import check_directory, folder_names, folders_in
 from fedepth.data.folders import LeftOut, Picture, Walk, file_key
 from fedepth.data.idx import IdxFile
+from fedepth.data.idx_sets import IdxPair, find_idx, picture_beside
 from fedepth.data.labels import labels_outside, normalised, unknown_names
+from fedepth.data.splits import SPLITS, called_as_split, images_by_class, read_as
 from fedepth.errors import DataError
 from fedepth.printable import printable, visible
 from fedepth.task import MOST_CLASSES
 
-_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-_IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
-_IDX_NAME = re.compile(
-    r"(?:(?P<set>.+)[-_.])?(?P<split>train|t10k|test)[-_.](?P<kind>images|labels)[-_.]idx[1-4](?:[-_.][a-z0-9]+)?"
-    r"(?P<zipped>\.gz)?",
-    re.IGNORECASE,
-)
-_IDX_LEVELS = 2
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
 T = TypeVar("T")
@@ -48,7 +39,10 @@ class DataSummary:
         left_out: what lies there and is not taken.
         damaged: of it, how many image files are empty or damaged.
         notes: what else a person should know: where IDX files were found, which folders count as one class.
-        fingerprint: changes with every file that is taken.
+        fingerprint: changes with every file that is taken, or would be for a job with other classes.
+        damaged_keys: of the files that `damaged` counts.
+        folders: where the job is not known and some folder is called as a split, images by folder, as
+            `fedepth.data.splits.images_by_class` takes them.
     """
 
     sample_count: int
@@ -59,13 +53,14 @@ class DataSummary:
     damaged: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
     fingerprint: int = field(default=0, compare=False)
+    damaged_keys: frozenset[int] = field(default=frozenset(), compare=False)
+    folders: Mapping[str, int] = field(default_factory=dict)
 
-
-class IdxPair(NamedTuple):
-    """The two files of an IDX data set."""
-
-    images: Path
-    labels: Path
+    def count_for(self, classes: Sequence[str]) -> int:
+        """The labelled images, for a job with these classes."""
+        if not self.folders:
+            return self.sample_count
+        return sum(images_by_class([*self.folders], [*self.folders.values()], classes).values())
 
 
 def scan(
@@ -91,64 +86,84 @@ def scan(
     """
     pair = find_idx(directory, split)
     if pair is not None:
-        return _scan_idx(directory, pair, classes, first_label)
+        return _scan_idx(directory, split, pair, classes, first_label)
     fingerprint = 0
 
-    def count(pictures: Iterator[Picture]) -> dict[str, int]:
+    def keyed(pictures: Iterable[Picture]) -> Iterator[Picture]:
         nonlocal fingerprint
-        counts: Counter[str] = Counter()
         for picture in pictures:  # none of them is kept
-            counts[picture.name] += 1
             fingerprint = (fingerprint + picture.key) % _KEYS
-        return counts
+            yield picture
 
-    found, walk = _by_class(directory, classes, split, damage, count, 0)
+    def count(pictures: Iterator[Picture]) -> dict[str, int]:
+        return Counter(picture.name for picture in keyed(pictures))
+
+    further = further_folders(directory, split, damage) if classes is None else None
+    try:
+        found, walk = _by_class(directory, classes, split, damage, count, 0)
+    except NoImagesError as error:
+        if further is None:
+            raise
+        found, walk = {}, error.walk
+    folders = {} if further is None else _by_folder(directory, split, walk, found, keyed(further))
+    if not found and not any(folders.values()):
+        raise NoImagesError(walk)
     return DataSummary(
         sample_count=sum(found.values()),
         class_counts=tuple(found.values()),
         layout="folders",
         classes=tuple(found),
         left_out=walk.left_out,
-        damaged=walk.damaged,
-        notes=_merged(walk),
+        damaged=len(walk.damaged),
+        notes=(*_merged(walk), *_open_questions(directory, folders), *_one_level_up(walk, found)),
         fingerprint=fingerprint,
+        damaged_keys=frozenset(walk.damaged),
+        folders=folders,
     )
 
 
-def find_idx(directory: Path, split: str) -> IdxPair | None:
-    """The IDX files (images, labels) of a split; None if the directory has another layout.
+def _by_folder(
+    directory: Path, split: str, walk: Walk, found: Mapping[str, int], further: Iterable[Picture]
+) -> dict[str, int]:
+    """Images by folder, where a folder's name leaves open whether it is a split (`DataSummary.folders`)."""
+    inside = "" if walk.root == directory else f"{walk.root.name}/"
+    counts: Counter[str] = Counter()
+    for top, inner in folders_in(directory).items():
+        if called_as_split(top, split):
+            counts.update({f"{top}/{normalised(name)}": 0 for name in (*inner, "")})
+    counts.update({inside + name: count for name, count in found.items()})
+    if inside:
+        counts[inside] += walk.loose
+    for picture in further:
+        top, *rest = picture.path.split("/")
+        inner_name = rest[0] if len(rest) > 1 else ""
+        counts[f"{top}/{normalised(inner_name)}" if called_as_split(top, split) else normalised(top)] += 1
+    return dict(counts)
 
-    Raises:
-        DataError: the directory is missing or cannot be read, there is no such split, one of the two files is missing,
-            or there are several such sets.
-    """
-    _check_directory(directory, split)
-    found: dict[tuple[Path, str, str], dict[str, Path]] = {}
-    for folder in _near_folders(directory):
-        for entry in sorted(os.listdir(folder)):  # noqa: PTH208 - names, of which there may be a million
-            name = _IDX_NAME.fullmatch(entry)
-            path = folder / entry
-            if name is None or name["split"].lower() not in _IDX_SPLITS[split] or not path.is_file():
-                continue
-            files = found.setdefault((folder.resolve(), (name["set"] or "").lower(), name["split"].lower()), {})
-            kind = name["kind"].lower()
-            if kind not in files or files[kind].suffix == ".gz":  # unpacked ones can be read at any place
-                files[kind] = path
-    if not found:
-        return None
-    if len(found) > 1:
-        sets = [next(iter(files.values())) for files in found.values()]
-        raise DataError(
-            f"{printable(str(directory))} holds {len(sets)} data sets for {split}: {_listed(list(map(str, sets)))}; "
-            "move all but one away, or name the folder of one"
-        )
-    (((folder, prefix, name_of_split), files),) = found.items()
-    if len(files) == 1:
-        ((kind, path),) = files.items()
-        missing = "labels-idx1" if kind == "images" else "images-idx3"
-        full = f"{prefix}-{name_of_split}" if prefix else name_of_split
-        raise DataError(f"{printable(str(folder))} holds {printable(path.name)} but no {full}-{missing}-ubyte[.gz]")
-    return IdxPair(files["images"], files["labels"])
+
+def _open_questions(directory: Path, folders: Mapping[str, int]) -> tuple[str, ...]:
+    """Of folders that a job may make classes of: those that hold images, and no folders."""
+    flat = [name for name, inner in folders_in(directory).items() if called_as_split(name) and not inner]
+    counts = {name: folders.get(name, 0) + folders.get(f"{name}/", 0) for name in flat} if folders else {}
+    return tuple(
+        f"folder {visible(name)} (images: {count}) counts for a job that has such a class; to others it is a split"
+        for name, count in counts.items()
+        if count
+    )
+
+
+def _one_level_up(walk: Walk, found: Mapping[str, int]) -> tuple[str, ...]:
+    """Where all images lie in folders of one folder, these may be what is meant by classes."""
+    if len(walk.names) != 1 or not found:
+        return ()
+    name = next(iter(walk.names.values()))[0]
+    inner = folder_names(walk.root / name)
+    if len(inner) < 2:
+        return ()
+    return (
+        f"folder {visible(name)} counts as one class; if the folders in it are classes, such as {visible(inner[0])}, "
+        f"name {printable(str(walk.root / name))} with the setting `data`",
+    )
 
 
 def find_folders(
@@ -191,9 +206,12 @@ def _by_class(
     if classes is not None:
         unknown = unknown_names(sorted(name for name in taken if name), classes)
         if unknown:
-            raise DataError(f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away")
+            raise DataError(
+                f"{printable(str(walk.root))} has {unknown}; rename what is misspelt, move the rest away"
+                f"{_deeper(walk, classes)}"
+            )
     if not taken:
-        raise DataError(_no_images(walk))
+        raise NoImagesError(walk)
     names = [normalised(name) for name in classes] if classes is not None else sorted(taken)
     called = classes if classes is not None else names
     return {label: taken.get(name, nothing) for label, name in zip(called, names, strict=True)}, walk
@@ -207,21 +225,49 @@ def walk_folders(
     Raises:
         DataError: the directory is missing or cannot be read, or there is no such split.
     """
-    _check_directory(directory, split)
-    root = split_root(directory, classes or (), split)
-    splits = {name for names in _FOLDERS.values() for name in names}
-    known = splits - {name.lower() for name in classes or ()}
-    others = {name for other, names in _FOLDERS.items() if other != split for name in names}
-    beside = _folder_names(directory) if root != directory else []
-    reserved = frozenset(name for name in _folder_names(root) if name.lower() in known) if root == directory else set()
-    walk = Walk(root, frozenset(reserved), damage, "" if root == directory else f"{root.name}/")
-    for name in beside:
-        if name != root.name and name.lower() not in others and not name.startswith("."):
-            walk.leave_out("", f"{name}/", f"beside the folder {visible(root.name)}, which is read")
-    for name in sorted(reserved) if classes is None else ():
-        if not _folder_names(root / name):
-            walk.leave_out("", f"{name}/", "called as a split, and counted for a job only that has such a class")
+    check_directory(directory, split)
+    folders = folders_in(directory)
+    reading = read_as(folders, classes, split)
+    if split == "test" and not reading.root:
+        raise DataError(
+            f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
+        )
+    if not reading.root:
+        walk = Walk(directory, reading.reserved, damage)
+        for name in sorted(reading.reserved) if classes is not None else ():
+            if called_as_split(name, split):
+                walk.leave_out("", f"{name}/", "called as a split, without folders of classes in it")
+        return walk
+    walk = Walk(directory / reading.root, frozenset(), damage, f"{reading.root}/")
+    others = {name for other, names in SPLITS.items() if other != split for name in names}
+    for name in folders:
+        if name != reading.root and name.lower() not in others:
+            walk.leave_out("", f"{name}/", f"beside the folder {visible(reading.root)}, which is read")
     return walk
+
+
+def further_folders(directory: Path, split: str, damage: frozenset[int] = frozenset()) -> Walk | None:
+    """The walk over the folders that a job's classes may make classes of, where `walk_folders` without classes does not
+    read them; None where the names of folders leave nothing open.
+
+    Raises:
+        DataError: the directory is missing or cannot be read, or there is no such split.
+    """
+    check_directory(directory, split)
+    folders = folders_in(directory)
+    if not any(map(called_as_split, folders)):
+        return None
+    reading = read_as(folders, None, split)
+    read = {reading.root} if reading.root else folders.keys() - reading.reserved
+    return Walk(directory, frozenset(read), damage)
+
+
+class NoImagesError(DataError):
+    """A walk found nothing to take. It knows what it left out."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__(_no_images(walk))
+        self.walk = walk
 
 
 def _no_images(walk: Walk) -> str:
@@ -229,8 +275,20 @@ def _no_images(walk: Walk) -> str:
         f"{printable(str(walk.root))} holds no images: expected are folders, one for each class, with files "
         "such as *.jpg and *.png, or train-images-idx3-ubyte and train-labels-idx1-ubyte"
     )
+    if walk.loose:
+        message += "; labels are read from the names of folders, not from a file or from names of images"
     rows = [f"{row.count} × {row.reason}, such as {printable(row.example)}" for row in walk.left_out[:_NAMES_SHOWN]]
     return f"{message}; it does hold {'; '.join(rows)}" if rows else message
+
+
+def _deeper(walk: Walk, classes: Sequence[str]) -> str:
+    """Names a folder that holds folders of the job's classes, if there is one."""
+    known = {normalised(name) for name in classes}
+    for name in (each for called in walk.names.values() for each in called):
+        inner = folder_names(walk.root / name)
+        if any(normalised(each) in known or called_as_split(each) for each in inner):
+            return f", or name {printable(str(walk.root / name))}, in which folders of classes lie"
+    return ""
 
 
 def _merged(walk: Walk) -> tuple[str, ...]:
@@ -259,7 +317,9 @@ def check_labels(path: Path, labels: Sequence[int], classes: Sequence[str], firs
         raise DataError(f"{path} {objection}")
 
 
-def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, first_label: int) -> DataSummary:
+def _scan_idx(
+    directory: Path, split: str, pair: IdxPair, classes: Sequence[str] | None, first_label: int
+) -> DataSummary:
     labels = IdxFile(pair.labels, 1, any_integers=True)
     check_pair(IdxFile(pair.images, None), labels)
     counts = Counter(labels.values())
@@ -274,106 +334,13 @@ def _scan_idx(directory: Path, pair: IdxPair, classes: Sequence[str] | None, fir
     else:
         names = tuple(classes)
     check_labels(pair.labels, sorted(counts), names, first_label)
+    picture = picture_beside(directory, split, pair)
+    beside = (f"images in folders beside these files, such as {picture}, are not read",) if picture else ()
     return DataSummary(
         sample_count=len(labels),
         class_counts=tuple(counts[first_label + place] for place in range(len(names))),
         layout="idx",
         classes=names,
-        notes=(f"reading {pair.images} and {pair.labels.name}",),
+        notes=(f"reading {pair.images} and {pair.labels.name}", *beside),
         fingerprint=sum(file_key(str(path), path.stat()) for path in pair) % _KEYS,
     )
-
-
-def _check_directory(directory: Path, split: str) -> None:
-    if split not in _FOLDERS:
-        raise DataError(f"there is no split {split!r}; splits are {', '.join(_FOLDERS)}")
-    try:
-        is_folder, exists = directory.is_dir(), directory.exists()
-        if is_folder:
-            os.scandir(directory).close()
-    except OSError as error:
-        raise DataError(
-            f"data directory {printable(str(directory))} cannot be read: {error.strerror}; correct the setting `data` "
-            "or the permissions"
-        ) from None
-    if not is_folder:
-        what = "is not a directory" if exists else "does not exist"
-        raise DataError(f"data directory {printable(str(directory))} {what}; correct the setting `data`")
-
-
-def split_root(directory: Path, classes: Sequence[str], split: str) -> Path:
-    """The folder with the class folders of a split. It may have the name of a class, if folders of classes are in it.
-
-    Raises:
-        DataError: there is none for tests.
-    """
-    called = {normalised(name) for name in classes}
-    folders = _folder_names(directory)
-    splits = {name for names in _FOLDERS.values() for name in names}
-    alone = all(name.lower() in splits or name.startswith(".") for name in folders)
-    found = {
-        name.lower(): name
-        for name in sorted(folders, key=str.swapcase, reverse=True)  # "train" before "Train"
-        if name.lower() in _FOLDERS[split] and _is_split(directory / name, called, alone=alone)
-    }
-    for name in _FOLDERS[split]:
-        if name in found:
-            return directory / found[name]
-    if split == "test":
-        raise DataError(
-            f"{printable(str(directory))} holds no test split: no folder test or val, no t10k-images-idx3-ubyte"
-        )
-    return directory
-
-
-def _is_split(folder: Path, classes: set[str], *, alone: bool) -> bool:
-    """Whether a folder with the name of a split is one, and not that of a class.
-
-    Args:
-        classes: of the job, normalised; empty if they are not known.
-        alone: nothing but splits lies beside it.
-    """
-    inner = [name for name in _folder_names(folder) if not name.startswith(".")]
-    if normalised(folder.name) in classes:
-        return any(normalised(name) in classes for name in inner)
-    return alone or bool(inner) or bool(classes)
-
-
-def _folder_names(directory: Path) -> list[str]:
-    """None in a directory that cannot be read, which the walk names."""
-    try:
-        with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if _is_folder(entry))
-    except OSError:
-        return []
-
-
-def _near_folders(directory: Path) -> list[Path]:
-    """The directory, and the folders up to two levels down, without links and hidden ones."""
-    level, found = [directory], [directory]
-    for _ in range(_IDX_LEVELS):
-        below: list[Path] = []
-        for folder in level:
-            try:
-                with os.scandir(folder) as entries:
-                    inner = sorted(
-                        entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")
-                    )
-            except OSError:
-                continue  # the walk over class folders names it
-            below += [folder / name for name in inner]
-        found += below
-        level = below
-    return [folder for folder in found if os.access(folder, os.R_OK | os.X_OK)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:_NAMES_SHOWN])
-    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown

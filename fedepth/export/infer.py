@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from fedepth.data.damage import RowError
 from fedepth.data.decode import decode_image
-from fedepth.data.folders import IMAGE_SUFFIXES
+from fedepth.data.folders import IMAGE_SUFFIXES, hidden
 from fedepth.data.records import read_records
 from fedepth.data.row_files import SUFFIXES, is_row_file
 from fedepth.data.rows import sample_encoder
@@ -285,17 +286,23 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
         if not path.is_dir():
             found.append(path)
             continue
-        for file in sorted(each for each in path.rglob("*") if not each.is_dir() or each.is_symlink()):
-            if any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts):
-                left_out["hidden"] += 1
-            elif file.is_dir():
-                left_out["links to folders"] += 1
-            elif not file.is_file():
-                left_out["no regular files"] += 1
-            elif file.suffix.lower() in IMAGE_SUFFIXES:
-                found.append(file)
-            else:
-                left_out[file.suffix.lower() or "without a suffix"] += 1
+        within: list[Path] = []
+        for folder, inner, names in os.walk(
+            path, onerror=lambda error: left_out.update(["folders that cannot be read"])
+        ):
+            visited = [name for name in sorted(inner) if not hidden(name)]
+            left_out["hidden"] += sum(map(bool, map(hidden, (*inner, *names))))
+            left_out["links to folders"] += sum(Path(folder, name).is_symlink() for name in visited)
+            inner[:] = visited
+            for file in (Path(folder, name) for name in sorted(names) if not hidden(name)):
+                if not file.is_file():
+                    left_out["no regular files"] += 1
+                elif file.suffix.lower() in IMAGE_SUFFIXES:
+                    within.append(file)
+                else:
+                    left_out[file.suffix.lower() or "without a suffix"] += 1
+        found += sorted(within)
+    left_out = +left_out
     if not found:
         raise DataError(
             f"no images in {', '.join(map(str, paths))}: looked for *{', *'.join(sorted(IMAGE_SUFFIXES))} in folders"

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 
 from fedepth.data import partition
+from fedepth.data.idx_sets import find_idx
 from fedepth.data.partition import Indices
 from fedepth.data.read import DIGITS, Labels
-from fedepth.data.scan import find_folders, find_idx, split_root
+from fedepth.data.scan import find_folders, walk_folders
 from fedepth.errors import ConfigError, DataError
 from fedepth.files import NOT_JSON, read_regular, write_atomically
 from fedepth.printable import printable, quoted
@@ -156,7 +157,7 @@ def _owners_by_folder(source: Source, argument: str) -> list[str]:
             "--partition folder:LEVEL counts from 1, the folders inside a class folder; needs image files"
         )
     owners = []
-    root = split_root(Path(source.data), source.spec.classes, "train")
+    root = walk_folders(Path(source.data), source.spec.classes, "train").root
     for path in files:
         inner = path.relative_to(root).parts[1:-1]  # below the class folder
         owners.append(inner[level - 1] if len(inner) >= level else "")

@@ -338,8 +338,8 @@ class Run:
             request = replace(request, plan=plan, release_freed=False)
 
     def _smaller_plan(self, request: Train, client: Client, miss_bytes: int, tries: int) -> Plan:
-        costs = replace(self._costs, calibration=client.tier.calibration)
         training, samples, chosen = request.task.training, client.sample_count, request.task.policy
+        costs = replace(self._tables.of(training), calibration=client.tier.calibration)
         least = smallest_peak(costs, training, samples, chosen)
         limit = min(request.budget_bytes, smaller_limit(request.plan, miss_bytes, least, tries))
         return make_plan(costs, budget_bytes=limit, training=training, sample_count=samples, policy=chosen)

@@ -80,8 +80,7 @@ def test_pieces_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         pytest.param(b"", id="empty"),
         pytest.param(header(5, 3, 4)[:10], id="header cut off"),
-        pytest.param(header(5, 3, 4, kind=13) + bytes(60), id="floats"),
-        pytest.param(header(60) + bytes(60), id="one dimension"),
+        pytest.param(header(5, 3, 4, kind=7) + bytes(60), id="no type of element"),
         pytest.param(b"\x89PNG" + bytes(72), id="another format"),
         pytest.param(header(5, 3, 4) + bytes(59), id="data cut off"),
         pytest.param(header(5, 3, 4) + bytes(61), id="data too long"),
@@ -92,6 +91,19 @@ def test_pieces_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_damaged_plain_file_is_a_data_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "images").write_bytes(content)
     with pytest.raises(DataError, match="images is damaged"):
+        IdxFile(tmp_path / "images", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(5, 3, 4, kind=13) + bytes(240), "images holds 32-bit floats, and items are unsigned bytes, 0 to 255"),
+        (header(60) + bytes(60), "images has 1 dimensions, and 3 are expected"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_as_that(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "images").write_bytes(content)
+    with pytest.raises(DataError, match=message):
         IdxFile(tmp_path / "images", 3)
 
 

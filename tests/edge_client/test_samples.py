@@ -87,6 +87,24 @@ def test_folders_of_other_classes_are_named_with_what_was_meant(
     assert "folder 'A' - did you mean class 'a'?" in failure.message
 
 
+def test_a_class_called_as_a_split_is_reported_and_trained_on(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    for name, new in (("train/a", "a"), ("train/b", "test")):
+        (bench.data / name).rename(bench.data / new)
+    (bench.data / "train").rmdir()
+    task = make_task()
+    transport.answers = [replace(task, model=replace(task.model, classes=("a", "test")))]
+    bench.run(transport, OK)
+    report = transport.reports[0]
+    assert (report.sample_count, report.class_names) == (4, ("a",))
+    assert (report.folder_names, report.folder_counts) == (("a", "test"), (4, 2))
+    (asked,) = bench.requests
+    assert asked["most_samples"] == 6
+    (line,) = bench.said("training data for this job")
+    assert (line["samples"], line["classes"]) == (6, 2)
+
+
 def changing(transport: FakeTransport, path: Path, seen: list[Answer]) -> FakeTransport:
     """A coordinator that refuses, and data that is added to after the first refusal."""
 

@@ -164,14 +164,14 @@ def test_a_table_shows_every_file_and_what_is_left_out_is_told(written: Callable
 
 
 def test_a_folder_is_searched_as_one_of_training_data(tmp_path: Path) -> None:
-    for name in ("a/1.png", ".thumbs/2.png", "__MACOSX/3.png", "a/.4.png", "a/5.txt"):
+    for name in ("a/1.png", ".thumbs/2.png", "__MACOSX/3.png", "a/.4.png", "a/5.txt", "@eaDir/6.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     os.mkfifo(tmp_path / "6.png")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found, left_out = image_files([tmp_path])
     assert found == [tmp_path / "a" / "1.png"]
-    assert left_out == {"hidden": 3, ".txt": 1, "no regular files": 1, "links to folders": 1}
+    assert left_out == {"hidden": 4, ".txt": 1, "no regular files": 1, "links to folders": 1}
 
 
 def test_a_damaged_image_is_named_and_the_others_are_shown(

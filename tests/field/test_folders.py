@@ -6,82 +6,21 @@ of the rest. A path that ends with "/" is a folder; the content `IMAGE` is a sma
 
 from __future__ import annotations
 
-import asyncio
-import io
 import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from structlog.testing import capture_logs
 
 from edge_client.config import load
-from edge_client.data_check.protocol import CheckRequest
-from edge_client.samples import Samples
-from fedepth.data.check import check_data
-from fedepth.data.damage import Damage, load_damage
+from fedepth.data.damage import load_damage
 from fedepth.data.read import open_images, read_sound
 from fedepth.data.scan import scan
 from fedepth.errors import ConfigError, DataError
 from fedepth.task import ModelSpec
-
-Content = bytes | Callable[[Path], Any] | None
-FORMATS = {".jpg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-
-
-def image(name: str, size: int = 4) -> bytes:
-    """An image in the format of a name."""
-    suffix, data = Path(name).suffix.lower(), io.BytesIO()
-    pixels = np.random.default_rng(1).integers(0, 256, (size, size, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(data, FORMATS.get(suffix) or suffix[1:].upper())
-    return data.getvalue()
-
-
-def IMAGE(path: Path) -> None:
-    path.write_bytes(image(path.name))
-
-
-def cut(path: Path) -> None:
-    """An image that was not copied to its end."""
-    path.write_bytes(image(path.name, 30)[:-40])
-
-
-def rotten(path: Path) -> None:
-    """A PNG whose ends are sound and whose pixels are not."""
-    data = bytearray(image(path.name, 30))
-    data[200:300] = bytes(100)
-    path.write_bytes(data)
-
-
-def link(target: str) -> Callable[[Path], None]:
-    return lambda path: path.symlink_to(target)
-
-
-def bind(path: Path) -> None:
-    here = os.open(".", os.O_RDONLY)
-    os.chdir(path.parent)  # the name of a socket has at most 107 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(path.name)
-    finally:
-        os.fchdir(here)
-        os.close(here)
-
-
-def put(root: Path, tree: dict[str, Content]) -> Path:
-    for name, content in tree.items():
-        path = root / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(path)
-        elif content is not None:
-            path.write_bytes(content)
-    return root
-
+from tests.field.pictures import png_header
+from tests.field.trees import IMAGE, Content, bind, cut, link, look, put, rotten
 
 # what it is: what lies there, images by class, {(folder, reason): (how many, such as)}
 TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str], tuple[int, str]]]] = {
@@ -118,6 +57,55 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
             ("a", "hidden"): (1, "a/.hidden.png"),
         },
     ),
+    "what Windows leaves": (
+        {
+            "a/1.png": IMAGE,
+            "a/1 - Copy.png": IMAGE,
+            "a/~$report.docx": b"x",
+            "a/1.png:Zone.Identifier": b"x",
+            "a/photo.jpg.tmp": b"x",
+            "a/1.png - Shortcut.lnk": b"x",
+            "$RECYCLE.BIN/x/1.png": IMAGE,
+        },
+        {"a": 2},
+        {
+            ("", "folder of an operating system"): (1, "$RECYCLE.BIN"),
+            ("a", "not an image (.docx)"): (1, "a/~$report.docx"),
+            ("a", "not an image (.identifier)"): (1, "a/1.png:Zone.Identifier"),
+            ("a", "not an image (.tmp)"): (1, "a/photo.jpg.tmp"),
+            ("a", "not an image (.lnk)"): (1, "a/1.png - Shortcut.lnk"),
+        },
+    ),
+    "photos that are still in iCloud": (
+        {"a/1.png": IMAGE, "a/.IMG_1.jpg.icloud": b"bplist00"},
+        {"a": 1},
+        {("a", "file that is still in iCloud: download it"): (1, "a/.IMG_1.jpg.icloud")},
+    ),
+    "odd names": (
+        dict.fromkeys(
+            (
+                "a/new\nline.png",
+                "a/😀.png",
+                "a/\u202egnp.x.png",
+                "a/cafe\u0301.png",
+                "a/caf\u00e9.png",
+                "a/-rf.png",
+                "a/x.png.png",
+            ),
+            IMAGE,
+        ),
+        {"a": 7},
+        {},
+    ),
+    "links to folders above": (
+        {"a/1.png": IMAGE, "a/up": link("../.."), "all": link("/"), "../other.png": IMAGE},
+        {"a": 1},
+        {
+            ("a", "link to a folder that the data lie in"): (1, "a/up/"),
+            ("all", "link to a folder that the data lie in"): (1, "all/"),
+            ("all", "class folder without images"): (1, "all"),
+        },
+    ),
     "other files": (
         {
             "a/1.png": IMAGE,
@@ -133,7 +121,7 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
         {"a": 1},
         {
             ("a", "not an image (.txt)"): (2, "a/more.txt"),
-            ("a", "not an image (no suffix)"): (1, "a/Makefile"),
+            ("a", "file without a suffix: an image needs one, such as .jpg"): (1, "a/Makefile"),
             ("a", "HEIC, which is not read: convert it to JPEG or PNG"): (1, "a/live.heic"),
             ("a", "AVIF, which is not read: convert it to JPEG or PNG"): (1, "a/new.AVIF"),
             ("a", "SVG, which is not read: convert it to JPEG or PNG"): (1, "a/logo.svg"),
@@ -239,6 +227,51 @@ def test_where_nothing_is_taken_the_refusal_says_what_there_is(tmp_path: Path) -
         scan(tmp_path, None)
 
 
+# what lies in a folder of which nothing is taken, or another class, and what is said of it
+EXPECTED: dict[str, tuple[dict[str, Content], str]] = {
+    "a list of labels": (
+        {"1.png": IMAGE, "2.png": IMAGE, "labels.csv": b"1.png,cat"},
+        r"expected are folders, one for each class, .*; labels are read from the names of folders, not from a file or",
+    ),
+    "classes in names of files": (
+        {"cat.1.png": IMAGE, "dog.1.png": IMAGE},
+        "labels are read from the names of folders",
+    ),
+    "no suffixes": ({"cat/1": b"x"}, r"1 × file without a suffix: an image needs one, such as \.jpg, such as cat/1"),
+    "an archive": ({"train.zip": b"PK\3\4"}, r"it does hold 1 × an archive: unpack it, such as train\.zip"),
+    "a folder too high": (
+        {"photos/cat/1.png": IMAGE, "photos/dog/1.png": IMAGE},
+        r"folder 'photos'; rename .*, or name .*/photos, in which folders of classes lie",
+    ),
+    "a folder above the splits": ({"set/train/cat/1.png": IMAGE}, "or name .*/set, in which folders of classes lie"),
+    "another case": ({"Cat/1.png": IMAGE, "cat/1.png": IMAGE}, "folder 'Cat' - did you mean class 'cat'"),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_what_is_expected_is_said(tmp_path: Path, case: str) -> None:
+    tree, said = EXPECTED[case]
+    with pytest.raises(DataError, match=said):
+        scan(put(tmp_path / "data", tree), ("cat", "dog"))
+
+
+def test_an_archive_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(
+        DataError, match=r"photos\.zip is an archive; unpack it, and name the folder with the setting `data`"
+    ):
+        scan(tmp_path / "photos.zip", None)
+
+
+def test_a_folder_that_may_lie_too_high_is_noted_before_the_job_is_known(tmp_path: Path) -> None:
+    put(tmp_path, {"photos/cat/1.png": IMAGE, "photos/dog/1.png": IMAGE})
+    (note,) = scan(tmp_path, None).notes
+    assert note == (
+        f"folder 'photos' counts as one class; if the folders in it are classes, such as 'cat', name {tmp_path}/photos "
+        "with the setting `data`"
+    )
+
+
 def test_reasons_are_bounded_in_number(tmp_path: Path) -> None:
     put(tmp_path, {"a/1.png": IMAGE} | {f"a/{n}.x{n}": b"x" for n in range(300)})
     rows = scan(tmp_path, None).left_out
@@ -247,21 +280,6 @@ def test_reasons_are_bounded_in_number(tmp_path: Path) -> None:
 
 
 # --- damaged files
-
-
-async def checked_here(request: CheckRequest, on_progress: Callable[[int], None]) -> Damage:
-    return check_data(Path(request.directory), Path(request.record), decode=request.decode, on_progress=on_progress)
-
-
-def look(
-    root: Path, samples: Samples | None = None, decode: bool = False, **settings: Any
-) -> tuple[Samples, list[Any]]:
-    """One look at the data of a device, and what it logged."""
-    config = load(None, {"data": str(root / "data"), "state": str(root / "state"), **settings})
-    samples = samples or Samples(config, checked_here)
-    with capture_logs() as logs:
-        asyncio.run(samples.look(decode=decode))
-    return samples, logs
 
 
 def many(count: int) -> dict[str, Content]:
@@ -278,6 +296,7 @@ DAMAGE: dict[str, tuple[str, Content, str]] = {
     "cut BMP": ("x.bmp", cut, "x.bmp cannot be read as an image"),
     "cut WebP": ("x.webp", cut, "x.webp cannot be read as an image"),
     "text": ("x.png", b"hello", "x.png cannot be read as an image: no format that is read begins with 68 65"),
+    "too many pixels": ("x.png", lambda path: png_header(path, 60_000, 60_000), "x.png has 60000×60000 pixels, and at"),
     "HEIC by another name": ("x.jpg", b"\0\0\0\x18ftypheic", "x.jpg is an HEIC image"),
 }
 
@@ -389,47 +408,3 @@ def test_the_share_is_checked_where_it_is_set() -> None:
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match=r"most_damaged is .* but must be between 0 and 1"):
             load(None, {"most_damaged": share})
-
-
-# what lies there, classes of the job (None: not known yet), split, images by class
-SPLITS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None, str, tuple[int, ...]]] = {
-    "a class called as the split that it lies in": (
-        ("train/bus/1.png", "train/bus/2.png", "train/train/3.png"),
-        ("bus", "train"),
-        "train",
-        (2, 1),
-    ),
-    "the same before the job is known": (("train/bus/1.png", "train/train/3.png"), None, "train", (1, 1)),
-    "a class called test in the test split": (
-        ("train/ok/1.png", "test/ok/1.png", "test/test/2.png"),
-        ("ok", "test"),
-        "test",
-        (1, 1),
-    ),
-    "classes without splits, one called train": (("train/1.png", "bus/1.png"), ("train", "bus"), "train", (1, 1)),
-    "its images lie deeper": (("train/2026/1.png", "bus/1.png"), ("train", "bus"), "train", (1, 1)),
-    "classes called as all splits": (
-        ("ok/1.png", "test/2.png", "val/1.png"),
-        ("ok", "test", "val"),
-        "train",
-        (1, 1, 1),
-    ),
-    "the others before the job is known": (("train/1.png", "bus/1.png", "car/1.png"), None, "train", (1, 1)),
-}
-
-
-@pytest.mark.parametrize("case", SPLITS)
-def test_a_split_is_told_from_a_class_of_its_name(tmp_path: Path, case: str) -> None:
-    names, classes, split, counts = SPLITS[case]
-    put(tmp_path, dict.fromkeys(names, IMAGE))
-    assert scan(tmp_path, classes, split).class_counts == counts
-
-
-def test_what_may_be_a_class_and_is_not_read_is_said(tmp_path: Path) -> None:
-    put(tmp_path, dict.fromkeys(("train/a/1.png", "Train/a/2.png", "training/a/3.png"), IMAGE))
-    (row,) = scan(tmp_path, None).left_out
-    assert (row.count, row.example, row.reason) == (2, "Train/", "beside the folder 'train', which is read")
-    (tmp_path / "flat").mkdir()
-    put(tmp_path / "flat", dict.fromkeys(("cat/1.png", "dog/1.png", "test/1.png"), IMAGE))
-    (row,) = scan(tmp_path / "flat", None).left_out
-    assert (row.example, row.reason) == ("test/", "called as a split, and counted for a job only that has such a class")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedepth.data.idx_sets import find_idx
 from fedepth.data.labels import by_class, lacking, unknown_names
 from fedepth.data.read import open_images
-from fedepth.data.scan import find_idx, scan
+from fedepth.data.scan import scan
 from fedepth.errors import DataError
 from fedepth.printable import visible
 from fedepth.task import ModelSpec
@@ -44,7 +45,7 @@ def put_idx(root: Path, images: str, labels: str, values: list[int], kind: int =
     ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+        path.write_bytes(gzip.compress(data, mtime=0) if name.lower().endswith(".gz") else data)
     return root
 
 
@@ -147,6 +148,8 @@ LAYOUTS = {
     "EMNIST": ("emnist-letters-train-images-idx3-ubyte", "emnist-letters-train-labels-idx1-ubyte"),
     "EMNIST below": ("gzip/emnist-digits-train-images-idx3-ubyte.gz", "gzip/emnist-digits-train-labels-idx1-ubyte.gz"),
     "capitals": ("Train-Images-idx3-ubyte", "Train-Labels-idx1-ubyte"),
+    "gzipped in capitals": ("TRAIN-IMAGES-IDX3-UBYTE.GZ", "TRAIN-LABELS-IDX1-UBYTE.GZ"),
+    "beside its test split": ("MNIST/train/train-images-idx3-ubyte", "MNIST/train/train-labels-idx1-ubyte"),
     "a folder": ("fashion/train-images-idx3-ubyte", "fashion/train-labels-idx1-ubyte"),
 }
 
@@ -154,10 +157,80 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_idx_files_are_found_under_the_names_that_people_have(tmp_path: Path, case: str) -> None:
     put_idx(tmp_path, *LAYOUTS[case], [1, 0, 1])
+    if case == "beside its test split":
+        images_name, labels_name = (name.replace("train", "test") for name in LAYOUTS[case])
+        put_idx(tmp_path, images_name, labels_name, [1])
     summary = scan(tmp_path, ("a", "b"))
     assert (summary.layout, summary.class_counts) == ("idx", (1, 2))
     images = open_images(tmp_path, ModelSpec("m", ("a", "b"), (1, 2, 2), (0.0,), (1.0,)))
     assert images.read(np.array([0, 1]))[:, 0, 0, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("end", "zipped"), [("", True), (".gz", False), (".GZ", False)])
+def test_whether_a_file_is_gzipped_is_seen_in_it(tmp_path: Path, end: str, zipped: bool) -> None:
+    """A browser may have unpacked what it stored, and a tool dropped the suffix."""
+    for name, data in (("images-idx3", idx(8, (2, 2, 2), bytes(8))), ("labels-idx1", idx(8, (2,), b"\0\1"))):
+        (tmp_path / f"train-{name}-ubyte{end}").write_bytes(gzip.compress(data) if zipped else data)
+    assert scan(tmp_path, ("a", "b")).class_counts == (1, 1)
+    images = open_images(tmp_path, ModelSpec("m", ("a", "b"), (1, 2, 2), (0.0,), (1.0,)))
+    assert images.read(np.array([1])).tolist() == [[[[0, 0], [0, 0]]]]
+
+
+# the shape of an IDX file of images; what a model reads of the first pixel of item 1: in colour, and in gray
+COLOURS = {
+    (2, 4, 5, 3): ([60, 61, 62], 61),
+    (2, 3, 4, 5): ([60, 80, 100], 76),
+    (2, 4, 5, 1): ([20, 20, 20], 20),
+    (2, 1, 4, 5): ([20, 20, 20], 20),
+    (2, 4, 5): ([20, 20, 20], 20),
+}
+
+
+@pytest.mark.parametrize("shape", COLOURS, ids=str)
+def test_colour_images_are_read_where_their_dimensions_are_certain(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    put_idx(tmp_path, "train-images-idx4-ubyte", "train-labels-idx1-ubyte", [0, 1])
+    pixels = bytes(number % 256 for number in range(int(np.prod(shape))))
+    (tmp_path / "train-images-idx4-ubyte").write_bytes(idx(8, shape, pixels))
+    colour, gray = COLOURS[shape]
+
+    def read(*shape: int) -> list[int]:
+        means = (0.0,) * shape[0]
+        images = open_images(tmp_path, ModelSpec("m", ("a", "b"), shape, means, (1.0,) * shape[0]))
+        batch = images.read(np.array([1]))
+        assert batch.shape == (1, *shape)
+        return list(map(int, batch[0, :, 0, 0]))
+
+    assert read(3, 4, 5) == colour
+    assert read(1, 4, 5) == [gray]
+    assert len(read(3, 2, 2)) == 3
+
+
+# the header and the data of an IDX file, and what is said of it
+UNREADABLE = [
+    (idx(8, (2, 3, 4, 3), bytes(72)), r"of shape \(3, 4, 3\), .* both 3 and 3 may be the number of colours"),
+    (idx(8, (2, 4, 4, 4), bytes(128)), r"of shape \(4, 4, 4\), which cannot be read as images: images are of shape"),
+    (idx(8, (2, 16), bytes(32)), r"of shape \(16,\), which cannot be read as images: images are of shape"),
+    (idx(13, (2, 4, 4), bytes(128)), "holds 32-bit floats, and items are unsigned bytes, 0 to 255; write it anew"),
+    (idx(12, (2, 4, 4), bytes(128)), "holds 32-bit integers, and items are unsigned bytes"),
+    (b"PK\x03\x04", "is damaged or of another kind: it begins with 50 4b 03 04"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), UNREADABLE)
+def test_what_is_no_idx_file_of_images_is_named_with_the_reason(tmp_path: Path, content: bytes, said: str) -> None:
+    put_idx(tmp_path, *LAYOUTS["torchvision"], [0, 1])
+    (tmp_path / LAYOUTS["torchvision"][0]).write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        open_images(tmp_path, ModelSpec("m", ("a", "b"), (1, 4, 4), (0.0,), (1.0,)))
+    assert "train-images-idx3-ubyte" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_two_dimensions_are_told(tmp_path: Path) -> None:
+    put_idx(tmp_path, *LAYOUTS["torchvision"], [0, 1])
+    (tmp_path / LAYOUTS["torchvision"][1]).write_bytes(idx(8, (2, 2), bytes(4)))
+    with pytest.raises(DataError, match="has 2 dimensions, and 1 are expected: one number for each image"):
+        scan(tmp_path, ("a", "b"))
 
 
 def test_unpacked_files_beside_their_archives_are_one_set(tmp_path: Path) -> None:
@@ -184,6 +257,59 @@ def test_two_sets_are_refused_by_name(tmp_path: Path, one: str, other: str) -> N
         scan(tmp_path, None)
     assert one in str(caught.value)
     assert other in str(caught.value)
+
+
+# the set of one split, of the other, and whether they may belong together
+HALVES = [
+    ("train", "emnist-test", False),
+    ("emnist-letters-train", "emnist-digits-test", False),
+    ("mnist/train", "fashion/t10k", False),
+    ("train", "t10k", True),
+    ("mnist_train/train", "mnist_test/t10k", True),
+    ("emnist-letters-train", "emnist-letters-test", True),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "together"), HALVES)
+def test_splits_of_two_sets_are_refused_by_name(tmp_path: Path, one: str, other: str, together: bool) -> None:
+    for name in (one, other):
+        put_idx(tmp_path, f"{name}-images-idx3-ubyte", f"{name}-labels-idx1-ubyte", [0])
+    for split in ("train", "test"):
+        if together:
+            assert find_idx(tmp_path, split) is not None
+            continue
+        with pytest.raises(DataError, match=f"holds parts of different data sets: for {split} .*; move what") as caught:
+            find_idx(tmp_path, split)
+        assert f"{one}-images" in str(caught.value)
+        assert f"{other}-images" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "picture", "split"),
+    [
+        ("old/MNIST/", "cat/1.png", "train"),
+        ("MNIST/raw/", "train/cat/2026/1.png", "train"),
+        ("MNIST/", "test/cat/1.png", "test"),
+    ],
+)
+def test_an_idx_set_further_down_does_not_hide_class_folders(
+    tmp_path: Path, folder: str, picture: str, split: str
+) -> None:
+    put_idx(tmp_path, f"{folder}{split}-images-idx3-ubyte", f"{folder}{split}-labels-idx1-ubyte", [0])
+    assert find_idx(tmp_path, split) is not None
+    (tmp_path / picture).parent.mkdir(parents=True)
+    (tmp_path / picture).write_bytes(b"x")
+    said = f"holds class folders with images, such as {picture}, and an IDX data set in .*; name that folder"
+    with pytest.raises(DataError, match=said):
+        find_idx(tmp_path, split)
+    assert find_idx(tmp_path / folder, split) is not None
+
+
+def test_images_beside_an_idx_set_in_the_same_folder_are_said_to_be_left(tmp_path: Path) -> None:
+    put_idx(tmp_path, *LAYOUTS["with dots"], [0])
+    put_images(tmp_path, "cat")
+    (_, note) = scan(tmp_path, None).notes
+    assert note == "images in folders beside these files, such as cat/1.png, are not read"
 
 
 LETTERS = tuple("abc")

@@ -241,6 +241,8 @@ class DeviceReport(_message.Message):
     HOSTNAME_FIELD_NUMBER: _builtins.int
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
+    FOLDER_NAMES_FIELD_NUMBER: _builtins.int
+    FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -262,6 +264,15 @@ class DeviceReport(_message.Message):
     def settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """fields of TrainingSpec that the agent obeys; none from agents older than this field"""
 
+    @_builtins.property
+    def folder_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where a folder is called as a split ("test"), so that only the job's classes tell what it is: every folder of images
+        and how many it holds. They stand for sample_count, class_counts and class_names, which are what a device takes
+        that knows no job.
+        """
+
+    @_builtins.property
+    def folder_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -279,10 +290,12 @@ class DeviceReport(_message.Message):
         hostname: _builtins.str = ...,
         class_names: _abc.Iterable[_builtins.str] | None = ...,
         settings: _abc.Iterable[_builtins.str] | None = ...,
+        folder_names: _abc.Iterable[_builtins.str] | None = ...,
+        folder_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
