@@ -19,6 +19,7 @@ from fedepth.task import ModelSpec, TrainingSpec
 async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> TrialModel:
     """The model traced at this batch, once per folder, and initial weights."""
     name = f"{spec.name}-{'x'.join(map(str, spec.input_shape))}-{training.batch}".replace(":", "-")
+    name += "-fixed" if training.fixed_statistics else ""
     graph, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     costs = _recorded(graph, training) if weights.exists() else None
     if costs is None:
