@@ -20,6 +20,7 @@ async def prepare(spec: ModelSpec, training: TrainingSpec, folder: Path) -> Tria
     """The model traced at this batch and with these heads, once per folder, and initial weights."""
     shape = "x".join(map(str, spec.input_shape))
     name = f"{spec.name}-{shape}-{training.batch}-{training.heads.value}".replace(":", "-")
+    name += "-fixed" if training.fixed_statistics else ""
     graph, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     costs = _recorded(graph, training) if weights.exists() else None
     if costs is None:

@@ -55,7 +55,7 @@ class Recomputed:
 def train_recomputing(request: TrainRequest) -> dict[str, object]:
     """The plan's stages in order, without caches."""
     task = request.task
-    traced = read_traced(Path(request.graph))
+    traced = read_traced(Path(request.graph)).in_training(request.task.training)
     model = Model(traced.graph)
     output, cache = Path(request.output), Path(request.cache)
     for folder in (output, cache):

@@ -108,7 +108,7 @@ class SimulatedDevice:
 
     async def update(self, task: Task, plan: Plan, noise: float, seed: int) -> Part:
         """An update for this plan: the global weights and a little noise."""
-        layout = (await self.model(task)).graph.layout()
+        layout = (await self.model(task)).in_training(task.training).graph.layout()
         tensors = await self.weights(task)
         random = np.random.default_rng(seed)
         trained = layout.trained_tensors(plan)

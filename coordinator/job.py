@@ -341,6 +341,9 @@ class Job:
         if self._doubtful:
             self._read_again()
         state, actions = machine.step(self.state, event, self.facts)
+        if self._fixes_statistics(state.round) is not self._fixes_statistics(self.state.round):
+            self._have_planned_anew()
+            state, actions = machine.step(self.state, event, self.facts)
         given = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
         ended = [
             EndedTask(action.task_id, action.status, action.reason, action.message)
@@ -355,8 +358,6 @@ class Job:
             self._doubtful = False
         if state.round != self.state.round:
             self._recorded.clear()
-            if self._fixes_statistics(state.round) is not self._fixes_statistics(self.state.round):
-                self._have_planned_anew({action.device_id for action in actions if isinstance(action, GiveTask)})
         if state.phase is not self.state.phase:
             self._course.wake()
         self.state = state
@@ -366,13 +367,12 @@ class Job:
     def _fixes_statistics(self, number: int) -> bool:
         return training_spec(self.config, number).fixed_statistics
 
-    def _have_planned_anew(self, but: set[str]) -> None:
+    def _have_planned_anew(self) -> None:
         """Lets those in line ask again: their plans are for what units cost in the round before."""
         for device_id, waiter in list(self._waiters.items()):
-            if device_id not in but:
-                self.stop_waiting(device_id, waiter.answer)
-                if not waiter.answer.done():
-                    waiter.answer.set_result(None)
+            self.stop_waiting(device_id, waiter.answer)
+            if not waiter.answer.done():
+                waiter.answer.set_result(None)
 
     def _read_again(self) -> None:
         """Takes the round over from the record, after a write of which nobody knows what became."""

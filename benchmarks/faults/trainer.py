@@ -102,7 +102,7 @@ def _train(request: TrainRequest, scene: str, number: int) -> tuple[PartInfo, ..
         print("not JSON", flush=True)
         return None
     time.sleep(TRAINING_S)
-    layout = read_traced(Path(request.graph)).graph.layout()
+    layout = read_traced(Path(request.graph)).in_training(request.task.training).graph.layout()
     names = [tensor.name for tensor in layout.trained_tensors(plan)]
     with open_weights(Path(request.weights)) as reader:
         tensors = {name: reader.read(name) for name in names}

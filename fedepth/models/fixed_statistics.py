@@ -34,6 +34,12 @@ def with_fixed_statistics(graph: Graph) -> Graph:
     units, head = tuple(map(_fixed, graph.units)), _fixed(graph.head)
     if (units, head) == (graph.units, graph.head):
         return graph
+    return with_units(graph, units, head)
+
+
+def with_units(graph: Graph, units: tuple[Unit, ...], head: Unit) -> Graph:
+    """The graph with other programs, in which no BatchNorm uses the batch that did not before; where none does, a
+    single sample can be trained on."""
     needs_several = any(uses_the_batch(each) for unit in (*units, head) for each in unit.training.operations)
     smallest = graph.smallest_micro_batch if needs_several else 1
     return structs.replace(graph, units=units, head=head, smallest_micro_batch=smallest)

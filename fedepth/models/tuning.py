@@ -11,6 +11,7 @@ from msgspec import structs
 
 from fedepth.errors import ModelError
 from fedepth.job_sections import TuningSection
+from fedepth.models.fixed_statistics import with_units
 from fedepth.models.graph import Graph, Unit
 
 
@@ -40,7 +41,7 @@ def tuned(graph: Graph, tuning: TuningSection, name: str) -> Graph:
             f"[tuning] leaves nothing of {name} to train: it has {count} units, of which the first {frozen} are "
             "frozen, and a head without parameters; raise last_units"
         )
-    return structs.replace(graph, units=units)
+    return with_units(graph, units, graph.head)
 
 
 def embeddings(graph: Graph) -> int:

@@ -80,7 +80,7 @@ def config_of(**job: Any) -> JobConfig:
             **others,
             "job": section,
             "model": {"name": "fake", "classes": 2, "input_shape": [1, 8, 8]},
-            "training": {"batch": 8},
+            "training": {"batch": 8, **others.get("training", {})},
         },
         JobConfig,
     )

@@ -495,6 +495,48 @@ def test_a_write_of_which_the_word_was_lost_is_found_in_the_record(
     play(scene, rounds=2)
 
 
+def test_who_waits_while_statistics_are_fixed_is_planned_for_anew(play: Play) -> None:
+    """Units cost something else from the second round on, and the plan of who waits is for the first."""
+
+    async def scene(rig: Rig) -> None:
+        task = await rig.ask("a")
+        plan = await rig.job.plan_for(rig.kit.report("b"))
+        waiting = rig.job.start_waiting(rig.kit.report("b"), plan)
+        await rig.deliver(task, "a")
+        assert await asyncio.wait_for(waiting, 30) is None
+        again = await rig.ask("b")
+        assert (task.round, task.training.fixed_statistics) == (1, False)
+        assert (again.round, again.training.fixed_statistics) == (2, True)
+        later = rig.job.start_waiting(rig.kit.report("a"), plan)
+        await rig.deliver(again, "b")
+        assert (given := await asyncio.wait_for(later, 30)) is not None  # rounds 2 and 3 cost the same
+        assert given.round == 3
+
+    fixed = {"batch_norm": "fixed", "fixed_after": 1}
+    play(scene, rounds=3, devices_per_round=1, training=fixed)
+
+
+def test_turned_on_in_the_middle_of_a_job_fixed_statistics_are_prepared_for(play: Play) -> None:
+    async def first(rig: Rig) -> None:
+        await rig.round()
+        await rig.reach(lambda: rig.job.weights.record.round == 1)
+        assert rig.models.asked.count("prepare") == 1
+
+    async def later(rig: Rig) -> None:
+        assert rig.models.asked.count("prepare") == prepared
+        first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+        assert first.training.fixed_statistics is fixed
+
+    play(first, rounds=4)
+    prepared, fixed = 0, False
+    play(later, rounds=4)
+    prepared, fixed = 1, True
+    settings = {"batch_norm": "fixed", "fixed_after": 1}
+    play(later, rounds=4, training=settings)
+    prepared = 0
+    play(later, rounds=4, training=settings)
+
+
 def test_an_unsound_round_of_which_the_word_was_lost_stays_recorded_once(
     play: Play, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

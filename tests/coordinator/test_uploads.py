@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
 from fedepth.job import model_spec, training_spec
-from fedepth.layout import ModelLayout
+from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.task import Result
 
 DATA = bytes(range(200)) * 10
@@ -98,6 +99,23 @@ def test_a_part_is_received_and_committed_once(setup: Setup) -> None:
     assert setup.commit() is False
     assert setup.offset() == len(DATA)
     assert setup.send(setup.header()) == len(DATA)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_update_holds_no_statistics_where_its_round_fixes_them(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, fixed: bool
+) -> None:
+    layouts: list[ModelLayout] = []
+    monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: layouts.append(layout))
+    (first, *others), head = setup.kit.layout.units, setup.kit.layout.head
+    mean = TensorInfo("unit0.mean", (10,), "F32", parameter=False, statistic=True)
+    layout = ModelLayout((UnitLayout("unit0", (*first.tensors, mean)), *others), head)
+    after = {"batch_norm": "fixed", "fixed_after": 0 if fixed else 1}
+    setup.kit = replace(setup.kit, layout=layout, config=partial(setup.kit.config, rounds=2, training=after))
+    setup.uploads = setup.new_uploads()
+    setup.send(setup.header())
+    assert setup.commit()
+    assert [mean in layout.tensors for layout in layouts] == [not fixed]
 
 
 def test_weights_that_rotted_refuse_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,15 @@ def test_only_the_last_units_are_trained() -> None:
     assert "the head alone is trained" in described(graph_of(PRERESNET, last_units=0), whole)
 
 
+def test_frozen_batch_norms_need_no_second_sample() -> None:
+    graph = structs.replace(exported(PRERESNET).graph, smallest_micro_batch=2)
+    found = [tuned(graph, TuningSection(last_units=count), "net").smallest_micro_batch for count in (0, 1)]
+    assert found == [2, 2]  # the head has a BatchNorm of its own
+    head = structs.replace(graph.head, training=graph.head.evaluation)
+    graph = structs.replace(graph, head=head)
+    assert [tuned(graph, TuningSection(last_units=n), "net").smallest_micro_batch for n in (0, 1)] == [1, 2]
+
+
 def test_both_settings_freeze_what_either_does() -> None:
     assert names(graph_of(PRERESNET, last_units=10, embeddings="frozen"))[0] == set()
     assert graph_of(PRERESNET, last_units=4, embeddings="frozen") == graph_of(PRERESNET, last_units=4)
