@@ -160,6 +160,7 @@ class ModelCosts:
         raw_input_bytes: one input sample as stored (uint8).
         smallest_micro_batch: 2 where BatchNorm needs more than one value per channel, else 1.
         calibration: of the device that the table is used for.
+        logits_bytes: what the head makes of one sample.
     """
 
     model: str
@@ -168,6 +169,7 @@ class ModelCosts:
     raw_input_bytes: int
     smallest_micro_batch: int
     calibration: Calibration = Calibration()
+    logits_bytes: int = 0
 
     @property
     def first_trained(self) -> int:

@@ -153,6 +153,9 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         augmentation=section.augmentation,
         seed=config.job.seed + number,  # other shuffles in every round, the same after a restart
         cache_type=section.cache_type,
+        mutual=section.mutual,
+        mutual_weight=section.mutual_weight,
+        mutual_temperature=section.mutual_temperature,
     )
 
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
-from fedepth.plan import CacheType
+from fedepth.plan import MOST_MODELS, CacheType
 from fedepth.task import MOST_CLASSES, InputType
 
 DIGITS = "digits"
@@ -77,7 +77,14 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[training]: what one device does in one round; the learning rate moves over the rounds."""
+    """[training]: what one device does in one round; the learning rate moves over the rounds.
+
+    Attributes:
+        mutual: a device that has memory left trains so many models at most, each distilling from the others, and
+            uploads one; 1 for one model everywhere.
+        mutual_weight: of the distillation, beside the loss on the labels.
+        mutual_temperature: what logits are divided by for the distillation.
+    """
 
     batch: AtLeastOne = 32
     local_epochs: AtLeastOne = 1
@@ -90,6 +97,9 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     proximal_mu: NotNegative = 0.0
     augmentation: Literal["none", "crop-flip"] = "none"
     cache_type: CacheType = CacheType.FLOAT32
+    mutual: Annotated[int, Meta(ge=1, le=MOST_MODELS)] = 1
+    mutual_weight: NotNegative = 1.0
+    mutual_temperature: Positive = 1.0
 
 
 class TestSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

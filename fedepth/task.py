@@ -88,7 +88,13 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How a client trains in one round."""
+    """How a client trains in one round.
+
+    Attributes:
+        mutual: so many models at most, where memory is left for them (mutual knowledge distillation); 1 for none.
+        mutual_weight: of what a model learns from the others, beside the loss on the labels.
+        mutual_temperature: what logits are divided by for that.
+    """
 
     batch: int
     local_epochs: int
@@ -100,6 +106,9 @@ class TrainingSpec:
     augmentation: str  # "none" or "crop-flip"
     seed: int
     cache_type: CacheType = CacheType.FLOAT32
+    mutual: int = 1
+    mutual_weight: float = 1.0
+    mutual_temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class StageResult:
         measured_anonymous_bytes: sampled anonymous part of it, a lower bound.
         steps: optimizer steps.
         samples_seen: samples times epochs.
+        models: that were trained; the losses are those of the one in the update.
     """
 
     first: int
@@ -156,6 +166,7 @@ class StageResult:
     steps: int
     samples_seen: int
     seconds: float
+    models: int = 1
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,10 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
             if kind not in unit_by_kind:
                 unit_by_kind[kind] = _unit_cost(model, unit, x, y, batches)
             units.append(replace(unit_by_kind[kind], name=unit.unit.name, exit=exit_by_input[y] if exits else None))
+        with torch.no_grad():
+            logits = model.head(inputs[-1].make(SMALL_BATCH))[0].nbytes
     values = prod(graph.input_shape)
-    return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch)
+    return ModelCosts(name, tuple(units), values * FLOAT_BYTES, values, graph.smallest_micro_batch, logits_bytes=logits)
 
 
 def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:

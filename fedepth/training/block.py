@@ -1,9 +1,15 @@
-"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete."""
+"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete.
+
+With peers (mutual distillation, arXiv 2303.04887, section 4.3) several models take each step on the same samples. All
+of them say first what they make of a micro-batch; then one after the other runs forwards and backwards against what the
+others have said, so that activations of one model at a time are there. The first is heard while it runs itself: the
+price of a peer is one more forward pass.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +19,7 @@ from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.context import TrainingContext, load, read, to_device
-from fedepth.training.objective import objective
+from fedepth.training.objective import Teachers, objective
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
 
@@ -22,6 +28,8 @@ class BlockTraining:
     """A block and the head, loaded and trainable, until `close`.
 
     Attributes:
+        peers: the same block of other models, which train with it step by step.
+        trained: the units, and the head where it is trained.
         smallest_micro_batch: the smallest so far.
         steps: optimizer steps so far.
         samples_seen: samples so far, counted once an epoch.
@@ -39,6 +47,7 @@ class BlockTraining:
         trains_head: bool,
     ) -> None:
         """`index`: the place of the stage in its task."""
+        self.peers: Sequence[BlockTraining] = ()
         self.smallest_micro_batch = micro_batch.now
         self._micro_batch = micro_batch
         self.steps = 0
@@ -60,7 +69,7 @@ class BlockTraining:
             unit.training = False
         self._head = model.head
         self._head.training = True
-        self._trained = [*self._units, *([self._head] if trains_head else [])]
+        self.trained = [*self._units, *([self._head] if trains_head else [])]
         for _, parameter in self._head.parameters():
             parameter.requires_grad_(trains_head)
         # Behind a skip connection the head sees zeros for channels; such statistics must not reach its BatchNorm.
@@ -68,7 +77,7 @@ class BlockTraining:
         self._head_written = {} if true_features else self._head.copies_of_written()
         self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
-        named = [pair for unit in self._trained for pair in unit.parameters()]
+        named = [pair for unit in self.trained for pair in unit.parameters()]
         self._parameters = [parameter for _, parameter in named]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
@@ -86,14 +95,17 @@ class BlockTraining:
 
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
-        self.steps += 1
+        models = (self, *self.peers)
+        for each in models:
+            each.steps += 1
         micro_batch = self._micro_batch.now
         self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
         pieces = torch.tensor_split(indices, pieces_of(self._context.costs, len(indices), micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):
-            self._last_piece = number == len(pieces)
-            loss_sum += self._accumulate(piece, len(indices))
+            for each in models:
+                each._last_piece = number == len(pieces)
+            loss_sum += self._together(piece, len(indices)) if self.peers else self._accumulate(piece, len(indices))
         self.samples_seen += len(indices)
         return loss_sum
 
@@ -104,6 +116,8 @@ class BlockTraining:
 
     def close(self) -> None:
         """Lets go of gradients, optimizer state and weights; those stay where the units hold them."""
+        for peer in self.peers:
+            peer.close()
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters:
@@ -114,17 +128,62 @@ class BlockTraining:
         self._hooks.clear()
         self._parameters.clear()
 
-    def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
-        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
+    def _together(self, piece: torch.Tensor, batch: int) -> float:
+        """The passes of all models on one micro-batch; the loss of the first."""
+        device = self._context.device
+        random_states: list[torch.Tensor] = []
+        said: list[torch.Tensor] = []
+        own: list[torch.Tensor] = []
+        for peer in self.peers:
+            random_states.append(checkpoint.random_state(device))
+            said.append(peer._say(piece))
+        loss = self._accumulate(piece, batch, said, heard=own)
+        for number, peer in enumerate(self.peers):
+            with checkpoint.random_numbers_of(random_states[number], device):
+                peer._accumulate(piece, batch, [*own, *said[:number], *said[number + 1 :]])
+        return loss
+
+    def _say(self, piece: torch.Tensor) -> torch.Tensor:
+        """The logits of a micro-batch as the pass in training will have them, before which nothing changes."""
         context = self._context
+        with torch.no_grad():
+            x = self._read(piece)
+            for unit in (*self._units, *self._suffix):
+                x = unit(x, unit.copies_of_written() if unit.training else None)
+            head = partial(self._head, written=self._head_written or self._head.copies_of_written())
+            return context.exit(x, head=head, head_shape=context.model.graph.head_shape)
+
+    def _read(self, piece: torch.Tensor) -> torch.Tensor:
+        # Anew for every pass: the first unit may change its input in place.
+        return to_device(self._context, self._inputs.read(piece), from_data=self._stage.first == 0)
+
+    def _accumulate(
+        self,
+        piece: torch.Tensor,
+        batch: int,
+        others: Sequence[torch.Tensor] = (),
+        heard: list[torch.Tensor] | None = None,
+    ) -> float:
+        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`.
+
+        Args:
+            others: what other models say of it.
+            heard: what this one says of it is added here.
+        """
+        context = self._context
+        spec = context.task.training
         targets = self._labels[piece].to(context.device)
         head = partial(self._head, written=self._head_written)
         logits_of = partial(context.exit, head=head, head_shape=context.model.graph.head_shape)
+        teachers = [Teachers(tuple(others), spec.mutual_weight, spec.mutual_temperature)] if others else []
 
         def loss_of(output: torch.Tensor) -> torch.Tensor:
-            return objective(logits_of(output), targets=targets, batch=batch)
+            logits = logits_of(output)
+            if heard is not None:
+                heard.append(logits.detach())
+            return objective(logits, targets=targets, batch=batch, teachers=teachers)
 
-        x = to_device(context, self._inputs.read(piece), from_data=self._stage.first == 0)
+        x = self._read(piece)
         # A frozen suffix ends with the head's own input, from which the skip connection is the identity.
         units = (*self._units, *self._suffix)
         if self._stage.checkpoint:

@@ -44,6 +44,8 @@ class Assignment:
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
         damage: keys of image files to leave out (fedepth.data.damage).
+        peers: files of the device's other models (fedepth.training.peers), by slot; None for one to begin anew.
+        peers_output: where they go, as they are after the task; None if nobody keeps them.
     """
 
     task: Task
@@ -59,6 +61,8 @@ class Assignment:
     most_samples: int = 0
     release_freed: bool = False
     damage: frozenset[int] = frozenset()
+    peers: tuple[Path | None, ...] = ()
+    peers_output: Path | None = None
 
 
 class SessionHooks(Hooks, Protocol):
@@ -100,8 +104,9 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     traced = read_traced(assignment.graph)
     model = Model(traced.graph)
     check_plan(traced.costs, plan)
-    for folder in (assignment.output, assignment.cache):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (assignment.output, assignment.cache, assignment.peers_output):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     images: Images = open_images(
         assignment.data, task.model, "train", scratch=assignment.cache, damage=assignment.damage
     )
@@ -122,6 +127,8 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             channels_last=traced.graph.channels_last and device.type == "cpu",
             enforce=assignment.enforce,
             release_freed=assignment.release_freed,
+            peers=assignment.peers,
+            peers_output=assignment.peers_output,
         )
         warm = known.warm.setdefault(assignment.graph, set())
         if not warm.issuperset(plan.trained_units):
@@ -153,7 +160,14 @@ def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, know
     """The peaks of the plan's stages in their rehearsal: in this one, or in one of a task before that was alike."""
     # Rounds differ in learning rate and seed, which change nothing about memory.
     alike = replace(context.task.training, learning_rate=0.0, seed=0)
-    key = (context.task.graph_digest, alike, context.plan.stages, len(context.images), context.enforce)
+    key = (
+        context.task.graph_digest,
+        alike,
+        context.plan.stages,
+        context.plan.models,
+        len(context.images),
+        context.enforce,
+    )
     if key not in known.rehearsed:
         hooks.rehearsing()
         known.rehearsed = {key: rehearse(context, meter, hooks)}

@@ -344,6 +344,9 @@ class TrainingSpec(_message.Message):
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_FIELD_NUMBER: _builtins.int
+    MUTUAL_FIELD_NUMBER: _builtins.int
+    MUTUAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    MUTUAL_TEMPERATURE_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -354,6 +357,10 @@ class TrainingSpec(_message.Message):
     augmentation: _builtins.str
     seed: _builtins.int
     cache_type: Global___CacheType.ValueType
+    mutual: _builtins.int
+    """unset, as by coordinators that do not know it: 1"""
+    mutual_weight: _builtins.float
+    mutual_temperature: _builtins.float
     def __init__(
         self,
         *,
@@ -367,12 +374,26 @@ class TrainingSpec(_message.Message):
         augmentation: _builtins.str = ...,
         seed: _builtins.int = ...,
         cache_type: Global___CacheType.ValueType = ...,
+        mutual: _builtins.int | None = ...,
+        mutual_weight: _builtins.float | None = ...,
+        mutual_temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__mutual: _TypeAlias = _typing.Literal["mutual"]  # noqa: Y015
+    _WhichOneofArgType__mutual: _TypeAlias = _typing.Literal["_mutual", b"_mutual"]  # noqa: Y015
+    _WhichOneofReturnType__mutual_temperature: _TypeAlias = _typing.Literal["mutual_temperature"]  # noqa: Y015
+    _WhichOneofArgType__mutual_temperature: _TypeAlias = _typing.Literal["_mutual_temperature", b"_mutual_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__mutual_weight: _TypeAlias = _typing.Literal["mutual_weight"]  # noqa: Y015
+    _WhichOneofArgType__mutual_weight: _TypeAlias = _typing.Literal["_mutual_weight", b"_mutual_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual) -> _WhichOneofReturnType__mutual | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual_temperature) -> _WhichOneofReturnType__mutual_temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual_weight) -> _WhichOneofReturnType__mutual_weight | None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
 
@@ -465,8 +486,11 @@ class Plan(_message.Message):
     UNTRAINED_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     policy: Global___Policy.ValueType
     budget_bytes: _builtins.int
+    models: _builtins.int
+    """unset: 1"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
     @_builtins.property
@@ -480,12 +504,15 @@ class Plan(_message.Message):
         untrained: _abc.Iterable[_builtins.int] | None = ...,
         policy: Global___Policy.ValueType = ...,
         budget_bytes: _builtins.int = ...,
+        models: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "policy", b"policy", "stages", b"stages", "untrained", b"untrained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "budget_bytes", b"budget_bytes", "models", b"models", "policy", b"policy", "stages", b"stages", "untrained", b"untrained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__models: _TypeAlias = _typing.Literal["models"]  # noqa: Y015
+    _WhichOneofArgType__models: _TypeAlias = _typing.Literal["_models", b"_models"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__models) -> _WhichOneofReturnType__models | None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
@@ -564,6 +591,7 @@ class StageResult(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     SAMPLES_SEEN_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
@@ -577,6 +605,8 @@ class StageResult(_message.Message):
     steps: _builtins.int
     samples_seen: _builtins.int
     seconds: _builtins.float
+    models: _builtins.int
+    """unset: 1"""
     def __init__(
         self,
         *,
@@ -593,12 +623,15 @@ class StageResult(_message.Message):
         steps: _builtins.int = ...,
         samples_seen: _builtins.int = ...,
         seconds: _builtins.float = ...,
+        models: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "predicted_peak_bytes", b"predicted_peak_bytes", "rehearsed_peak_bytes", b"rehearsed_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "models", b"models", "predicted_peak_bytes", b"predicted_peak_bytes", "rehearsed_peak_bytes", b"rehearsed_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__models: _TypeAlias = _typing.Literal["models"]  # noqa: Y015
+    _WhichOneofArgType__models: _TypeAlias = _typing.Literal["_models", b"_models"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__models) -> _WhichOneofReturnType__models | None: ...
 
 Global___StageResult: _TypeAlias = StageResult  # noqa: Y015
 
