@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory --quick --json FILE    24 trials, and 5 of them again
     python -m benchmarks.memory --json FILE            200 trials, and 40 of them again
+    python -m benchmarks.memory --quick --mutual 3     budgets that hold two or three models that distil from each other
 
 Every trial draws model, batch, optimizer, policy, heads, what is distilled, and a budget between what the smallest plan
 needs and what full training needs. The trainer enforces the budget (RLIMIT_DATA, its own checks) as on a device; a plan
@@ -38,6 +39,7 @@ from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_tr
 from edge_client.trainer.protocol import Done, Failed
 from fedepth.costs import Calibration
 from fedepth.errors import PlanError
+from fedepth.estimate.peak import needed_bytes
 from fedepth.plan import Plan, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan, smallest_peak
 from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
@@ -85,6 +87,7 @@ class Trial:
         tries: plans that were tried; 1 if the first one held.
         outcome: "trained", or why it was not.
         forced: full training at the job's batch did not fit, so that a finer plan was made.
+        models: that were trained.
         predicted_bytes: the estimate of the plan that was trained, without its margin.
         measured_bytes: the worst stage of that plan.
         stages: predicted components and measured peaks of every stage.
@@ -107,14 +110,15 @@ class Trial:
     stages: tuple[StageFigures, ...]
     heads: str = "shared"
     distil: str = "none"
+    models: int = 1
 
 
-async def run_trials(folder: Path, count: int, seed: int, calibration: Calibration) -> list[Trial]:
+async def run_trials(folder: Path, count: int, seed: int, mutual: int, calibration: Calibration) -> list[Trial]:
     """Runs what is not there yet, and returns all."""
     journal = folder / "trials.jsonl"
     done = journal.read_text().splitlines() if journal.exists() else []
     chance = random.Random(seed)
-    drawn = [draw(chance) for _ in range(count)]
+    drawn = [draw(chance, mutual) for _ in range(count)]
     runs = [(each, enforce) for number, each in enumerate(drawn) for enforce in _enforcements(number)]
     for number, (each, enforce) in enumerate(track(runs, "trials", console=console)):
         if number < len(done):
@@ -131,7 +135,8 @@ def _enforcements(number: int) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What chance decides. `height` places the budget between the smallest need (0) and that of full training (1)."""
+    """What chance decides. `height` places the budget between the smallest need (0) and that of full training (1); for
+    several models, between the needs of two and of all of them."""
 
     spec: ModelSpec
     training: TrainingSpec
@@ -139,13 +144,13 @@ class Drawn:
     height: float
 
 
-def draw(chance: random.Random) -> Drawn:
+def draw(chance: random.Random, mutual: int) -> Drawn:
     name, shape, batches = chance.choice(MODELS)
     tokens = custom_models.WIDE.get(name.partition(":")[2], ((), "float"))[1] == "tokens"
     kind = InputType.TOKENS if tokens else InputType.FLOAT
     spec = ModelSpec(name, tuple("0123456789"), shape, (0.3,) * shape[0], (0.35,) * shape[0], kind)
     optimizer = chance.choice(["sgd", "adamw"])
-    training = TrainingSpec(chance.choice(batches), 1, optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1)
+    training = TrainingSpec(chance.choice(batches), 1, optimizer, 1e-3, 0.9, 5e-4, 0.0, "none", 1, mutual=mutual)
     policy, height = chance.choice(list(Policy)), chance.random()
     training = replace(training, heads=chance.choice(list(Heads)), distil=chance.choice(list(Distil)))
     return Drawn(spec, training, policy, height)
@@ -158,7 +163,10 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Cali
     prepared = replace(prepared, training=training, costs=costs)
     samples = 3 * training.batch
     low = smallest_peak(costs, training, samples, drawn.policy)
-    high = max(low, int(full_training_peak(costs, training, samples).total * 1.1) + (2 << 20))
+    if training.mutual > 1:
+        low = needed_bytes(full_training_peak(costs, training, samples, models=2).total)
+    full = full_training_peak(costs, training, samples, models=training.mutual).total
+    high = max(low, int(full * 1.1) + (2 << 20))
     budget = int(low + (high - low) * drawn.height)
     started = time.monotonic()
     plan, tries, end = await _train(folder, prepared, drawn.policy, budget, samples, enforce)
@@ -185,6 +193,7 @@ async def run_trial(folder: Path, drawn: Drawn, enforce: bool, calibration: Cali
         ),
         heads=training.heads.value,
         distil=training.distil.value,
+        models=plan.models,
     )
 
 
@@ -295,14 +304,15 @@ def memory(
         "runs/memory"
     ),
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 1,
+    mutual: Annotated[int, typer.Option(help="Models at most; above 1, every budget holds two.")] = 1,
     allocator: Annotated[str, typer.Option(help="auto, glibc or tcmalloc.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="PNG of predicted against measured peaks.")] = None,
 ) -> None:
     """Trains random jobs inside random budgets and compares prediction, rehearsal and measurement."""
     calibration = asyncio.run(calibrated(_config(allocator), console.print)).calibration
-    folder = folder.resolve() / f"{calibration.allocator}-{seed}"
+    folder = folder.resolve() / (f"{calibration.allocator}-{seed}" + (f"-{mutual}" if mutual > 1 else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else trials_wanted, seed, calibration))
+    trials = asyncio.run(run_trials(folder, QUICK_TRIALS if quick else trials_wanted, seed, mutual, calibration))
     for trial in trials:
         if trial.outcome != "trained" or trial.tries > 1 or trial.measured_bytes > trial.budget_bytes:
             console.print(

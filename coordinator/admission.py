@@ -27,7 +27,7 @@ from fedepth.data.splits import images_by_class
 from fedepth.errors import StateError, UpdateError
 from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
-from fedepth.plan import Plan
+from fedepth.plan import MOST_MODELS, Plan
 from fedepth.printable import printable, quoted, shortened
 from fedepth.task import FIRST_SETTINGS, DeviceReport, ModelSpec, Result, StageResult, TrainingSpec
 
@@ -104,6 +104,7 @@ def check_result(result: Result, task: TaskRecord, layout: ModelLayout, limit_pa
             f"trained on {result.sample_count} samples, the device had reported {task.sample_count}",
         )
     _check_plan(result.plan, layout)
+    _check_models(result)
     _check_trained(result, layout)
     _check_stages(result)
     _check_parts(result, limit_parts, len(layout.units))
@@ -301,6 +302,15 @@ def _check_units(what: str, units: Sequence[int], layout: ModelLayout) -> None:
     end = len(layout.units)
     if len(units) > end or len(set(units)) != len(units) or not all(0 <= unit < end for unit in units):
         raise UpdateError("plan", f"{what} units {_listed(units)} of a model with the units 0 to {end - 1}")
+
+
+def _check_models(result: Result) -> None:
+    """Several models are one block of all units each; one of them is the update."""
+    plan = result.plan
+    if not 1 <= plan.models <= MOST_MODELS or (plan.models > 1 and not plan.may_have_peers):
+        raise UpdateError("plan", f"plan {_blocks(plan)} trains {plan.models} models")
+    if odd := [stage.models for stage in result.stages if stage.models != plan.models]:
+        raise UpdateError("plan", f"{plan.models} models were planned, a stage reports {odd[0]}")
 
 
 def _check_trained(result: Result, layout: ModelLayout) -> None:

@@ -296,6 +296,8 @@ def describe(event: dict[str, Any]) -> str:
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
             f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
+        if stage["models"] > 1:
+            text += f", {stage['models']} models"
     return text
 
 
@@ -332,8 +334,11 @@ async def _watch(address: str) -> AsyncIterator[str]:
 def _event(line: str) -> dict[str, Any]:
     try:
         event = msgspec.json.decode(line, type=dict[str, Any])
-        stages = msgspec.convert(event.get("stages", []), list[dict[str, Any]])
-        return event | {"stages": [{key: int(stage[key]) for key in _STAGE_FIELDS} for stage in stages]}
+        stages = [
+            {"models": int(stage.get("models", 1)), **{key: int(stage[key]) for key in _STAGE_FIELDS}}
+            for stage in msgspec.convert(event.get("stages", []), list[dict[str, Any]])
+        ]
+        return event | {"stages": stages}
     except (*NOT_JSON, KeyError, TypeError, ValueError, OverflowError):
         raise ProtocolError(f"the coordinator sent an event that cannot be shown: {quoted(line)}") from None
 
@@ -398,6 +403,7 @@ def _tables(record: dict[str, Any]) -> list[Table]:
         "round",
         "device",
         "units",
+        "models",
         "micro-batch",
         "predicted",
         "rehearsed",
@@ -414,6 +420,7 @@ def _tables(record: dict[str, Any]) -> list[Table]:
                 str(result.round),
                 _plain(update["device"]),
                 f"{stage.first}-{stage.last}",
+                str(stage.models),
                 str(stage.micro_batch),
                 format_size(stage.predicted_peak_bytes),
                 format_size(stage.rehearsed_peak_bytes),

@@ -38,6 +38,7 @@ from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.scan import DataSummary
 from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
+from fedepth.plan import MOST_MODELS
 from fedepth.sizes import format_size
 from fedepth.task import SETTINGS, DeviceReport, Failure, Outcome, Progress, Result, Task
 
@@ -168,7 +169,8 @@ class Agent:
             self._told_finished = False
             self._nothing_to_do.over()
             await self._take_on(answer)
-            self._room_bytes = max(LEAST_ROOM_BYTES, answer.weights_bytes, self._runner.room_bytes)
+            models = min(max(1, answer.training.mutual), MOST_MODELS)
+            self._room_bytes = max(LEAST_ROOM_BYTES, models * answer.weights_bytes, self._runner.room_bytes)
         elif isinstance(answer, RetryLater):
             if answer.reason and self._nothing_to_do.due(answer.reason):
                 _log.info("nothing to do now", reason=answer.reason)

@@ -55,6 +55,7 @@ class ProgressReporter:
                 predicted_peak=format_size(result.predicted_peak_bytes),
                 rehearsed_peak=format_size(result.rehearsed_peak_bytes),
                 measured_peak=format_size(result.measured_peak_bytes),
+                **({"models": result.models} if result.models > 1 else {}),
                 loss=round(result.loss_last, 4),
                 seconds=round(result.seconds, 1),
             )

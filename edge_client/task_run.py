@@ -17,6 +17,7 @@ from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
 from edge_client.outbox import Outbox, trained_result
+from edge_client.peers import Peers, peers_folder
 from edge_client.progress import ProgressReporter
 from edge_client.samples import Samples
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
@@ -98,6 +99,7 @@ class TaskRunner:
         self.room_bytes = 0
         # The last plans that met the cap on their heap, unless they release at once.
         self._released: deque[tuple[Stage, ...]] = deque(maxlen=_PLANS_REMEMBERED)
+        self._peers = Peers(config.state_dir)
         self._folder = config.state_dir / "work"
         self._left = sorted(self._folder.glob("*"))  # by an agent that was stopped or killed, or by us
 
@@ -111,7 +113,10 @@ class TaskRunner:
         """
         found = False
         while self._left:
-            found |= self._outbox.recover(_output(self._left[-1]))
+            folder = self._left[-1]
+            found |= self._outbox.recover(_output(folder))
+            if not _output(folder).exists():  # the update is kept, so its peers are the ones that count
+                self._peers.keep(_peers(folder))
             shutil.rmtree(self._left.pop(), ignore_errors=True)
         return found
 
@@ -129,6 +134,7 @@ class TaskRunner:
             done = await self._trained_with_room(task, folder, planned_samples, reporter)
             self._keeper.rest()
             await self._store(done.result, _output(folder), reporter)
+            self._keep_peers(folder)
         except FedepthError as error:
             return _failure(task, self._device_id, error)
         else:
@@ -136,7 +142,8 @@ class TaskRunner:
             return done.result
         finally:
             self._keeper.rest()
-            if self.is_storing or (_output(folder) / RESULT).exists():
+            left = not _output(folder).exists() and _peers(folder).exists()
+            if left or self.is_storing or (_output(folder) / RESULT).exists():
                 self._left.append(folder)  # for `recover`
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -188,6 +195,7 @@ class TaskRunner:
             costs = (await asyncio.to_thread(read_costs, graph)).of(task.training)
             check_plan(costs, task.plan)
             weights = await self._fetched(self._transport.fetch_weights, task)
+            peers = await asyncio.to_thread(self._peers.of, task)
             reporter.activity("starting the trainer")
             request = TrainRequest(
                 task=task,
@@ -203,6 +211,8 @@ class TaskRunner:
                 enforce=self._config.trainer.enforce,
                 most_samples=planned_samples,
                 damage=tuple(self._samples.damage.keys),
+                peers=tuple(str(path.resolve()) if path else "" for path in peers),
+                peers_output=str(peers_folder(_peers(folder), task).resolve()),
             )
             samples = min(summary.sample_count, planned_samples)
             costs = replace(costs, calibration=self._calibration)
@@ -223,6 +233,13 @@ class TaskRunner:
             else:
                 self.is_storing = False
                 return
+
+    def _keep_peers(self, folder: Path) -> None:
+        """After the update is kept. What the disk does not take now, `recover` takes over."""
+        try:
+            self._peers.keep(_peers(folder))
+        except DiskError as error:
+            _log.warning("peers cannot be kept yet", error=str(error))
 
     async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
         """Retries while the coordinator is away or busy; what has arrived so far is kept."""
@@ -248,6 +265,7 @@ class TaskRunner:
         limit: int | None = None
         deaths = smaller = 0
         while True:
+            shutil.rmtree(request.peers_output, ignore_errors=True)  # first: without its output they would be kept
             for folder in (request.output, request.cache):
                 shutil.rmtree(folder, ignore_errors=True)
                 Path(folder).mkdir(parents=True)
@@ -278,6 +296,8 @@ class TaskRunner:
             if end.disk:
                 raise DiskError(end.message, needed_bytes=end.disk_bytes)
             if end.outcome is not Outcome.OVER_BUDGET:
+                if end.outcome is Outcome.DIVERGED and plan.models > 1:
+                    self._peers.drop("training diverged with them, and may do so again")
                 raise _TrainerFailed(end)
             if end.capped and not release_freed:
                 _log.warning(
@@ -376,6 +396,11 @@ class TaskRunner:
 def _output(folder: Path) -> Path:
     """Where the trainer puts the parts of a task whose folder this is."""
     return folder / "output"
+
+
+def _peers(folder: Path) -> Path:
+    """Where its peers lie until its update is kept."""
+    return folder / "peers"
 
 
 class _TrainerFailed(FedepthError):

@@ -21,7 +21,7 @@ from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
 from fedepth.files import NOT_JSON, read_regular
 from fedepth.models.catalog import named_spec
-from fedepth.plan import Ending, Plan, Policy
+from fedepth.plan import MOST_MODELS, Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
 from fedepth.printable import printable
 from fedepth.program import run_program
@@ -58,6 +58,9 @@ def plan_command(
     classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
     samples: Annotated[int, typer.Option(min=1, help="Samples on the device; determines the cache size.")] = 1024,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the samples in a round.")] = 1,
+    mutual: Annotated[
+        int, typer.Option(min=1, max=MOST_MODELS, help="Models at most that distil from each other.")
+    ] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="A device's calibration: output of its fedepth-client calibrate --json.")
     ] = None,
@@ -73,7 +76,7 @@ def plan_command(
     budget_bytes = parse_size(budget)
     save_timeline = _plotting() if plot else None
     title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
-    training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0)
+    training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0, mutual=mutual)
     with console(stderr=True).status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
         costs = replace(_trace(model, input_shape, classes, training), calibration=device)
         status.update("Comparing plans")
@@ -296,6 +299,8 @@ def _stages(plan: Plan, title: str) -> Table:
             *(f"{size / (1 << 20):.1f}" for size in sizes),
         )
     notes = [f"Units left untrained: {plan.untrained_ranges}."] if plan.untrained else []
+    if plan.models > 1:
+        notes.append(f"{plan.models} models are trained, each distilling from the others; one of them is the update.")
     if plan.ending is Ending.FROZEN_SUFFIX:
         notes.append("The last block is trained through the untrained units behind it.")
     if plan.ending is Ending.FROZEN_HEAD:
@@ -359,9 +364,12 @@ def _difference(found: Explanation, other: Alternative) -> str:
     untrained, now = len(other.plan.untrained), len(found.plan.untrained)
     if untrained != now:
         return f"units untrained: {untrained} instead of {now}"
-    stages, now = len(other.plan.stages), len(found.plan.stages)
-    if stages != now:
-        return f"{stages} {'stage' if stages == 1 else 'stages'} instead of {now}"
+    for what, many, now in (
+        ("stage", len(other.plan.stages), len(found.plan.stages)),
+        ("model", other.plan.models, found.plan.models),
+    ):
+        if many != now:
+            return f"{many} {what if many == 1 else what + 's'} instead of {now}"
     change = other.work / found.work - 1
     return f"about {abs(change):.0%} {'more' if change > 0 else 'less'} work"
 

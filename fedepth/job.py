@@ -165,6 +165,9 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         distil=section.distil,
         distil_weight=section.distil_weight,
         distil_temperature=section.distil_temperature,
+        mutual=section.mutual,
+        mutual_weight=section.mutual_weight,
+        mutual_temperature=section.mutual_temperature,
     )
 
 

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.models.graph import MOST_UNITS
-from fedepth.plan import CacheType
+from fedepth.plan import MOST_MODELS, CacheType
 from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, Distil, Heads, InputType
 
 DIGITS = "digits"
@@ -134,6 +134,10 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         distil: what blocks learn from beside the labels.
         distil_weight: λ, of how far a block is from what it is to learn from.
         distil_temperature: T, which softens what both say.
+        mutual: a device that has memory left trains so many models at most, each distilling from the others, and
+            uploads one; 1 for one model everywhere.
+        mutual_weight: of the distillation, beside the loss on the labels.
+        mutual_temperature: what logits are divided by for the distillation.
     """
 
     batch: AtLeastOne = 32
@@ -153,6 +157,9 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distil: Distil = Distil.NONE
     distil_weight: LossWeight = 1.0
     distil_temperature: Temperature = 1.0
+    mutual: Annotated[int, Meta(ge=1, le=MOST_MODELS)] = 1
+    mutual_weight: LossWeight = 1.0
+    mutual_temperature: Temperature = 1.0
 
 
 class TuningSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
+MOST_MODELS = 8  # that a client trains at once; what more of them teach each other grows ever less
+
 
 class Policy(str, Enum):
     """How the planner chooses among the plans that fit."""
@@ -120,12 +122,15 @@ class Plan:
             of all others.
         policy: what chose it.
         budget_bytes: what it was made for.
+        models: how many are trained, each distilling from the others; one of them is the update. More than one only
+            where a single stage trains all units.
     """
 
     stages: tuple[Stage, ...]
     untrained: tuple[int, ...]
     policy: Policy
     budget_bytes: int
+    models: int = 1
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -135,6 +140,11 @@ class Plan:
     def trained_units(self) -> tuple[int, ...]:
         """Indices of the units that are trained, in the order of training."""
         return tuple(unit for stage in self.stages for unit in range(stage.first, stage.last + 1))
+
+    @property
+    def may_have_peers(self) -> bool:
+        """Whether one stage trains all that can be trained, so that more models than one could be."""
+        return len(self.stages) == 1 and not self.untrained and not self.stages[0].frozen_suffix
 
     @property
     def ending(self) -> Ending:
@@ -151,8 +161,10 @@ class Plan:
     @property
     def blocks(self) -> str:
         """For people: "1-3 | 4-6 (untrained: 0)", with a frozen suffix "0-3 | 4-6 through 7-9 (untrained: 7-9)", or
-        "0-3 (untrained: 4-9, head)"."""
+        "0-3 (untrained: 4-9, head)"; "0-9 (2 models)"."""
         text = " | ".join(stage.block for stage in self.stages)
+        if self.models > 1:
+            text += f" ({self.models} models)"
         if not self.stages or not self.untrained:
             return text
         if self.ending is Ending.FROZEN_SUFFIX:

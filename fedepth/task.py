@@ -217,6 +217,9 @@ class TrainingSpec:
     Attributes:
         distil_weight: λ, of the divergence from what is distilled (fedepth.training.objective).
         distil_temperature: T, by which logits are divided before they are compared.
+        mutual: so many models at most, where memory is left for them (mutual knowledge distillation); 1 for none.
+        mutual_weight: of what a model learns from the others, beside the loss on the labels.
+        mutual_temperature: what logits are divided by for that.
     """
 
     batch: int
@@ -234,6 +237,9 @@ class TrainingSpec:
     distil: Distil = Distil.NONE
     distil_weight: float = 1.0
     distil_temperature: float = 1.0
+    mutual: int = 1
+    mutual_weight: float = 1.0
+    mutual_temperature: float = 1.0
 
     @property
     def asks_for(self) -> tuple[str, ...]:
@@ -289,6 +295,7 @@ class StageResult:
         measured_anonymous_bytes: sampled anonymous part of it, a lower bound.
         steps: optimizer steps.
         samples_seen: samples times epochs.
+        models: that were trained; the losses are those of the one in the update.
     """
 
     first: int
@@ -304,6 +311,7 @@ class StageResult:
     steps: int
     samples_seen: int
     seconds: float
+    models: int = 1
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
             "weight_decay": ("-1", "1e39"),
             "proximal_mu": ("-1", "inf", "1e39"),
             "augmentation": ('"mixup"',),
+            "mutual": ("0", "9", "1.5", "true"),
+            "mutual_weight": ("-1", "inf", "1e39"),
+            "mutual_temperature": ("0", "-1", "nan", "1e39"),
             "batch_norm": ('"frozen"', '"fixed"'),  # without fixed_after
             "fixed_after": ("-1", "1.5", "2"),  # 2 belongs to batch_norm = "fixed"
         },
@@ -209,12 +212,20 @@ def test_the_task_carries_the_rate_and_another_seed_every_round() -> None:
             "job": {"name": "demo", "rounds": 4, "seed": 7},
             "model": {"name": "m", "classes": 2, "input_shape": [1, 8, 8]},
             "test": {"data": "digits"},
-            "training": {"learning_rate": 0.8, "schedule": "linear", "proximal_mu": 0.25},
+            "training": {
+                "learning_rate": 0.8,
+                "schedule": "linear",
+                "proximal_mu": 0.25,
+                "mutual": 2,
+                "mutual_weight": 0.5,
+                "mutual_temperature": 3.0,
+            },
         },
         JobConfig,
     )
     second = training_spec(config, 2)
     assert (second.learning_rate, second.seed, second.proximal_mu) == (pytest.approx(0.6), 9, 0.25)
+    assert (second.mutual, second.mutual_weight, second.mutual_temperature) == (2, 0.5, 3.0)
     assert training_spec(config, 5) == training_spec(config, 4)
 
 

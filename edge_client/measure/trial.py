@@ -82,6 +82,7 @@ def trial_request(
         data=str(data),
         output=str(folder / "output"),
         cache=str(folder / "cache"),
+        peers_output=str(folder / "peers") if plan.models > 1 else "",
         device_id="trial",
         enforce=enforce,
     )

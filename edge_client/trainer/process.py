@@ -175,6 +175,8 @@ def assignment(request: TrainRequest) -> Assignment:
         most_samples=request.most_samples,
         release_freed=request.release_freed,
         damage=frozenset(request.damage),
+        peers=tuple(Path(path) if path else None for path in request.peers),
+        peers_output=Path(request.peers_output) if request.peers_output else None,
     )
 
 

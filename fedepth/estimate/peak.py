@@ -11,6 +11,9 @@ A stage lives through these moments; each holds something else, and the peak is 
 The skip connection and the head behind the block run like one more unit, the exit: "forward exit", "backward exit".
 With a frozen suffix the units behind the block run before it, named by their numbers as well; they have no gradients
 and no optimizer state, and the exit is the whole model's head.
+Several models (mutual distillation) have their weights, optimizer state and sums of gradients beside each other, and
+run one after the other, so that of one of them at a time there are activations. All but the first run without autograd
+before, for what they say of the samples: "logits k".
 Convolutions copy what they work on. Each of a unit's is a moment more in every pass, "forward k, convolution 1", so
 that its copies are not added to what lives only when another one runs, or none.
 
@@ -24,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, StepCost, UnitCost
+from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, StepCost, UnitCost
 from fedepth.estimate.teachers import kept_logits_bytes, taught
 from fedepth.plan import CachePlace, PeakComponents, Stage
 from fedepth.task import TrainingSpec
@@ -38,6 +41,7 @@ FLOAT_BYTES = 4
 KEPT_SHARE = 0.1
 KEPT_BYTES = 1 << 20
 
+_COMPARED = 4  # logits, in size, that a divergence takes beside what is kept of it
 Moments = tuple[tuple[str, PeakComponents], ...]
 
 _NOTHING = PeakComponents(0, 0, 0, 0, 0, 0, 0)
@@ -136,6 +140,7 @@ def training_step(
     cache_bytes: int,
     checkpoint: bool = False,
     frozen_suffix: bool = False,
+    models: int = 1,
 ) -> TrainingStep:
     """Training units `first..last` with `micro_batch` samples per forward pass.
 
@@ -147,6 +152,7 @@ def training_step(
         cache_bytes: the block's cached inputs in RAM; 0 when they lie on disk. With the logits that are distilled.
         checkpoint: only the units' inputs are kept, and each unit's forward pass runs again before its backward pass.
         frozen_suffix: the units behind the block run as well, frozen.
+        models: that are trained, each with the others for teachers.
 
     Raises:
         ValueError: no block can end behind unit `last`, or be trained through the units behind it.
@@ -160,27 +166,32 @@ def training_step(
     block = costs.units[first : last + 1]
     trained = sum(unit.parameter_bytes for unit in (*block, exit_))
     loaded = sum(unit.loaded_bytes for unit in (*block, *suffix, exit_))
-    reference = trained if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside
+    # What the model's author froze is the same in all models, and there once.
+    peers = (models - 1) * sum(unit.parameter_bytes + unit.buffer_bytes for unit in (*block, exit_))
+    reference = trained if training.proximal_mu > 0 else 0  # FedProx keeps the global weights beside, for the update
     resident = replace(
         _NOTHING,
-        parameters=loaded + reference,
-        gradients=trained if accumulates else 0,
-        optimizer_state=optimizer_copies(training) * trained,
+        parameters=loaded + peers + reference,
+        gradients=models * trained if accumulates else 0,
+        optimizer_state=models * optimizer_copies(training) * trained,
+        activations=models * costs.logit_bytes * micro_batch if models > 1 else 0,  # what they say of the samples
         cache=cache_bytes,
     )
     parts = [_part(str(first + offset), unit, first=offset == 0) for offset, unit in enumerate(block)]
     parts += [_frozen_part(str(last + offset), unit) for offset, unit in enumerate(suffix, 1)]
-    parts.append(_part("exit", taught(exit_, costs, training)))
+    exit_ = taught(exit_, costs, training)
+    parts.append(_part("exit", exit_ if models == 1 else _distilling(exit_, models, costs.logit_bytes)))
     moments = _checkpointed if checkpoint else _plain
     runs = _Runs(micro_batch, costs.calibration)
-    return TrainingStep(resident, tuple(moments(parts, runs)), costs.calibration)
+    said = _logits(parts, runs) if models > 1 else ()
+    return TrainingStep(resident, (*said, *moments(parts, runs)), costs.calibration)
 
 
 def _at(resident: PeakComponents, moment: _Moment, device: Calibration) -> PeakComponents:
     # The gradient being computed lives beside the sum that it is added to, or beside the weight that it updates.
     needed = replace(
         resident,
-        activations=moment.activations,
+        activations=resident.activations + moment.activations,
         temporaries=moment.temporaries,
         scratch=moment.scratch,
         gradients=resident.gradients + moment.fresh_gradient,
@@ -207,6 +218,26 @@ def _part(name: str, unit: UnitCost, *, first: bool = False) -> _Part:
     """A unit that is trained. At a block's start nobody wants the gradient of the input."""
     step = replace(unit.training, backward=unit.backward_first) if first else unit.training
     return _Part(name, unit, step, unit.largest_parameter_bytes)
+
+
+def _distilling(exit_: UnitCost, models: int, logit_bytes: int) -> UnitCost:
+    """An exit whose loss compares its logits with those of the other models.
+
+    For the backward pass it keeps the logarithms of all models' probabilities. Beside them there are at most as many
+    values as four times the logits while differences are summed, or the gradients of two terms are.
+    """
+
+    def more(size: Size, times: int) -> Size:
+        return Size(size.fixed, size.per_sample + times * logit_bytes)
+
+    step = exit_.training
+    training = replace(
+        step,
+        saved=more(step.saved, models),
+        forward=replace(step.forward, peak=more(step.forward.peak, _COMPARED)),
+        backward=replace(step.backward, peak=more(step.backward.peak, _COMPARED)),
+    )
+    return replace(exit_, training=training)
 
 
 def _frozen_part(name: str, unit: UnitCost) -> _Part:
@@ -290,6 +321,13 @@ def _plain(parts: Sequence[_Part], runs: _Runs) -> Iterator[_Moment]:
         loose = 0 if kept or part.step.saves_output else output
     for part, held in zip(parts[::-1], held_before[::-1], strict=True):
         yield from runs.backward(f"backward {part.name}", part, held=held)
+
+
+def _logits(parts: Sequence[_Part], runs: _Runs) -> Iterator[_Moment]:
+    """A forward pass of all `parts`, of which nothing is kept."""
+    for part in parts:
+        given = part.unit.input_bytes * runs.samples
+        yield from runs.inference(f"logits {part.name}", part.unit, held=0, loose=given)
 
 
 def _checkpointed(parts: Sequence[_Part], runs: _Runs) -> Iterator[_Moment]:

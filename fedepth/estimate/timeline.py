@@ -30,8 +30,9 @@ class Moment:
     Attributes:
         stage: index of the stage in its plan.
         label: what runs: "build 3", "logits 3", "forward 3", "again 3", "backward 3" with the index of the unit,
-            "logits head", "forward exit", "backward exit", or "build" where the inputs are the samples themselves; with
-            ", convolution 1" behind it while the first of the unit's convolutions runs (fedepth.estimate.peak).
+            "logits head" and "logits exit" of what is distilled from, "forward exit", "backward exit", or "build" where
+            the inputs are the samples themselves; with ", convolution 1" behind it while the first of the unit's
+            convolutions runs (fedepth.estimate.peak).
         components: what lives meanwhile, in bytes.
     """
 
@@ -76,6 +77,7 @@ def timeline(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan:
             cache_bytes=cached + kept,
             checkpoint=stage.checkpoint,
             frozen_suffix=stage.frozen_suffix,
+            models=plan.models,
         ).moments
         moments.extend(Moment(index, label, components) for label, components in (*build, *logits, *step))
         source, source_bytes = stage.first, cached

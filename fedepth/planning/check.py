@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from fedepth.costs import ModelCosts, UnitCost
 from fedepth.errors import PlanError
-from fedepth.plan import Plan, Stage
+from fedepth.plan import MOST_MODELS, Plan, Stage
 
 
 def check_plan(costs: ModelCosts, plan: Plan) -> None:
-    """Raises PlanError if a block lies beyond the model, or ends where no skip connection leads to the head."""
+    """Raises PlanError if a block lies beyond the model, or ends where no skip connection leads to the head; or if
+    several models are to be trained in more than one stage."""
+    several = plan.models > 1 and not (plan.may_have_peers and plan.stages[0].last == len(costs.units) - 1)
+    if several or not 1 <= plan.models <= MOST_MODELS:
+        raise PlanError(
+            f"the plan trains {plan.models} models in the blocks {plan.blocks[:80] or 'none'}; up to {MOST_MODELS} are "
+            f"trained, and only where one block holds all {len(costs.units)} units of {costs.model}; run the same "
+            "version of fedepth here and on the coordinator",
+            needed_bytes=0,
+            budget_bytes=plan.budget_bytes,
+        )
     odd = [stage.block for stage in plan.stages if not _possible(stage, costs.units)]
     if odd or not plan.stages:
         shown = ", ".join(odd[:20]) + (f" and {len(odd) - 20} more" if len(odd) > 20 else "")

@@ -49,7 +49,7 @@ class Explanation:
         coarser: plans that train every unit, in fewer stages if the chosen one does so too: each at the smallest
             budget that gives it, the number of stages falling to one. A number that no budget gives is left out.
         larger: the smallest larger budget with a better plan: without a frozen suffix, then fewer units untrained, then
-            fewer stages, then clearly less work; None where no amount of memory gives one.
+            fewer stages, then more models, then clearly less work; None where no amount of memory gives one.
         least_bytes: the smallest budget whose plan is as good.
         smaller: the largest budget with a worse plan, one byte less than that; None where nothing fits.
     """
@@ -83,7 +83,7 @@ def explain(
         return not _better(planner.alternative(0, plan), planner.alternative(0, other))
 
     def in_at_most(stages: int) -> Callable[[Plan], bool]:
-        return lambda other: _rank(other) <= (Ending.LAST_UNIT, 0, stages)
+        return lambda other: _rank(other)[:3] <= (Ending.LAST_UNIT, 0, stages)
 
     coarser: list[Alternative] = []
     stages = len(costs.units) if plan.untrained else len(plan.stages) - 1
@@ -141,9 +141,10 @@ def _better(other: Alternative, than: Alternative) -> bool:
     return other.work < CLEARLY_LESS * than.work
 
 
-def _rank(plan: Plan) -> tuple[Ending, int, int]:
-    """What the planner looks at before the time: where the last block leads, then units left untrained, then stages."""
-    return plan.ending, len(plan.untrained), len(plan.stages)
+def _rank(plan: Plan) -> tuple[Ending, int, int, int]:
+    """What the planner looks at before the time: where the last block leads, then units left untrained, then stages,
+    then models, of which more are better."""
+    return plan.ending, len(plan.untrained), len(plan.stages), -plan.models
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ may choose:
 
     paper  the job's batch in one piece (arXiv 2303.04887, section 4.1)
     auto   any micro-batch, with or without checkpointing, so that full depth is kept wherever that fits
+
+Where the job asks for mutual distillation, the most models are trained that surplus memory holds: what is left beside
+one that trains all units in one stage with the job's batch in one piece, without checkpointing, and has no use for
+more (section 4.3). So no model is ever split, cut into micro-batches or computed twice for the sake of another one,
+and with more memory there are never fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from fedepth.costs import ModelCosts
 from fedepth.errors import PlanError
 from fedepth.estimate.peak import build_peak, effective_batch, logits_peak, needed_bytes, training_step
 from fedepth.estimate.teachers import kept_logits_bytes
-from fedepth.plan import CachePlace, Ending, PeakComponents, Plan, Policy, Stage
+from fedepth.plan import MOST_MODELS, CachePlace, Ending, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.needs import raw_limit, with_kept
 from fedepth.planning.search import Found, Search
 from fedepth.planning.ways import Way, Ways, Work
@@ -75,12 +80,12 @@ def unit_plan(costs: ModelCosts, *, unit: int, training: TrainingSpec, sample_co
     return Plan((stage,), behind, policy, budget_bytes)
 
 
-def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> PeakComponents:
+def full_training_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, models: int = 1) -> PeakComponents:
     """The predicted peak of training all units that are not frozen at once with the job's batch, inputs on disk."""
     batch = effective_batch(costs, training, sample_count)
     first, last = costs.first_trained, len(costs.units) - 1
     kept = kept_logits_bytes(costs, training, sample_count)
-    return training_step(costs, training, first, last, batch, accumulates=False, cache_bytes=kept).peak
+    return training_step(costs, training, first, last, batch, accumulates=False, cache_bytes=kept, models=models).peak
 
 
 def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> int:
@@ -91,7 +96,7 @@ def smallest_peak(costs: ModelCosts, training: TrainingSpec, sample_count: int, 
 def estimated_work(costs: ModelCosts, training: TrainingSpec, sample_count: int, plan: Plan) -> float:
     """What the planner takes for a plan's time, in floating point operations; for comparing plans of one job only."""
     work = Work(costs, training, sample_count)
-    return sum(work.of_stage(stage) for stage in plan.stages)
+    return sum(work.of_stage(stage, plan.models) for stage in plan.stages)
 
 
 class Planner:
@@ -129,6 +134,7 @@ class Planner:
         self._policy = policy
         self._done = done
         self.kept_bytes = kept_logits_bytes(costs, training, sample_count)
+        self._endings = endings
         self._search = Search(
             self.ways,
             [unit.loaded_bytes for unit in costs.units],
@@ -145,6 +151,10 @@ class Planner:
             PlanError: no plan fits; carries what the smallest plan needs.
         """
         limit = raw_limit(budget_bytes, self._costs.calibration) - self.kept_bytes
+        for models in range(min(self._training.mutual, MOST_MODELS), 1, -1):
+            surplus = self._in_surplus(models, budget_bytes, limit)
+            if surplus is not None:
+                return Plan((surplus,), (), self._policy, budget_bytes, models)
         found = self._search.best(limit)
         if not found:
             raise self._nothing_fits(budget_bytes)
@@ -159,7 +169,19 @@ class Planner:
         """The smallest budget for which there is a plan."""
         return needed_bytes(with_kept(self._search.least() + self.kept_bytes, self._costs.calibration))
 
-    def trained_peak(self, found: Found) -> PeakComponents:
+    def _in_surplus(self, models: int, budget_bytes: int, limit: int) -> Stage | None:
+        """The one stage that trains so many models within a budget, `limit` raw bytes; None if there is none."""
+        if self._done is not None or Ending.LAST_UNIT not in self._endings:
+            return None
+        first, last = self._costs.first_trained, len(self._costs.units) - 1
+        for place in CachePlace:  # the quicker one first
+            found = Found(first, last, Way(self.ways.batch, checkpoint=False, work=0.0), place, frozen_suffix=False)
+            built = self._search.first_build(first) + self.ways.cached(first, place)
+            if built <= limit and needed_bytes(self.trained_peak(found, models).total) <= budget_bytes:
+                return self.stage(None, found, limit, models)
+        return None
+
+    def trained_peak(self, found: Found, models: int = 1) -> PeakComponents:
         """The predicted peak of training a block this way."""
         return training_step(
             self._costs,
@@ -171,6 +193,7 @@ class Planner:
             cache_bytes=self.ways.cached(found.first, found.place) + self.kept_bytes,
             checkpoint=found.way.checkpoint,
             frozen_suffix=found.frozen_suffix,
+            models=models,
         ).peak
 
     def slowest_logits(self, previous: Stage | None, first: int, place: CachePlace) -> tuple[PeakComponents, ...]:
@@ -181,7 +204,7 @@ class Planner:
         cached = self.ways.cached(first, place) + self.kept_bytes
         return (logits_peak(self._costs, first, 1, cache_bytes=cached, streamed=True),)
 
-    def stage(self, previous: Stage | None, found: Found, limit: int) -> Stage:
+    def stage(self, previous: Stage | None, found: Found, limit: int, models: int = 1) -> Stage:
         """The stage, with its inputs computed as fast as they can be within so many raw bytes beside kept ones."""
         first = found.first
         source = previous.first if previous else 0
@@ -209,7 +232,7 @@ class Planner:
             found.way.micro_batch,
             found.place,
             build_batch,
-            predicted=max(building, *logits, self.trained_peak(found), key=lambda peak: peak.total),
+            predicted=max(building, *logits, self.trained_peak(found, models), key=lambda peak: peak.total),
             checkpoint=found.way.checkpoint,
             build_streamed=streamed,
             frozen_suffix=found.frozen_suffix,

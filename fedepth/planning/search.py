@@ -129,12 +129,12 @@ class Search:
         found: dict[tuple[int, int], list[int]] = {}
         for first in [self._start] if self._done else range(self._start, self._end + 1):
             rest = rests[first]
-            if rest is not None and self._first_build(first) <= limit:
+            if rest is not None and self.first_build(first) <= limit:
                 untrained = first - self._start + self._end - rest.target
                 found.setdefault((untrained, rest.stages), []).append(first)
         return found[min(found)] if found else []
 
-    def _first_build(self, first: int) -> int:
+    def first_build(self, first: int) -> int:
         """The least raw bytes for computing the inputs of a plan's first stage, when their cache lies on disk, and the
         logits that follow from them."""
         source, source_bytes = (
@@ -157,7 +157,7 @@ class Search:
             inner = zip(self._ways.least(first, frozen_suffix=False), passing, least[first + 1 :], strict=False)
             least[first] = min([best, *map(max, inner)])
         starts = [self._start] if self._done else range(self._start, self._end + 1)
-        return min(max(least[first], self._first_build(first)) for first in starts)
+        return min(max(least[first], self.first_build(first)) for first in starts)
 
     # --- how to spend the least time
 
@@ -194,7 +194,7 @@ class Search:
                 (first, place)
                 for first in starts
                 for place, _ in _following(chosen, first)
-                if self._first_build(first) + self._ways.cached(first, place) <= limit
+                if self.first_build(first) + self._ways.cached(first, place) <= limit
             ),
             key=lambda key: chosen[key].work,
         )

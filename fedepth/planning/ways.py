@@ -55,8 +55,8 @@ class Work:
             flops += self._disk[first]
         return flops * self._times
 
-    def of_stage(self, stage: Stage) -> float:
-        return self.of(
+    def of_stage(self, stage: Stage, models: int = 1) -> float:
+        one = self.of(
             stage.first,
             stage.last,
             stage.micro_batch,
@@ -64,6 +64,9 @@ class Work:
             checkpoint=stage.checkpoint,
             frozen_suffix=stage.frozen_suffix,
         )
+        # All but the first run forwards once more, for what they say to the others.
+        said = (self._flops[stage.last + 1] - self._flops[stage.first]) * self._times
+        return models * one + (models - 1) * said
 
 
 def micro_batches(costs: ModelCosts, training: TrainingSpec, sample_count: int, policy: Policy) -> list[int]:

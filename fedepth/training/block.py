@@ -1,9 +1,15 @@
-"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete."""
+"""The training of one block: steps in micro-batches, each parameter updated as soon as its gradient is complete.
+
+With peers (mutual distillation, arXiv 2303.04887, section 4.3) several models take each step on the same samples. All
+of them say first what they make of a micro-batch; then one after the other runs forwards and backwards against what the
+others have said, so that activations of one model at a time are there. The first is heard while it runs itself: the
+price of a peer is one more forward pass.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +28,8 @@ class BlockTraining:
     """A block and its exit, loaded and trainable, until `close`.
 
     Attributes:
+        peers: the same block of other models, which train with it step by step.
+        trained: the units, and the head where it is trained.
         smallest_micro_batch: the smallest so far.
         steps: optimizer steps so far.
         samples_seen: samples so far, counted once an epoch.
@@ -45,6 +53,7 @@ class BlockTraining:
             trains_head: else the head stays as it is, where it is the exit.
             distilled: logits of all samples that the block learns from beside the labels.
         """
+        self.peers: Sequence[BlockTraining] = ()
         self.smallest_micro_batch = micro_batch.now
         self._micro_batch = micro_batch
         self.steps = 0
@@ -70,7 +79,7 @@ class BlockTraining:
         self._exit.training = True
         is_head = self._exit is model.head
         trains_exit = trains_head or not is_head
-        self._trained = [*self._units, *([self._exit] if trains_exit else [])]
+        self.trained = [*self._units, *([self._exit] if trains_exit else [])]
         for _, parameter in self._exit.parameters():
             parameter.requires_grad_(trains_exit)
         # Behind a skip connection the head sees zeros for channels; such statistics must not reach its BatchNorm.
@@ -78,7 +87,7 @@ class BlockTraining:
         self._written = self._exit.copies_of_written() if is_head and not true_features else {}
         self._update = optimizer_step(context.task.training.optimizer)
         self._last_piece = True
-        named = [pair for unit in self._trained for pair in unit.parameters()]
+        named = [pair for unit in self.trained for pair in unit.parameters()]
         self._parameters = [parameter for _, parameter in named]
         # The optimizer runs inside the backward pass, so that the gradients of a model never lie side by side.
         self._hooks = [
@@ -96,14 +105,17 @@ class BlockTraining:
 
     def step(self, indices: torch.Tensor) -> float:
         """One optimizer step on `indices`, in micro-batches whose gradients accumulate. Returns the mean loss."""
-        self.steps += 1
+        models = (self, *self.peers)
+        for each in models:
+            each.steps += 1
         micro_batch = self._micro_batch.now
         self.smallest_micro_batch = min(self.smallest_micro_batch, micro_batch)
         pieces = torch.tensor_split(indices, pieces_of(self._context.costs, len(indices), micro_batch))
         loss_sum = 0.0
         for number, piece in enumerate(pieces, 1):
-            self._last_piece = number == len(pieces)
-            loss_sum += self._accumulate(piece, len(indices))
+            for each in models:
+                each._last_piece = number == len(pieces)
+            loss_sum += self._together(piece, len(indices)) if self.peers else self._accumulate(piece, len(indices))
         self.samples_seen += len(indices)
         return loss_sum
 
@@ -114,6 +126,8 @@ class BlockTraining:
 
     def close(self) -> None:
         """Lets go of gradients, optimizer state and weights; those stay where the units hold them."""
+        for peer in self.peers:
+            peer.close()
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters:
@@ -124,18 +138,61 @@ class BlockTraining:
         self._hooks.clear()
         self._parameters.clear()
 
-    def _accumulate(self, piece: torch.Tensor, batch: int) -> float:
-        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`."""
+    def _together(self, piece: torch.Tensor, batch: int) -> float:
+        """The passes of all models on one micro-batch; the loss of the first."""
+        device = self._context.device
+        random_states: list[torch.Tensor] = []
+        said: list[torch.Tensor] = []
+        own: list[torch.Tensor] = []
+        for peer in self.peers:
+            random_states.append(checkpoint.random_state(device))
+            said.append(peer._say(piece))
+        loss = self._accumulate(piece, batch, said, heard=own)
+        for number, peer in enumerate(self.peers):
+            with checkpoint.random_numbers_of(random_states[number], device):
+                peer._accumulate(piece, batch, [*own, *said[:number], *said[number + 1 :]])
+        return loss
+
+    def _say(self, piece: torch.Tensor) -> torch.Tensor:
+        """The logits of a micro-batch as the pass in training will have them, before which nothing changes."""
+        context = self._context
+        with torch.no_grad():
+            x = self._read(piece)
+            for unit in (*self._units, *self._suffix):
+                x = unit(x, unit.copies_of_written() if unit.training else None)
+            head = partial(self._exit, written=self._written or self._exit.copies_of_written())
+            return context.exit(x, head=head, head_shape=self._exit.unit.input_shape)
+
+    def _read(self, piece: torch.Tensor) -> torch.Tensor:
+        # Anew for every pass: the first unit may change its input in place.
+        return to_device(self._context, self._inputs.read(piece), from_data=self._stage.first == 0)
+
+    def _accumulate(
+        self,
+        piece: torch.Tensor,
+        batch: int,
+        others: Sequence[torch.Tensor] = (),
+        heard: list[torch.Tensor] | None = None,
+    ) -> float:
+        """Forward and backward pass of one micro-batch; the sum of its losses divided by `batch`.
+
+        Args:
+            others: what other models say of it.
+            heard: what this one says of it is added here.
+        """
         context = self._context
         targets = self._labels[piece].to(context.device)
         head = partial(self._exit, written=self._written)
         logits_of = partial(context.exit, head=head, head_shape=self._exit.unit.input_shape)
-        teachers = self._teachers(piece)
+        teachers = self._teachers(piece, others)
 
         def loss_of(output: torch.Tensor) -> torch.Tensor:
-            return objective(logits_of(output), targets=targets, batch=batch, teachers=teachers)
+            logits = logits_of(output)
+            if heard is not None:
+                heard.append(logits.detach())
+            return objective(logits, targets=targets, batch=batch, teachers=teachers)
 
-        x = to_device(context, self._inputs.read(piece), from_data=self._stage.first == 0)
+        x = self._read(piece)
         # A frozen suffix ends with the head's own input, from which the skip connection is the identity.
         units = (*self._units, *self._suffix)
         if self._stage.checkpoint:
@@ -148,13 +205,16 @@ class BlockTraining:
             torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def _teachers(self, piece: torch.Tensor) -> tuple[Teachers, ...]:
-        """What they say of the samples at `piece`."""
-        if self._distilled is None:
-            return ()
+    def _teachers(self, piece: torch.Tensor, others: Sequence[torch.Tensor]) -> list[Teachers]:
+        """What the global model and other models say of the samples at `piece`."""
         spec = self._context.task.training
-        logits = self._distilled.read(piece).to(self._context.device)
-        return (Teachers((logits,), spec.distil_weight, spec.distil_temperature),)
+        found = []
+        if self._distilled is not None:
+            logits = self._distilled.read(piece).to(self._context.device)
+            found.append(Teachers((logits,), spec.distil_weight, spec.distil_temperature))
+        if others:
+            found.append(Teachers(tuple(others), spec.mutual_weight, spec.mutual_temperature))
+        return found
 
     def _updater(self, name: str, parameter: torch.Tensor) -> Callable[[torch.Tensor], None]:
         spec = self._context.task.training

@@ -30,7 +30,7 @@ def forward_backward(
     del x
     with torch.no_grad():
         for unit in units:
-            random_states.append(_random_state(inputs[-1].device))
+            random_states.append(random_state(inputs[-1].device))
             buffers.append(unit.copies_of_written() if unit.training else {})
             inputs.append(unit(inputs[-1]))
     gradients: list[torch.Tensor] = []
@@ -42,7 +42,7 @@ def forward_backward(
         x = inputs.pop().detach()
         if inputs:  # nobody wants the first unit's input gradient
             x = _Capture.apply(x.requires_grad_(), gradients)
-        with _random_numbers_of(random_states.pop(), x.device):
+        with random_numbers_of(random_states.pop(), x.device):
             # Neither the output nor its gradient has a name here: the backward pass frees them as it goes.
             going_on = _Continue.apply(unit(x, buffers.pop()), gradients.pop())
         del x
@@ -88,9 +88,9 @@ class _Continue(torch.autograd.Function):
 
 
 @contextmanager
-def _random_numbers_of(state: torch.Tensor, device: torch.device) -> Iterator[None]:
-    """Draws the random numbers of the first pass again."""
-    after = _random_state(device)
+def random_numbers_of(state: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """Draws the random numbers again that were drawn from `state` on; what comes behind goes on as if it had not."""
+    after = random_state(device)
     _set_random_state(state, device)
     try:
         yield
@@ -98,7 +98,7 @@ def _random_numbers_of(state: torch.Tensor, device: torch.device) -> Iterator[No
         _set_random_state(after, device)
 
 
-def _random_state(device: torch.device) -> torch.Tensor:
+def random_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 

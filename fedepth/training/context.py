@@ -33,6 +33,9 @@ class TrainingContext:
         cache_room: samples that a cache has room for beyond the images; a rehearsal leaves out most of them.
         first_samples: only so many of the images are trained on, as in a rehearsal; 0 for all.
         trained: by their names, where tensors are that training has changed since `weights`.
+        peers: files of other models to train with (fedepth.training.peers), by slot; None, as what is not there, for
+            one that begins anew.
+        peers_output: where they go; None where nobody keeps them.
         exit: from the output of a block to the logits that it is trained on.
         must_stay_finite: stop where the loss or the weights are not finite any more. A rehearsal and a warm-up go on:
             they measure, and train on too little to judge by.
@@ -56,6 +59,8 @@ class TrainingContext:
     trained: Mapping[str, Reader] = field(default_factory=dict)
     exit: Exit = shared_head
     must_stay_finite: bool = True
+    peers: tuple[Path | None, ...] = ()
+    peers_output: Path | None = None
 
     @property
     def cached_samples(self) -> int:

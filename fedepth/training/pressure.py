@@ -26,10 +26,12 @@ class MicroBatch:
         now: as planned, or fewer while memory is short; it may change between two steps.
     """
 
-    def __init__(self, costs: ModelCosts, training: TrainingSpec, stage: Stage, sample_count: int) -> None:
+    def __init__(
+        self, costs: ModelCosts, training: TrainingSpec, stage: Stage, sample_count: int, models: int = 1
+    ) -> None:
         self.now = stage.micro_batch
         self._stage = stage
-        self._fitting = partial(fitting_micro_batch, costs, training, stage, sample_count)
+        self._fitting = partial(fitting_micro_batch, costs, training, stage, sample_count, models=models)
 
     def fits(self, budget_bytes: int | None) -> bool:
         """Makes it fit into a budget and says whether it does; None gives the stage its own way back."""
@@ -39,7 +41,12 @@ class MicroBatch:
 
 
 def fitting_micro_batch(
-    costs: ModelCosts, training: TrainingSpec, stage: Stage, sample_count: int, budget_bytes: int
+    costs: ModelCosts,
+    training: TrainingSpec,
+    stage: Stage,
+    sample_count: int,
+    budget_bytes: int,
+    models: int = 1,
 ) -> int | None:
     """The largest micro-batch, at most the stage's own, whose predicted peak stays inside; None if even one sample is
     too much."""
@@ -59,6 +66,7 @@ def fitting_micro_batch(
             + kept_logits_bytes(costs, training, sample_count),
             checkpoint=stage.checkpoint,
             frozen_suffix=stage.frozen_suffix,
+            models=models,
         ).peak
         if needed_bytes(peak.total) <= budget_bytes:
             return micro_batch

@@ -52,6 +52,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         output=folder,
         cache=folder,
         must_stay_finite=False,
+        peers_output=folder,
     )
     # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
     # an allocator happened to keep.

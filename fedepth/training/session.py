@@ -50,6 +50,8 @@ class Assignment:
         damage: keys of image files to leave out (fedepth.data.damage).
         images: what to train on, where that is open already; else it is opened from `data`.
         rehearse: try every stage for one step first. A simulation that enforces no budget has no use for it.
+        peers: files of the device's other models (fedepth.training.peers), by slot; None for one to begin anew.
+        peers_output: where they go, as they are after the task; None if nobody keeps them.
     """
 
     task: Task
@@ -67,6 +69,8 @@ class Assignment:
     damage: frozenset[int] = frozenset()
     images: Images | None = None
     rehearse: bool = True
+    peers: tuple[Path | None, ...] = ()
+    peers_output: Path | None = None
 
 
 class SessionHooks(Hooks, Protocol):
@@ -117,8 +121,9 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             f"the task asks for {task.training.heads.value} heads, and the model's graph has "
             f"{'some' if traced.graph.auxiliary else 'no'} auxiliary ones; restart the coordinator"
         )
-    for folder in (assignment.output, assignment.cache):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (assignment.output, assignment.cache, assignment.peers_output):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     images = _opened(assignment, traced.tokenizer, known) if assignment.images is None else assignment.images
     if 0 < assignment.most_samples < len(images):
         images = FirstImages(images, assignment.most_samples)
@@ -137,6 +142,8 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             channels_last=traced.graph.channels_last and device.type == "cpu",
             enforce=assignment.enforce,
             release_freed=assignment.release_freed,
+            peers=assignment.peers,
+            peers_output=assignment.peers_output,
         )
         warm = known.warm.setdefault((assignment.graph, task.training.fixed_statistics), set())
         if not warm.issuperset(plan.trained_units):
@@ -186,7 +193,14 @@ def _rehearsed(context: TrainingContext, meter: Meter, hooks: SessionHooks, know
     """The peaks of the plan's stages in their rehearsal: in this one, or in one of a task before that was alike."""
     # Rounds differ in learning rate and seed, which change nothing about memory.
     alike = replace(context.task.training, learning_rate=0.0, seed=0)
-    key = (context.task.graph_digest, alike, context.plan.stages, len(context.images), context.enforce)
+    key = (
+        context.task.graph_digest,
+        alike,
+        context.plan.stages,
+        context.plan.models,
+        len(context.images),
+        context.enforce,
+    )
     if key not in known.rehearsed:
         hooks.rehearsing()
         if len(known.rehearsed) >= _MOST_REHEARSED:

@@ -45,6 +45,7 @@ from fedepth.training.limits import (
     unwritten_bytes,
     whole_heap,
 )
+from fedepth.training.peers import begin_peers, name_peer, peer_path
 from fedepth.training.prefix import build_inputs, global_logits
 from fedepth.training.pressure import MicroBatch, building_fits
 from fedepth.weights import write_tensors
@@ -92,8 +93,10 @@ def fitted(context: TrainingContext, meter: Meter, hooks: Hooks) -> TrainingCont
     Raises:
         PlanError: nothing fits.
     """
-    stages = _fit(context, list(context.plan.stages), [], _budget_bytes(context, meter, hooks, 0))
-    return replace(context, plan=_of_stages(context, stages))
+    stages, models = _fit(
+        context, list(context.plan.stages), [], context.plan.models, _budget_bytes(context, meter, hooks, 0)
+    )
+    return replace(context, plan=_of_stages(context, stages, models))
 
 
 def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks | None = None) -> Trained:
@@ -115,7 +118,7 @@ def train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks
 def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peaks, opened: ExitStack) -> Trained:
     """The same; what has to last for all stages is closed with `opened`."""
     model = context.model
-    waiting = list(context.plan.stages)
+    waiting, models = list(context.plan.stages), context.plan.models
     done: list[Stage] = []
     results: list[StageResult] = []
     parts: list[Path] = []
@@ -126,12 +129,12 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
     while waiting:
         budget = _budget_bytes(context, meter, hooks, len(done))
         try:
-            waiting = _fit(context, waiting, done, budget)
+            waiting, models = _fit(context, waiting, done, models, budget)
         except PlanError:
             if cache is not None:
                 cache.close()
             raise
-        plan = _of_stages(context, [*done, *waiting])
+        plan = _of_stages(context, [*done, *waiting], models)
         stage = waiting.pop(0)
         rehearsed_bytes = rehearsed.get(stage, 0)
         count = len(done) + 1 + len(waiting)
@@ -146,25 +149,27 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
                 limits.enter_context(allocator.release_freed())
             cap = limits.enter_context(heap_cap(context, meter, rehearsed, stage, budget))
             previous = done[-1] if done else None
-            yield_memory = partial(_yield_memory, context, stage, meter, cap, hooks, len(done))
+            yield_memory = partial(_yield_memory, context, stage, models, meter, cap, hooks, len(done))
             try:
                 between = _every(LOOK_S, partial(yield_memory, partial(_fits_while_building, context, stage, previous)))
                 cache = build_inputs(context, stage, previous, cache, between)
                 if context.task.training.distil is Distil.GLOBAL and distilled is None:
                     distilled = opened.enter_context(closing(global_logits(context, stage, cache, between)))
                 # What the inputs took says nothing of what training them takes, so this look is at what is expected.
-                micro_batch = MicroBatch(context.costs, context.task.training, stage, context.cached_samples)
+                micro_batch = MicroBatch(context.costs, context.task.training, stage, context.cached_samples, models)
                 yield_memory(micro_batch.fits, expected_bytes(context, stage, rehearsed_bytes, budget))
-                block = BlockTraining(
-                    context,
-                    stage,
-                    cache,
-                    labels,
-                    len(done),
-                    micro_batch,
+                begin = partial(
+                    BlockTraining,
+                    stage=stage,
+                    inputs=cache,
+                    labels=labels,
+                    index=len(done),
+                    micro_batch=micro_batch,
                     trains_head=plan.trains_head,
                     distilled=distilled,
                 )
+                block = begin(context)
+                block.peers = begin_peers(context, models - 1, begin)
                 check = partial(check_first_step, meter, context, budget, len(done), stage)
                 report = partial(hooks.progress, len(done), count, stage)
                 losses = _epochs(context, stage, block, meter, check, partial(yield_memory, micro_batch.fits), report)
@@ -173,6 +178,7 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
                 if exit_ is not model.head:  # which later stages may go on training
                     units.append(exit_)
                 _write(context, units, block.steps, parts, infos)
+                _write_peers(context, block)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -200,6 +206,7 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
                 steps=block.steps,
                 samples_seen=block.samples_seen,
                 seconds=time.monotonic() - started,
+                models=models,
             )
         )
         hooks.stage_done(results[-1], infos[-1])
@@ -218,23 +225,25 @@ def _budget_bytes(context: TrainingContext, meter: Meter, hooks: Hooks, index: i
     return bounded(budget, meter, context.device, enforce=context.enforce)
 
 
-def _of_stages(context: TrainingContext, stages: Sequence[Stage]) -> Plan:
+def _of_stages(context: TrainingContext, stages: Sequence[Stage], models: int) -> Plan:
     """The task's plan with other stages."""
-    plan = replace(context.plan, stages=tuple(stages))
+    plan = replace(context.plan, stages=tuple(stages), models=models)
     untrained = sorted({*context.plan.trained_units, *context.plan.untrained} - {*plan.trained_units})
     return replace(plan, untrained=tuple(untrained))
 
 
-def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budget: int) -> list[Stage]:
-    """The stages still to train, planned anew if memory has shrunk below what they need.
+def _fit(
+    context: TrainingContext, waiting: list[Stage], done: list[Stage], models: int, budget: int
+) -> tuple[list[Stage], int]:
+    """The stages still to train and how many models, planned anew if memory has shrunk below what they need.
 
     Raises:
         PlanError: no plan for all that is left fits. Once a block is trained, the head that blocks share stays what it
             was for that: trained, or at its global value.
     """
     if max(needed_bytes(stage.predicted_peak_bytes) for stage in waiting) <= budget:
-        return waiting
-    before = _of_stages(context, [*done, *waiting])
+        return waiting, models
+    before = _of_stages(context, [*done, *waiting], models)
     kept = done and not context.model.auxiliary
     plan = make_plan(
         context.costs,
@@ -245,7 +254,7 @@ def _fit(context: TrainingContext, waiting: list[Stage], done: list[Stage], budg
         done=done[-1] if done else None,
         endings=tuple(Ending) if not kept else _WITH_HEAD if before.trains_head else (Ending.FROZEN_HEAD,),
     )
-    return list(plan.stages)
+    return list(plan.stages), plan.models
 
 
 def _epochs(
@@ -316,6 +325,7 @@ def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
 def _yield_memory(
     context: TrainingContext,
     stage: Stage,
+    models: int,
     meter: Meter,
     cap: allocator.HeapCap,
     hooks: Hooks,
@@ -326,7 +336,8 @@ def _yield_memory(
     """Fits the stage to what is free now, between two steps; waits while nothing of it fits.
 
     While the peak that was measured stays inside, the stage runs as it was planned: only what really does not fit is
-    worth a change, and the change ends when memory comes back.
+    worth a change, and the change ends when memory comes back. For several models nobody waits: one of them is trained
+    instead.
 
     Args:
         fits: makes the stage fit into a budget and says whether it does; None gives it its own way back.
@@ -347,6 +358,13 @@ def _yield_memory(
         cap.resize(whole_heap(context, stage, budget))
         if fits(budget):
             return
+        if models > 1:
+            raise OverBudgetError(
+                f"stage {index} (units {stage.first}-{stage.last}) trains {models} models, for which "
+                f"{format_size(budget)} is not enough any more; fewer are trained",
+                stage=index,
+                miss_bytes=max(0, stage.predicted_peak_bytes - budget),
+            )
         hooks.waiting(index, stage, budget)
         if waited >= LONGEST_PAUSE_S:
             raise OverBudgetError(
@@ -377,6 +395,29 @@ def _write(
     """
     number = len(parts)
     path = context.output / f"part-{number:04d}.safetensors"
+    digest = _write_tensors(context, path, units, steps)
+    parts.append(path)
+    infos.append(PartInfo(number, path.stat().st_size, digest))
+
+
+def _write_peers(context: TrainingContext, block: BlockTraining) -> None:
+    """The other models, each as one file.
+
+    Raises:
+        DivergedError, DiskError: see `_write`.
+    """
+    for slot, peer in enumerate(block.peers, 1):
+        if context.peers_output is not None:
+            path = peer_path(context.peers_output, slot)
+            digest = _write_tensors(context, path, peer.trained, block.steps)
+            with disk_errors("a peer cannot be kept", context.peers_output):
+                name_peer(context.peers_output, slot, digest)
+        for unit in peer.trained:
+            unit.release()
+
+
+def _write_tensors(context: TrainingContext, path: Path, units: Sequence[RunnableUnit], steps: int) -> str:
+    """What training has changed of `units`; returns the sha256 (hex) of the file."""
     tensors = {name: tensor for unit in units for name, tensor in unit.trained().items()}
     kinds = {name: context.weights.info(name) for name in tensors}
 
@@ -392,6 +433,4 @@ def _write(
         yield array
 
     with disk_errors("the trained blocks cannot be written", context.output):
-        digest = write_tensors(path, kinds, written)
-    parts.append(path)
-    infos.append(PartInfo(number, path.stat().st_size, digest))
+        return write_tensors(path, kinds, written)

@@ -42,7 +42,7 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     )
     task = replace(context.task, training=replace(context.task.training, batch=samples, local_epochs=1))
     few = FirstImages(context.images, min(samples, len(context.images)))
-    plan = replace(context.plan, stages=stages, untrained=())
+    plan = replace(context.plan, stages=stages, untrained=(), models=1)
     train(
         replace(
             context,

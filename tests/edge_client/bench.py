@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,20 @@ class FakeTransport:
 
     async def close(self) -> None:
         self.closed = True
+
+
+@dataclass
+class Insisting(FakeTransport):
+    """Offers one task, a new attempt each time, until an update of it has arrived."""
+
+    task: Task | None = None
+    attempt: int = 0
+
+    async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
+        if not self.delivered and self.task is not None:
+            self.attempt += 1
+            self.answers = [replace(self.task, attempt=self.attempt)]
+        return await super().next_task(report, wait_s)
 
 
 @dataclass

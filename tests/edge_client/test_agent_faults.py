@@ -30,26 +30,12 @@ from edge_client.transport import (
 )
 from fedepth.errors import DiskError, FedepthError, TransportError
 from fedepth.task import DeviceReport, Failure, Outcome, Result, Task
-from tests.edge_client.bench import OK, Bench, FakeTransport, MakeTask
+from tests.edge_client.bench import OK, Bench, FakeTransport, Insisting, MakeTask
 from tests.edge_client.conftest import PICTURE
 from tests.edge_client.faults import Disk
 
 MakeResult = Callable[..., tuple[Result, Path]]
 NO_ROOM = DiskError("outbox has 12.0 MiB free")
-
-
-@dataclass
-class Insisting(FakeTransport):
-    """Offers one task, a new attempt each time, until an update of it has arrived."""
-
-    task: Task | None = None
-    attempt: int = 0
-
-    async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
-        if not self.delivered and self.task is not None:
-            self.attempt += 1
-            self.answers = [replace(self.task, attempt=self.attempt)]
-        return await super().next_task(report, wait_s)
 
 
 def start_until_done(bench: Bench, transport: FakeTransport) -> None:

@@ -51,6 +51,8 @@ CASES: list[tuple[str, str, Kind | None, list[str]]] = [
     ("learning_rate = 0.05", "learning_rate = 0.01", ASKS, ["[training] learning_rate from 0.05 to 0.01"]),
     ("batch = 16", 'batch = 16\nschedule = "linear"', ASKS, ['[training] schedule from "cosine" to "linear"']),
     ("batch = 16", "batch = 16\nlocal_epochs = 2", ASKS, ["[training] local_epochs from 1 to 2"]),
+    ("batch = 16", "batch = 16\nmutual = 2", ASKS, ["[training] mutual from 1 to 2"]),
+    ("batch = 16", "batch = 16\nmutual_weight = 0.5", ASKS, ["[training] mutual_weight from 1.0 to 0.5"]),
     ("rounds = 4", 'rounds = 4\npolicy = "paper"', ASKS, ['[job] policy from "auto" to "paper"']),
     ("[test]", '[aggregation]\nrule = "median"\n[test]', ASKS, ['[aggregation] rule from "mean" to "median"']),
     (

@@ -504,6 +504,9 @@ class TrainingSpec(_message.Message):
     DISTIL_FIELD_NUMBER: _builtins.int
     DISTIL_WEIGHT_FIELD_NUMBER: _builtins.int
     DISTIL_TEMPERATURE_FIELD_NUMBER: _builtins.int
+    MUTUAL_FIELD_NUMBER: _builtins.int
+    MUTUAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    MUTUAL_TEMPERATURE_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -520,6 +523,9 @@ class TrainingSpec(_message.Message):
     distil: Global___Distil.ValueType
     distil_weight: _builtins.float
     distil_temperature: _builtins.float
+    mutual: _builtins.int
+    mutual_weight: _builtins.float
+    mutual_temperature: _builtins.float
     def __init__(
         self,
         *,
@@ -538,10 +544,13 @@ class TrainingSpec(_message.Message):
         distil: Global___Distil.ValueType | None = ...,
         distil_weight: _builtins.float | None = ...,
         distil_temperature: _builtins.float | None = ...,
+        mutual: _builtins.int | None = ...,
+        mutual_weight: _builtins.float | None = ...,
+        mutual_temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "heads", b"heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "heads", b"heads", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "fixed_statistics", b"fixed_statistics", "heads", b"heads", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "fixed_statistics", b"fixed_statistics", "heads", b"heads", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distil: _TypeAlias = _typing.Literal["distil"]  # noqa: Y015
     _WhichOneofArgType__distil: _TypeAlias = _typing.Literal["_distil", b"_distil"]  # noqa: Y015
@@ -551,6 +560,12 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__distil_weight: _TypeAlias = _typing.Literal["_distil_weight", b"_distil_weight"]  # noqa: Y015
     _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
     _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    _WhichOneofReturnType__mutual: _TypeAlias = _typing.Literal["mutual"]  # noqa: Y015
+    _WhichOneofArgType__mutual: _TypeAlias = _typing.Literal["_mutual", b"_mutual"]  # noqa: Y015
+    _WhichOneofReturnType__mutual_temperature: _TypeAlias = _typing.Literal["mutual_temperature"]  # noqa: Y015
+    _WhichOneofArgType__mutual_temperature: _TypeAlias = _typing.Literal["_mutual_temperature", b"_mutual_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__mutual_weight: _TypeAlias = _typing.Literal["mutual_weight"]  # noqa: Y015
+    _WhichOneofArgType__mutual_weight: _TypeAlias = _typing.Literal["_mutual_weight", b"_mutual_weight"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distil) -> _WhichOneofReturnType__distil | None: ...
     @_typing.overload
@@ -559,6 +574,12 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distil_weight) -> _WhichOneofReturnType__distil_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual) -> _WhichOneofReturnType__mutual | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual_temperature) -> _WhichOneofReturnType__mutual_temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mutual_weight) -> _WhichOneofReturnType__mutual_weight | None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
 
@@ -651,8 +672,11 @@ class Plan(_message.Message):
     UNTRAINED_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     policy: Global___Policy.ValueType
     budget_bytes: _builtins.int
+    models: _builtins.int
+    """unset: 1"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
     @_builtins.property
@@ -666,12 +690,15 @@ class Plan(_message.Message):
         untrained: _abc.Iterable[_builtins.int] | None = ...,
         policy: Global___Policy.ValueType = ...,
         budget_bytes: _builtins.int = ...,
+        models: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "policy", b"policy", "stages", b"stages", "untrained", b"untrained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "budget_bytes", b"budget_bytes", "models", b"models", "policy", b"policy", "stages", b"stages", "untrained", b"untrained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__models: _TypeAlias = _typing.Literal["models"]  # noqa: Y015
+    _WhichOneofArgType__models: _TypeAlias = _typing.Literal["_models", b"_models"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__models) -> _WhichOneofReturnType__models | None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
@@ -750,6 +777,7 @@ class StageResult(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     SAMPLES_SEEN_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
     micro_batch: _builtins.int
@@ -763,6 +791,8 @@ class StageResult(_message.Message):
     steps: _builtins.int
     samples_seen: _builtins.int
     seconds: _builtins.float
+    models: _builtins.int
+    """unset: 1"""
     def __init__(
         self,
         *,
@@ -779,12 +809,15 @@ class StageResult(_message.Message):
         steps: _builtins.int = ...,
         samples_seen: _builtins.int = ...,
         seconds: _builtins.float = ...,
+        models: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "predicted_peak_bytes", b"predicted_peak_bytes", "rehearsed_peak_bytes", b"rehearsed_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_models", b"_models", "budget_bytes", b"budget_bytes", "first", b"first", "last", b"last", "loss_first", b"loss_first", "loss_last", b"loss_last", "measured_anonymous_bytes", b"measured_anonymous_bytes", "measured_peak_bytes", b"measured_peak_bytes", "micro_batch", b"micro_batch", "models", b"models", "predicted_peak_bytes", b"predicted_peak_bytes", "rehearsed_peak_bytes", b"rehearsed_peak_bytes", "samples_seen", b"samples_seen", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__models: _TypeAlias = _typing.Literal["models"]  # noqa: Y015
+    _WhichOneofArgType__models: _TypeAlias = _typing.Literal["_models", b"_models"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__models) -> _WhichOneofReturnType__models | None: ...
 
 Global___StageResult: _TypeAlias = StageResult  # noqa: Y015
 

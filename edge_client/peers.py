@@ -1,0 +1,157 @@
+"""Peers: the other models of mutual distillation. They are the device's own from round to round, and never go up.
+
+peers/JOB/ROUND/SLOT-DIGEST.safetensors                    as that round has left them; of each slot the last two
+work/TASK-ATTEMPT/peers/JOB/ROUND/SLOT-DIGEST.safetensors  what a trainer leaves, until its update is kept
+
+All that is to be known of a peer stands in its path, so that one rename keeps it. A task begins with peers of a round
+before its own. So a task that is trained again gives what it gave, and after a rollback, or a job that begins anew,
+nothing is taken from rounds that are no more. A peer that is missing or damaged is left out, and the trainer begins one
+anew (fedepth.training.peers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from fedepth.files import disk_errors, file_digest, sync_folder
+from fedepth.peer_names import slot_and_digest
+from fedepth.plan import MOST_MODELS
+from fedepth.task import Task
+
+ROUNDS_KEPT = 2
+_log = structlog.get_logger()
+
+
+def peers_folder(folder: Path, task: Task) -> Path:
+    """Where below `folder` the peers of a task belong."""
+    return folder / _job(task) / f"{task.round:08d}"
+
+
+class Peers:
+    """The peers in `state/peers`. Only one process may use it at a time (see identity.StateLock)."""
+
+    def __init__(self, state: Path) -> None:
+        self._folder = state / "peers"
+
+    def of(self, task: Task) -> tuple[Path | None, ...]:
+        """The peers that a task begins with, by slot; None where one is to be begun anew.
+
+        What belongs to another job, or to another model, is deleted, and so is everything if the task's job has none.
+
+        Raises:
+            DiskError: the folder cannot be read.
+        """
+        wanted = min(task.training.mutual, MOST_MODELS) - 1
+        job = _job(task) if wanted > 0 else ""
+        with disk_errors("peers cannot be listed", self._folder):
+            others = [path for path in _entries(self._folder) if path.name != job]
+            known = sorted(self._known(self._folder / job), key=lambda each: -each.round) if job else []
+        for path in others:
+            _log.info("peers of another job, or of another model, are deleted", folder=str(path))
+            _delete(path)
+        for each in known:
+            if each.slot > wanted:
+                _delete(each.path)
+        earlier = [each for each in known if each.round < task.round]
+        found = []
+        for slot in range(1, wanted + 1):
+            peer = next((each for each in earlier if each.slot == slot and _is_sound(each)), None)
+            if peer:
+                _log.info("a peer goes on", slot=slot, of_round=peer.round, sha256=peer.digest)
+            found.append(peer.path if peer else None)
+        return tuple(found)
+
+    def keep(self, left: Path) -> None:
+        """Takes over what a trainer has left in `left`, in place of older ones; nothing where nothing is. A second time
+        goes on where the first was stopped.
+
+        Raises:
+            DiskError: it could not be kept. The same call may be made again.
+        """
+        with disk_errors("peers cannot be kept", self._folder):
+            for job in _entries(left):
+                for found in list(self._known(job)):
+                    target = self._folder / job.name / found.path.parent.name / found.path.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    found.path.rename(target)
+                    for folder in (target.parent, *target.parents[1:3]):
+                        sync_folder(folder)
+                    _log.info("peer kept", slot=found.slot, round=found.round, sha256=found.digest)
+                    self._drop_others(self._folder / job.name, replace(found, path=target))
+        shutil.rmtree(left, ignore_errors=True)
+
+    def drop(self, why: str) -> None:
+        """Deletes all: the next task begins with new ones."""
+        if self._folder.exists():
+            _log.warning("all peers are deleted", reason=why)
+            _delete(self._folder)
+
+    def _drop_others(self, job: Path, kept: _Known) -> None:
+        """Of this slot: what is of its round or a later one, which came of another course of the job, and what is too
+        old."""
+        others = [each for each in self._known(job) if each.slot == kept.slot and each.path != kept.path]
+        earlier = sorted((each for each in others if each.round < kept.round), key=lambda each: -each.round)
+        for each in others:
+            if each not in earlier[: ROUNDS_KEPT - 1]:
+                _delete(each.path)
+        for folder in _entries(job):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing is left
+
+    def _known(self, job: Path) -> Iterator[_Known]:
+        for folder in _entries(job):
+            for path in _entries(folder):
+                name = slot_and_digest(path.name)
+                if name and folder.name.isdecimal():
+                    yield _Known(path, int(folder.name), *name)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A peer, by its path."""
+
+    path: Path
+    round: int
+    slot: int
+    digest: str
+
+
+def _job(task: Task) -> str:
+    """Names the job and its model: other classes, or another graph, make other peers."""
+    return hashlib.sha256(msgspec.json.encode((task.job, task.model, task.graph_digest))).hexdigest()[:32]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_sound(peer: _Known) -> bool:
+    try:
+        digest = file_digest(peer.path, follow=False)
+        problem = f"its sha256 is {digest[:12]}…, expected {peer.digest[:12]}…" if digest != peer.digest else ""
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        _log.warning("a peer is damaged; it is deleted", file=str(peer.path), problem=problem)
+        _delete(peer.path)
+    return not problem
+
+
+def _delete(path: Path) -> None:
+    """As far as the disk lets it go; what stays is found again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
