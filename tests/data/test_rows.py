@@ -55,7 +55,7 @@ def problems(path: Path, *columns: str) -> list[tuple[int, str]]:
     return [(record.line, record.problem) for record in read(path, *columns) if record.problem]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=8), st.sampled_from(",;\t|"), st.sampled_from(["\r\n", "\n"]))
 def test_any_text_that_is_written_is_read(rows: list[tuple[str, str]], delimiter: str, end: str) -> None:
     text = io.StringIO(newline="")
@@ -66,7 +66,7 @@ def test_any_text_that_is_written_is_read(rows: list[tuple[str, str]], delimiter
     assert [tuple(line.fields) for line in records] == rows
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=8))
 def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -77,7 +77,7 @@ def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, 
     assert values(path, "label", "text") == [list(row) for row in rows]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_make_reading_fail_in_another_way(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = write(tmp_path_factory.getbasetemp() / "bytes.csv", b"label,text\n" + data)
@@ -341,6 +341,12 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     single = tmp_path / "one"
     single.mkdir()
     assert not holds_rows(single)
+    beside = tmp_path / "images"
+    (beside / "cat").mkdir(parents=True)
+    (beside / "labels.csv").write_text("label,text\n")
+    assert not holds_rows(beside)
+    (beside / "train.csv").write_text("label,text\n")
+    assert holds_rows(beside)
     (single / "people.csv").write_text("label,text\n")
     assert [path.name for path in find_rows(single, "train")] == ["people.csv"]
     with pytest.raises(DataError, match=r"holds no file for test: one is called as test.csv"):
