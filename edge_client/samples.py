@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -12,13 +13,14 @@ from edge_client.config import Config
 from edge_client.data_check.client import check_files, check_rows
 from edge_client.data_check.protocol import CheckRequest, RowRequest
 from fedepth.data.damage import Damage, RowCheck, check_share, load_damage, load_row_check
+from fedepth.data.idx_sets import find_idx
 from fedepth.data.labels import lacking, listed
-from fedepth.data.row_files import asked_of, find_rows, fingerprint, holds_rows
+from fedepth.data.row_files import any_row_files, asked_of, find_rows, fingerprint, holds_rows
 from fedepth.data.scan import DataSummary, NoImagesError, scan
 from fedepth.errors import DataError
 from fedepth.files import disk_errors
 from fedepth.printable import printable
-from fedepth.task import ModelSpec, Task
+from fedepth.task import ModelSpec, TableSpec, Task, TextSpec
 
 CheckFiles = Callable[[CheckRequest, Callable[[int], None]], Awaitable[Damage]]
 CheckRows = Callable[[RowRequest, Callable[[int], None]], Awaitable[RowCheck]]
@@ -120,8 +122,7 @@ class Samples:
         self._check_share(summary)
 
     def forget_job(self) -> None:
-        """Counts rows at the next look without the classes of a job: another one may run there by now, which has
-        others."""
+        """The next look is as the first was: another job may run there by now, which has other classes."""
         self._model = None
 
     async def for_task(self, task: Task) -> DataSummary:
@@ -132,14 +133,16 @@ class Samples:
             ChildError: the check of rows failed.
         """
         spec = task.model
-        has_rows = await asyncio.to_thread(self._holds_rows)
-        if has_rows != (spec.columns is not None):
-            raise DataError(_other_kind(spec, printable(str(self._directory)), has_rows=has_rows))
-        if has_rows:
+        if spec.columns is not None:
+            if not await asyncio.to_thread(any_row_files, self._directory):
+                raise DataError(_wants_rows(spec.columns, self._directory))
             self._model = spec
             await self._look_at_rows()
             summary = self.summary
         else:
+            self._model = spec
+            if not self._directory.is_dir():
+                raise DataError(_wants_images(spec.name, self._directory))
             summary = await asyncio.to_thread(self._scan_for, spec)
         if summary.sample_count != self.count and self._told_of_job != (task.job, summary.class_counts):
             self._told_of_job = (task.job, summary.class_counts)
@@ -198,8 +201,11 @@ class Samples:
         return found
 
     def _holds_rows(self) -> bool:
+        """What the last job wanted; before any, what seems to be there."""
+        if self._model is not None:
+            return self._model.columns is not None
         with disk_errors("the training samples cannot be counted", self._directory):
-            return holds_rows(self._directory)
+            return holds_rows(self._directory) and not (self._directory.is_dir() and find_idx(self._directory, "train"))
 
     def _fingerprint_of_rows(self) -> int:
         with disk_errors("the training samples cannot be counted", self._directory):
@@ -250,16 +256,16 @@ def _messages(damage: Damage, keys: Collection[int]) -> dict[int, str]:
     return {key: message for key, message in damage.damaged.items() if key in keys}
 
 
-def _other_kind(spec: ModelSpec, source: str, *, has_rows: bool) -> str:
-    """Why data of one kind cannot be used for a job of another."""
-    if has_rows:
-        return (
-            f"{source} holds rows of files, such as CSV, and {spec.name} takes other inputs: a job trains on rows if "
-            "it has a section [text] or [table]; give this device folders of images, or IDX files"
-        )
-    columns = ", ".join(map(printable, spec.columns.columns[:10])) if spec.columns else ""
-    label = printable(spec.columns.label) if spec.columns else ""
+def _wants_images(model: str, source: Path) -> str:
     return (
-        f"the job trains on rows of files with the columns {label} (the class) and {columns}; {source} holds none: "
-        "give this device a CSV, JSON-lines or Parquet file, or a folder with train.csv"
+        f"{printable(str(source))} is a file of rows, and {model} takes other inputs: a job trains on rows if it has a "
+        "section [text] or [table]; give this device a folder with folders of images, or with IDX files"
+    )
+
+
+def _wants_rows(columns: TextSpec | TableSpec, source: Path) -> str:
+    return (
+        f"the job trains on rows of files with the columns {listed([columns.label])} (the class) and "
+        f"{listed(columns.columns)}; {printable(str(source))} holds none: give this device a CSV, JSON-lines or "
+        "Parquet file, or a folder with train.csv"
     )

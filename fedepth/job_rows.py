@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec import structs
 
 from fedepth.data.labels import listed, normalised
-from fedepth.data.text import read_tokenizer, tokenizer_digest, tokenizer_vocabulary
+from fedepth.data.text import NO_WORD, read_tokenizer, tokenizer_digest, tokenizer_vocabulary
 from fedepth.errors import ConfigError
 from fedepth.job_sections import (
     DIGITS,
@@ -70,8 +70,8 @@ def with_tokenizer(config: JobConfig, path: Path) -> JobConfig:
         raise ConfigError(f"{name} {'is not a file' if path.exists() else 'does not exist'}")
     contents = read_tokenizer(path)
     vocabulary, _ = tokenizer_vocabulary(contents.encode(), name)
-    if vocabulary > MOST_VOCABULARY:
-        raise ConfigError(f"{name} has {vocabulary} words; at most {MOST_VOCABULARY} are used")
+    if not NO_WORD < vocabulary <= MOST_VOCABULARY:
+        raise ConfigError(f"{name} has {vocabulary} words; {NO_WORD + 1} to {MOST_VOCABULARY} are used")
     text = structs.replace(config.text, tokenizer=str(path), vocabulary=vocabulary)
     return structs.replace(config, text=text, tokenizer_digest=tokenizer_digest(contents))
 

@@ -70,7 +70,7 @@ class CsvRecords:
         self._delimiter, self.header = self._columns(line, separator[1] if separator else "", wanted)
 
     def __iter__(self) -> Iterator[Line]:
-        """The records; blank lines are none."""
+        """The records; blank lines, also of spaces, are none."""
         lines = self._lines
         while True:
             lines.begin()
@@ -79,7 +79,7 @@ class CsvRecords:
                     problem = lines.objection or self._objection(fields)
                     number = lines.first
                     lines.begin()
-                    if fields:
+                    if fields and (len(fields) > 1 or fields[0].strip() or len(self.header) == 1):
                         yield Line(number, () if problem else fields, problem)
                 return
             except (csv.Error, _Damaged) as error:

@@ -1,14 +1,17 @@
 """The rows of a file, one after the other, whatever its format: CSV, JSON lines or Parquet, the first two also gzipped.
 
-What a file holds decides how it is read, and its name only where both CSV and JSON lines would do. A row that is
-damaged comes with the reason; a file that cannot be read at all is a DataError. Files of any size are read in little
-memory. Standard library and msgspec; Parquet needs pyarrow.
+What a file holds decides how it is read, not its name. A row that is damaged comes with the reason; a file that cannot
+be read at all is a DataError. Files of any size are read in little memory. Standard library and msgspec; Parquet needs
+pyarrow.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import json
+import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,10 +36,12 @@ _OTHERS = (
     (b"\xd0\xcf\x11\xe0", "is an old spreadsheet; save it as CSV"),
     (b"SQLite format 3\0", "is a SQLite database; export its table as CSV"),
     (b"%PDF", "is a PDF document"),
+    (_GZIP, "is compressed twice; unpack it once"),
     (b"\x89PNG", "is an image"),
     (b"\xff\xd8\xff", "is an image"),
     (b"\xff\xfe\0\0", "is saved as UTF-32; save it as UTF-8"),
 )
+_JSON_OBJECT = re.compile(rb'\s*\{\s*["}]')
 _BATCH_ROWS = 256
 MOST_GROUP_BYTES = 256 << 20  # of one row group of a Parquet file, which is decompressed as a whole
 
@@ -82,7 +87,7 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
                 plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
                 head = plain.read(_HEAD_BYTES)
                 plain.seek(0)
-            yield from _text(plain, path, name, head, columns)
+            yield from _text(plain, name, head, columns)
     except FileNotFoundError:
         raise DataError(f"{name} does not exist") from None
     except (WrongFileError, IsADirectoryError) as error:
@@ -108,7 +113,7 @@ def column_names(path: Path) -> list[str]:
             head = plain.read(_HEAD_BYTES)
             plain.seek(0)
         _refuse_others(head, name)
-        if _is_json_lines(path, head):
+        if _is_json_lines(head):
             first = plain.readline(MOST_RECORD).removeprefix(_UTF8_MARK)
             try:
                 return [normalised(each) for each in msgspec.json.decode(first, type=dict[str, Any])]
@@ -119,21 +124,23 @@ def column_names(path: Path) -> list[str]:
 
 
 def as_text(value: Any) -> str:
-    """A value as a CSV file would have it: nothing as "", true and false so, whole numbers without a point."""
+    """A value as a CSV file would have it: nothing and NaN as "", true and false so, whole numbers without a point."""
     if isinstance(value, str):
         return value
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and math.isnan(value):
+        return ""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
         return str(int(value))
     return str(value)
 
 
-def _text(file: IO[bytes], path: Path, name: str, head: bytes, columns: Sequence[str]) -> Iterator[Record]:
+def _text(file: IO[bytes], name: str, head: bytes, columns: Sequence[str]) -> Iterator[Record]:
     _refuse_others(head, name)
-    if _is_json_lines(path, head):
+    if _is_json_lines(head):
         yield from _json_lines(file, columns)
         return
     try:
@@ -150,6 +157,8 @@ def _refuse_others(head: bytes, name: str) -> None:
     for signature, what in _OTHERS:
         if head.startswith(signature):
             raise DataError(f"{name} {what}")
+    if head.startswith(_UTF16) and head[2:].replace(b"\0", b"").lstrip().startswith((b"{", b"[")):
+        raise DataError(f"{name} is JSON saved as UTF-16; save it as UTF-8")
     if not head.startswith(_UTF16) and 3 * head.count(0) > len(head):
         raise DataError(f"{name} is saved as UTF-16 without a byte-order mark; save it as UTF-8")
     if head.removeprefix(_UTF8_MARK).lstrip().startswith(b"["):
@@ -160,10 +169,8 @@ def _refuse_others(head: bytes, name: str) -> None:
         raise DataError(f"{name} is XML or a web page; save the table as CSV")
 
 
-def _is_json_lines(path: Path, head: bytes) -> bool:
-    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-        return False
-    return head.removeprefix(_UTF8_MARK).lstrip().startswith(b"{")
+def _is_json_lines(head: bytes) -> bool:
+    return _JSON_OBJECT.match(head.removeprefix(_UTF8_MARK)) is not None
 
 
 def _decoded(file: IO[bytes], head: bytes) -> io.TextIOWrapper:
@@ -186,11 +193,19 @@ def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            row = decoder.decode(line)
-        except NOT_JSON as error:
+            row = _with_nan(line) if b"NaN" in line or b"Infinity" in line else decoder.decode(line)
+        except (*NOT_JSON, ValueError) as error:
             yield Record(number, (), _not_an_object(line, error))
         else:
             yield _of_json(number, row, columns)
+
+
+def _with_nan(line: bytes) -> dict[str, Any]:
+    """A line of what Python's json writes, which is not JSON where numbers are missing."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    return row
 
 
 def _not_an_object(line: bytes, error: Exception) -> str:
@@ -198,7 +213,7 @@ def _not_an_object(line: bytes, error: Exception) -> str:
         line.decode()
     except UnicodeDecodeError as where:
         return not_utf8(line[where.start])
-    return f"is not an object of JSON: {error}"
+    return f"is not an object of JSON in one line: {error}"
 
 
 def _of_json(number: int, row: dict[str, Any], columns: Sequence[str]) -> Record:

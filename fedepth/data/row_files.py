@@ -34,14 +34,25 @@ def is_row_file(path: Path) -> bool:
 
 
 def holds_rows(source: Path) -> bool:
-    """Whether a data set is one of rows: a file, or a folder with such files and no folder of images.
+    """Whether a data set is one of rows, as far as that can be told before a job says so: a file, a folder with
+    `train.csv` or the like, or one with such files and no folder in it, which may be of images.
 
     Raises:
         DataError: the folder cannot be read.
     """
     if not source.is_dir():
         return source.exists() or is_row_file(source)
-    return any(_row_files(source))
+    files = _row_files(source)
+    return any(_split_of(path) == "train" for path in files) or (bool(files) and not _has_folders(source))
+
+
+def any_row_files(source: Path) -> bool:
+    """Whether there is a file with rows at all.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    return source.exists() if not source.is_dir() else bool(_row_files(source))
 
 
 def find_rows(source: Path, split: str) -> tuple[Path, ...]:
@@ -92,6 +103,11 @@ def _row_files(folder: Path) -> list[Path]:
             "the permissions"
         ) from None
     return sorted(filter(is_row_file, paths))
+
+
+def _has_folders(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") for entry in entries)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -124,10 +124,10 @@ def open_tokenizer(spec: TextSpec, length: int, contents: str = "") -> Tokenize:
     Raises:
         DataError: the contents are not those that the job names, or the tokenizers library is missing or refuses them.
     """
-    if not SMALLEST_VOCABULARY <= spec.vocabulary <= MOST_VOCABULARY:
+    least = NO_WORD + 1 if spec.tokenizer else SMALLEST_VOCABULARY
+    if not least <= spec.vocabulary <= MOST_VOCABULARY:
         raise DataError(
-            f"the job has a vocabulary of {spec.vocabulary} words, allowed are {SMALLEST_VOCABULARY} to "
-            f"{MOST_VOCABULARY}"
+            f"the job has a vocabulary of {spec.vocabulary} words, allowed are {least} to {MOST_VOCABULARY}"
         )
     if not spec.tokenizer:
         return lambda text: [word_id(word, spec.vocabulary) for word in words(text)[:length]] or [NO_WORD]

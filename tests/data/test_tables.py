@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.data.columns import Column
@@ -109,6 +109,7 @@ def test_the_column_of_a_bad_number_is_named() -> None:
         row_encoder(SPEC)(["1", "tall", "red", "1"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.integers(0, 3))
 def test_mean_and_deviation_of_a_column(numbers: list[float], missing: int) -> None:
     column = Column("x")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.data.text import (
@@ -63,6 +63,7 @@ def test_a_text_has_at_most_so_many_ids_and_at_least_one() -> None:
     assert tokens("\u200b") != [] and tokens("   ") == [1]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.integers(4, 70_000))
 def test_any_text_has_ids_within_the_vocabulary(text: str, vocabulary: int) -> None:
     ids = open_tokenizer(TextSpec("l", ("t",), vocabulary), 16)(text)

@@ -94,8 +94,21 @@ def test_rows_for_a_job_with_images_and_the_other_way_round(
     transport.answers = [of_rows(make_task())]
     bench.run(transport)
     first, second = (failure.message for failure in transport.failures)
-    assert f"{rows} holds rows of files, such as CSV, and toy takes other inputs" in first
-    assert f"rows of files with the columns label (the class) and text; {data} holds none" in second
+    assert f"{rows} is a file of rows, and toy takes other inputs" in first
+    assert f"rows of files with the columns 'label' (the class) and 'text'; {data} holds none" in second
+
+
+def test_a_table_beside_folders_of_images_is_no_data_of_a_job_with_images(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, data: Path
+) -> None:
+    (data / "labels.csv").write_text(ROWS)
+    transport.answers = [make_task()]
+    bench.run(transport, OK)
+    assert [report.class_counts for report in transport.reports] == [(4, 2), (4, 2)]
+    (data / "labels.csv").rename(data / "train.csv")
+    transport.answers = [of_rows(make_task()), make_task("t2")]
+    bench.run(transport, OK, OK)
+    assert [report.sample_count for report in transport.reports[2:]] == [40, 40, 6]
 
 
 def test_nothing_to_train_on_is_said_at_the_start(bench: Bench, transport: FakeTransport, rows: Path) -> None:
