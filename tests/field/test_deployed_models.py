@@ -174,6 +174,22 @@ def test_a_folder_is_searched_as_one_of_training_data(tmp_path: Path) -> None:
     assert left_out == {"hidden": 4, ".txt": 1, "no regular files": 1, "links to folders": 1}
 
 
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "locked/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found, left_out = image_files([tmp_path])
+    assert (found, left_out) == ([tmp_path / "a" / "1.png"], {"folders that cannot be read": 1})
+
+
 def test_a_damaged_image_is_named_and_the_others_are_shown(
     written: Callable[..., Path], photos: Path, tmp_path: Path
 ) -> None:
