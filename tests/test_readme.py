@@ -1,5 +1,5 @@
-"""The README from top to bottom: its commands exist and are run as far as a test can, its job files load, and what it
-shows of a program's output is what the program prints."""
+"""The README: its commands are those that are tested, its job files load, and what it shows of a program's output is
+what the program prints. The commands that need a federation are run in tests/integration/test_readme_followed.py."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ from coordinator.store.records import RoundRecord, Store
 from fedepth.errors import FedepthError
 from fedepth.job import load_config, model_spec
 from fedepth.job_changes import settings_of
-from tests.field.command_pages import PROGRAMS, commands
+from tests.field.command_pages import PROGRAMS
+from tests.pages import README, ROOT, blocks, commands_of
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].strip() for kind, block in BLOCKS if kind == "console" for line in block.splitlines() if line
-]
-OURS = [command for command in COMMANDS if command.split()[0] in PROGRAMS]
-JOBS = [block for kind, block in BLOCKS if kind == "toml"]
-ELSEWHERE = re.compile(r"(?<![\w.-])(fedepth(?:-client|-coordinator)? [a-z]+(?: [^`\n]*)?)`")  # in a sentence
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = blocks(README)
+COMMANDS = commands_of(README)
+JOBS = [block.text for block in BLOCKS if block.kind == "toml"]
 
 
 def run(command: str, **environment: str) -> Any:
@@ -34,37 +30,14 @@ def run(command: str, **environment: str) -> Any:
     return CliRunner().invoke(PROGRAMS[program], arguments, env={"COLUMNS": "200", **environment}, prog_name=program)
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_a_program_has_the_subcommand_and_its_options(command: str) -> None:
-    check(command)
-
-
-def test_so_has_what_stands_in_sentences_and_in_the_other_pages() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found = {command for page in pages for command in ELSEWHERE.findall(page.read_text(encoding="utf-8"))}
-    assert len(found) > 5
-    for command in found:
-        check(command)
-
-
-def check(command: str) -> None:
-    program, name, *rest = command.split()
-    known = commands(program)
-    assert name in known, command
-    options = {option for each in known[name].params for option in each.opts}
-    assert {word for word in rest if word.startswith("--")} <= options | {"--help"}, command
-    assert run(f"{program} {name} --help").exit_code == 0
-
-
 def test_every_program_is_shown_and_every_block_is_of_a_known_kind() -> None:
-    assert {command.split()[0] for command in OURS} == set(PROGRAMS)
-    assert {command.split()[0] for command in COMMANDS} - set(PROGRAMS) == {"make", "pip", "apt"}
-    assert {kind for kind, _ in BLOCKS} == {"console", "toml", "text"}
+    assert {command.program for command in COMMANDS} == {*PROGRAMS, "make", "pip", "apt"}
+    assert {block.kind for block in BLOCKS} == {"console", "toml", "text"}
 
 
 def test_pip_is_told_extras_that_exist() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = set(re.findall(r"\.\[([\w,]+)\]'", README))
+    extras = set(re.findall(r"\.\[([\w,]+)\]'", TEXT))
     assert extras
     for extra in {name for each in extras for name in each.split(",")}:
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
@@ -72,7 +45,7 @@ def test_pip_is_told_extras_that_exist() -> None:
 
 def test_make_has_the_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = {c.split()[1] for c in COMMANDS if c.startswith("make ")}
+    targets = {target for command in COMMANDS if command.program == "make" for target in command.arguments}
     assert targets == {"demo", "test"}
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
@@ -108,7 +81,7 @@ def test_a_run_is_inspected_in_this_order(
         sealed = store.seal_weights(partial, number)
         store.record_round(RoundRecord(number, sealed.digest, sealed.size_bytes, 0.0, 2, 20, accuracy=number / 8))
     store.close()
-    block = next(block for kind, block in BLOCKS if kind == "console" and "fedepth-client probe" in block)
+    block = next(each.text for each in BLOCKS if each.kind == "console" and "fedepth-client probe" in each.text)
     shown: dict[str, Callable[[str], bool]] = {
         "probe": lambda text: "Memory of this device" in text,
         "record": lambda text: "fashion" in text and "50.00%" in text,
@@ -129,11 +102,10 @@ def test_a_run_is_inspected_in_this_order(
 def test_the_plan_that_is_shown_is_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    places = [index for index, (_, block) in enumerate(BLOCKS) if block.startswith("fedepth plan ")]
-    (place,) = places
-    told = run(BLOCKS[place][1].strip()).stdout
+    (place,) = (index for index, block in enumerate(BLOCKS) if block.text.startswith("fedepth plan "))
+    told = run(BLOCKS[place].text.strip()).stdout
     printed = [line.rstrip() for line in told.splitlines()]
-    for line in BLOCKS[place + 1][1].splitlines():
+    for line in BLOCKS[place + 1].text.splitlines():
         if line.strip(" …─"):  # what is left out, and the line of the table's width
             assert any(each.startswith(line.rstrip("… ")) for each in printed), line
     assert (tmp_path / "plan.png").stat().st_size > 0

@@ -15,6 +15,12 @@ from fedepth.task import ModelSpec
 BATCH = 64
 FLOAT = 4
 SIDE = 8
+VIT, MOBILENET = f"{__name__}:short_vit", f"{__name__}:short_mobilenet"
+
+
+def short_vit(spec: ModelSpec) -> nn.Module:
+    """vit-tiny with two of its twelve layers, which are alike: all of them take five times as long."""
+    return zoo._vit(spec, patch=4, width=192, depth=2, heads=3)
 
 
 def spec_of(name: str, size: int = 32) -> ModelSpec:
@@ -30,6 +36,19 @@ def graph_of(name: str, size: int = 32) -> Graph:
 @functools.cache
 def costs_of(name: str, size: int = 32) -> ModelCosts:
     return trace_costs(graph_of(name, size), name, BATCH)
+
+
+def short_mobilenet() -> nn.Module:
+    """A MobileNetV3 with every kind of block that mobilenet-v3-small has, down to one pixel."""
+    from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+
+    kinds = (
+        (16, 3, 16, 16, True, "RE", 2),
+        (16, 3, 72, 24, False, "RE", 2),
+        (24, 5, 96, 40, True, "HS", 2),
+        (40, 5, 120, 48, True, "HS", 2),
+    )
+    return MobileNetV3([InvertedResidualConfig(*kind, 1, 1.0) for kind in kinds], 128, num_classes=10)
 
 
 def two_units() -> nn.Module:
@@ -247,7 +266,7 @@ def test_buffers_and_parameters_are_counted_apart() -> None:
 def test_a_frozen_unit_keeps_nothing_for_gradients_of_its_weights() -> None:
     linear = costs_of("digits-cnn").head
     assert linear.frozen is None  # an exit is trained with every block
-    unit = costs_of("vit-tiny").units[1]
+    unit = costs_of(VIT).units[1]
     assert unit.frozen is not None
     assert unit.frozen.saved.per_sample < unit.training.saved.per_sample
 
@@ -292,7 +311,7 @@ def composed_peak(costs: ModelCosts, samples: int) -> int:
     return max(peak, backward)
 
 
-@pytest.mark.parametrize("name", ["digits-cnn", "preresnet20", "resnet18", "vit-tiny"])
+@pytest.mark.parametrize("name", ["digits-cnn", "preresnet20", "resnet18", VIT])
 @pytest.mark.parametrize("samples", [3, 32, 64])
 def test_units_compose_to_the_whole_model(name: str, samples: int) -> None:
     costs = costs_of(name)
@@ -311,15 +330,15 @@ def test_a_block_in_the_middle_composes_too() -> None:
 
 
 def test_lines_are_never_below_a_trace_up_to_the_jobs_batch() -> None:
-    costs = costs_of("mobilenet-v3-small")
+    costs = costs_of(MOBILENET)
     for samples in (33, 64):
-        whole = trace_block(graph_of("mobilenet-v3-small"), 0, 12, samples)
+        whole = trace_block(graph_of(MOBILENET), 0, len(costs.units) - 1, samples)
         assert composed_saved(costs, samples) >= whole.saved
 
 
 @pytest.mark.parametrize(
     ("name", "smallest"),
-    [("digits-cnn", 1), ("preresnet20", 1), ("resnet18", 2), ("mobilenet-v3-small", 2), ("vit-tiny", 1)],
+    [("digits-cnn", 1), ("preresnet20", 1), ("resnet18", 2), (MOBILENET, 2), (VIT, 1)],
 )
 def test_the_smallest_micro_batch_is_what_batch_norm_can_take(name: str, smallest: int) -> None:
     spec = spec_of(name)
@@ -393,6 +412,6 @@ def test_lines_are_integers_at_or_above_both_points(sizes: tuple[int, int], expe
 
 
 def test_every_parameter_of_a_model_is_counted_once() -> None:
-    costs = costs_of("vit-tiny")
-    parameters = sum(each.numel() for each in zoo.build(spec_of("vit-tiny")).parameters())
+    costs = costs_of(VIT)
+    parameters = sum(each.numel() for each in zoo.build(spec_of(VIT)).parameters())
     assert sum(unit.parameter_bytes for unit in costs.units) + costs.head.parameter_bytes == parameters * FLOAT

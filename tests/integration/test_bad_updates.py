@@ -81,7 +81,7 @@ def plus_one(tensors: Tensors) -> Tensors:
 
 
 def test_damaged_updates_are_refused_and_only_the_good_one_is_averaged(rig: Any) -> None:
-    address = rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
+    address = rig.start_coordinator(rig.job(devices=1, quorum=1))
     cases = (("missing_tensor", without_first), ("not_finite", with_nan), ("shape", reshaped))
     for number, (reason, change) in enumerate(cases):
         answer = asyncio.run(offer(address, rig.folder, number, change))
@@ -97,7 +97,7 @@ def test_damaged_updates_are_refused_and_only_the_good_one_is_averaged(rig: Any)
 
 
 def test_a_wrong_digest_never_reaches_the_average(rig: Any) -> None:
-    address = rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
+    address = rig.start_coordinator(rig.job(devices=1, quorum=1))
     with pytest.raises(FedepthError, match="sha256"):
         asyncio.run(offer(address, rig.folder, 0, plus_one, lie=True))
     good = asyncio.run(offer(address, rig.folder, 0, plus_one))

@@ -24,7 +24,7 @@ def processes_naming(text: str) -> list[int]:
     return found
 
 
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, calibration_told: Path) -> None:
     log = tmp_path / "demo.log"
     with open(log, "wb") as output:
         demo = subprocess.Popen(

@@ -165,7 +165,7 @@ def test_figures_count_only_what_really_happened() -> None:
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     firsts = {each.kind.name: each for each in reversed(planned())}
     results = tmp_path_factory.mktemp("faults") / "faults.json"
-    return run_all([firsts[name] for name in PLAYED], results, Console(quiet=True))
+    return run_all([firsts[name] for name in PLAYED], results, Console(quiet=True), parallel=1)
 
 
 def test_the_faults_really_happened(played: dict[str, Any]) -> None:

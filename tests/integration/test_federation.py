@@ -43,7 +43,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_two_unequal_devices_train_a_model_that_leaves_as_onnx(rig: Any) -> None:
-    rig.lab.start_coordinator(rig.job(rounds=2), "--exit-when-done")
+    rig.start_coordinator(rig.job(rounds=2, test=True), "--exit-when-done")
     rig.agent(0, "--exit-when-done", cap=11 * MIB)
     rig.agent(1, "--exit-when-done")
     rig.event("coordinator", "round_closed", round=1)
@@ -87,16 +87,17 @@ def libraries_of(pid: int) -> set[str]:
     return {Path(line.split()[-1]).name for line in lines if "/" in line}
 
 
-@pytest.mark.parametrize("model", ["only_here:build", "torchvision:squeezenet1_1", "timm:lcnet_050"])
+@pytest.mark.parametrize("model", ["only_here:build", "timm:lcnet_050"])
 def test_devices_train_models_whose_code_only_the_coordinator_has(
     rig: Any, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     code, without = rig.folder / "code", rig.folder / "without"
-    (without / "timm").mkdir(parents=True)
-    (without / "timm" / "__init__.py").write_text('raise ImportError("timm is not installed here")')
+    for library in ("timm", "torchvision"):
+        (without / library).mkdir(parents=True)
+        (without / library / "__init__.py").write_text(f'raise ImportError("{library} is not installed here")')
     code.mkdir()
     (code / "only_here.py").write_text(CUSTOM)
-    job = rig.job(devices=1, quorum=1, model=model, epochs=2)
+    job = rig.job(devices=1, quorum=1, model=model, epochs=2, test=True)
     # At 0.05 logits may reach hundreds, of which float32 has too few digits left to compare exports by.
     job.write_text(job.read_text().replace("learning_rate = 0.05", "learning_rate = 0.005"))
     with monkeypatch.context() as only:
@@ -114,9 +115,9 @@ def test_devices_train_models_whose_code_only_the_coordinator_has(
 
 
 def test_a_device_that_dies_does_not_hold_the_round(rig: Any) -> None:
-    rig.lab.start_coordinator(rig.job(quorum=1, deadline=12, epochs=300), "--exit-when-done")
-    rig.agent(0)
-    rig.agent(1)
+    rig.start_coordinator(rig.job(quorum=1, deadline=12), "--exit-when-done")
+    rig.agent(0, images=30 * 96)
+    rig.agent(1, images=30 * 96)
     rig.event("coordinator", "task_given", device="device-0")
     rig.event("device-0", "trainer started")
     victim = rig.lab.processes["device-0"]
@@ -129,8 +130,8 @@ def test_a_device_that_dies_does_not_hold_the_round(rig: Any) -> None:
 
 
 def test_an_agent_survives_its_trainer_and_still_delivers(rig: Any) -> None:
-    rig.lab.start_coordinator(rig.job(devices=1, quorum=1, epochs=40), "--exit-when-done")
-    rig.agent(0)
+    rig.start_coordinator(rig.job(devices=1, quorum=1), "--exit-when-done")
+    rig.agent(0, images=40 * 96)
     rig.event("device-0", "stage started")
     (trainer,) = children(rig.lab.processes["device-0"].pid)
     os.kill(trainer, signal.SIGKILL)
@@ -140,9 +141,9 @@ def test_an_agent_survives_its_trainer_and_still_delivers(rig: Any) -> None:
 
 
 def test_the_coordinator_goes_on_where_it_stopped(rig: Any) -> None:
-    job = rig.job(rounds=3, devices=1, quorum=1, epochs=20)
-    rig.lab.start_coordinator(job)
-    rig.agent(0, "--exit-when-done")
+    job = rig.job(rounds=3, devices=1, quorum=1)
+    rig.start_coordinator(job)
+    rig.agent(0, "--exit-when-done", images=20 * 96)
     rig.event("coordinator", "task_given", round=2)
     first = rig.lab.processes["coordinator"]
     first.send_signal(signal.SIGTERM)
@@ -157,9 +158,9 @@ def test_the_coordinator_goes_on_where_it_stopped(rig: Any) -> None:
 
 
 def test_an_update_waits_in_the_outbox_until_the_coordinator_is_back(rig: Any) -> None:
-    job = rig.job(devices=1, quorum=1, epochs=60)
-    rig.lab.start_coordinator(job)
-    rig.agent(0, "--exit-when-done")
+    job = rig.job(devices=1, quorum=1)
+    rig.start_coordinator(job)
+    rig.agent(0, images=60 * 96)
     rig.event("device-0", "stage started")
     first = rig.lab.processes["coordinator"]
     os.kill(first.pid, signal.SIGKILL)
@@ -168,15 +169,14 @@ def test_an_update_waits_in_the_outbox_until_the_coordinator_is_back(rig: Any) -
     rig.wait("device-0", lambda _: any(outbox.glob("[!.]*")))
     port = rig.lab.address.rpartition(":")[2]
     rig.lab.log("coordinator").rename(rig.folder / "first.log")
-    rig.lab.start_coordinator(job, "--port", port, "--exit-when-done")
+    rig.lab.start_coordinator(job, "--port", port)
     rig.event("coordinator", "update_accepted", device="device-0")
-    assert rig.end("coordinator") == 0
-    assert rig.end("device-0") == 0
-    assert not any(outbox.glob("[!.]*"))
+    rig.event("device-0", "update accepted")
+    rig.wait("device-0", lambda _: not any(outbox.glob("[!.]*")))
 
 
 def test_a_budget_that_no_plan_fits_is_told_with_its_numbers(rig: Any) -> None:
-    rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
+    rig.start_coordinator(rig.job(devices=1, quorum=1))
     rig.agent(0, cap=5 * MIB)
     line = rig.wait("device-0", lambda line: "the smallest plan needs" in json.dumps(line))
     assert re.search(r"the smallest plan needs \d+\.\d MiB, but only 5\.0 MiB is free", json.dumps(line))
@@ -189,7 +189,7 @@ def test_an_agent_without_memory_to_measure_itself_says_so_and_stays(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-record-yet"))
     config = tmp_path / "agent.toml"
     config.write_text('[memory]\nreserve = "1000GiB"\n')
-    rig.lab.start_coordinator(rig.job(devices=1, quorum=1))
+    rig.start_coordinator(rig.job(devices=1, quorum=1))
     rig.agent(0, "--config", str(config))
     told = rig.event("device-0", "calibration failed; planning with default figures")
     assert re.search(r"\d+\.\d MiB of free memory in addition to the trainer, but only 0 B is free", told["error"])
@@ -200,9 +200,8 @@ def test_an_agent_without_memory_to_measure_itself_says_so_and_stays(
 
 def test_labels_outside_the_job_are_told_and_the_agent_stays(rig: Any) -> None:
     job = rig.job(devices=1, quorum=1)
-    text = job.read_text().replace("classes = 10", 'classes = ["zero", "one"]')
-    job.write_text(text.replace('[test]\ndata = "digits"\n', ""))
-    rig.lab.start_coordinator(job)
+    job.write_text(job.read_text().replace("classes = 10", 'classes = ["zero", "one"]'))
+    rig.start_coordinator(job)
     rig.agent(0)
     line = rig.wait(
         "device-0", lambda line: line.get("level") in ("error", "warning") and "classes" in json.dumps(line)
@@ -238,7 +237,7 @@ def test_an_unreachable_coordinator_is_told_at_once_and_retried(rig: Any) -> Non
 
 
 def test_a_port_in_use_is_told(rig: Any) -> None:
-    address = rig.lab.start_coordinator(rig.job())
+    address = rig.start_coordinator(rig.job())
     port = address.rpartition(":")[2]
     argv = [program("fedepth-coordinator"), "serve", "--config", str(rig.job()), "--port", port]
     ended = subprocess.run(

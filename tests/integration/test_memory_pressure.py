@@ -14,12 +14,12 @@ HOG = "import sys; held = b'x' * int(sys.argv[1]); print('held', flush=True); sy
 
 
 def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig: Any) -> None:
-    rig.lab.start_coordinator(rig.job(devices=1, quorum=1, epochs=300, deadline=600), "--exit-when-done")
+    rig.start_coordinator(rig.job(devices=1, quorum=1, deadline=600), "--exit-when-done")
     # A trainer costs 500 to 600 MiB before it trains; the fraction of the available memory is 0.9 by default.
     reserve = int(measure().available_bytes * 0.9) - 600 * MIB - TRAINING_BYTES
     config = rig.folder / "client.toml"
     config.write_text(f'[memory]\nreserve = "{reserve}"\n')
-    rig.agent(0, "--config", str(config), "--exit-when-done")
+    rig.agent(0, "--config", str(config), "--exit-when-done", images=300 * 96)
     rig.event("device-0", "stage started")
     hog = subprocess.Popen(
         [sys.executable, "-c", HOG, str(2 * TRAINING_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

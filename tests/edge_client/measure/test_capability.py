@@ -238,10 +238,9 @@ def test_a_state_directory_that_cannot_be_written_is_named(tmp_path: Path) -> No
         asyncio.run(measure_capability(wanted, Config(state=str(tmp_path / "file"))))
 
 
-def test_a_real_trainer_is_inside_every_budget(tmp_path: Path) -> None:
+def test_a_real_trainer_is_inside_every_budget(tmp_path: Path, calibration_told: Path) -> None:
     """As typed: one JSON object on standard output and nothing else."""
     argv = ["report", "digits-cnn", "--batch", "8", "--samples", "16", "--state", str(tmp_path), "--json"]
-    argv += ["--threads", "1"]  # as in other tests, so that the machine is measured once
     argv += ["--budget", "8MiB", "--budget", "1KiB", "--plot", str(tmp_path / "report.png")]
     ended = subprocess.run(
         [sys.executable, "-m", "edge_client.cli", *argv], capture_output=True, text=True, timeout=300, check=True
