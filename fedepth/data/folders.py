@@ -46,6 +46,7 @@ _KINDS = (
 _NO_CLASS = "image in no class folder: move it into one"
 EMPTY = "empty file"
 _MOST_ROWS = 200
+_LONGEST_NAME = 255  # bytes, on Linux and macOS
 _OTHERS = "other reasons"
 
 
@@ -180,19 +181,10 @@ class Walk:
             return False
 
     def _hidden(self, entry: os.DirEntry[str], path: str, top: str) -> bool:
-        name = entry.name.lower()
-        if name.startswith("._"):
-            reason = "AppleDouble file of macOS"
-        elif name in _SYSTEM_FILES or name == ".ds_store":
-            reason = "file of an operating system"
-        elif name in _SYSTEM_FOLDERS:
-            reason = "folder of an operating system"
-        elif name.startswith("."):
-            reason = "hidden"
-        else:
-            return False
-        self.leave_out(top, path, reason)
-        return True
+        reason = _why_hidden(entry.name)
+        if reason:
+            self.leave_out(top, path, reason)
+        return bool(reason)
 
     def _stray(self, entry: os.DirEntry[str]) -> None:
         """Something that lies beside the class folders."""
@@ -228,6 +220,30 @@ class Walk:
         if suffix in IMAGE_SUFFIXES:
             return ""
         return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else "not an image (no suffix)")
+
+
+def _why_hidden(name: str) -> str:
+    """Why what has this name is never looked at; empty if it is."""
+    name = name.lower()
+    if name.startswith("._"):
+        return "AppleDouble file of macOS"
+    if name in _SYSTEM_FILES or name == ".ds_store":
+        return "file of an operating system"
+    if name in _SYSTEM_FOLDERS:
+        return "folder of an operating system"
+    return "hidden" if name.startswith(".") else ""
+
+
+def never_a_folder(name: str) -> str:
+    """Why no class folder can have this name; empty if one can. Where labels are numbers (IDX), any name will do."""
+    if "/" in name or "\0" in name:
+        return "no folder's name holds a slash" if "/" in name else "no folder's name holds a NUL"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        return f"a folder's name has at most {_LONGEST_NAME} bytes"
+    hidden = _why_hidden(name)
+    if hidden:
+        return f"what has that name is left out ({hidden})"
+    return "" if name else "a folder has a name"
 
 
 def file_key(path: str, status: os.stat_result) -> int:
