@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from coordinator.model_worker.protocol import ALIVE_S, Evaluate, Export, Prepare
+from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export, Prepare
 from fedepth.child import run_child
 from fedepth.data.damage import check_share
 from fedepth.data.read import Bytes, Images, open_images, read_sound
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
-from fedepth.export.onnx import export, random_samples
+from fedepth.export.onnx import check_opset, export, random_samples
 from fedepth.files import disk_errors, file_digest
 from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
@@ -114,6 +114,13 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     return asdict(report)
 
 
+def check_export(request: CheckExport, progress: Progress) -> dict[str, Any]:
+    """Raises ExportError, ModelError, StateError: see `check_opset`."""
+    progress(f"trying the export with opset {request.choices.opset}")
+    check_opset(request.model, read_traced(Path(request.graph)).graph, Path(request.weights), request.choices)
+    return {}
+
+
 def comparison_samples(request: Export, graph: Graph) -> tuple[Bytes, str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
@@ -140,6 +147,7 @@ def _test_images(test_data: str, spec: ModelSpec) -> Images:
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {
     "prepare": (Prepare, prepare),
     "evaluate": (Evaluate, evaluate),
+    "check_export": (CheckExport, check_export),
     "export": (Export, export_onnx),
 }
 
