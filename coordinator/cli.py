@@ -22,8 +22,8 @@ from coordinator.observe.words import in_words
 from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ConfigError, ProtocolError, StateError, TransportError
-from fedepth.files import NOT_JSON
-from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET
+from fedepth.files import NOT_JSON, disk_errors, not_writable
+from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET, MOST_ROUNDS
 from fedepth.printable import printable, quoted, shortened
 from fedepth.program import run_program
 from fedepth.sizes import format_size
@@ -86,18 +86,22 @@ def serve_command(
     """Serve a job to devices. To resume after a stop or a crash, run it again with the same --state."""
     from coordinator.model_worker.client import ModelWorker
     from coordinator.observe.logs import renderer
-    from coordinator.server import ServeOptions, serve
+    from coordinator.server import ServeOptions, refused, serve
     from coordinator.start_checks import examine
     from fedepth.heap import share_one_arena
-    from fedepth.job import load_config
+    from fedepth.job import read_job
     from fedepth.logs import configure_logs
 
     share_one_arena()
     configure_logs(renderer(json_logs))
     options = ServeOptions(state, host, port, port_file, exit_when_done, database, files, accept_changes)
+    try:
+        job, missing = read_job(config)
+    except ConfigError as error:
+        raise refused(error, options) from None
 
     async def run() -> None:
-        await serve(load_config(config), options, ModelWorker(), examine)
+        await serve(job, options, ModelWorker(), examine, missing)
 
     asyncio.run(run())
 
@@ -132,7 +136,9 @@ def export_command(
     state: StateOption,
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    round_number: Annotated[int | None, typer.Option("--round", min=0, help="Round; default: the latest.")] = None,
+    round_number: Annotated[
+        int | None, typer.Option("--round", min=0, max=MOST_ROUNDS, help="Round; default: the latest.")
+    ] = None,
     opset: Annotated[
         int | None,
         typer.Option(
@@ -237,7 +243,9 @@ def backup_command(
 @app.command("rollback", epilog=examples("fedepth-coordinator rollback --state runs/job --round 3"))
 def rollback_command(
     state: StateOption,
-    round_number: Annotated[int, typer.Option("--round", min=0, help="Round whose weights are in force again.")],
+    round_number: Annotated[
+        int, typer.Option("--round", min=0, max=MOST_ROUNDS, help="Round whose weights are in force again.")
+    ],
     as_json: JsonOption = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
@@ -377,7 +385,11 @@ async def _export(
         wanted = kept[-1] if round_number is None else store.kept_round(round_number)
         if output.is_dir() or not output.name or output.name == Path(LABELS).name:
             raise ConfigError(f"--output: {printable(str(output))} is not the name of an ONNX file; write MODEL.onnx")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors("the export cannot be written", output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        why = not_writable(output)
+        if why:
+            raise ConfigError(f"--output: {why}")
         return await models.request("export", **export_fields(config, store, wanted, str(output)))
     finally:
         await models.stop()

@@ -64,10 +64,11 @@ class Closing:
         )
         found = None if note else await self._evaluations.evaluate(number, partial)
         if not note:
-            note = objection(found, store.summary().accuracy, self._config.guard)
+            known = await store.short(store.summary)
+            note = objection(found, known.accuracy, self._config.guard)
         aside = ""
         in_force: Sealed | RoundRecord = before
-        if partial.exists():
+        if await asyncio.to_thread(partial.exists):
             sealed = await asyncio.to_thread(store.seal_weights, partial, number)
             in_force, aside = (before, sealed.digest) if note else (sealed, "")
         record = RoundRecord(
@@ -84,10 +85,10 @@ class Closing:
             aside_digest=aside,
             **await asyncio.to_thread(self._privacy_spent),
         )
-        was = await asyncio.to_thread(store.summary)
+        was = await store.short(store.summary)
         await asyncio.to_thread(store.record_round, record)
-        self._tell(record, [store.device_name(result.device_id) for result in sound])
-        self._tell_of_privacy(record, was)
+        self._tell(record, [await store.short(store.device_name, result.device_id) for result in sound])
+        self._tell_of_privacy(record, was, await store.short(store.summary))
         return record
 
     def _combine(
@@ -162,9 +163,8 @@ class Closing:
             known.append(each)
         return {**own, "epsilon": finite(spent_epsilon(known, privacy.delta))}
 
-    def _tell_of_privacy(self, record: RoundRecord, was: Summary) -> None:
+    def _tell_of_privacy(self, record: RoundRecord, was: Summary, now: Summary) -> None:
         """What has changed in what the rounds' noise is worth."""
-        now = self._store.summary()
         if now.not_private and now.not_private != was.not_private:
             self._events.send("log", message=f"round {record.round}: {now.not_private}")
         elif now.epsilon is not None and was.epsilon is not None and now.delta != was.delta:

@@ -68,9 +68,9 @@ class Course:
         job = self._job
         self._wake.clear()
         if job.now() - self._held_at >= HOLD_S:  # a job that idles writes nothing, and would not notice
-            await asyncio.to_thread(job.store.check_hold)
+            await job.store.short(job.store.check_hold)
             self._held_at = job.now()
-        job.apply(Tick(job.now()))
+        await job.apply(Tick(job.now()))
         if job.state.phase is Phase.STUCK:
             raise JobError(f"{job.state.why}; mend the job file and start again")
         for digest in tuple(self._suspects):
@@ -110,8 +110,10 @@ class Course:
     async def _close(self, number: int) -> None:
         job = self._job
         if job.weights.record.round < number:
-            await job.weights.close(number, job.store.updates_of(number), job.uploads.paths)
-        job.apply(RoundDone(number, job.now(), job.weights.why_paused()))
+            results = await asyncio.to_thread(job.store.updates_of, number)
+            await job.weights.close(number, results, job.uploads.paths)
+        why_paused = await job.store.short(job.weights.why_paused)
+        await job.apply(RoundDone(number, job.now(), why_paused))
         self._to_tidy = True
 
     async def _tidy(self) -> None:

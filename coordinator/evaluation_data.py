@@ -14,8 +14,13 @@ import msgspec
 
 from fedepth.child import module_argv, run_child
 from fedepth.data.damage import MOST_DAMAGED, check_share
+from fedepth.data.folders import LeftOut, never_a_folder
+from fedepth.data.idx_sets import find_idx
+from fedepth.data.scan import scan
 from fedepth.errors import DataError, FedepthError
 from fedepth.files import disk_errors
+from fedepth.job_sections import DIGITS
+from fedepth.printable import visible
 from fedepth.task import ModelSpec
 
 DECODED = 8  # samples that are read, spread over all of them
@@ -42,12 +47,14 @@ class Answer:
         class_counts: samples of each class, in label order; damaged ones not among them, if any was met.
         damaged: how many files or rows cannot be read; 0 where the few that were read are all sound.
         example: what is wrong with one.
+        left_out: what else lies in a folder of class folders and is not taken.
     """
 
     class_counts: tuple[int, ...] = ()
     damaged: int = 0
     example: str = ""
     problem: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def look(request: Request) -> Answer:
@@ -62,10 +69,11 @@ def look(request: Request) -> Answer:
 def _counts(request: Request) -> Answer:
     import numpy as np
 
-    from fedepth.data.read import DIGITS, open_images, read_sound
+    from fedepth.data.read import open_images, read_sound
     from fedepth.data.rows import Rows, damaged_only
     from fedepth.data.text import read_tokenizer
 
+    left_out = _left_out(request)
     source = request.data if request.data == DIGITS else Path(request.data)
     tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
     images = open_images(source, request.model, "test", tokenizer=tokenizer)
@@ -90,7 +98,26 @@ def _counts(request: Request) -> Answer:
         sound = np.concatenate(kept)
         check_share(len(sound), len(damaged), request.most_damaged, damaged, "[test] most_damaged")
     counts = np.bincount(sound, minlength=len(request.model.classes)).tolist()
-    return Answer(tuple(counts), len(damaged), damaged.get(0, ""))
+    return Answer(tuple(counts), len(damaged), damaged.get(0, ""), left_out=left_out)
+
+
+def _left_out(request: Request) -> tuple[LeftOut, ...]:
+    """What is not taken of a folder of class folders.
+
+    Raises:
+        DataError: it can never hold one of the job's classes.
+    """
+    folder, classes = Path(request.data), request.model.classes
+    if request.data == DIGITS or request.model.columns or find_idx(folder, "test") is not None:
+        return ()
+    for name in classes:
+        why = never_a_folder(name)
+        if why:
+            raise DataError(
+                f"{request.data} holds class folders, and class {visible(name)} can have none: {why}; give it another "
+                "name in [model] classes"
+            )
+    return scan(folder, classes, "test").left_out
 
 
 def main() -> None:

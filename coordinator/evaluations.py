@@ -37,7 +37,7 @@ class Evaluations:
         A failure is logged, and the job goes on without it. What failed because the worker died is tried again; the
         rest not before the next start.
         """
-        for record in self._store.kept_rounds():
+        for record in await self._store.short(self._store.kept_rounds):
             missing = record.round > 0 and record.accuracy is None and self._config.test is not None
             if missing and self._tries["evaluate", record.round] < TRIES:
                 await self._make_up_evaluation(record)
@@ -56,7 +56,7 @@ class Evaluations:
             return
         found = await self.evaluate(record.round, weights)
         if found is not None:
-            await asyncio.to_thread(self._store.set_evaluation, record.round, found.accuracy, found.loss)
+            await self._store.short(self._store.set_evaluation, record.round, found.accuracy, found.loss)
             self._events.send("evaluated", round=record.round, accuracy=found.accuracy, loss=found.loss)
 
     def _is_due(self, record: RoundRecord, in_force: RoundRecord) -> bool:

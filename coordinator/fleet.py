@@ -11,7 +11,6 @@ from coordinator.admission import lacking_classes
 from coordinator.instances import Caller, Instances
 from coordinator.observe.events import Events
 from coordinator.store.records import Store
-from fedepth.errors import UnavailableError
 from fedepth.task import DeviceReport, ModelSpec
 
 _CLASSES_SHOWN = 100
@@ -33,7 +32,7 @@ class Refusal:
 
 
 class Fleet:
-    """The devices that called last, at most so many; the record has them all."""
+    """The devices that called last, at most so many; the record has them all. It is made in a thread: it reads it."""
 
     def __init__(
         self,
@@ -49,9 +48,10 @@ class Fleet:
         self._clock = clock
         self._model = model  # says which classes a device lacks
         self._instances = Instances(clock)
+        self._names = store.device_names()  # for messages, which must neither wait nor fail
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
-    def see(self, report: DeviceReport, peer: str) -> Refusal | None:
+    async def see(self, report: DeviceReport, peer: str) -> Refusal | None:
         """Takes note of a device that called, whether or not it can take part. Returns why it is refused, if it is.
 
         Raises:
@@ -75,11 +75,13 @@ class Fleet:
         known = self._known.get(report.device_id)
         now = self._clock()
         if known is None or now - known.recorded_at >= RECORD_S or _changed(known.report, report):
-            if not self._store.see_device(report, self._most_devices):
+            if not await self._store.short(self._store.see_device, report, self._most_devices):
                 return Refusal(f"the job has all of the {self._most_devices} devices that it takes ([limits] devices)")
             recorded_at = now
         else:
             recorded_at = known.recorded_at
+        known = self._known.get(report.device_id)  # another call of it may have come meanwhile
+        self._names[report.device_id] = report.name
         self._known[report.device_id] = _Known(report, recorded_at)
         self._known.move_to_end(report.device_id)
         if len(self._known) > self._most_devices:
@@ -98,13 +100,7 @@ class Fleet:
 
     def name(self, device_id: str) -> str:
         """What the operator of a device calls it; its id if it is not known."""
-        known = self._known.get(device_id)
-        if known is not None:
-            return known.report.name
-        try:
-            return self._store.device_name(device_id)
-        except UnavailableError:  # it is for people only, and must not fail
-            return device_id
+        return self._names.get(device_id, device_id)
 
 
 def _changed(before: DeviceReport, now: DeviceReport) -> bool:

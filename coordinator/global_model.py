@@ -34,17 +34,18 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     """Graph, layout and initial weights of the job's model, made now or in an earlier run.
 
     Raises:
-        FedepthError: the model cannot be built, or the state is damaged.
+        FedepthError: the model cannot be built, or not be exported with the operator set that the job names, or the
+            state is damaged.
     """
     training = training_spec(config, 1)
     if not config.test_data:
         _log.info("job", note=NO_TEST_DATA)
     known = await asyncio.to_thread(store.prepared)
-    started = store.latest_round() is not None
-    if started:
-        await asyncio.to_thread(store.weights_in_force)
+    started = await store.short(store.latest_round) is not None
+    in_force = await asyncio.to_thread(store.weights_in_force) if started else None
     fixed = fixes_statistics(config)
-    if known is not None and started and _is_current(known, training, fixed):
+    if known is not None and in_force and _is_current(known, training, fixed):
+        await _check_export(config, store, models, in_force)
         return known
     partial = store.directory / "weights" / "initial.partial"
     answer = await models.request(
@@ -62,11 +63,13 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
     )
     for note in answer["notes"]:
         _log.info("model", note=note)
+    await _check_export(config, store, models, partial)
     layout = msgspec.convert(answer["layout"], ModelLayout)
     prepared = Prepared(layout, training, answer["graph_digest"], answer["graph_bytes"], PREPARED_VERSION, fixed)
     await asyncio.to_thread(store.record_prepared, prepared)
     if started:
-        partial.unlink()  # only graph and costs were asked for: the weights of this job are trained ones
+        # Only graph and costs were asked for: the weights of this job are trained ones.
+        await asyncio.to_thread(partial.unlink)
     else:
         sealed = await asyncio.to_thread(store.seal_weights, partial, 0)
         if sealed.digest != answer["digest"]:
@@ -81,8 +84,21 @@ def _is_current(known: Prepared, training: TrainingSpec, fixed: bool) -> bool:
     return alike and (known.fixed_statistics or not fixed)
 
 
+async def _check_export(config: JobConfig, store: Store, models: Models, weights: Path) -> None:
+    """An operator set that the job file names may be too low for the model: told now, not after rounds."""
+    if config.export.opset is None:
+        return
+    graph = str(store.files.graph())
+    await models.request(
+        "check_export", model=model_spec(config), graph=graph, weights=str(weights), choices=config.export
+    )
+
+
 class GlobalModel:
-    """The weights that devices are given, and what becomes of them. `record` is the latest finished round."""
+    """The weights that devices are given, and what becomes of them. `record` is the latest finished round.
+
+    It is made in a thread: it reads the record.
+    """
 
     def __init__(
         self, config: JobConfig, store: Store, models: Models, events: Events, parameters: frozenset[str]
@@ -103,7 +119,7 @@ class GlobalModel:
         return record
 
     def path(self) -> Path:
-        """Where the weights in force lie. They were hashed when they were put there, or at the start."""
+        """Where the weights in force lie, as the record says. They were hashed when they came, or at the start."""
         found = self._store.find_weights(self.record.digest)
         if found is None:
             raise StateError(f"{self._store.directory} has no weights {self.record.digest[:12]}…")
@@ -116,18 +132,19 @@ class GlobalModel:
             UnavailableError: that cannot be seen now.
             StateError: they are in force, and lost. The message says how to go on.
         """
-        found = self._store.find_weights(digest)
+        found = await self._store.short(self._store.find_weights, digest)
         if found is None:  # of a round that is no longer kept
             return
+        latest = await self._store.short(self._latest)
         try:
-            if digest == self._latest().digest:
+            if digest == latest.digest:
                 path = await asyncio.to_thread(self._store.weights_in_force)
             else:
                 path = await asyncio.to_thread(self._store.weights_of, found)
         except UnavailableError:
             raise
         except StateError as error:
-            if digest == self._latest().digest:
+            if digest == latest.digest:
                 raise
             self._events.send("log", message=f"weights of round {found.round}, which is past, are lost: {error}")
         else:
@@ -140,7 +157,7 @@ class GlobalModel:
             UnavailableError: something cannot be written now.
             FedepthError: they cannot be combined; the weights before stand.
         """
-        before = self._latest()
+        before = await self._store.short(self._latest)
         if before.round >= number:
             await asyncio.to_thread(self._store.record_round, before)
         self.record = before
@@ -150,10 +167,10 @@ class GlobalModel:
     async def make_up(self) -> None:
         """Evaluates and exports what is missing of the rounds whose weights are kept (see `Evaluations`)."""
         await self._evaluations.make_up(self.record)
-        self.record = self._latest()
+        self.record = await self._store.short(self._latest)
 
     def why_paused(self) -> str:
-        """Why no other round is to begin, as the record says; empty if one may."""
+        """Why no other round is to begin, as the record says, which is asked; empty if one may."""
         guard, store = self._config.guard, self._store
         latest = store.rounds(guard.pause_after)
         sound = store.find_weights(latest[-1].digest) if latest else None

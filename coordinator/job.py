@@ -3,17 +3,20 @@
 The order is the point (see `apply`): a change is recorded, then the new state is taken over, then whoever waits or
 watches is told. Nothing that tells can fail. What cannot be recorded has not happened: a device is asked to come back,
 and what the job itself was to do is tried again until it succeeds.
+
+The event loop decides, and waits for nobody: whatever touches the record, a file or a bucket runs in a thread. One
+change is made at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from coordinator.course import Course
 from coordinator.fleet import Fleet
@@ -22,7 +25,8 @@ from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.plans import Plans
 from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
-from coordinator.uploads import Uploads
+from coordinator.uploads import Uploads, late
+from fedepth.aggregation.rules import Norms
 from fedepth.errors import UnavailableError, UpdateError
 from fedepth.job import model_spec, policy, training_spec
 from fedepth.job_sections import JobConfig
@@ -60,6 +64,8 @@ _STANDINGS = {
 # What a device would run into again with the same task, whatever else it does.
 _FINAL = {Outcome.DIVERGED, Outcome.MODEL}
 
+T = TypeVar("T")
+
 
 @dataclass
 class _Waiter:
@@ -79,7 +85,7 @@ class _Commit:
 
 
 class Job:
-    """One job in progress. Everything runs in one event loop; what takes long, in a thread or the worker."""
+    """One job in progress. Everything is decided in one event loop. It is made in a thread: it reads the record."""
 
     def __init__(
         self,
@@ -103,6 +109,8 @@ class Job:
         self._waiters: dict[str, _Waiter] = {}
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._commits: dict[str, _Commit] = {}  # by task
+        self._turn = asyncio.Lock()  # held from a decision until it is recorded and taken over
+        self._begun: set[asyncio.Task[Any]] = set()  # what goes on when whoever asked for it has gone
         self._course = Course(self)
         self.weights = GlobalModel(config, store, models, self.events, prepared.layout.parameters)
         self.presence = Presence(config.job.lease_s)
@@ -114,6 +122,7 @@ class Job:
             prepared.layout,
             self.accepts,
             self.check_room,
+            self._record_update,
             self.weights.path,
             partial(training_spec, config),
             config.guard.learn_norms and config.privacy is None,  # under which nothing may depend on other updates
@@ -157,21 +166,25 @@ class Job:
         """
         return await self.plans.plan(report, training_spec(self.config, self.state.round))
 
-    def start_waiting(self, report: DeviceReport, plan: Plan) -> asyncio.Future[Task | None]:
+    async def start_waiting(self, report: DeviceReport, plan: Plan) -> asyncio.Future[Task | None]:
         """Puts a device in line. The future ends with its task, or with None if there is none to wait for.
 
         Raises:
             UnavailableError: no task is given now, since what comes of it could not be stored.
         """
         missing = self.config.job.devices_per_round - len(self._recorded)
-        self.check_room(missing * self._prepared.layout.size_bytes)
+        await asyncio.to_thread(self.check_room, missing * self._prepared.layout.size_bytes)
         older = self._waiters.pop(report.device_id, None)
         if older is not None and not older.answer.done():
             older.answer.set_result(None)
         waiter = _Waiter(report, plan, asyncio.get_running_loop().create_future())
         self._waiters[report.device_id] = waiter
         self.presence.wait(report.device_id, self._clock())
-        self._follow(Asked(report.device_id, self._clock()))
+        try:
+            await self._follow(Asked(report.device_id, self._clock()))
+        except BaseException:  # a device that hangs up, too
+            self.stop_waiting(report.device_id, waiter.answer)
+            raise
         return waiter.answer
 
     def stop_waiting(self, device_id: str, answer: asyncio.Future[Task | None]) -> None:
@@ -182,7 +195,7 @@ class Job:
             self.presence.leave(device_id, self._clock())
 
     def check_room(self, wanted_bytes: int) -> None:
-        """Looks whether the disk takes so much, and another round's weights.
+        """Looks whether the disk takes so much, and another round's weights. To be called in a thread.
 
         Raises:
             UnavailableError: it does not.
@@ -213,23 +226,23 @@ class Job:
         if self.presence.reject(key, f"{name}: {shortened(why)}", self._clock()):
             self.events.send("device_rejected", device=name, device_id=device_id, message=why)
 
-    def progressed(self, progress: Progress) -> bool:
+    async def progressed(self, progress: Progress) -> bool:
         """Renews a lease; whether the task is still wanted."""
         task = self.state.tasks.get(progress.task_id)
         if task is None or task.device_id != progress.device_id:
             return False
-        self.touch(progress.task_id)
+        await self.touch(progress.task_id)
         fields = {key: value for key, value in vars(progress).items() if key != "loss" or value == value}
         self.events.send("progress", device=self.fleet.name(progress.device_id), **fields)
         return self.accepts(progress.task_id)
 
-    def touch(self, task_id: str) -> None:
+    async def touch(self, task_id: str) -> None:
         """A sign of life of a task, such as a chunk of its upload."""
         task = self.state.tasks.get(task_id)
         if task is not None:
             self.presence.see(task.device_id, self._clock())
             if task.standing is machine.Standing.EXPIRED:
-                self._follow(Progressed(task_id, self._clock()))
+                await self._follow(Progressed(task_id, self._clock()))
 
     async def commit(self, result: Result) -> int:
         """Records an update and returns its round.
@@ -250,24 +263,23 @@ class Job:
             commit.work.add_done_callback(lambda work: self._commits.pop(task_id))
         return await asyncio.shield(commit.work)
 
-    async def finish_commits(self) -> None:
-        """Waits until no update is being admitted; what comes meanwhile, too."""
-        while self._commits:
-            await asyncio.wait({commit.work for commit in self._commits.values()})
+    async def finish_work(self) -> None:
+        """Waits until no update is being admitted and no change recorded; what comes meanwhile, too."""
+        while begun := {*self._begun, *(commit.work for commit in self._commits.values())}:
+            await asyncio.wait(begun)
 
     async def _commit(self, result: Result) -> int:
         try:
             new = await self.uploads.commit(result)
         except UpdateError as error:
-            self.refuse(result.task_id, result.attempt, result.device_id, error)
+            await self.refuse(result.task_id, result.attempt, result.device_id, error)
             raise
         except (UnavailableError, OSError) as error:
             self._course.tell_trouble(error)
             self._doubtful = True  # the record may have it, and only the word of it be lost
             self.suspect(self.weights.record.digest)  # updates are compared with them
             raise
-        if result.task_id in self.state.tasks:
-            self._recorded.add(result.task_id)
+        self._note_recorded(result)
         if new:
             self.events.send(
                 "update_accepted",
@@ -280,20 +292,44 @@ class Job:
                 seconds=result.seconds,
                 stages=result.stages,
             )
-        self._follow(Tick(self._clock()))
+        await self._follow(Tick(self._clock()))
         return result.round
 
-    def refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
+    async def _record_update(self, result: Result, norms: Norms) -> None:
+        """Records an update that is welcome. Until its round knows of it, nothing else is decided: the round cannot
+        close before.
+
+        Raises:
+            UpdateError: it is late.
+            UnavailableError: it cannot be recorded now.
+        """
+        async with self._turn:
+            if not self.accepts(result.task_id):
+                raise late(result.task_id)
+            self._doubtful, before = True, self._doubtful
+            await self.store.short(self.store.record_update, result, norms)
+            self._doubtful = before
+            self._note_recorded(result)
+
+    def _note_recorded(self, result: Result) -> None:
+        if result.task_id in self.state.tasks:
+            self._recorded.add(result.task_id)
+
+    async def refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
         """Reports and counts a refusal, and ends the task if it was its device's own, of the attempt in work.
 
         Raises:
             UnavailableError: that cannot be recorded now.
         """
-        task = self.state.tasks.get(task_id)
-        if task is not None and (task.device_id, task.attempt) == (device_id, attempt) and self.accepts(task_id):
-            self.apply(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
-        else:
-            self.store.count_refusal(error.reason, str(error), task_id)
+        await self._to_its_end(self._refuse(task_id, attempt, device_id, error))
+
+    async def _refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
+        async with self._turn:
+            task = self.state.tasks.get(task_id)
+            if task is not None and (task.device_id, task.attempt) == (device_id, attempt) and self.accepts(task_id):
+                await self._step(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
+            else:
+                await self.store.short(self.store.count_refusal, error.reason, str(error), task_id)
         self.events.send(
             "update_refused",
             device=self.fleet.name(device_id),
@@ -303,27 +339,31 @@ class Job:
             message=str(error),
         )
 
-    def failed(self, failure: Failure) -> bool:
+    async def failed(self, failure: Failure) -> bool:
         """Ends a task without an update; whether it is still wanted, which it is not.
 
         Raises:
             UnavailableError: that cannot be recorded now.
         """
-        task = self.state.tasks.get(failure.task_id)
-        if task is None or task.device_id != failure.device_id or failure.attempt != task.attempt:
-            return False
-        if self.accepts(failure.task_id):
-            final = failure.outcome in _FINAL
-            reason = failure.outcome.value
-            self.apply(TaskFailed(failure.task_id, self._clock(), "failed", reason, failure.message, final))
-            self.events.send("task_failed", device=self.fleet.name(failure.device_id), **vars(failure))
-        return False
+        return await self._to_its_end(self._failed(failure))
 
-    def file_of(self, digest: str) -> tuple[Path, int] | None:
+    async def _failed(self, failure: Failure) -> bool:
+        async with self._turn:
+            task = self.state.tasks.get(failure.task_id)
+            if task is None or task.device_id != failure.device_id or failure.attempt != task.attempt:
+                return False
+            if self.accepts(failure.task_id):
+                final = failure.outcome in _FINAL
+                reason = failure.outcome.value
+                await self._step(TaskFailed(failure.task_id, self._clock(), "failed", reason, failure.message, final))
+                self.events.send("task_failed", device=self.fleet.name(failure.device_id), **vars(failure))
+            return False
+
+    async def file_of(self, digest: str) -> tuple[Path, int] | None:
         """The file with this digest that devices may fetch, and its size: weights of a round, or the graph."""
         if digest == self._prepared.graph_digest:
             return self.store.files.graph(), self._prepared.graph_bytes
-        record = self.store.find_weights(digest)
+        record = await self.store.short(self.store.find_weights, digest)
         return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
 
     def suspect(self, digest: str) -> None:
@@ -332,29 +372,47 @@ class Job:
 
     # --- what follows
 
-    def apply(self, event: Event) -> None:
+    async def apply(self, event: Event) -> None:
         """Feeds one event to the state machine: records what comes out, then takes it over, then tells of it.
 
         Raises:
             UnavailableError: it cannot be recorded, and has not happened.
         """
+        await self._to_its_end(self._apply(event))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for a change, which goes on if whoever waits is cancelled: none is left half done."""
+        task = asyncio.create_task(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return await asyncio.shield(task)
+
+    async def _apply(self, event: Event) -> None:
+        async with self._turn:
+            await self._step(event)
+
+    async def _step(self, event: Event) -> None:
+        """As `apply`; whoever calls has the turn."""
         if self._doubtful:
-            self._read_again()
+            await self._read_again()
+        if isinstance(event, Asked) and event.device_id not in self._waiters:
+            event = Tick(event.now)  # it has hung up while it waited for its turn
         state, actions = machine.step(self.state, event, self.facts)
         if self._fixes_statistics(state.round) is not self._fixes_statistics(self.state.round):
             self._have_planned_anew()
             state, actions = machine.step(self.state, event, self.facts)
-        given = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
+        given = {action.task_id: self._waiters[action.device_id] for action in actions if isinstance(action, GiveTask)}
+        handed = [self._task_record(action) for action in actions if isinstance(action, GiveTask)]
         ended = [
             EndedTask(action.task_id, action.status, action.reason, action.message)
             for action in actions
             if isinstance(action, EndTask)
         ]
-        if given:
-            self.check_room(0)
-        if given or ended:
+        if handed:
+            await asyncio.to_thread(self.check_room, 0)
+        if handed or ended:
             self._doubtful = True  # until it has worked: the record may have it, and only the word of it be lost
-            self.store.record_step(given, ended)
+            await self.store.short(self.store.record_step, handed, ended)
             self._doubtful = False
         if state.round != self.state.round:
             self._recorded.clear()
@@ -362,7 +420,10 @@ class Job:
             self._course.wake()
         self.state = state
         for action in actions:
-            self._tell(action)
+            if isinstance(action, GiveTask):
+                self._hand_out(action, given[action.task_id])
+            else:
+                self._tell(action)
 
     def _fixes_statistics(self, number: int) -> bool:
         return training_spec(self.config, number).fixed_statistics
@@ -374,10 +435,11 @@ class Job:
             if not waiter.answer.done():
                 waiter.answer.set_result(None)
 
-    def _read_again(self) -> None:
+    async def _read_again(self) -> None:
         """Takes the round over from the record, after a write of which nobody knows what became."""
         number = self.state.round
-        recorded, tasks = self.store.accepted_ids(number), self._assignments(number)
+        recorded = await self.store.short(self.store.accepted_ids, number)
+        tasks = await self.store.short(self._assignments, number)
         self._recorded.clear()
         self._recorded.update(recorded)
         self.state = machine.taken_over(self.state, tasks, self._clock())
@@ -389,10 +451,10 @@ class Job:
             for task in self.store.tasks_of(number)
         ]
 
-    def _follow(self, event: Event) -> None:
+    async def _follow(self, event: Event) -> None:
         """An event that nobody waits for. Where it cannot be recorded, the next tick finds the same to do."""
         try:
-            self.apply(event)
+            await self.apply(event)
         except UnavailableError as error:
             self._course.tell_trouble(error)
 
@@ -402,9 +464,7 @@ class Job:
         return TaskRecord(action.task_id, action.round, action.device_id, action.attempt, "given", waiter.plan, samples)
 
     def _tell(self, action: Action) -> None:
-        if isinstance(action, GiveTask):
-            self._hand_out(action)
-        elif isinstance(action, StartRound):
+        if isinstance(action, StartRound):
             names = [self.fleet.name(device) for device in action.devices]
             self.events.send("round_started", round=action.round, devices=names)
         elif isinstance(action, EndTask) and action.status == "lost":
@@ -419,8 +479,10 @@ class Job:
         elif isinstance(action, Log):
             self.events.send("log", message=action.message)
 
-    def _hand_out(self, action: GiveTask) -> None:
-        waiter = self._waiters.pop(action.device_id)
+    def _hand_out(self, action: GiveTask, waiter: _Waiter) -> None:
+        """Answers with a task that is recorded now: the call that it was planned for, or a newer one of that device.
+        One that has hung up meanwhile asks again, and is given the task once more."""
+        now = self._waiters.pop(action.device_id, waiter)
         self.presence.leave(action.device_id, self._clock())
         weights = self.weights.record
         task = Task(
@@ -438,8 +500,8 @@ class Job:
             weights_bytes=weights.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
         )
-        if not waiter.answer.done():
-            waiter.answer.set_result(task)
+        if not now.answer.done():
+            now.answer.set_result(task)
         self.events.send(
             "task_given",
             device=waiter.report.name,
@@ -474,9 +536,9 @@ class Job:
 
     # --- for people
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """The job as it stands."""
-        latest = self.store.summary()
+        latest = await self.store.short(self.store.summary)
         return {
             "job": self.config.job.name,
             "phase": self.state.phase.value,
@@ -498,8 +560,8 @@ class Job:
             return ""
         return machine.waits_for(self.state, self.facts, self._clock())
 
-    def state_event(self) -> str:
-        return encode_event("state", self.status())
+    async def state_event(self) -> str:
+        return encode_event("state", await self.status())
 
     def unaware_devices(self) -> frozenset[str]:
         """Live devices that do not know yet that the job is finished."""

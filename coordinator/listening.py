@@ -26,6 +26,13 @@ class Server(Protocol):
     def add_insecure_port(self, address: str) -> int: ...
 
 
+class NoServer:
+    """Takes the place of one, to find out whether it could listen."""
+
+    def add_insecure_port(self, address: str) -> int:
+        return 0
+
+
 def listen(server: Server, host: str, port: int) -> Address:
     """Makes `server` listen at all addresses of `host`. Port 0 lets the system choose one.
 

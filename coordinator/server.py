@@ -6,6 +6,8 @@ It imports neither torch nor onnx: what needs a model is done by the model worke
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.global_model import prepare
 from coordinator.job import Job
-from coordinator.listening import listen
+from coordinator.listening import NoServer, Server, listen
 from coordinator.model_worker.client import Models
 from coordinator.service import FederationService
 from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
 from coordinator.store.records import Store
 from fedepth.address import DEFAULT_PORT, Address
-from fedepth.errors import FedepthError, StartError, StateError
+from fedepth.errors import ConfigError, FedepthError, StartError, StateError
 from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
 from fedepth.job_changes import refusal, settings_of
@@ -36,6 +38,7 @@ from fedepth.program import stop_on_signals
 
 GRACE_S = 2.0
 FAREWELL_S = 10.0
+THREADS = 32  # for files and buckets: one that hangs must not hold up those that work
 
 _SERVICE = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
 _log = structlog.get_logger()
@@ -58,11 +61,18 @@ class ServeOptions:
     accept_changes: bool = False
 
 
-async def serve(config: JobConfig, options: ServeOptions, models: Models, examine: Examine = nothing_to_find) -> None:
+async def serve(
+    config: JobConfig,
+    options: ServeOptions,
+    models: Models,
+    examine: Examine = nothing_to_find,
+    missing: Sequence[FedepthError] = (),
+) -> None:
     """Runs a job's coordinator until SIGINT or SIGTERM, or until the job is done if that was asked for.
 
     Args:
         examine: looks at what the job names, before anything is prepared.
+        missing: what the job names and is not there: it is not served then, but all that is wrong is told.
 
     Raises:
         StartError: several things are wrong, or one that has no error of its own.
@@ -76,21 +86,30 @@ async def serve(config: JobConfig, options: ServeOptions, models: Models, examin
     examining = asyncio.ensure_future(examine(config))
     if not await _first(examining, stop):
         return
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="files"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    store, address = _opened(config, options, server, examining.result())
+    # In threads, also before there is anybody to serve: a signal has to be heard.
+    store, address = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing)
     try:
+        if stop.is_set():
+            return
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
             await _serve_job(job, server, address, options, stop)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
-        await asyncio.get_running_loop().shutdown_default_executor()
+        await loop.shutdown_default_executor()
         store.close()
 
 
 def _opened(
-    config: JobConfig, options: ServeOptions, server: grpc.aio.Server, found: Findings
+    config: JobConfig,
+    options: ServeOptions,
+    server: Server,
+    found: Findings,
+    missing: Sequence[FedepthError] = (),
 ) -> tuple[Store, Address]:
     """The job's state, with what its file changes taken over, and where it listens.
 
@@ -99,14 +118,9 @@ def _opened(
             `found`.
     """
     found.tell()
-    errors: list[FedepthError] = [StartError(problem) for problem in found.problems]
-    if options.port_file is not None:
-        errors += map(StartError, writable("--port-file", options.port_file))
-    address = None
-    try:
-        address = listen(server, options.host, options.port)
-    except FedepthError as error:
-        errors.append(error)
+    errors: list[FedepthError] = [*missing, *map(StartError, found.problems)]
+    address, wrong = _listening(options, server)
+    errors += wrong
     try:
         settings = settings_of(config)
         store = Store.open(
@@ -139,6 +153,21 @@ def _opened(
     return store, address
 
 
+def _listening(options: ServeOptions, server: Server) -> tuple[Address | None, list[FedepthError]]:
+    errors: list[FedepthError] = []
+    if options.port_file is not None:
+        errors += map(StartError, writable("--port-file", options.port_file))
+    try:
+        return listen(server, options.host, options.port), errors
+    except FedepthError as error:
+        return None, [*errors, error]
+
+
+def refused(error: ConfigError, options: ServeOptions) -> FedepthError:
+    """What keeps a job from being served whose file cannot be used: that, and what can be known without it."""
+    return together([error, *_listening(options, NoServer())[1]])
+
+
 def _disk(config: JobConfig, store: Store) -> Findings:
     latest = store.latest_round()
     weights, begun = 0, False
@@ -152,11 +181,11 @@ async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: a
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):
         return None
-    disk = _disk(config, store)  # again, now that the size of the model is known
+    disk = await asyncio.to_thread(_disk, config, store)  # again, now that the size of the model is known
     disk.tell()
     if disk.problems:
         raise StartError(disk.problems[0])
-    return Job(config, store, models, preparing.result())
+    return await asyncio.to_thread(Job, config, store, models, preparing.result())
 
 
 async def _serve_job(
@@ -173,8 +202,7 @@ async def _serve_job(
     for name in ("", _SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     if options.port_file is not None:
-        with disk_errors("the port cannot be written to --port-file", options.port_file.parent):
-            write_atomically(options.port_file, f"{address.port}\n".encode())
+        await asyncio.to_thread(_write_port, options.port_file, address.port)
     _log.info("serving", address=str(address), job=job.config.job.name, state=str(options.state))
     running = asyncio.ensure_future(_run(job, options.exit_when_done))
     try:
@@ -183,9 +211,14 @@ async def _serve_job(
         await health.enter_graceful_shutdown()
         job.events.close()
         await server.stop(GRACE_S)
-        await job.finish_commits()
+        await job.finish_work()
         job.plans.close()
         _log.info("stopped", address=str(address), round=job.state.round, phase=job.state.phase.value)
+
+
+def _write_port(path: Path, port: int) -> None:
+    with disk_errors("the port cannot be written to --port-file", path.parent):
+        write_atomically(path, f"{port}\n".encode())
 
 
 async def _run(job: Job, exit_when_done: bool) -> None:

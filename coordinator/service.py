@@ -57,7 +57,7 @@ class FederationService(FederationServicer):
         problem = problem or check_settings(report, training_spec(job.config, job.state.round))
         if problem:
             return self._rejected(report, problem)
-        refusal = job.fleet.see(report, peer)
+        refusal = await job.fleet.see(report, peer)
         if refusal is not None:
             return self._rejected(report, refusal.message, refusal.reason)
         if job.finished.is_set():
@@ -68,7 +68,7 @@ class FederationService(FederationServicer):
             return self._rejected(report, str(error))
         if job.finished.is_set():  # while the plan was made
             return self._finished(report.device_id)
-        answer = job.start_waiting(report, plan)
+        answer = await job.start_waiting(report, plan)
         try:
             await asyncio.wait({answer}, timeout=min(max(wait_ms, 0), LONGEST_WAIT_MS) / 1000)
         finally:  # also when the device hangs up
@@ -93,7 +93,7 @@ class FederationService(FederationServicer):
     async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         async with _answering(context):
             check_message(request)
-            found = self._job.file_of(request.digest)
+            found = await self._job.file_of(request.digest)
             if found is None:
                 missing = ProtocolError(f"no file with sha256 {request.digest[:12]!r} here; ask for a new task")
                 await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
@@ -136,7 +136,7 @@ class FederationService(FederationServicer):
             try:
                 held = await self._job.uploads.receive(header, self._chunks(request_iterator, header.task_id))
             except UpdateError as error:
-                self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
+                await self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
                 return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
             return pb.UploadPartReply(held_bytes=held)
 
@@ -144,7 +144,7 @@ class FederationService(FederationServicer):
         async for request in requests:
             if request.WhichOneof("content") != "chunk":
                 raise ProtocolError("only the first message of an upload is a header")
-            self._job.touch(task_id)
+            await self._job.touch(task_id)
             yield request.chunk
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
@@ -161,16 +161,16 @@ class FederationService(FederationServicer):
     async def ReportFailure(self, request: pb.Failure, context: Context) -> pb.Ack:
         async with _answering(context):
             failure = from_message(request, Failure)
-            return pb.Ack(wanted=self._job.failed(failure))
+            return pb.Ack(wanted=await self._job.failed(failure))
 
     async def ReportProgress(self, request: pb.Progress, context: Context) -> pb.Ack:
         async with _answering(context):
             progress = from_message(request, Progress)
-            return pb.Ack(wanted=self._job.progressed(progress))
+            return pb.Ack(wanted=await self._job.progressed(progress))
 
     async def JobStatus(self, request: pb.JobStatusRequest, context: Context) -> pb.JobStatusReply:
         async with _answering(context):
-            return pb.JobStatusReply(**self._job.status())
+            return pb.JobStatusReply(**await self._job.status())
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
         async with _answering(context):

@@ -6,7 +6,6 @@ Nothing here imports torch; whether the model can be trained is found out when i
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ import structlog
 from coordinator.evaluation_data import LOOK_ARGV, Answer, Request
 from coordinator.job import SPARE_BYTES
 from fedepth.child import Child
-from fedepth.errors import ChildError, FedepthError, StartError
+from fedepth.data.folders import LeftOut
+from fedepth.errors import ChildError, FedepthError, JobFileError, StartError
+from fedepth.files import not_writable
 from fedepth.job import model_spec
 from fedepth.job_sections import DIGITS, JobConfig
 from fedepth.models.catalog import ZOO
@@ -123,11 +124,19 @@ async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) 
     if answer.problem:
         return Findings((f"[test] data: {answer.problem}",))
     found = _told(config.test_data, answer.class_counts, spec.classes)
-    if not answer.damaged:
-        return found
-    what = "rows" if spec.columns else "files"
-    warning = f"[test] data: {answer.damaged} {what} are damaged and left out, such as: {answer.example}"
-    return Findings(found.problems, (*found.warnings, warning), found.facts)
+    left_out = [_left_out(row) for row in answer.left_out[:_MOST_NAMED]]
+    if len(answer.left_out) > _MOST_NAMED:
+        left_out.append(f"[test] data: left out for {len(answer.left_out) - _MOST_NAMED} further reasons")
+    if answer.damaged:
+        what = "rows" if spec.columns else "files"
+        left_out.append(f"[test] data: {answer.damaged} {what} are damaged and left out, such as: {answer.example}")
+    return Findings(found.problems, (*found.warnings, *left_out), found.facts)
+
+
+def _left_out(row: LeftOut) -> str:
+    return printable(
+        f"[test] data: left out of the folder {row.folder or '.'}: {row.count} × {row.reason}, such as {row.example}"
+    )
 
 
 def _digits(spec: ModelSpec) -> Findings:
@@ -176,15 +185,8 @@ def _pass_on(line: str) -> None:
 
 def writable(option: str, path: Path) -> list[str]:
     """What keeps a file from being made at `path`."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        return [f"{option}: {printable(str(path))} is a folder; name a file"]
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist; make it"
-        return [f"{option}: {printable(str(folder))} {what}, or name another place"]
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"{option}: {printable(str(folder))} cannot be written; change its permissions, or name another place"]
-    return []
+    why = not_writable(path)
+    return [f"{option}: {why}"] if why else []
 
 
 def disk_findings(config: JobConfig, free: int, weights: int, where: Path, begun: bool) -> Findings:
@@ -222,5 +224,6 @@ def together(errors: Sequence[FedepthError]) -> FedepthError:
     """What is wrong as one error: a single one as it is, several as a StartError."""
     if len(errors) == 1:
         return errors[0]
-    reasons = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
-    return StartError(f"the job cannot start, for {len(errors)} reasons: {reasons}")
+    each = [part for error in errors for part in (error.parts if isinstance(error, JobFileError) else (error,))]
+    reasons = "; ".join(f"({number}) {error}" for number, error in enumerate(each, 1))
+    return StartError(f"the job cannot start, for {len(each)} reasons: {reasons}")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from fedepth_wire.chunks import append_chunk
 from fedepth_wire.v1.federation_pb2 import Chunk
@@ -25,6 +26,9 @@ SPARE_PARTS = 3  # beyond one per unit and the head
 SPARE_BYTES = 1 << 20
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,21 @@ class Uploads:
         layout: ModelLayout,
         accepts: Callable[[str], bool],
         check_room: Callable[[int], None],
+        record: Callable[[Result, Norms], Awaitable[None]],
         base: Callable[[], Path],
         training: Callable[[int], TrainingSpec],
         learn_norms: bool = True,
     ) -> None:
-        """`accepts` says whether an update for a task would count now; `check_room` raises UnavailableError if so many
-        bytes more should not be written; `base` is where the weights lie that updates are trained from; `training`: of
-        a round, by its number; `learn_norms`: refuse an update that goes much further than the others of its round."""
+        """`accepts` says whether an update for a task would count now; `check_room`, which is called in a thread,
+        raises UnavailableError if so many bytes more should not be written; `record` records an update that is
+        admitted, or raises UpdateError because it is late by now; `base` is where the weights lie that updates are
+        trained from; `training`: of a round, by its number; `learn_norms`: refuse an update that goes much further
+        than the others of its round."""
         self._store = store
         self._layout = layout
         self._accepts = accepts
         self._check_room = check_room
+        self._record = record
         self._base = base
         self._training = training
         self._learn_norms = learn_norms
@@ -77,19 +85,22 @@ class Uploads:
 
     async def offset(self, task_id: str, attempt: int, part: int, digest: str) -> int:
         """How many bytes of this part are here; 0 for a part or a task that is not known."""
-        task = self._store.task(task_id)
+        task = await self._store.short(self._store.task, task_id)
         known = task is not None and 1 <= attempt <= task.attempt
         if not known or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
             return 0
-        folder = self._store.files.spool(task_id, attempt)
-        whole, partial = _part_path(folder, part), _partial_path(folder, part, digest)
         async with self._lock(task_id):  # not while a part gets its name
-            recorded = self._recorded_part(task_id, part, digest)
-            if recorded is not None:
-                return recorded.size_bytes
-            if whole.exists() and await asyncio.to_thread(file_digest, whole) == digest:
-                return whole.stat().st_size
-            return partial.stat().st_size if partial.exists() else 0
+            return await asyncio.to_thread(self._held_bytes, task_id, attempt, part, digest)
+
+    def _held_bytes(self, task_id: str, attempt: int, part: int, digest: str) -> int:
+        recorded = self._recorded_part(task_id, part, digest)
+        if recorded is not None:
+            return recorded.size_bytes
+        folder = self._store.files.spool(task_id, attempt)
+        whole = _part_path(folder, part)
+        if whole.exists() and file_digest(whole) == digest:
+            return whole.stat().st_size
+        return _size(_partial_path(folder, part, digest))
 
     async def receive(self, header: PartHeader, chunks: AsyncIterable[Chunk]) -> int:
         """Takes one part, from `header.offset` on, and returns how many bytes of it are here now.
@@ -99,42 +110,68 @@ class Uploads:
             UnavailableError: there is no room for it now.
             ProtocolError: the stream cannot be used; ask for the offset and send again from there.
         """
-        if self._recorded_part(header.task_id, header.part, header.digest) is not None:
+        recorded = self._store.short(self._recorded_part, header.task_id, header.part, header.digest)
+        if await recorded is not None:
             return header.size_bytes
-        self._check_header(header)
+        await self._check_header(header)
         folder = self._store.files.spool(header.task_id, header.attempt)
         whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
-        if header.offset == header.size_bytes and whole.exists():
+        if header.offset == header.size_bytes and await asyncio.to_thread(whole.exists):
             return header.size_bytes  # sent again after a lost answer; the commit checks its digest
-        self._check_room(header.size_bytes - header.offset)
-        self._make_spool(header.task_id, header.attempt)
+        await asyncio.to_thread(self._check_room, header.size_bytes - header.offset)
         stream = object()
         self._streams[whole] = stream
-        if not partial.exists():
-            _drop_partials(whole)  # of other digests: a part that is sent anew takes the room of what it was before
         try:
             held = header.offset
-            if (partial.stat().st_size if partial.exists() else 0) != held:
+            if await self._undivided(header.task_id, self._begin, header, whole, partial) != held:
                 raise ProtocolError(f"part {header.part} is not at offset {held} here; ask for the offset")
             async for chunk in chunks:
-                if self._streams.get(whole) is not stream:
-                    raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
                 if not self._accepts(header.task_id):
-                    raise _late(header.task_id)
-                held = append_chunk(partial, chunk, held, header.size_bytes)
+                    raise late(header.task_id)
+                held = await self._undivided(header.task_id, self._append, header, stream, chunk, held)
             if held != header.size_bytes:
                 raise ProtocolError(f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes")
             # Not cancelled with its stream: a commit that follows must find the part sealed, or seal it itself.
-            await asyncio.shield(self._seal(header, partial, whole))
+            await self._undivided(header.task_id, self._seal, header, partial, whole)
         finally:
             if self._streams.get(whole) is stream:
                 del self._streams[whole]
         return held
 
+    async def _undivided(
+        self, task_id: str, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Work on the files of a task, one at a time. It goes on when its stream breaks: what comes next must not meet
+        a thread that still writes."""
+
+        async def alone() -> T:
+            async with self._lock(task_id):
+                return await work(*args, **kwargs)
+
+        return await asyncio.shield(asyncio.create_task(alone()))
+
+    async def _begin(self, header: PartHeader, whole: Path, partial: Path) -> int:
+        """Makes the folder of an attempt; how many bytes of the part are in it.
+
+        The attempts before the last one are deleted: a device that trains a task for the third time has nothing of the
+        first, and a task must not fill the disk by its attempts.
+        """
+        if not await asyncio.to_thread(whole.parent.exists):
+            for earlier in range(1, header.attempt - 1):
+                await asyncio.to_thread(self._store.files.drop_spool, header.task_id, earlier)
+                self._forget(header.task_id, earlier)
+        return await asyncio.to_thread(_made_ready, whole, partial)
+
+    async def _append(self, header: PartHeader, stream: object, chunk: Chunk, held: int) -> int:
+        folder = self._store.files.spool(header.task_id, header.attempt)
+        whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
+        if self._streams.get(whole) is not stream:
+            raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
+        return await asyncio.to_thread(append_chunk, partial, chunk, held, header.size_bytes)
+
     async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
-        async with self._lock(header.task_id):
-            if self._store.update(header.task_id) is None:  # what is recorded never changes
-                await asyncio.to_thread(_seal, partial, whole, header.digest)
+        if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
+            await asyncio.to_thread(_seal, partial, whole, header.digest)
 
     async def commit(self, result: Result) -> bool:
         """Checks and records an update. True if it is new, False if it was recorded before.
@@ -144,28 +181,26 @@ class Uploads:
             ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
             UnavailableError: it cannot be recorded now.
         """
-        if self._store.task(result.task_id) is None:
-            raise _late(result.task_id)  # without a lock: strangers may name any number of tasks
+        store = self._store
+        if await store.short(store.task, result.task_id) is None:
+            raise late(result.task_id)  # without a lock: strangers may name any number of tasks
         async with self._lock(result.task_id):
-            recorded = self._store.update(result.task_id)
+            recorded = await store.short(store.update, result.task_id)
             if recorded is not None:
                 _require_same(recorded, result)
                 return False
-            task = self._store.task(result.task_id)
+            task = await store.short(store.task, result.task_id)
             if task is None or not self._accepts(result.task_id):
-                raise _late(result.task_id)
+                raise late(result.task_id)
             if result.device_id != task.device_id:  # another's mistake must not cost the owner its spool
                 raise UpdateError("device", f"task {task.task_id} was not given to {result.device_id[:80]}")
             try:
                 norms = await asyncio.to_thread(self._admit, result, task)
             except UpdateError:
-                self._store.files.drop_spool(task.task_id, result.attempt)
+                await asyncio.to_thread(store.files.drop_spool, task.task_id, result.attempt)
                 self._forget(task.task_id, result.attempt)
                 raise
-            # Nothing waits from here to the return, so the round cannot close before the update is recorded.
-            if not self._accepts(result.task_id):
-                raise _late(result.task_id)
-            self._store.record_update(result, norms)
+            await self._record(result, norms)
             self._forget(task.task_id, result.attempt)
             return True
 
@@ -178,18 +213,6 @@ class Uploads:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
-
-    def _make_spool(self, task_id: str, attempt: int) -> None:
-        """The folder of an attempt. Those before the last one are deleted: a device that trains a task for the third
-        time has nothing of the first, and a task must not fill the disk by its attempts."""
-        folder = self._store.files.spool(task_id, attempt)
-        if folder.exists():
-            return
-        for earlier in range(1, attempt - 1):
-            self._store.files.drop_spool(task_id, earlier)
-            self._forget(task_id, earlier)
-        folder.mkdir()
-        make_durable(folder)
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
         # numpy: only when there is an update
@@ -230,10 +253,10 @@ class Uploads:
                 raise ProtocolError(f"part {part.part} here is not the one that the update names; send it again")
         return paths
 
-    def _check_header(self, header: PartHeader) -> None:
-        task = self._store.task(header.task_id)
+    async def _check_header(self, header: PartHeader) -> None:
+        task = await self._store.short(self._store.task, header.task_id)
         if task is None or not self._accepts(header.task_id):
-            raise _late(header.task_id)
+            raise late(header.task_id)
         if header.device_id != task.device_id:
             raise UpdateError("device", f"task {task.task_id} was given to {task.device_id}, not {header.device_id}")
         if not 1 <= header.attempt <= task.attempt:
@@ -245,7 +268,8 @@ class Uploads:
         if header.size_bytes <= 0 or not 0 <= header.offset <= header.size_bytes:
             raise ProtocolError(f"offset {header.offset} in a part of {header.size_bytes} bytes")
         folder = self._store.files.spool(header.task_id, header.attempt)
-        declared = self._declared.setdefault(folder, _sizes(folder))
+        held = {} if folder in self._declared else await asyncio.to_thread(_sizes, folder)
+        declared = self._declared.setdefault(folder, held)
         total = sum(size for part, size in declared.items() if part != header.part) + header.size_bytes
         if total > self.limit_bytes:
             raise UpdateError("size", f"parts of {total} bytes together, allowed are {self.limit_bytes}")
@@ -273,9 +297,20 @@ def _require_same(recorded: Result, result: Result) -> None:
         )
 
 
-def _drop_partials(whole: Path) -> None:
-    for partial in whole.parent.glob(f"{whole.stem}.*.partial"):
-        partial.unlink()
+def _made_ready(whole: Path, partial: Path) -> int:
+    """How many bytes of a part are in the folder of its attempt, which is made if need be."""
+    folder = whole.parent
+    if not folder.exists():
+        folder.mkdir()
+        make_durable(folder)
+    if not partial.exists():  # those of other digests: what is sent anew takes the room of what it was before
+        for other in folder.glob(f"{whole.stem}.*.partial"):
+            other.unlink()
+    return _size(partial)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _seal(partial: Path, whole: Path, digest: str) -> None:
@@ -307,5 +342,6 @@ def _partial_path(folder: Path, part: int, digest: str) -> Path:
     return folder / f"part-{part:04d}.{digest[:16]}.partial"
 
 
-def _late(task_id: str) -> UpdateError:
+def late(task_id: str) -> UpdateError:
+    """The refusal of an update whose round does not wait for it."""
     return UpdateError("late", f"task {task_id[:80]} is no longer wanted: its round is closed or never existed")

@@ -24,19 +24,20 @@ from edge_client.measure.capability import (
     measure_capability,
 )
 from edge_client.measure.capability_tables import tables
+from edge_client.measure.trial import MOST_SAMPLES
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
-from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples
+from fedepth.commands import JsonLogsOption, JsonOption, check_picture, command_line, examples
 from fedepth.errors import ConfigError, StateError
 from fedepth.logs import configure_logs, renderer
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
 from fedepth.program import hand_over, run_program
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Optimizer, TrainingSpec
+from fedepth.task import MOST_BATCH, MOST_CLASSES, Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
 
 app = command_line("fedepth-client", "Train on this device's data within its free memory.")
@@ -124,7 +125,7 @@ def calibrate(
 @app.command(epilog=examples("fedepth-client report preresnet20 --batch 32 --plot report.png"))
 def report(
     model: Annotated[str, typer.Argument(help="A model of the zoo, torchvision:NAME, timm:NAME, or module:function.")],
-    batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Samples per optimizer step.")] = 128,
     optimizer: Annotated[Optimizer, typer.Option(help="Sets how much state a weight has.")] = Optimizer.SGD,
     policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
         Policy.AUTO
@@ -132,14 +133,16 @@ def report(
     input_shape: Annotated[
         str | None, typer.Option("--input", help="CxHxW, such as 3x32x32; zoo models have a default.")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
-    samples: Annotated[int | None, typer.Option(min=2, help="Samples to train on; enough for a few steps.")] = None,
+    classes: Annotated[int, typer.Option(min=1, max=MOST_CLASSES, help="Number of classes.")] = 10,
+    samples: Annotated[
+        int | None, typer.Option(min=2, max=MOST_SAMPLES, help="Samples to train on; enough for a few steps.")
+    ] = None,
     budget: Annotated[list[str] | None, typer.Option(help="A budget to try, as 300MiB; may be repeated.")] = None,
     budget_cap: _Cap = None,
     config: _ConfigFile = None,
     state: _State = None,
     threads: _Threads = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write.", dir_okay=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.", dir_okay=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what this device can train: each unit alone, and the best plan for each of several budgets.
@@ -227,8 +230,7 @@ def _plotting(path: Path) -> Callable[[Path, Capability], None]:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
         ) from error
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot: the folder {path.parent} does not exist; make it, or name another file")
+    check_picture(path)
     return save_capability
 
 

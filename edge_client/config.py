@@ -38,6 +38,7 @@ from fedepth.printable import printable, shortened
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
 
+_MOST_THREADS = 4096
 _LONGEST_LINGER_S = 365 * 86400
 _FIRST_WORD = re.compile(r"\w+")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
@@ -79,8 +80,10 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not 0 <= self.linger_s <= _LONGEST_LINGER_S:
             raise ValueError(f"linger_s is {self.linger_s}, but must be between 0 and {_LONGEST_LINGER_S} (a year)")
-        if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}, but must be at least 0 (0 lets torch choose)")
+        if not 0 <= self.threads <= _MOST_THREADS:
+            raise ValueError(
+                f"threads is {self.threads}, but must be between 0 and {_MOST_THREADS} (0 lets torch choose)"
+            )
 
 
 class RetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

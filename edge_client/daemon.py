@@ -6,6 +6,7 @@ It loads no library for command lines: with typer and what typer brings, an idle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from edge_client.measure.calibration import cache_dir, calibrated
 from edge_client.samples import Samples
 from edge_client.transport import GrpcTransport
 from fedepth.costs import Calibration
-from fedepth.errors import ChildError, ModelError, PlanError, StateError
+from fedepth.errors import ChildError, ConfigError, ModelError, PlanError, StateError
+from fedepth.files import NOT_JSON
 from fedepth.heap import give_back_freed, share_one_arena
 from fedepth.logs import configure_logs, renderer
+from fedepth.printable import printable
 from fedepth.program import run_program, stop_on_signals
 
 _KEEP_BYTES = 64 << 10  # of freed memory
@@ -38,13 +41,36 @@ class Start(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Runs the agent that the first argument, a `Start` as JSON, describes."""
+    run_program("fedepth-client", _serve, _bugs_folder)
+
+
+def _start() -> Start:
+    """What the command line has decided.
+
+    Raises:
+        ConfigError: this process was not started by the command line.
+    """
+    try:
+        (text,) = sys.argv[1:]
+        return msgspec.json.decode(text, type=Start)
+    except (ValueError, *NOT_JSON) as error:
+        raise ConfigError(
+            f"the agent's process was not given what fedepth-client run gives it ({printable(str(error))}); start it "
+            "with fedepth-client run"
+        ) from None
+
+
+def _bugs_folder() -> Path | None:
+    with contextlib.suppress(ConfigError):
+        state = _start().config.state
+        return Path(state) if state else None
+    return None
+
+
+def _serve() -> None:
     share_one_arena()
     give_back_freed(_KEEP_BYTES)
-    start = msgspec.json.decode(sys.argv[1], type=Start)
-    run_program("fedepth-client", lambda: _serve(start), Path(start.config.state) if start.config.state else None)
-
-
-def _serve(start: Start) -> None:
+    start = _start()
     state = start.config.state_dir
     with StateLock(state):
         asyncio.run(_run(start.config, state, start.exit_when_done, _surroundings(start.json_logs)))

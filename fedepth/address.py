@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from fedepth.errors import ConfigError
@@ -196,6 +197,22 @@ def _check_text(text: str) -> None:
         raise ConfigError(f"the address is empty; write HOST:PORT, such as {EXAMPLE}")
     if any(character.isspace() or not character.isprintable() for character in text):
         raise _refused(text, f"it has a blank or a character that cannot be shown in it; write {EXAMPLE}, say")
+    if _plain(text) != text:
+        raise _refused(
+            text,
+            "it has full-width characters or digits of another script; write plain ones, such as "
+            f"{quoted(_without_user(_plain(text)))}",
+        )
+
+
+def _plain(text: str) -> str:
+    """The text with ASCII characters for their full-width forms and for digits of other scripts."""
+    found = []
+    for each in text:
+        narrow = unicodedata.normalize("NFKC", each)
+        digit = unicodedata.decimal(each, None)
+        found.append(narrow if narrow.isascii() else each if digit is None else str(digit))
+    return "".join(found)
 
 
 def _check_prefix(text: str) -> None:

@@ -20,6 +20,7 @@ import msgspec
 
 from fedepth.errors import ChildError
 from fedepth.files import NOT_JSON
+from fedepth.program import tell
 
 LINE_LIMIT_BYTES = 4 << 20
 _PIECE_BYTES = 64 << 10
@@ -159,13 +160,18 @@ async def _listen(process: asyncio.subprocess.Process, on_line: Callable[[str], 
 
 def run_child(main: Callable[[], None]) -> None:
     """Runs a child's `main`, and ends quietly when it is interrupted, and when nobody listens any more: whoever started
-    it is gone."""
+    it is gone. Anything else is one sentence on standard error, and the trace is where a program's would be."""
     try:
         main()
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         os._exit(130)
     except BrokenPipeError:
         os._exit(0)  # without flushing what nobody reads, which would fail once more
+    except BaseException as error:  # noqa: BLE001 - nothing passes unsaid
+        spec = sys.modules["__main__"].__spec__
+        sys.exit(tell(Path(sys.argv[0]).name if spec is None else spec.name, error))
 
 
 def end_with_parent() -> None:

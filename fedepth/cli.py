@@ -14,12 +14,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.commands import JsonOption, command_line, examples
+from fedepth.commands import JsonOption, check_picture, command_line, examples
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
 from fedepth.files import NOT_JSON, read_regular
+from fedepth.job_sections import MOST_SAMPLES
 from fedepth.models.catalog import named_spec
 from fedepth.plan import MOST_MODELS, Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
@@ -27,7 +28,7 @@ from fedepth.printable import printable
 from fedepth.program import run_program
 from fedepth.simulation.commands import compare_command, simulate_command
 from fedepth.sizes import format_size, parse_size
-from fedepth.task import Optimizer, TrainingSpec
+from fedepth.task import MOST_BATCH, MOST_CLASSES, MOST_EPOCHS, Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
 
 if TYPE_CHECKING:
@@ -49,22 +50,26 @@ def plan_command(
     policy: Annotated[Policy, typer.Option(help="paper: the whole batch at once; auto: also micro-batches.")] = (
         Policy.AUTO
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Samples per optimizer step.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Samples per optimizer step.")] = 128,
     optimizer: Annotated[Optimizer, typer.Option(help="Sets how much state a weight has.")] = Optimizer.SGD,
     momentum: Annotated[float, typer.Option(min=0.0, max=1.0, help="For sgd; 0 keeps no state.")] = 0.9,
     input_shape: Annotated[
         str | None, typer.Option("--input", help="CxHxW, such as 3x32x32; zoo models have a default.")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
-    samples: Annotated[int, typer.Option(min=1, help="Samples on the device; determines the cache size.")] = 1024,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the samples in a round.")] = 1,
+    classes: Annotated[int, typer.Option(min=1, max=MOST_CLASSES, help="Number of classes.")] = 10,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Samples on the device; determines the cache size.")
+    ] = 1024,
+    epochs: Annotated[int, typer.Option(min=1, max=MOST_EPOCHS, help="Passes over the samples in a round.")] = 1,
     mutual: Annotated[
         int, typer.Option(min=1, max=MOST_MODELS, help="Models at most that distil from each other.")
     ] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="A device's calibration: output of its fedepth-client calibrate --json.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: memory over time.", dir_okay=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write (.png, .pdf or .svg): memory over time.", dir_okay=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
@@ -74,7 +79,7 @@ def plan_command(
     """
     device = _calibration(calibration) if calibration else Calibration()
     budget_bytes = parse_size(budget)
-    save_timeline = _plotting() if plot else None
+    save_timeline = _plotting(plot) if plot else None
     title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
     training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0, mutual=mutual)
     with console(stderr=True).status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
@@ -202,13 +207,14 @@ def main() -> None:
     run_program("fedepth", app)
 
 
-def _plotting() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
+def _plotting(path: Path) -> Callable[[Path, Sequence[Moment], Plan, str], None]:
     try:
         from fedepth.estimate.plot import save_timeline
     except ImportError as error:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
         ) from error
+    check_picture(path)
     return save_timeline
 
 
@@ -227,6 +233,7 @@ def _calibration(path: Path) -> Calibration:
 
 
 def _trace(model: str, input_shape: str | None, classes: int, training: TrainingSpec) -> ModelCosts:
+    spec = named_spec(model, input_shape, classes)
     try:
         Path.cwd()
     except OSError:  # torch's libraries would end this process
@@ -236,7 +243,7 @@ def _trace(model: str, input_shape: str | None, classes: int, training: Training
     except ImportError as error:
         raise ConfigError(f"{error}. Tracing a model needs torch: pip install 'fedepth[train]'") from error
 
-    return trace_model(named_spec(model, input_shape, classes), training, seed=0).traced.in_training(training).costs
+    return trace_model(spec, training, seed=0).traced.in_training(training).costs
 
 
 def _fields(

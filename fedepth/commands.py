@@ -7,24 +7,93 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Annotated
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from fedepth import __version__
+from fedepth.errors import ConfigError
+from fedepth.files import disk_errors, not_writable, user_folder
+from fedepth.printable import printable
 from fedepth.program import STATUSES
 
 _WIDTH = 120  # of help; a narrower terminal decides
 _NAMED = ("torch", "onnxruntime")  # distributions that decide what comes out, as far as they are installed
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST[:PORT] of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")]
 JsonLogsOption = Annotated[bool, typer.Option("--json-logs", help="Log one JSON object a line instead of text.")]
 
 
+def _path(text: str) -> Path:
+    """A path as it is typed. An empty one would be the working directory: `Path("")`."""
+    if not text:
+        raise typer.BadParameter("the path is empty; . is this folder")
+    return Path(text)
+
+
+def _of_paths(annotation: Any) -> bool:
+    """Whether it is Annotated[Path, …], or Annotated[list[Path] | None, …] and the like."""
+    inner = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else None
+    return inner is not None and (
+        inner is Path or any(each is Path or Path in get_args(each) for each in get_args(inner))
+    )
+
+
+class _Program(typer.Typer):
+    """A command line in which every path is read by `_path`."""
+
+    def command(self, *names: Any, **settings: Any) -> Callable[[Run], Run]:
+        register = super().command(*names, **settings)
+
+        def with_paths(run: Run) -> Run:
+            run.__annotations__ = get_type_hints(run, include_extras=True)
+            for annotation in run.__annotations__.values():
+                if _of_paths(annotation):
+                    for told in annotation.__metadata__:
+                        told.parser = _path
+                        if isinstance(told, typer.models.OptionInfo):  # an argument is called by its name
+                            told.metavar = "PATH"
+            return register(run)
+
+        return with_paths
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        if "--install-completion" not in sys.argv[1:]:
+            return super().__call__(*arguments, **settings)
+        # It writes to files of the user's shell.
+        home = user_folder("", "", "set HOME to install the completion")
+        with disk_errors("the completion cannot be installed", home):
+            return super().__call__(*arguments, **settings)
+
+
+PICTURES = ("png", "pdf", "svg")
+
+
+def check_picture(path: Path) -> None:
+    """Sees that a picture can be written to --plot, before the work whose result it shows.
+
+    Raises:
+        ConfigError: it is of another format than PICTURES, its folder is not there, or no file can be made there.
+    """
+    if path.suffix.lower().removeprefix(".") not in PICTURES:
+        given = f"{printable(path.suffix)} is not one of the formats" if path.suffix else "the name says no format"
+        raise ConfigError(
+            f"--plot: {given}; there are {', '.join(PICTURES)}: write {printable(path.stem or 'plot')}.{PICTURES[0]}"
+        )
+    why = not_writable(path)
+    if why:
+        raise ConfigError(f"--plot: {why}")
+
+
 def command_line(name: str, about: str) -> typer.Typer:
     """A program without commands yet. Its help is plain text, which every terminal, pipe and test can show."""
-    app = typer.Typer(
+    app = _Program(
         name=name,
         help=about,
         epilog=STATUSES,

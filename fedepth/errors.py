@@ -2,6 +2,7 @@
 
     FedepthError
     ├── ConfigError        a setting is missing, misspelt or out of range; names the field
+    │   └── JobFileError       several things are wrong in a job file; carries each
     ├── DataError          a data directory or a label cannot be used
     │   └── DamagedFileError   one image file cannot be read; carries its path
     ├── ModelError         a model cannot be built, exported or split, or its graph is not the model
@@ -34,6 +35,18 @@ class FedepthError(Exception):
 
 class ConfigError(FedepthError):
     """A configuration is wrong. The message names the field."""
+
+
+class JobFileError(ConfigError):
+    """Several things are wrong in a job file.
+
+    Attributes:
+        parts: each of them.
+    """
+
+    def __init__(self, message: str, *, parts: tuple[ConfigError, ...]) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 class DataError(FedepthError):

@@ -44,6 +44,8 @@ def user_folder(variable: str, below_home: str, advice: str) -> Path:
         raise StateError(
             f"there is no home directory: HOME is not set, and user id {os.getuid()} has no account here; {advice}"
         ) from None
+    if not base.startswith("/") and not os.environ.get("HOME", "/").startswith("/"):  # an empty one would be /
+        raise StateError(f"there is no home directory: HOME is {quoted(os.environ['HOME'])}; {advice}")
     check_text(folder)
     return folder
 
@@ -194,6 +196,24 @@ def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
     if len(data) > most_bytes:
         raise WrongFileError(errno.EFBIG, f"has more than {most_bytes} bytes, which is not read", str(path))
     return data
+
+
+def not_writable(path: Path) -> str:
+    """What keeps a file from being made at `path`, or replaced there; "" if nothing does."""
+    try:
+        folder = path.absolute().parent
+        if path.is_dir():
+            return f"{printable(str(path))} is a folder; name a file"
+        if (path.exists() or path.is_symlink()) and not path.is_file():
+            return f"{printable(str(path))} is not a regular file; name another one"
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist; make it"
+            return f"{printable(str(folder))} {what}, or name another place"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return f"{printable(str(folder))} cannot be written; change its permissions, or name another place"
+    except (OSError, ValueError) as error:  # too long, or no working directory; a NUL in it
+        return f"{quoted(str(path))} is not the path of a file: {getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 def file_digest(path: Path, *, follow: bool = True) -> str:

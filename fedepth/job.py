@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from fedepth.aggregation.rules import (
     WeightedMean,
 )
 from fedepth.data.labels import listed, normalised
-from fedepth.errors import ConfigError
+from fedepth.errors import ConfigError, JobFileError
 from fedepth.job_rows import table_spec, text_spec, with_row_input, with_tokenizer, wrong_rows
 from fedepth.job_sections import (
     DIGITS,
@@ -38,7 +39,7 @@ from fedepth.job_sections import (
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES, InputType, ModelSpec, TrainingSpec
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_NUMBERS, InputType, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -48,7 +49,22 @@ def load_config(path: Path) -> JobConfig:
     """Reads and checks a job file.
 
     Raises:
-        ConfigError: the file cannot be read, or a field is missing, misspelt or out of range.
+        ConfigError: the file cannot be read, or a field is missing, misspelt or out of range, or names what is not
+            there.
+        JobFileError: several fields are.
+    """
+    config, missing = read_job(path)
+    if missing:
+        raise _all_of(path.name, missing)
+    return config
+
+
+def read_job(path: Path) -> tuple[JobConfig, list[ConfigError]]:
+    """The same, but for files and folders that are named and are not there: the job is without them, and can be looked
+    at in every other way. What is wrong with them comes with it.
+
+    Raises:
+        ConfigError, JobFileError: as `load_config`.
     """
     file = read_settings(path, path.name)
     if not file.tables:
@@ -58,11 +74,21 @@ def load_config(path: Path) -> JobConfig:
         config = msgspec.convert(file.tables, JobConfig)
     except msgspec.ValidationError as error:
         raise _explain(file, str(error)) from None
-    if wrong := wrong_rows(config):
-        raise _wrong(file, *wrong)
+    if wrong_row := wrong_rows(config):
+        raise _wrong(file, *wrong_row)
     config = with_row_input(config)
-    _check_ranges(config, file)
-    return _with_model_files(_with_test_path(config, file), file)
+    wrong = list(_out_of_range(config, file))
+    config, missing = _with_places(config, file)
+    if wrong:
+        raise _all_of(file.name, [*wrong, *missing])
+    return config, missing
+
+
+def _all_of(name: str, errors: Sequence[ConfigError]) -> ConfigError:
+    if len(errors) == 1:
+        return errors[0]
+    each = (f"({number}) {str(error).removeprefix(f'{name}: ')}" for number, error in enumerate(errors, 1))
+    return JobFileError(f"{name}: {len(errors)} things are wrong: {'; '.join(each)}", parts=tuple(errors))
 
 
 def model_spec(config: JobConfig) -> ModelSpec:
@@ -224,41 +250,44 @@ def _explain(file: SettingsFile, message: str) -> ConfigError:
     return _wrong(file, section, field, f"{what[0].lower()}{what[1:]}")
 
 
-def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
+def _out_of_range(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError]:
     """What spans several fields, and what a type cannot say."""
     job, model, training = config.job, config.model, config.training
-    _check_floats(config, file)
+    odd = list(_odd_floats(config, file))
+    yield from odd
+    if odd:
+        return  # nothing can be computed with them
     if not _NAME.fullmatch(job.name):
-        raise _wrong(file, "job", "name", f"must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}")
+        yield _wrong(file, "job", "name", f"must be 1 to 64 letters, digits, '.', '_' or '-', is {quoted(job.name)}")
     if job.needed > job.devices_per_round:
-        raise _wrong(
+        yield _wrong(
             file, "job", "quorum", f"must be at most devices_per_round ({job.devices_per_round}), is {job.needed}"
         )
     if job.devices_per_round > config.limits.devices:
-        raise _wrong(
+        yield _wrong(
             file,
             "job",
             "devices_per_round",
             f"must be at most [limits] devices ({config.limits.devices}), is {job.devices_per_round}",
         )
     if training.learning_rate_end > training.learning_rate:
-        raise _wrong(
+        yield _wrong(
             file,
             "training",
             "learning_rate_end",
             f"must be at most learning_rate, {training.learning_rate}, is {training.learning_rate_end}",
         )
-    _check_statistics(config, file)
+    yield from _odd_statistics(config, file)
     if config.tuning.new_classifier and not model.weights:
-        raise _wrong(
+        yield _wrong(
             file, "tuning", "new_classifier", "needs [model] weights; without a file with weights all of them are fresh"
         )
-    _check_aggregation(config, file)
+    yield from _odd_aggregation(config, file)
     wrong = _wrong_export(config)
     if wrong:
-        raise _wrong(file, "export", *wrong)
+        yield _wrong(file, "export", *wrong)
     if config.test is None and config.guard.largest_drop < 1:
-        raise _wrong(
+        yield _wrong(
             file,
             "guard",
             "largest_drop",
@@ -266,20 +295,29 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
             "kept back all the same",
         )
     if not 1 <= len(model.name) <= MOST_NAME:
-        raise _wrong(file, "model", "name", f"must have 1 to {MOST_NAME} characters, has {len(model.name)}")
-    _check_classes(model, file)
+        yield _wrong(file, "model", "name", f"must have 1 to {MOST_NAME} characters, has {len(model.name)}")
+    yield from _odd_classes(model, file)
     if not model.input_shape:
-        raise _wrong(file, "model", "input_shape", "is missing; only jobs with [text] or [table] need none")
+        yield _wrong(file, "model", "input_shape", "is missing; only jobs with [text] or [table] need none")
+        return
     if len(model.input_shape) > 3:
-        raise _wrong(
+        yield _wrong(
             file,
             "model",
             "input_shape",
             "must be [channels, height, width] for images, or one or two numbers for "
             f"vectors, series and token ids; has {len(model.input_shape)} numbers",
         )
+        return
+    if math.prod(model.input_shape) > MOST_NUMBERS:
+        yield _wrong(
+            file,
+            "model",
+            "input_shape",
+            f"must have at most {MOST_NUMBERS} numbers in a sample, has {math.prod(model.input_shape)}",
+        )
     if model.input_shape[0] > MOST_CHANNELS:
-        raise _wrong(
+        yield _wrong(
             file,
             "model",
             "input_shape",
@@ -287,28 +325,28 @@ def _check_ranges(config: JobConfig, file: SettingsFile) -> None:
         )
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
-            raise _wrong(
+            yield _wrong(
                 file, "model", field, f"must have one number per channel ({model.input_shape[0]}), has {len(values)}"
             )
 
 
-def _check_statistics(config: JobConfig, file: SettingsFile) -> None:
+def _odd_statistics(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError]:
     training = config.training
     if training.batch_norm == "trained" and training.fixed_after is not None:
-        raise _wrong(file, "training", "fixed_after", 'is a setting of batch_norm = "fixed"; batch_norm is "trained"')
+        yield _wrong(file, "training", "fixed_after", 'is a setting of batch_norm = "fixed"; batch_norm is "trained"')
     if training.batch_norm == "fixed" and training.fixed_after is None:
         what = (
             '"fixed" needs fixed_after: after how many rounds the statistics are fixed, such as half of them; 0 where '
             "[model] weights has good ones from the start"
         )
-        raise _wrong(file, "training", "batch_norm", what)
+        yield _wrong(file, "training", "batch_norm", what)
     rounds = config.job.rounds
     if training.fixed_after is not None and training.fixed_after >= rounds:
         what = f"must be below [job] rounds ({rounds}), so that some round fixes them, is {training.fixed_after}"
-        raise _wrong(file, "training", "fixed_after", what)
+        yield _wrong(file, "training", "fixed_after", what)
 
 
-def _check_floats(config: JobConfig, file: SettingsFile) -> None:
+def _odd_floats(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError]:
     for name in ("job", "model", "training", "aggregation", "privacy", "table"):
         section = getattr(config, name)
         for field, value in msgspec.structs.asdict(section).items() if section is not None else ():
@@ -316,26 +354,26 @@ def _check_floats(config: JobConfig, file: SettingsFile) -> None:
                 if not isinstance(number, float):
                     continue
                 if not math.isfinite(number):
-                    raise _wrong(file, name, field, f"must be a finite number, is {number}")
-                if name != "job" and number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
+                    yield _wrong(file, name, field, f"must be a finite number, is {number}")
+                elif name != "job" and number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
                     what = f"must be between {LEAST_FLOAT:g} and {MOST_FLOAT:g}, which float32 can be computed with"
-                    raise _wrong(file, name, field, f"{what}, is {number}")
+                    yield _wrong(file, name, field, f"{what}, is {number}")
 
 
-def _check_aggregation(config: JobConfig, file: SettingsFile) -> None:
+def _odd_aggregation(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError]:
     section, devices = config.aggregation, config.job.devices_per_round
     for field, owner in (("trim", "trimmed-mean"), ("max_change", "norm-clipping"), ("faulty", "krum")):
         if getattr(section, field) is not None and section.rule != owner:
-            raise _wrong(
+            yield _wrong(
                 file, "aggregation", field, f'is a setting of the rule "{owner}"; the rule is "{section.rule}"'
             )
     if config.privacy is not None and section.rule != "mean":
-        raise _wrong(
+        yield _wrong(
             file, "aggregation", "rule", f'must be "mean" with [privacy], which clips by itself, is "{section.rule}"'
         )
     needed, what = _devices_for_rule(aggregation_rule(config))
     if devices < needed:
-        raise _wrong(
+        yield _wrong(
             file,
             "aggregation",
             "rule",
@@ -368,19 +406,22 @@ def _devices_for_rule(rule: Rule) -> tuple[int, str]:
             return 1, ""
 
 
-def _check_classes(model: ModelSection, file: SettingsFile) -> None:
+def _odd_classes(model: ModelSection, file: SettingsFile) -> Iterator[ConfigError]:
     classes = model.classes
     count = classes if isinstance(classes, int) else len(classes)
     if not 2 <= count <= MOST_CLASSES:
-        raise _wrong(file, "model", "classes", f"must be 2 to {MOST_CLASSES}, is {count}")
-    if isinstance(classes, int):
+        yield _wrong(file, "model", "classes", f"must be 2 to {MOST_CLASSES}, is {count}")
+    if isinstance(classes, int) or not classes:
         return
+    odd = next((name for name in classes if not name.strip() or printable(name) != name), None)
+    if odd is not None:
+        yield _wrong(file, "model", "classes", f"names must show something, and in one line; {quoted(odd)} does not")
     twice = sorted(name for name, times in Counter(map(normalised, classes)).items() if times > 1)
     if twice:
-        raise _wrong(file, "model", "classes", f"must be unique, but {listed(twice)} occurs more than once")
+        yield _wrong(file, "model", "classes", f"must be unique, but {listed(twice)} occurs more than once")
     longest = max(map(len, classes))
     if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
-        raise _wrong(
+        yield _wrong(
             file,
             "model",
             "classes",
@@ -389,14 +430,53 @@ def _check_classes(model: ModelSection, file: SettingsFile) -> None:
         )
 
 
-def _with_test_path(config: JobConfig, file: SettingsFile) -> JobConfig:
-    if config.test is None or config.test.data == DIGITS:
-        return config
-    data = _path(file, "test", "data", config.test.data)
+def _with_places(config: JobConfig, file: SettingsFile) -> tuple[JobConfig, list[ConfigError]]:
+    """The job with absolute paths, without what is not there; and what is wrong with that."""
+    test, model = config.test, config.model
+    missing: list[ConfigError] = []
+    if test is not None and test.data != DIGITS:
+        try:
+            test = msgspec.structs.replace(test, data=_test_data(file, test.data))
+        except ConfigError as error:
+            test = None
+            missing.append(error)
+    if model.weights:
+        try:
+            model = msgspec.structs.replace(model, weights=_weights(file, model.weights))
+        except ConfigError as error:
+            model = msgspec.structs.replace(model, weights="")
+            missing.append(error)
+    config = msgspec.structs.replace(config, test=test, model=model, folder=str(file.folder))
+    if config.text is not None and config.text.tokenizer:
+        try:
+            config = _with_tokenizer(config, config.text.tokenizer, file)
+        except ConfigError as error:
+            missing.append(error)
+    return config, missing
+
+
+def _with_tokenizer(config: JobConfig, text: str, file: SettingsFile) -> JobConfig:
+    path = _path(file, "text", "tokenizer", text)
+    try:
+        return with_tokenizer(config, path)
+    except ConfigError as error:
+        raise _wrong(file, "text", "tokenizer", str(error)) from None
+
+
+def _test_data(file: SettingsFile, text: str) -> str:
+    data = _path(file, "test", "data", text)
     if not data.exists():
         near = f'; give a folder or "{DIGITS}"'
         raise _wrong(file, "test", "data", f"{printable(str(data))} does not exist{near}")
-    return msgspec.structs.replace(config, test=msgspec.structs.replace(config.test, data=str(data)))
+    return str(data)
+
+
+def _weights(file: SettingsFile, text: str) -> str:
+    weights = _path(file, "model", "weights", text)
+    if not weights.is_file():
+        what = "is not a file" if weights.exists() else "does not exist"
+        raise _wrong(file, "model", "weights", f"{printable(str(weights))} {what}")
+    return str(weights)
 
 
 def _path(file: SettingsFile, section: str, field: str, text: str) -> Path:
@@ -404,20 +484,3 @@ def _path(file: SettingsFile, section: str, field: str, text: str) -> Path:
         return settings_path(file.folder, text)
     except ConfigError as error:
         raise _wrong(file, section, field, str(error)) from None
-
-
-def _with_model_files(config: JobConfig, file: SettingsFile) -> JobConfig:
-    model = config.model
-    if model.weights:
-        weights = _path(file, "model", "weights", model.weights)
-        if not weights.is_file():
-            what = "is not a file" if weights.exists() else "does not exist"
-            raise _wrong(file, "model", "weights", f"{printable(str(weights))} {what}")
-        model = msgspec.structs.replace(model, weights=str(weights))
-    if config.text is not None and config.text.tokenizer:
-        path = _path(file, "text", "tokenizer", config.text.tokenizer)
-        try:
-            config = with_tokenizer(config, path)
-        except ConfigError as error:
-            raise _wrong(file, "text", "tokenizer", str(error)) from None
-    return msgspec.structs.replace(config, model=model, folder=str(file.folder))

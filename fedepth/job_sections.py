@@ -10,7 +10,17 @@ from msgspec import Meta
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.models.graph import MOST_UNITS
 from fedepth.plan import MOST_MODELS, CacheType
-from fedepth.task import MOST_CLASSES, MOST_TOKENS, MOST_VOCABULARY, SMALLEST_VOCABULARY, Distil, Heads, InputType
+from fedepth.task import (
+    MOST_BATCH,
+    MOST_CLASSES,
+    MOST_EPOCHS,
+    MOST_TOKENS,
+    MOST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    Distil,
+    Heads,
+    InputType,
+)
 
 DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
@@ -25,7 +35,9 @@ MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every 
 LEAST_FLOAT = 1e-18
 MOST_FLOAT = 1e18
 
-AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 40)]
+MOST_ROUNDS = 1 << 40
+
+AtLeastOne = Annotated[int, Meta(ge=1, le=MOST_ROUNDS)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 TensorName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
@@ -140,8 +152,8 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         mutual_temperature: what logits are divided by for the distillation.
     """
 
-    batch: AtLeastOne = 32
-    local_epochs: AtLeastOne = 1
+    batch: Annotated[int, Meta(ge=1, le=MOST_BATCH)] = 32
+    local_epochs: Annotated[int, Meta(ge=1, le=MOST_EPOCHS)] = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive = 0.05
     learning_rate_end: NotNegative = 0.0
@@ -205,7 +217,7 @@ class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         output_name: of the file's output; by default what `output` says.
     """
 
-    every: Annotated[int, Meta(ge=0)] = 0
+    every: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     opset: Annotated[int, Meta(ge=LOWEST_OPSET, le=HIGHEST_OPSET)] | None = None
     precision: Literal["float32", "float16"] = "float32"
     preprocessing: bool = False
@@ -248,7 +260,7 @@ class RetentionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     keep_last: AtLeastOne = 3
     keep_best: bool = True
-    keep_every: Annotated[int, Meta(ge=0)] = 0
+    keep_every: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     history: AtLeastOne = 50
 
 

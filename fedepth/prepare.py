@@ -5,7 +5,6 @@ torch, and the model's own code: at the coordinator's model worker, or in a trac
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from fedepth.models.source import error_line, first_line
 from fedepth.models.traced import TracedModel
 from fedepth.models.tuning import described, tuned
 from fedepth.models.verify import verify
+from fedepth.program import keep_trace
 from fedepth.task import Heads, ModelSpec, TrainingSpec
 from fedepth.training.trial_step import try_one_step
 
@@ -122,17 +122,17 @@ def prepare_model(
 
 @contextmanager
 def _in_one_sentence(spec: ModelSpec) -> Iterator[None]:
-    """Whatever a model's own code, or torch with it, does that nobody expected. Standard error gets the traceback."""
+    """Whatever a model's own code, or torch with it, does that nobody expected. The trace is kept where a program's
+    would be."""
     try:
         yield
     except (FedepthError, MemoryError):
         raise
     except Exception as error:
-        traceback.print_exc()
         where = error_line(error)
         raise ModelError(
             f"the model {spec.name} cannot be prepared{f' at {where}' if where else ''}: {type(error).__name__}: "
-            f"{first_line(error)}; this error is unexpected; see its traceback in the log"
+            f"{first_line(error)}; this error is unexpected; {keep_trace('fedepth.prepare', error)}"
         ) from error
 
 

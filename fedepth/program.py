@@ -73,6 +73,7 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
+_BUGS = "FEDEPTH_BUGS"  # where a program's child processes keep their traces, too
 _AGAIN_S = 0.01
 _stopped_by: signal.Signals | None = None
 _lost = False  # an interruption was raised where Python cannot raise
@@ -86,22 +87,25 @@ class Stopped(KeyboardInterrupt):
     """
 
 
-def run_program(name: str, run: Callable[[], object], folder: Path | None = None) -> NoReturn:
+def run_program(name: str, run: Callable[[], object], folder: Callable[[], Path | None] | None = None) -> NoReturn:
     """Runs a program and ends it, in every case with a status that stands above.
 
     Args:
         name: begins every message.
         run: the program. It may raise SystemExit, as libraries for command lines do.
-        folder: where the trace of a bug is kept if it can be; the user's state folder by default.
+        folder: says where the trace of a bug is kept if it can be; in the user's state folder by default.
     """
     _prepare_streams()
     try:
         _catch_signals()
+        place = None if folder is None else folder()
+        if place is not None:
+            os.environ[_BUGS] = str(place.absolute() / "bugs")
         _check_arguments(sys.argv[1:])
         run()
         status = OK if _stopped_by is None else 128 + _stopped_by
     except BaseException as error:  # noqa: BLE001 - nothing passes the door unsaid
-        status = _told(name, error, folder)
+        status = tell(name, error)
     status = _flushed(name, status)
     if status > 128:
         os._exit(status)  # Python takes a second to end, and a signal would meet no handler any more
@@ -227,8 +231,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 # --- after
 
 
-def _told(name: str, error: BaseException, folder: Path | None) -> int:
-    """Says what ended a program, if that needs a word; its status."""
+def tell(name: str, error: BaseException, folder: Path | None = None) -> int:
+    """Says what ended a program, or a child process of one, if that needs a word; its status."""
     if _stopped_by is not None:
         return 128 + _stopped_by
     causes = tuple(_causes(error))
@@ -267,6 +271,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = error.__context__
         seen.add(id(error))
         yield error
+
+
+def keep_trace(name: str, error: BaseException) -> str:
+    """Keeps the trace of an error that is told elsewhere, and says where: the end of a message."""
+    path = _kept(bug_report(name, error), None)
+    return "no file could be written with its trace" if path is None else f"its trace is in {printable(str(path))}"
 
 
 def _tell_bug(name: str, error: BaseException, folder: Path | None) -> None:
@@ -318,6 +328,8 @@ def _kept(report: str, folder: Path | None) -> Path | None:
 def _report_folders(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield folder / "bugs"
+    if os.environ.get(_BUGS):
+        yield Path(os.environ[_BUGS])
     with contextlib.suppress(FedepthError):  # no home
         yield user_folder("XDG_STATE_HOME", ".local/state", "set HOME") / "fedepth" / "bugs"
     with contextlib.suppress(OSError):  # no folder for temporary files

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedepth.errors import ConfigError
+from fedepth.files import read_regular
 from fedepth.printable import printable, quoted, shortened
 
 if sys.version_info >= (3, 11):
@@ -117,11 +118,13 @@ def read_settings(path: Path, name: str) -> SettingsFile:
     # What TOML takes for the end of a line is \n or \r\n; tomllib counts lines in the same way.
     try:
         # A TOMLDecodeError is a ValueError, as is Python's own about an integer of 4,301 digits.
-        return SettingsFile(path, name, tomllib.loads(text), text)
+        file = SettingsFile(path, name, tomllib.loads(text), text)
     except ValueError as error:
         raise ConfigError(f"{name}: is not valid TOML{_what_is_wrong(text, str(error))}") from None
     except RecursionError:
         raise ConfigError(f"{name}: is not valid TOML: brackets are nested too deeply") from None
+    _check_integers(file, "", "", file.tables)
+    return file
 
 
 def settings_path(folder: Path, text: str) -> Path:
@@ -130,6 +133,8 @@ def settings_path(folder: Path, text: str) -> Path:
     Raises:
         ConfigError: no file can have this path.
     """
+    if not text:
+        raise ConfigError("the path is empty; write one, or leave the line out")
     try:
         path = (folder / Path(text).expanduser()).resolve()
         path.exists()
@@ -162,17 +167,30 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        return read_regular(path, MOST_BYTES)
     except IsADirectoryError as error:
         raise ConfigError(f"{_in_full(path)}: cannot be read: {error.strerror}; name the file in it") from None
     except OSError as error:
         raise ConfigError(f"{_in_full(path)}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a path with a NUL in it
         raise ConfigError(f"{quoted(str(path))}: cannot be read: {error}") from None
-    if len(data) > MOST_BYTES:
-        raise ConfigError(f"{_in_full(path)}: has more than {MOST_BYTES} bytes; no settings need that many")
-    return data
+
+
+def _check_integers(file: SettingsFile, section: str, field: str, value: Any) -> None:
+    """TOML's integers have 64 bits (https://toml.io/en/v1.0.0#integer), and so have those that we send and record."""
+    if isinstance(value, dict):
+        section = f"{section}.{field}".strip(".")
+        for name, inner in value.items():
+            _check_integers(file, section, name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_integers(file, section, field, inner)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        full = printable(f"[{section}] {field}" if section else field)
+        raise ConfigError(
+            f"{file.name}: {full}: is beyond the integers of TOML, which have 64 bits; write one from "
+            f"{-(1 << 63)} to {(1 << 63) - 1}{file.place(section, field)}"
+        )
 
 
 def _in_full(path: Path) -> str:

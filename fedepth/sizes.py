@@ -9,6 +9,8 @@ from fractions import Fraction
 from fedepth.errors import ConfigError
 from fedepth.printable import shortened
 
+MOST_BYTES = 1 << 60
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -31,7 +33,7 @@ def parse_size(text: str | int) -> int:
     Units count by their standards (IEC 80000-13): MiB is 1024², MB is 1000². Case does not matter.
 
     Raises:
-        ConfigError: not a size, negative, or an unknown unit such as "M", which could mean either.
+        ConfigError: not a size, negative, beyond MOST_BYTES, or an unknown unit such as "M", which could mean either.
     """
     shown = shortened(str(text))
     match = _SIZE.fullmatch(str(text).strip())
@@ -44,7 +46,10 @@ def parse_size(text: str | int) -> int:
             "known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
         )
     # Out of floating point, so that a large number of bytes is exact.
-    return round(Fraction(number) * _UNITS[unit.lower()])
+    size = round(Fraction(number) * _UNITS[unit.lower()])
+    if size > MOST_BYTES:
+        raise ConfigError(f'"{shown}" is more memory than any machine has; write at most {format_size(MOST_BYTES)}')
+    return size
 
 
 def format_size(size_bytes: int, *, round_up: bool = False) -> str:

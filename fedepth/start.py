@@ -10,5 +10,10 @@ def start(module: str) -> None:
     """Loads a program's module and calls its `main`, which lets signals in (fedepth.program)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     import importlib
+    import sys
 
-    importlib.import_module(module).main()
+    try:
+        main = importlib.import_module(module).main
+    except ImportError as error:  # of a library that is missing or broken: there is no door yet
+        sys.exit(f"{module.partition('.')[0]}: a library cannot be loaded: {error}; install fedepth again with pip")
+    main()

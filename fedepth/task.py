@@ -15,6 +15,9 @@ from fedepth.layout import ITEM_BYTES
 from fedepth.plan import CacheType, Plan, Policy
 
 MOST_CLASSES = 1 << 15
+MOST_NUMBERS = 1 << 28  # in one sample: a picture of 9,000 by 9,000 points in three colours
+MOST_BATCH = 1 << 20  # so that sizes of whatever a model makes of a batch stay far below 2^63
+MOST_EPOCHS = 1 << 20
 MOST_CHANNELS = 1 << 17  # every one has its mean and its standard deviation in the task
 MOST_COLUMNS = 1 << 13  # of a table, or of a text's parts
 MOST_TOKENS = 1 << 13  # of one text

@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,33 @@ sys.stdin.readline()
 sys.stderr.buffer.write(b"one\r\n\n  \ntw\xff\n" + b"x" * 70000 + b"\nlast words")
 sys.exit(3)
 """
+
+
+FAILS = """
+from fedepth.child import run_child
+def main():
+    raise {error}
+run_child(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        ("ZeroDivisionError('a\\nb')", 70, r"-c: this is a bug in fedepth: ZeroDivisionError: a\nb; please report it"),
+        ("MemoryError('refused')", 1, "-c: memory ran out"),
+        ("SystemExit(3)", 3, ""),
+        ("OSError(28, 'No space left on device')", 1, "-c: No space left on device"),
+    ],
+)
+def test_a_child_that_fails_says_one_sentence(error: str, status: int, says: str, tmp_path: Path) -> None:
+    """Its trace is where that of a program would be."""
+    environment = {**os.environ, "FEDEPTH_BUGS": str(tmp_path / "bugs")}
+    command = [sys.executable, "-c", FAILS.format(error=error)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    assert ended.returncode == status
+    assert ended.stderr.startswith(says) and ended.stderr.count("\n") == bool(says)
+    assert len(list(tmp_path.glob("bugs/*.txt"))) == (status == 70)
 
 
 def test_lines_of_a_child_are_passed_on_also_when_it_fails() -> None:

@@ -20,14 +20,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.model_worker.protocol import ALIVE_S, Evaluate, Export, Prepare
+from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export, Prepare
 from fedepth import evaluation
 from fedepth.child import run_child
 from fedepth.data.read import read_sound
 from fedepth.data.rows import Rows
 from fedepth.data.text import read_tokenizer
 from fedepth.errors import DataError, FedepthError, ProtocolError
-from fedepth.export.onnx import export, random_samples
+from fedepth.export.onnx import check_opset, export, random_samples
 from fedepth.files import disk_errors, file_digest
 from fedepth.models.load import load_model
 from fedepth.models.traced import TracedModel, read_traced, write_traced
@@ -110,6 +110,13 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     return asdict(report)
 
 
+def check_export(request: CheckExport, progress: Progress) -> dict[str, Any]:
+    """Raises ExportError, ModelError, StateError: see `check_opset`."""
+    progress(f"trying the export with opset {request.choices.opset}")
+    check_opset(request.model, read_traced(Path(request.graph)).graph, Path(request.weights), request.choices)
+    return {}
+
+
 def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArray[Any], str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
@@ -129,6 +136,7 @@ def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArra
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {
     "prepare": (Prepare, prepare),
     "evaluate": (Evaluate, evaluate),
+    "check_export": (CheckExport, check_export),
     "export": (Export, export_onnx),
 }
 

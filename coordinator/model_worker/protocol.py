@@ -51,6 +51,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class CheckExport:
+    """Find out whether the model can be exported with the operator set that `choices` name. Answers nothing."""
+
+    model: ModelSpec
+    graph: str
+    weights: str
+    choices: ExportSection
+
+
+@dataclass(frozen=True)
 class Export:
     """Export weights to ONNX as `choices` say, compared on test data, or on random inputs where there are none.
 

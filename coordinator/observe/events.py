@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import msgspec
@@ -43,16 +43,16 @@ class Events:
             else:
                 queue.put_nowait(line)
 
-    async def watch(self, first: str) -> AsyncIterator[str]:
-        """Yields `first`, then every event from now on, until `close`.
+    async def watch(self, first: Awaitable[str]) -> AsyncIterator[str]:
+        """Yields what `first` gives, then every event from now on, until `close`.
 
         Raises:
             TransportError: the watcher did not keep up.
         """
         queue: asyncio.Queue[str | None] = asyncio.Queue()
-        queue.put_nowait(first)
-        self._watchers.add(queue)
+        self._watchers.add(queue)  # before `first` is made: nothing that happens meanwhile is lost
         try:
+            yield await first
             while (line := await queue.get()) is not None:
                 yield line
                 if queue in self._lagging and queue.empty():

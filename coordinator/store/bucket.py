@@ -7,6 +7,7 @@ AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL; they are neither stored nor shown.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from fedepth.files import disk_errors, file_digest, make_durable
 CONNECT_S = 5.0
 READ_S = 10.0
 TRIES = 2
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html; other services allow underscores.
+_URL = re.compile(r"s3://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[^@?#\\\x00-\x1f]*)?")
 _CONFIG = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"total_max_attempts": 1}}
 
 
@@ -34,8 +37,11 @@ class Bucket:
     """
 
     def __init__(self, directory: Path, url: str) -> None:
-        if not url.startswith("s3://") or "@" in url:
-            raise StateError("--files must be a URL such as s3://bucket/prefix, without a key; give none for --state")
+        if not _URL.fullmatch(url):
+            raise StateError(
+                "--files must be a URL such as s3://bucket/prefix: a bucket's name of 3 to 63 small letters, digits, "
+                "dots and hyphens, and no key; give none for --state"
+            )
         self._directory = directory
         self._local = Directory(directory)
         self._url = url.rstrip("/")

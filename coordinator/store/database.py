@@ -128,7 +128,7 @@ class Database:
                 yield connection
 
     def answer_promptly(self) -> None:
-        """From now on a server that does not answer is given up after seconds: an event loop waits for it."""
+        """From now on a server that does not answer is given up after seconds: devices wait for it."""
         if self._watch is not None:
             self._watch.set_limits(ANSWER_S)
 

@@ -7,14 +7,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # before Python 3.11 it is another class
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 
-ANSWER_S = 5.0  # how long a transaction may take while an event loop waits for it; all of ours are short
+from fedepth.printable import printable
+
+ANSWER_S = 5.0  # how long a transaction may take while devices wait for it; all of ours are short
 PATIENT_S = 60.0  # and before: a long record is read at the start, and by commands, perhaps over a slow network
+CONNECT_S = 20.0  # how long a connection may take in all: the lookup of its host's name, and each address in turn
 REST_S = 5.0  # how long a server that did not answer is left alone before it is tried again
 
 # What libpq and the server's own bounds can do. A URL may say otherwise.
@@ -66,13 +71,49 @@ def open_postgres(url: sa.URL) -> sa.Engine:
     return sa.create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=bounds)
 
 
+def connect(dialect: sa.Dialect, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """A connection of the driver's, or an error in time.
+
+    The system's lookup of a name has no bound that we could set, and cannot be interrupted: a thread is left behind
+    with it.
+
+    Raises:
+        TimeoutError: neither came.
+    """
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made = dialect.connect(*positional, **named)
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
+            return
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(made)
+        else:
+            made.close()
+
+    threading.Thread(target=run, name="connecting to the database", daemon=True).start()
+    try:
+        return answer.result(CONNECT_S)
+    except FutureTimeout:
+        if not answer.cancel():  # it came just now
+            return answer.result()
+        host = printable(str(named.get("host") or "localhost"))
+        raise TimeoutError(
+            f"no connection to {host} came about within {CONNECT_S:g} s; if `getent hosts {host}` takes long as well, "
+            "mend the lookup of names, or give an IP address"
+        ) from None
+
+
 class Watch:
     """Ends calls that a server does not answer, and keeps others from waiting for it as well.
 
     A server that is stopped, or behind a path that drops everything, enforces no timeout, and its kernel may go on
     acknowledging. So a thread shuts down the sockets of a call that takes too long: the call then fails like one
-    whose connection broke. The event loop is in such a call; hence no other is let in until the server has accepted a
-    connection again, which the thread tries by itself.
+    whose connection broke. Whoever calls next would wait as long; hence no other call is let in until the server has
+    accepted a connection again, which the thread tries by itself.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -124,9 +165,16 @@ class Watch:
     def _why(self) -> str:
         return f"it did not answer within {self._answer_s:g} s, and has not come back since"
 
-    def _opening(self, dialect: sa.Dialect, *_how: Any) -> None:
+    def _opening(self, dialect: sa.Dialect, _record: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if self._silent:  # a call that was cut off must not wait for a new connection next
             raise dialect.loaded_dbapi.OperationalError(self._why())
+        try:
+            return connect(dialect, positional, named)
+        except TimeoutError as error:
+            with self._changed:
+                self._silent = True
+                self._changed.notify_all()
+            raise dialect.loaded_dbapi.OperationalError(str(error)) from None
 
     def _opened(self, connection: Any, _record: Any) -> None:
         with self._changed:
@@ -169,7 +217,7 @@ class Watch:
         dialect = self._engine.dialect
         positional, named = dialect.create_connect_args(self._engine.url)
         try:
-            dialect.connect(*positional, **{**_CONNECT, **named}).close()
+            connect(dialect, positional, {**_CONNECT, **named}).close()
         except (OSError, dialect.loaded_dbapi.Error):
             return False
         return True

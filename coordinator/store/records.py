@@ -6,10 +6,14 @@ is deleted.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ParamSpec, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -37,13 +41,22 @@ from coordinator.store.task_store import TaskStore
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON, real_folder
 from fedepth.job_changes import Change, Kind, Settings, differences, recorded_settings
+from fedepth.printable import printable
 from fedepth.task import Heads, ModelSpec
 
 __all__ = ["Backup", "EndedTask", "FailureKind", "Prepared", "RoundRecord", "Sealed", "Store", "Summary", "TaskRecord"]
 
+_THREADS = 4  # for short calls: SQLite has one writer at a time, and a server is not asked more at once
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Store(RoundStore, TaskStore):
     """The state of one job. Methods are short transactions; those that hash or move files say so.
+
+    None is for an event loop, which would stand still for as long as a disk, a server or a bucket does: see `short`
+    for short transactions, and `asyncio.to_thread` for the others.
 
     Every method may be repeated after an error. UnavailableError means that the database or a disk does not work just
     now; any other StateError, that the call or the state is wrong.
@@ -58,6 +71,7 @@ class Store(RoundStore, TaskStore):
         self.files = files
         self._database = database
         self._lock = lock
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="record")
 
     @classmethod
     def open(
@@ -133,14 +147,19 @@ class Store(RoundStore, TaskStore):
             raise
         return store
 
+    async def short(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """One of the short calls, in a thread of the record's own: they wait for nothing that hashes or moves files."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
+
     def close(self) -> None:
+        self._threads.shutdown()
         self._database.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def answer_promptly(self) -> None:
-        """For whoever calls from an event loop; see `Database.answer_promptly`."""
+        """For when devices wait for what is recorded; see `Database.answer_promptly`."""
         self._database.answer_promptly()
 
     def check_hold(self) -> None:
@@ -285,9 +304,14 @@ class Store(RoundStore, TaskStore):
         The record is in the copy unless it lies in PostgreSQL.
 
         Raises:
-            StateError: the folder is not empty, or a file is damaged.
+            StateError: the folder is not empty or lies within the state directory, or a file is damaged.
         """
         self._job()
+        if Path(os.path.realpath(target)).is_relative_to(self.directory):
+            raise StateError(
+                f"{printable(str(target))} lies in {printable(str(self.directory))}, which it is to be a copy of; name "
+                "a folder elsewhere"
+            )
         return back_up(self._database, self.files, target)
 
     def _job(self) -> dict[str, Any]:

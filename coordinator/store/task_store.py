@@ -110,19 +110,22 @@ class TaskStore:
     # --- updates
 
     def keep_parts(self, result: Result) -> None:
-        """Makes the parts of an update durable where the job's files are kept.
-
-        `record_update` does so too. With a bucket it takes long: call it in a thread before.
+        """Makes the parts of an update durable where the job's files are kept; before `record_update`. It hashes them,
+        and with a bucket it takes long.
 
         Raises:
             StateError: a part is not here.
         """
-        for part in result.parts:
-            name = part_name(result.task_id, result.attempt, part.part)
+        for name in self._parts_here(result):
+            self.files.storage.keep(name)
+
+    def _parts_here(self, result: Result) -> list[str]:
+        names = [part_name(result.task_id, result.attempt, part.part) for part in result.parts]
+        for name, part in zip(names, result.parts, strict=True):
             path = self.files.path(name)
             if not path.is_file() or path.stat().st_size != part.size_bytes:
                 raise StateError(f"{path} is not here with its {part.size_bytes} bytes; the device must send it again")
-            self.files.storage.keep(name)
+        return names
 
     def fetch_parts(self, result: Result) -> None:
         """Sees that the parts of a recorded update are what was accepted, by their hashes, from a bucket if need be.
@@ -134,7 +137,7 @@ class TaskStore:
             self.files.storage.fetch(part_name(result.task_id, result.attempt, part.part), part.digest)
 
     def record_update(self, result: Result, norms: Norms | None) -> None:
-        """Accepts an update for good: after this it is part of its round. Its parts are whole.
+        """Accepts an update for good: after this it is part of its round. Its parts are kept (`keep_parts`).
 
         Recording the same update again changes nothing.
 
@@ -142,7 +145,7 @@ class TaskStore:
             StateError: another update of the task or of its device is recorded, or a part is not here.
         """
         if self.update(result.task_id) is None:
-            self.keep_parts(result)
+            self._parts_here(result)
         values = {
             "task_id": result.task_id,
             "round": result.round,

@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def save_capability(path: Path, report: Capability) -> None:
-    """Writes a PNG: the units on the left, the plans at their budgets on the right.
+    """Writes a picture in the format of its suffix: the units on the left, the plans at their budgets on the right.
 
     Raises:
         ConfigError: the file cannot be written there.
@@ -40,7 +40,7 @@ def save_capability(path: Path, report: Capability) -> None:
     _draw_units(left, report)
     _draw_plans(right, report)
     try:
-        figure.savefig(path, format="png")
+        figure.savefig(path, format=path.suffix.removeprefix(".").lower())
     except OSError as error:
         raise ConfigError(f"The plot cannot be written to {path}: {error.strerror}. Name another file.") from error
 

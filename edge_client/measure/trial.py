@@ -36,6 +36,9 @@ class TrialModel:
     weights: Path
 
 
+MOST_SAMPLES = 1 << 24  # of noise, which is written to the disk
+
+
 def write_noise(folder: Path, spec: ModelSpec, count: int) -> Path:
     """`count` random inputs of the model as IDX files, written one at a time: images of one channel, or what else it
     takes."""

@@ -149,10 +149,11 @@ def main() -> None:
         except Exception as error:
             # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running
             # out of memory is neither: that is a death, and the agent plans smaller.
-            if not is_out_of_memory(error):
-                what = f"{type(error).__name__}: {error}"
-                text = f"the trainer stopped on an unexpected error: {what}; see its traceback in the agent's log"
-                lines.send(event="failed", outcome=Outcome.ERROR, message=text)
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            what = f"{type(error).__name__}: {error}"
+            text = f"the trainer stopped on an unexpected error: {what}; the agent's log names a file with its trace"
+            lines.send(event="failed", outcome=Outcome.ERROR, message=text)
             raise
         else:
             lines.send(event="done", result=result)

@@ -48,6 +48,7 @@ _NO_CLASS = "image in no class folder: move it into one"
 NO_SUFFIX = "file without a suffix: an image needs one, such as .jpg"
 EMPTY = "empty file"
 _MOST_ROWS = 200
+_LONGEST_NAME = 255  # bytes, on Linux and macOS
 _OTHERS = "other reasons"
 
 
@@ -254,6 +255,18 @@ def hidden(name: str) -> str:
     if name.startswith(".") and name.endswith(".icloud"):
         return "file that is still in iCloud: download it"
     return "hidden" if name.startswith(".") else ""
+
+
+def never_a_folder(name: str) -> str:
+    """Why no class folder can have this name; empty if one can. Where labels are numbers (IDX), any name will do."""
+    if "/" in name or "\0" in name:
+        return "no folder's name holds a slash" if "/" in name else "no folder's name holds a NUL"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        return f"a folder's name has at most {_LONGEST_NAME} bytes"
+    reason = hidden(name)
+    if reason:
+        return f"what has that name is left out ({reason})"
+    return "" if name else "a folder has a name"
 
 
 def file_key(path: str, status: os.stat_result) -> int:

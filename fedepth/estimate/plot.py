@@ -26,7 +26,7 @@ _LETTER = 0.006  # about what a letter of a phase's name takes of the width
 
 
 def save_timeline(path: Path, moments: Sequence[Moment], plan: Plan, title: str) -> None:
-    """Writes a PNG: the components stacked over the moments of every stage, and the budget.
+    """Writes a picture in the format of its suffix: the components over the moments of every stage, and the budget.
 
     Raises:
         ConfigError: the file cannot be written there.
@@ -50,7 +50,7 @@ def save_timeline(path: Path, moments: Sequence[Moment], plan: Plan, title: str)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right upper", frameon=False)
     try:
-        figure.savefig(path, format="png")
+        figure.savefig(path, format=path.suffix.removeprefix(".").lower())
     except OSError as error:
         raise ConfigError(f"The plot cannot be written to {path}: {error.strerror}. Name another file.") from error
 

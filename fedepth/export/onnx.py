@@ -183,6 +183,16 @@ def export(
     )
 
 
+def check_opset(spec: ModelSpec, graph: Graph, weights: Path, choices: ExportSection) -> None:
+    """Sees that a model can be written with the operator set of `choices`; nothing is written, and nothing compared.
+
+    Raises:
+        ExportError: an operator needs a later one, or torch cannot export the model.
+        ModelError, StateError: see `load_model`.
+    """
+    _to_onnx(load_model(graph, weights), spec, choices)
+
+
 def compare(
     model: Callable[[torch.Tensor], torch.Tensor],
     data: bytes,

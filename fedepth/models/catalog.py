@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from fedepth.errors import ConfigError
-from fedepth.task import InputType, ModelSpec
+from fedepth.printable import quoted
+from fedepth.task import MOST_CHANNELS, MOST_NUMBERS, InputType, ModelSpec
 
 DEFAULT_VOCABULARY = 8192  # of words that are hashed
-_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}")
+_SHAPE = re.compile(r"[1-9][0-9]{0,9}(x[1-9][0-9]{0,9}){0,2}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,14 @@ def named_spec(model: str, shape: str | None, classes: int) -> ModelSpec:
 def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
     if text is not None:
         if not _SHAPE.fullmatch(text):
-            raise ConfigError(f'--input: "{text}" is not a shape; write channels, height and width, as 3x32x32')
-        return tuple(map(int, text.split("x")))
+            raise ConfigError(f"--input: {quoted(text)} is not a shape; write channels, height and width, as 3x32x32")
+        shape = tuple(map(int, text.split("x")))
+        if math.prod(shape) > MOST_NUMBERS or shape[0] > MOST_CHANNELS:
+            raise ConfigError(
+                f"--input: {text} has {math.prod(shape)} numbers in {shape[0]} channels; a sample has at most "
+                f"{MOST_NUMBERS} in {MOST_CHANNELS}"
+            )
+        return shape
     if model not in ZOO:
         raise ConfigError(
             f"{model} is none of {', '.join(sorted(ZOO))}; for torchvision:NAME, timm:NAME or a custom model as "

@@ -26,18 +26,25 @@ def file_chunks(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterato
 async def checked_chunks(path: Path, offset: int, digest: str) -> AsyncIterator[Chunk]:
     """As `file_chunks`, but the last chunk comes only if the whole file has this sha256 (hex).
 
-    What lies before `offset` is hashed too, in a thread: the sender must learn that its disk has changed a file, also
-    from receivers that resume.
+    What lies before `offset` is hashed too: the sender must learn that its disk has changed a file, also from receivers
+    that resume. Files are read in a thread.
 
     Raises:
         ProtocolError: the file is another one.
     """
     hashed = await asyncio.to_thread(_hashed, path, offset)
     last: Chunk | None = None
-    for chunk in file_chunks(path, offset):
+    chunks = file_chunks(path, offset)
+
+    def read() -> Chunk | None:
+        chunk = next(chunks, None)
+        if chunk is not None:
+            hashed.update(chunk.data)
+        return chunk
+
+    while (chunk := await asyncio.to_thread(read)) is not None:
         if last is not None:
             yield last
-        hashed.update(chunk.data)
         last = chunk
     got = hashed.hexdigest()
     if got != digest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.task import DeviceReport, PartInfo, Result, StageResult
+from tests.coordinator.loop_guard import watching
 
 UNITS = 3
 MIB = 1 << 20
@@ -228,17 +229,25 @@ def run_job(tmp_path: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callab
     @asynccontextmanager
     async def running(models: Any = None, **section: Any) -> AsyncIterator[Running]:
         config = kit.config(**section)
-        store = Store.open(tmp_path, config.job.name, model_spec(config))
+        store = await asyncio.to_thread(Store.open, tmp_path, config.job.name, model_spec(config))
         models = models or kit.models()
-        job = Job(config, store, models, await prepare(config, store, models))
+        job = await asyncio.to_thread(Job, config, store, models, await prepare(config, store, models))
         task = asyncio.create_task(job.run())
         try:
             yield Running(job, models, task)
         finally:
             task.cancel()
             await asyncio.wait({task})
-            await job.finish_commits()
+            await job.finish_work()
             job.plans.close()
             store.close()
 
     return running
+
+
+@pytest.fixture(autouse=True)
+def _loop_never_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No coroutine of ours touches files or databases in the loop, in any test here."""
+    with watching(monkeypatch) as found:
+        yield
+    assert found == []

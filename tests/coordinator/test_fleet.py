@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from coordinator.fleet import RECORD_S, Fleet
+from coordinator.fleet import RECORD_S, Fleet, Refusal
 from coordinator.observe.events import Events
 from coordinator.store.records import Store
 from fedepth.job import model_spec
+from fedepth.task import DeviceReport
 
 PEER = "ipv4:10.0.0.7:4242"
 
@@ -32,6 +34,9 @@ class Rig:
 
         monkeypatch.setattr(self.store, "see_device", recording)
 
+    def see(self, report: DeviceReport) -> Refusal | None:
+        return asyncio.run(self.fleet.see(report, PEER))
+
 
 @pytest.fixture
 def rig(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
@@ -42,11 +47,11 @@ def rig(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
 
 def test_a_poll_that_says_nothing_new_writes_nothing(rig: Rig) -> None:
     for megabytes in range(100, 150):  # what is free changes with every poll
-        assert rig.fleet.see(rig.kit.report("a", megabytes << 20), PEER) is None
+        assert rig.see(rig.kit.report("a", megabytes << 20)) is None
     assert rig.recorded == ["a"]
     rig.now = RECORD_S
-    rig.fleet.see(rig.kit.report("a"), PEER)
-    rig.fleet.see(replace(rig.kit.report("a"), name="porch"), PEER)
+    rig.see(rig.kit.report("a"))
+    rig.see(replace(rig.kit.report("a"), name="porch"))
     assert rig.recorded == ["a"] * 3
     assert rig.fleet.name("a") == "porch"
 
@@ -61,16 +66,16 @@ def test_a_device_is_told_with_the_classes_that_it_lacks(
     store = Store.open(tmp_path, "demo", model)
     fleet = Fleet(store, events, 2, model=model)
     report = replace(kit.report("a"), class_names=model.classes[:2], class_counts=(20, 0))
-    assert fleet.see(report, PEER) is None
+    assert asyncio.run(fleet.see(report, PEER)) is None
     store.close()
     assert sent[0]["lacking"] == model.classes[1:]
 
 
 def test_a_device_more_than_the_job_takes_is_refused_with_the_number(rig: Rig) -> None:
-    assert rig.fleet.see(rig.kit.report("a"), PEER) is None
-    assert rig.fleet.see(rig.kit.report("b"), PEER) is None
-    refusal = rig.fleet.see(rig.kit.report("c"), PEER)
+    assert rig.see(rig.kit.report("a")) is None
+    assert rig.see(rig.kit.report("b")) is None
+    refusal = rig.see(rig.kit.report("c"))
     assert refusal is not None and "all of the 2 devices that it takes ([limits] devices)" in refusal.message
-    assert rig.fleet.see(rig.kit.report("a"), PEER) is None
+    assert rig.see(rig.kit.report("a")) is None
     assert rig.fleet.name("b") == "board b"
     assert rig.fleet.name("c") == "c"

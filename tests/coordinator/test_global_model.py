@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.global_model import GlobalModel
+from coordinator.global_model import GlobalModel, prepare
 from coordinator.observe.events import Events
 from coordinator.store.entries import RoundRecord
 from coordinator.store.records import Store
 from coordinator.uploads import Uploads
 from fedepth.aggregation.privacy import spent_epsilon
-from fedepth.errors import UpdateError
+from fedepth.aggregation.rules import Norms
+from fedepth.errors import ExportError, UpdateError
 from fedepth.job import model_spec, training_spec
 from fedepth.task import Result
 from fedepth.weights import load_numpy, save
@@ -45,7 +46,13 @@ class Rig:
         layout = self.kit.layout
         self.model = GlobalModel(self.config, self.store, self.models, _Recorder(self.sent), layout.parameters)
         training = partial(training_spec, self.config)
-        self.uploads = Uploads(self.store, layout, lambda task: True, lambda size: None, self.model.path, training)
+
+        async def record(result: Result, norms: Norms) -> None:
+            await self.store.short(self.store.record_update, result, norms)
+
+        self.uploads = Uploads(
+            self.store, layout, lambda task: True, lambda size: None, record, self.model.path, training
+        )
 
     def tensors(self, value: float, fill: float | None = None) -> Tensors:
         made = {each.name: np.full(each.shape, value, np.float32) for each in self.kit.layout.tensors}
@@ -309,3 +316,33 @@ def test_an_update_that_was_trained_from_other_weights_is_refused(rigs: Any) -> 
     rig.update("b", 1.0, weights_digest=rig.model.record.digest)
     rig.update("c", 1.0)  # of an agent that does not say it
     assert [each.device_id for each in rig.store.updates_of(1)] == ["b", "c"]
+
+
+def test_an_operator_set_that_is_too_low_is_told_at_the_start(tmp_path: Path, kit: Any) -> None:
+    """Of a new job, before anything is recorded, and of one that goes on with another setting."""
+    refuse = True
+
+    class Models(type(kit.models())):  # type: ignore[misc]
+        async def request(self, do: str, **fields: Any) -> dict[str, Any]:
+            if do == "check_export":
+                self.asked.append(do)
+                assert fields["choices"].opset == 13 and Path(fields["weights"]).is_file()
+                if refuse:
+                    raise ExportError("its operator Trilu needs 14")
+                return {}
+            return dict(await super().request(do, **fields))
+
+    models = Models()
+    config = kit.config(export={"opset": 13})
+    store = Store.open(tmp_path, "demo", model_spec(config))
+    with pytest.raises(ExportError, match="Trilu needs 14"):
+        asyncio.run(prepare(config, store, models))
+    assert store.latest_round() is None
+    refuse = False
+    asyncio.run(prepare(config, store, models))
+    refuse = True
+    with pytest.raises(ExportError, match="Trilu needs 14"):
+        asyncio.run(prepare(config, store, models))
+    asyncio.run(prepare(kit.config(), store, models))  # without the setting nothing is asked
+    store.close()
+    assert models.asked == ["prepare", "check_export"] * 2 + ["check_export"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -34,8 +35,8 @@ class Rig:
 
     async def ask(self, device: str, **changes: Any) -> Task:
         report = replace(self.kit.report(device), **changes)
-        assert self.job.fleet.see(report, "ipv4:10.0.0.7:1") is None
-        task = await self.job.start_waiting(report, await self.job.plan_for(report))
+        assert await self.job.fleet.see(report, "ipv4:10.0.0.7:1") is None
+        task = await (await self.job.start_waiting(report, await self.job.plan_for(report)))
         assert task is not None
         return task
 
@@ -273,8 +274,8 @@ def test_rounds_that_are_not_published_again_and_again_pause_the_job(
         await rig.reach(lambda: rig.job.state.phase is Phase.PAUSED)
         assert "the last 3 rounds, up to round 3, were not published" in rig.job.why_wait()
         state = rig.job.store.directory
-        assert f"fedepth-coordinator rollback --state {state} --round 0" in rig.job.status()["message"]
-        assert "learning_rate" in rig.job.status()["message"]
+        assert f"fedepth-coordinator rollback --state {state} --round 0" in (await rig.job.status())["message"]
+        assert "learning_rate" in (await rig.job.status())["message"]
 
         await rig.reach(lambda: reasons() == [rig.job.state.why])
 
@@ -302,7 +303,7 @@ def test_a_job_that_every_device_fails_in_the_same_way_ends_with_their_message(p
     async def scene(rig: Rig) -> None:
         tasks = await asyncio.gather(rig.ask("a"), rig.ask("b"))
         for task, device in zip(tasks, "ab", strict=True):
-            rig.job.failed(Failure(task.task_id, 1, device, Outcome.DIVERGED, message))
+            await rig.job.failed(Failure(task.task_id, 1, device, Outcome.DIVERGED, message))
         with pytest.raises(JobError, match="all 2 devices failed in the same way: loss is not finite after step 7"):
             await rig.running
 
@@ -333,12 +334,12 @@ def test_two_agents_under_one_identity_are_named_and_one_is_refused(play: Play) 
     async def scene(rig: Rig) -> None:
         one = replace(rig.kit.report("a"), instance="one", hostname="porch")
         two = replace(rig.kit.report("a"), instance="two", hostname="garage")
-        assert rig.job.fleet.see(one, "ipv4:10.0.0.7:1") is None
-        assert rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
-        refused = rig.job.fleet.see(one, "ipv4:10.0.0.7:1")
+        assert await rig.job.fleet.see(one, "ipv4:10.0.0.7:1") is None
+        assert await rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
+        refused = await rig.job.fleet.see(one, "ipv4:10.0.0.7:1")
         assert refused is not None and refused.reason == "clone"
         assert "another agent with the identity of this one, a, is alive on garage (ipv4:10.0.0.8:1)" in refused.message
-        assert rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
+        assert await rig.job.fleet.see(two, "ipv4:10.0.0.8:1") is None
 
     play(scene)
 
@@ -428,10 +429,10 @@ def test_what_the_job_waits_for_is_in_its_status_and_its_log(
         reminder = asyncio.ensure_future(reminded())
         await rig.round()
         await reminder
-        assert rig.job.status()["message"] == "round 1: the model is being evaluated"
+        assert (await rig.job.status())["message"] == "round 1: the model is being evaluated"
         rig.models.go_on.set()
         await rig.reach(rig.job.finished.is_set)
-        assert rig.job.status()["message"] == ""
+        assert (await rig.job.status())["message"] == ""
 
     play(scene, models=Slow())
 
@@ -475,7 +476,7 @@ def test_a_write_of_which_the_word_was_lost_is_found_in_the_record(
         async def work(device: str) -> None:
             while not rig.job.finished.is_set():
                 report = rig.kit.report(device)
-                waiting = rig.job.start_waiting(report, await rig.job.plan_for(report))
+                waiting = await rig.job.start_waiting(report, await rig.job.plan_for(report))
                 await asyncio.wait({waiting}, timeout=0.2)
                 rig.job.stop_waiting(device, waiting)
                 task = waiting.result() if waiting.done() else None
@@ -555,7 +556,7 @@ def test_closing_a_round_is_not_tried_again_without_a_pause(play: Play, monkeypa
         tries: list[float] = []
 
         def never(*_: Any) -> None:
-            tries.append(asyncio.get_running_loop().time())
+            tries.append(time.monotonic())
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(rig.job.store, "updates_of", never)
@@ -571,7 +572,7 @@ def test_a_refusal_of_an_earlier_attempt_does_not_end_the_one_in_work(play: Play
     async def scene(rig: Rig) -> None:
         first, _ = await asyncio.gather(rig.ask("a"), rig.ask("b"))
         again = await rig.ask("a")
-        rig.job.refuse(first.task_id, first.attempt, "a", UpdateError("shape", "an old mistake"))
+        await rig.job.refuse(first.task_id, first.attempt, "a", UpdateError("shape", "an old mistake"))
         assert rig.job.accepts(again.task_id)
         await rig.deliver(again, "a")
 
@@ -593,9 +594,9 @@ def test_a_task_of_whose_record_the_word_was_lost_is_given_to_nobody_else(
 
         plan = await rig.job.plan_for(rig.kit.report("a"))
         monkeypatch.setattr(rig.job.store, "record_step", records_and_breaks)
-        lost = rig.job.start_waiting(rig.kit.report("a"), plan)
+        lost = await rig.job.start_waiting(rig.kit.report("a"), plan)
         rig.job.stop_waiting("a", lost)
-        other = rig.job.start_waiting(rig.kit.report("b"), plan)
+        other = await rig.job.start_waiting(rig.kit.report("b"), plan)
         (task,) = rig.job.store.tasks_of(1)
         assert (task.device_id, task.attempt, other.done()) == ("a", 1, False)
         again = await rig.ask("a")

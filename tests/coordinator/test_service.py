@@ -278,7 +278,7 @@ def test_a_file_that_rots_while_it_is_served_ends_the_job_with_a_sentence(
     async def scene(rig: Rig) -> None:
         task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
         digest = task.weights_digest if what == "weights" else task.graph_digest
-        found = rig.job.file_of(digest)
+        found = await rig.job.file_of(digest)
         assert found is not None
         damage(found[0])
         with pytest.raises(grpc.aio.AioRpcError, match=r"busy: .*; come back in 20 s") as caught:

@@ -16,7 +16,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from coordinator import admission
 from coordinator import uploads as uploads_module
 from coordinator.store.records import Store
-from coordinator.uploads import PartHeader, Uploads
+from coordinator.uploads import PartHeader, Uploads, late
 from fedepth.aggregation import norms
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
@@ -48,8 +48,20 @@ class Setup:
             if size_bytes > self.room:
                 raise UnavailableError("the disk is full")
 
-        training = partial(training_spec, self.kit.config())
-        return Uploads(self.store, self.kit.layout, accepts, check_room, lambda: Path("base"), training)
+        async def record(result: Result, norms: Norms) -> None:
+            if not accepts(result.task_id):
+                raise late(result.task_id)
+            await self.store.short(self.store.record_update, result, norms)
+
+        return Uploads(
+            self.store,
+            self.kit.layout,
+            accepts,
+            check_room,
+            record,
+            lambda: Path("base"),
+            partial(training_spec, self.kit.config()),
+        )
 
     def header(self, data: bytes = DATA, **changes: Any) -> PartHeader:
         fields: dict[str, Any] = {

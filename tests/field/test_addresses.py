@@ -62,7 +62,12 @@ REFUSED = [
     ("localhost:", "no port follows the colon"),
     ("localhost:-1", "the port must be a number from 1 to 65535, is '-1'"),
     ("localhost:+1", "the port must be a number"),
-    ("localhost:８０", "the port must be a number"),
+    ("localhost:８０", "full-width characters or digits of another script; write plain ones, such as 'localhost:80'"),
+    ("１９２.168.1.10", "write plain ones, such as '192.168.1.10'"),
+    ("192．168．1．10：8970", "write plain ones, such as '192.168.1.10:8970'"),
+    ("ｋｉｔｃｈｅｎ", "write plain ones, such as 'kitchen'"),
+    ("١٢٧.0.0.1:٨٠", "write plain ones, such as '127.0.0.1:80'"),
+    ("user:secret＠kitchen", "such as '…@kitchen'"),
     ("localhost:http", "the port must be a number"),
     ("8970", "it names no host"),
     (":8970", "it names no host"),
@@ -179,6 +184,7 @@ NOT_LISTENING = [
     ("http://kitchen", "leave out 'http://'"),
     ("224.0.0.1", "nobody can listen there"),
     ("fe80::1", "write fe80::1%eth0"),
+    ("１２７.0.0.1", "write plain ones, such as '127.0.0.1'"),
 ]
 
 

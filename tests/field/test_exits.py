@@ -42,6 +42,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise SystemExit(status)
 
     monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setenv(program._BUGS, "")
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in handlers.items():
@@ -59,7 +60,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ended(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *argv: str, folder: Path | None = None) -> Any:
     monkeypatch.setattr("sys.argv", ["fedepth", *argv])
     with pytest.raises(SystemExit) as caught:
-        run_program("fedepth", run, folder)
+        run_program("fedepth", run, lambda: folder)
     return caught.value.code
 
 
@@ -207,6 +208,39 @@ def test_help_documents_the_statuses(
 
 # --- what users type: program, command line, status, and what is said
 
+# What no machine has, nor any model.
+ENORMOUS: list[tuple[list[str], int, str]] = [
+    (["--input", "1x99999999x99999999"], FAILED, "has 9999999800000001 numbers in 1 channels; a sample has at most"),
+    (["--input", "9999999999"], FAILED, "a sample has at most"),
+    (["--input", "1x" + "9" * 5000], FAILED, "is not a shape"),
+    (["--input", "1x٣x3"], FAILED, "is not a shape"),
+    (["--batch", "9" * 30], USAGE, "Invalid value"),
+    (["--samples", "9" * 30], USAGE, "Invalid value"),
+    (["--classes", "9" * 30], USAGE, "Invalid value"),
+    (["--epochs", "9" * 30], USAGE, "Invalid value"),
+    (["--budget", "9" * 30], FAILED, "is more memory than any machine has"),
+]
+EMPTY: list[tuple[str, list[str]]] = [
+    ("fedepth", ["infer", ""]),
+    ("fedepth", ["infer", "model.onnx", ""]),
+    ("fedepth", ["infer", "model.onnx", "photos", ""]),
+    ("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", "--plot", ""]),
+    ("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", "--calibration="]),
+    ("fedepth-client", ["run", "--data", ""]),
+    ("fedepth-client", ["probe", "--config", ""]),
+    ("fedepth-client", ["probe", "--state="]),
+    ("fedepth-coordinator", ["record", "--state", ""]),
+    ("fedepth-coordinator", ["backup", "--state", "s", "--output", ""]),
+    ("fedepth-coordinator", ["export", "--state", "s", "--config", "job.toml", "--output", ""]),
+    ("fedepth-coordinator", ["serve", "--state", "s", "--config", "job.toml", "--port-file", ""]),
+]
+PLOTS = [
+    ("x.docx", "--plot: .docx is not one of the formats; there are png, pdf, svg: write x.png"),
+    ("x", "--plot: the name says no format"),
+    ("absent/x.svg", "absent does not exist; make it"),
+    ("fifo.png", "fifo.png is not a regular file"),
+    (".", "the name says no format"),
+]
 TYPED: list[tuple[str, list[str], int, str]] = [
     ("fedepth", ["plan"], USAGE, "Missing argument"),
     ("fedepth", ["plan", "digits-cnn", "--budget", "x"], FAILED, '"x" is not a size'),
@@ -226,6 +260,30 @@ TYPED: list[tuple[str, list[str], int, str]] = [
         "holds no calibration",
     ),
     ("fedepth", ["plan", os.fsdecode(b"\xff"), "--budget", "1MiB"], FAILED, r"'\udcff' holds bytes that are no text"),
+    *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", *more], status, says) for more, status, says in ENORMOUS),
+    *((name, line, USAGE, "the path is empty") for name, line in EMPTY),
+    *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", "--plot", name], FAILED, says) for name, says in PLOTS),
+    ("fedepth-client", ["probe", "--config", "fifo"], FAILED, "fifo: cannot be read: is not a regular file"),
+    ("fedepth-client", ["probe", "--config", "/dev/zero"], FAILED, "cannot be read: is not a regular file"),
+    ("fedepth-client", ["run", "--threads", "9" * 30], FAILED, "must be between 0 and 4096"),
+    ("fedepth-client", ["report", "digits-cnn", "--plot", "x.docx"], FAILED, "there are png, pdf, svg: write x.png"),
+    ("fedepth-coordinator", ["serve", "--config", "fifo", "--state", "s"], FAILED, "cannot be read: is not a regular"),
+    ("fedepth-coordinator", ["rollback", "--state", "s", "--round", "9" * 30], USAGE, "Invalid value"),
+    *(
+        (
+            "fedepth-coordinator",
+            ["serve", "--config", "job.toml", "--state", "s", "--port", "0", "--files", url],
+            FAILED,
+            "s3://bucket",
+        )
+        for url in ("s3://", "s3:///prefix", "s3://B", "s3:bucket", "bucket")
+    ),
+    (
+        "fedepth-coordinator",
+        ["serve", "--config", "wrong.toml", "--state", "s", "--port", "0", "--port-file", "absent/port"],
+        FAILED,
+        "for 3 reasons: (1) wrong.toml: [job] name: must be 1 to 64 letters",
+    ),
     ("fedepth-coordinator", ["serve", "--config", "absent", "--state", "s"], FAILED, "absent: cannot be read"),
     ("fedepth-coordinator", ["serve", "--config", "/", "--state", "s"], FAILED, "cannot be read: Is a directory"),
     ("fedepth-coordinator", ["serve", "--config", "job.toml", "--state", "file"], FAILED, "file is not a folder"),
@@ -253,7 +311,7 @@ TYPED: list[tuple[str, list[str], int, str]] = [
     ("fedepth-client", ["run", "--coordinator", "", "--data", "."], FAILED, "coordinator is missing"),
     ("fedepth-client", ["run", "--config", "absent"], FAILED, "absent: cannot be read"),
     ("fedepth-client", ["probe", "--budget-cap", "x"], FAILED, '"x" is not a size'),
-    ("fedepth-client", ["report", "digits-cnn", "--plot", "absent/x.png"], FAILED, "the folder absent does not exist"),
+    ("fedepth-client", ["report", "digits-cnn", "--plot", "absent/x.png"], FAILED, "absent does not exist; make it"),
     ("fedepth-client", ["report", "digits-cnn", "--batch", "0"], USAGE, "batch"),
 ]
 
@@ -276,6 +334,9 @@ def test_what_is_typed_ends_well_or_in_one_sentence(
     Path("not-sqlite", "job.sqlite").write_text("no database, but more than a hundred bytes" * 9)
     job = '[job]\nname = "x"\n[model]\nname = "digits-cnn"\nclasses = 10\ninput_shape = [1, 8, 8]\n[test]\n'
     Path("job.toml").write_text(job + 'data = "digits"\n')
+    Path("wrong.toml").write_text(job.replace('"x"', '"x y"') + 'data = "absent"\n')
+    os.mkfifo("fifo")
+    os.mkfifo("fifo.png")
     monkeypatch.setattr("edge_client.cli.hand_over", lambda argv: pytest.fail("the agent would have started"))
     monkeypatch.setattr("sys.argv", [name, *argv])
     with pytest.raises(SystemExit) as caught:

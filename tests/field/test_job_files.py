@@ -166,6 +166,32 @@ REFUSED: dict[str, tuple[bytes, str | tuple[str, ...]]] = {
         ("[job] rounds: ", "(line 1, column 1: "),
     ),
     "a setting that is missing": (job('name = "demo"', ""), "[job] name: is missing (line 1, column 1: '[job]')"),
+    "an integer of 65 bits": (
+        job("rounds = 4", "rounds = 9223372036854775808"),
+        (
+            "[job] rounds: is beyond the integers of TOML, which have 64 bits; write one from -9223372036854775808 to "
+            "9223372036854775807 (line 3, column 1: 'rounds = 9223372036854775808')",
+        ),
+    ),
+    "one of them in a list": (job("[1, 8, 8]", f"[1, {'9' * 40}]"), ("[model] input_shape: is beyond", "line 7")),
+    "one in a table of a section": (job("rounds = 4", f"rounds = {{x = {'9' * 40}}}"), "x: is beyond the integers of"),
+    "a sample that no memory holds": (
+        job("[1, 8, 8]", "[1, 99999999, 99999999]"),
+        "[model] input_shape: must have at most 268435456 numbers in a sample, has 9999999800000001",
+    ),
+    "a batch that no memory holds": (
+        job("[test]", "[training]\nbatch = 2000000\n[test]"),
+        ("[training] batch: expected `int` <= 1048576", "(line"),
+    ),
+    "a path that is empty": (job('"digits"', '""'), ("[test] data: the path is empty; write one", "(line 9")),
+    "several things": (
+        job('"demo"', '"de mo"').replace(b"rounds = 4", b"quorum = 5").replace(b'"digits"', b'"absent"'),
+        (
+            "job.toml: 3 things are wrong: (1) [job] name: must be 1 to 64 letters",
+            "; (2) [job] quorum: must be at most devices_per_round (2), is 5",
+            "; (3) [test] data: ",
+        ),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fedepth.cli
 from coordinator.store.records import Store
 from edge_client.config import Config, default_state_dir
 from edge_client.measure import calibration
@@ -257,6 +258,32 @@ def test_without_a_home_state_is_asked_for(tmp_path: Path) -> None:
         calibration.cache_dir()
     assert calibration.cache_dir(str(tmp_path)) == tmp_path / "cache"
     assert Config(state=str(tmp_path)).state_dir == tmp_path
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_a_home_that_is_none_is_told(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(StateError, match=f"there is no home directory: HOME is '{home}'; give --state DIR"):
+        default_state_dir()
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize(
+    ("home", "says"),
+    [
+        (None, r"HOME is not set, and user id \d+ has no account here; set HOME to install the completion"),
+        ("", "HOME is ''; set HOME"),
+        ("/dev/null", "the completion cannot be installed: /dev/null"),
+        ("/proc/1/fd", "the completion cannot be installed: /proc/1/fd"),
+    ],
+)
+def test_completion_needs_a_home(home: str | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr("sys.argv", ["fedepth", "--install-completion", "bash"])
+    with pytest.raises(FedepthError, match=says):
+        fedepth.cli.app()
 
 
 @pytest.mark.parametrize(

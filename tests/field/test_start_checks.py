@@ -21,7 +21,7 @@ from coordinator.start_checks import Findings, disk_findings, examine, examine_t
 from coordinator.store.records import RoundRecord, Store
 from fedepth.data.idx import write_idx
 from fedepth.errors import FedepthError, StartError, StateError, TransportError
-from fedepth.job import load_config, model_spec
+from fedepth.job import load_config, model_spec, read_job
 from fedepth.job_changes import settings_of
 from fedepth.job_sections import JobConfig
 
@@ -142,6 +142,50 @@ def test_the_look_happens_in_a_child_and_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_left_out_of_the_test_folder_is_told_by_folder_and_reason(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    images(tmp_path / "data", cat=2, dog=1, bird=3)
+    test = tmp_path / "data" / "test"
+    (test / "stray.png").write_bytes(b"x")
+    (test / "cat" / "Thumbs.db").write_bytes(b"x")
+    for name in ("a.heic", "b.heic"):
+        (test / "dog" / name).write_bytes(b"x")
+    found = asyncio.run(examine_test_data(config))
+    assert found.problems == ()
+    assert found.warnings == (
+        "[test] data: left out of the folder .: 1 × image in no class folder: move it into one, such as stray.png",
+        "[test] data: left out of the folder cat: 1 × file of an operating system, such as cat/Thumbs.db",
+        "[test] data: left out of the folder dog: 2 × HEIC, which is not read: convert it to JPEG or PNG, such as "
+        "dog/a.heic",
+    )
+
+
+# A class that no folder can be called, and why.
+NO_FOLDERS = [
+    ("T-shirt/top", "no folder's name holds a slash"),
+    ("..", "what has that name is left out (hidden)"),
+    (".net", "what has that name is left out (hidden)"),
+    ("__MACOSX", "what has that name is left out (folder of an operating system)"),
+    ("thumbs.db", "what has that name is left out (file of an operating system)"),
+    ("ü" * 128, "a folder's name has at most 255 bytes"),
+]
+
+
+@pytest.mark.parametrize(("name", "why"), NO_FOLDERS, ids=lambda text: text[:12])
+def test_a_class_that_can_have_no_folder_is_told_where_data_lie_in_folders(tmp_path: Path, name: str, why: str) -> None:
+    config = config_of(tmp_path, JOB.replace('"dog"', f'"{name}"'))
+    images(tmp_path / "data", cat=2, bird=3)
+    (problem,) = asyncio.run(examine_test_data(config)).problems
+    assert why in problem and f"'{name[:5]}" in problem and "[model] classes" in problem
+
+
+@pytest.mark.parametrize(("name", "why"), NO_FOLDERS, ids=lambda text: text[:12])
+def test_it_is_a_class_like_any_other_where_labels_are_numbers(tmp_path: Path, name: str, why: str) -> None:
+    config = config_of(tmp_path, JOB.replace('"dog"', f'"{name}"'))
+    idx(tmp_path / "data", [0, 1, 2])
+    assert asyncio.run(examine_test_data(config)).problems == ()
+
+
 def test_a_look_that_breaks_off_is_a_problem(tmp_path: Path) -> None:
     found = asyncio.run(examine_test_data(config_of(tmp_path), ["/bin/false"]))
     assert "ended with status 1" in found.problems[0]
@@ -249,6 +293,17 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert "[training] batch from 32 to 64, which a job keeps" in text
     assert text.isprintable()
     assert isinstance(alone, TransportError)
+
+
+def test_what_is_missing_is_told_with_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB.replace("[1, 8, 8]", '[1, 8, 8]\nweights = "none.pt"'), encoding="utf-8")
+    config, missing = read_job(tmp_path / "job.toml")
+    assert (config.test, config.model.weights) == (None, "")
+    options = ServeOptions(tmp_path / "state", port=0, port_file=tmp_path / "none" / "port")
+    with pytest.raises(StartError, match="the job cannot start, for 3 reasons: ") as caught:
+        asyncio.run(serve(config, options, NoModels(), missing=missing))
+    for part in (f"[test] data: {tmp_path / 'data'} does not exist", "[model] weights: ", "--port-file: "):
+        assert part in str(caught.value)
 
 
 def test_a_start_that_is_refused_takes_nothing_over(tmp_path: Path) -> None:

@@ -16,15 +16,19 @@ import pytest
 from fedepth_wire.chunks import append_chunk, file_chunks
 from fedepth_wire.v1.federation_pb2 import Chunk
 
+from edge_client.config import load
 from edge_client.identity import device_id, recall
 from edge_client.outbox import Entry, Outbox
 from fedepth.cli import _calibration
+from fedepth.commands import check_picture
 from fedepth.costs import Calibration
 from fedepth.data.damage import Damage, load_damage, load_sound
-from fedepth.errors import FedepthError
-from fedepth.files import WrongFileError, file_digest, open_regular, read_regular
+from fedepth.errors import ConfigError, FedepthError
+from fedepth.files import WrongFileError, file_digest, not_writable, open_regular, read_regular
+from fedepth.job import load_config
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan, Policy
+from fedepth.settings import read_settings
 from fedepth.task import PartInfo, Result
 from fedepth.weights import open_weights
 
@@ -50,6 +54,9 @@ READERS: dict[str, Callable[[Path], object]] = {
     "a graph": read_costs,
     "chunks to send": lambda path: list(file_chunks(path)),
     "--calibration": _calibration,
+    "a settings file": lambda path: read_settings(path, path.name),
+    "the job file": load_config,
+    "the settings of an agent": load,
     "the device's id": lambda path: device_id(path.parent),
 }
 
@@ -96,6 +103,15 @@ def test_such_an_entry_of_the_outbox_is_set_aside(
     kind(entry.folder / name)
     assert Outbox(tmp_path).entries() == []
     assert (tmp_path / "damaged" / f"{entry.folder.name}.0").is_dir()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_written_in_its_place(tmp_path: Path, kind: Callable[[Path], None]) -> None:
+    """A link to a device would be replaced, and a FIFO keep its writer waiting."""
+    kind(tmp_path / "x.png")
+    assert "x.png is not a regular file; name another one" in not_writable(tmp_path / "x.png")
+    with pytest.raises(ConfigError, match=r"--plot: .*is not a regular file"):
+        check_picture(tmp_path / "x.png")
 
 
 def test_a_chunk_does_not_wait_for_a_reader(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fedepth import evaluation
 from fedepth.child import Child, module_argv
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError, ModelError
+from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET, ExportSection
 from fedepth.layout import ModelLayout
 from fedepth.models.traced import read_traced
 from fedepth.prepare import trace_model
@@ -195,8 +196,8 @@ def test_a_model_that_does_not_exist_is_a_model_error(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_what_nobody_expected_is_one_sentence_and_a_traceback_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_what_nobody_expected_is_one_sentence_that_names_the_file_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     pages = "pages\nof text"
 
@@ -204,11 +205,28 @@ def test_what_nobody_expected_is_one_sentence_and_a_traceback_in_the_log(
         raise ZeroDivisionError(pages)
 
     monkeypatch.setattr("fedepth.prepare.trace_costs", broken)
+    monkeypatch.setenv("FEDEPTH_BUGS", str(tmp_path / "bugs"))
     with pytest.raises(ModelError) as caught:
         trace_model(SPEC, TRAINING, seed=1)
     assert re.search(r"cannot be prepared.*: ZeroDivisionError: pages; this error is unexpected", str(caught.value))
     assert "of text" not in str(caught.value)
-    assert "Traceback" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+    (kept,) = tmp_path.glob("bugs/*.txt")
+    assert f"its trace is in {kept}" in str(caught.value)
+    assert "Traceback" in kept.read_text()
+
+
+def test_an_operator_set_is_tried_without_an_export(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fields = {"model": SPEC, "graph": str(ready / "graph.json"), "weights": str(ready / "weights.safetensors")}
+    monkeypatch.chdir(tmp_path)
+    assert ask("check_export", **fields, choices=ExportSection(opset=HIGHEST_OPSET))["ok"] == {}
+    monkeypatch.setattr("fedepth.export.opset._needed", lambda node, written, constants: 18)
+    told = ask("check_export", **fields, choices=ExportSection(opset=LOWEST_OPSET))["error"]
+    assert told["type"] == "ExportError"
+    assert "cannot be exported with opset 13" in told["message"] and "set opset to 18 or more" in told["message"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_that_is_no_json_gets_an_answer() -> None:

@@ -97,6 +97,7 @@ class Place:
             store.record_task(task)
         self.part(store, task, content)
         result: Result = self.kit.result(task, {0: content}, **changes)
+        store.keep_parts(result)
         store.record_update(result, norms)
         return result
 

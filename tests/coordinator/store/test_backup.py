@@ -84,6 +84,10 @@ def test_a_target_in_use_is_refused(plain: Any, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     (tmp_path / "file").touch()
+    for target in ("state", "state/copies/one", "weights"):
+        (tmp_path / "weights").exists() or (tmp_path / "weights").symlink_to(plain.folder / "weights")
+        with pytest.raises(StateError, match=r"lies in \S+state, which it is to be a copy of; name a folder elsewhere"):
+            store.backup(tmp_path / target)
     for target in ("full", "file"):
         with pytest.raises(StateError, match=f"{target} exists and is not an empty folder"):
             store.backup(tmp_path / target)

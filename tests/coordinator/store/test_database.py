@@ -13,6 +13,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from coordinator.store import postgres
 from coordinator.store.database import Database, open_engine
 from coordinator.store.tables import job
 from fedepth.errors import StateError, UnavailableError
@@ -81,6 +82,29 @@ def test_a_database_that_cannot_be_used_is_told_without_its_password(tmp_path: P
         finally:
             database.close()
     assert "secret" not in str(refused.value)
+
+
+def test_the_lookup_of_a_name_that_hangs_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, asked = threading.Event(), []
+
+    def hanging(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        end.wait(60)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    monkeypatch.setattr(postgres, "CONNECT_S", 0.1)
+    database = Database(tmp_path, "postgresql://user:secret@db.example/jobs")
+    try:
+        with pytest.raises(UnavailableError, match=r"no connection to db\.example came about within 0\.1 s") as told:
+            database.open()
+        assert "secret" not in str(told.value) and "`getent hosts db.example`" in str(told.value)
+        with pytest.raises(UnavailableError, match="has not come back since"):  # the next one does not wait for it
+            database.open()
+        assert asked == ["db.example"]
+    finally:
+        end.set()
+        database.close()
 
 
 def test_two_coordinators_cannot_share_a_database(postgres: Any, plain: Any, tmp_path: Path) -> None:
