@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedepth.training import context, prefix, stages
+from fedepth.task import Distil, Heads, ModelSpec
+from fedepth.training import context, prefix
 from fedepth.training.block import BlockTraining
 from fedepth.training.warmup import warm_up
 from tests.training import jobs
@@ -31,8 +33,7 @@ def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
         sizes.add(len(indices))
         return step(block, indices)
 
-    for module in (stages, prefix):
-        monkeypatch.setattr(module, "load", loaded)
+    monkeypatch.setattr(prefix, "load", loaded)
     monkeypatch.setattr("fedepth.training.block.load", loaded)
     monkeypatch.setattr(BlockTraining, "step", stepped)
     job = jobs.context(tmp_path, [stage(1, 2, micro_batch), stage(4, 4, micro_batch)])
@@ -42,3 +43,15 @@ def test_it_goes_through_the_units_of_the_plan_with_at_most_its_samples(
     assert sizes == {samples}
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert not any(unit.tensors for unit in (*job.model.units, job.model.head))
+
+
+@pytest.mark.parametrize("heads", Heads)
+@pytest.mark.parametrize("distil", Distil)
+@pytest.mark.parametrize("spec", [jobs.SPEC, jobs.TRANSFORMER], ids=["images", "tokens"])
+def test_it_may_end_with_any_unit(tmp_path: Path, heads: Heads, distil: Distil, spec: ModelSpec) -> None:
+    training = replace(jobs.TRAINING, heads=heads, distil=distil)
+    job = jobs.context(tmp_path, [stage(0, 1)], spec, training)
+    job = replace(job, costs=jobs.traced(spec, heads).costs)
+    warm_up(job, job.plan.trained_units)
+    parts = (*job.model.units, job.model.head, *filter(None, job.model.auxiliary))
+    assert not any(unit.tensors for unit in parts)
