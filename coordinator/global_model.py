@@ -23,6 +23,7 @@ from fedepth.errors import StateError, UnavailableError
 from fedepth.job import fixes_statistics, model_spec, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
+from fedepth.preparation import preparation
 from fedepth.task import Result, TrainingSpec
 
 NO_TEST_DATA = "no [test] data: the accuracy stays unknown, and exports are compared on random inputs"
@@ -48,19 +49,7 @@ async def prepare(config: JobConfig, store: Store, models: Models) -> Prepared:
         await _check_export(config, store, models, in_force)
         return known
     partial = store.directory / "weights" / "initial.partial"
-    answer = await models.request(
-        "prepare",
-        model=model_spec(config),
-        training=training,
-        seed=config.job.seed,
-        weights=config.model.weights,
-        graph=str(store.files.graph()),
-        output=str(partial),
-        folder=config.folder,
-        tokenizer=config.tokenizer,
-        fixed_statistics=fixed,
-        tuning=config.tuning,
-    )
+    answer = await models.request("prepare", **vars(preparation(config, store.files.graph(), partial)))
     for note in answer["notes"]:
         _log.info("model", note=note)
     await _check_export(config, store, models, partial)

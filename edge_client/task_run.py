@@ -17,7 +17,6 @@ from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
 from edge_client.outbox import Outbox, trained_result
-from edge_client.peers import Peers, peers_folder
 from edge_client.progress import ProgressReporter
 from edge_client.samples import Samples
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
@@ -38,6 +37,7 @@ from fedepth.errors import (
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import disk_errors
 from fedepth.models.traced import read_costs
+from fedepth.peers import Peers, peers_folder
 from fedepth.plan import Plan, Stage
 from fedepth.planning.check import check_plan
 from fedepth.planning.planner import make_plan, smallest_peak

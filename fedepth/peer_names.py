@@ -1,4 +1,4 @@
-"""What files of peers are called (edge_client.peers, fedepth.training.peers). No torch: an idle agent loads this."""
+"""What files of peers are called (fedepth.peers, fedepth.training.peers). No torch: an idle agent loads this."""
 
 from __future__ import annotations
 

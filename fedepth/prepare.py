@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
+from msgspec import structs
 
 from fedepth.costs import ModelCosts
+from fedepth.data.text import read_tokenizer
 from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
+from fedepth.files import file_digest
 from fedepth.job_sections import TuningSection
 from fedepth.models import zoo
 from fedepth.models.auxiliary import with_auxiliary
@@ -24,12 +28,14 @@ from fedepth.models.fixed_statistics import has_statistics, with_fixed_statistic
 from fedepth.models.graph import Graph
 from fedepth.models.initial_weights import load_initial_weights
 from fedepth.models.source import error_line, first_line
-from fedepth.models.traced import TracedModel
+from fedepth.models.traced import TracedModel, write_traced
 from fedepth.models.tuning import described, tuned
 from fedepth.models.verify import verify
+from fedepth.preparation import Preparation
 from fedepth.program import keep_trace
 from fedepth.task import Heads, ModelSpec, TrainingSpec
 from fedepth.training.trial_step import try_one_step
+from fedepth.weights import save
 
 _ALL = TuningSection()  # everything is trained
 
@@ -118,6 +124,42 @@ def prepare_model(
         progress("measuring what its units cost")
         prepared = _with_costs(exported, graph, spec, training, fixed_statistics=fixed_statistics)
         return replace(prepared, notes=(*prepared.notes, *notes, *([about_tuning] if about_tuning else [])))
+
+
+def write_prepared(asked: Preparation, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Prepares a job's model and writes its files.
+
+    Returns:
+        "layout" (ModelLayout), "notes", "digest" and "size_bytes" of the weights, "graph_digest" and "graph_bytes".
+
+    Raises:
+        ModelError: see `prepare_model`.
+        ConfigError: the tokenizer is not one.
+    """
+    prepared = prepare_model(
+        asked.model,
+        asked.training,
+        seed=asked.seed,
+        weights=Path(asked.weights) if asked.weights else None,
+        folder=Path(asked.folder) if asked.folder else None,
+        progress=progress,
+        fixed_statistics=asked.fixed_statistics,
+        tuning=asked.tuning,
+    )
+    output, graph = Path(asked.output), Path(asked.graph)
+    for path in (output, graph):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = read_tokenizer(Path(asked.tokenizer)) if asked.tokenizer else ""
+    write_traced(graph, structs.replace(prepared.traced, tokenizer=tokenizer))
+    digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
+    return {
+        "layout": prepared.traced.graph.layout(),
+        "notes": prepared.notes,
+        "digest": digest,
+        "size_bytes": output.stat().st_size,
+        "graph_digest": file_digest(graph),
+        "graph_bytes": graph.stat().st_size,
+    }
 
 
 @contextmanager

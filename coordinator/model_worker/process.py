@@ -20,54 +20,23 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export, Prepare
+from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export
 from fedepth import evaluation
 from fedepth.child import run_child
 from fedepth.data.read import read_sound
 from fedepth.data.rows import Rows
-from fedepth.data.text import read_tokenizer
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import check_opset, export, random_samples
-from fedepth.files import disk_errors, file_digest
+from fedepth.files import disk_errors
 from fedepth.models.load import load_model
-from fedepth.models.traced import TracedModel, read_traced, write_traced
-from fedepth.prepare import prepare_model
-from fedepth.weights import save
+from fedepth.models.traced import TracedModel, read_traced
+from fedepth.preparation import Preparation
+from fedepth.prepare import write_prepared
 
 EXPORT_SAMPLES = 256
 DAMAGED_SHOWN = 3
 
 Progress = Callable[[str], None]
-
-
-def prepare(request: Prepare, progress: Progress) -> dict[str, Any]:
-    """Raises ModelError: see `prepare_model`."""
-    weights = Path(request.weights) if request.weights else None
-    folder = Path(request.folder) if request.folder else None
-    prepared = prepare_model(
-        request.model,
-        request.training,
-        seed=request.seed,
-        weights=weights,
-        folder=folder,
-        progress=progress,
-        fixed_statistics=request.fixed_statistics,
-        tuning=request.tuning,
-    )
-    output, graph = Path(request.output), Path(request.graph)
-    for path in (output, graph):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
-    write_traced(graph, msgspec.structs.replace(prepared.traced, tokenizer=tokenizer))
-    digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
-    return {
-        "layout": prepared.traced.graph.layout(),
-        "notes": prepared.notes,
-        "digest": digest,
-        "size_bytes": output.stat().st_size,
-        "graph_digest": file_digest(graph),
-        "graph_bytes": graph.stat().st_size,
-    }
 
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
@@ -134,7 +103,7 @@ def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArra
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {
-    "prepare": (Prepare, prepare),
+    "prepare": (Preparation, write_prepared),
     "evaluate": (Evaluate, evaluate),
     "check_export": (CheckExport, check_export),
     "export": (Export, export_onnx),

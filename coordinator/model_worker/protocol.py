@@ -1,4 +1,4 @@
-"""What the model worker is asked: the dataclasses below, one JSON object a line, with the key "do" to tell which.
+"""What the model worker is asked: `Preparation` (fedepth.preparation) and the dataclasses below, one JSON object a line, with the key "do" to tell which.
 
 Both sides may load this module, so it imports nothing heavy.
 """
@@ -8,32 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedepth.data.damage import MOST_DAMAGED
-from fedepth.job_sections import ExportSection, TuningSection
-from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.job_sections import ExportSection
+from fedepth.task import ModelSpec
 
 ALIVE_S = 5.0  # how often a worker says that it lives, while it works
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn a model into a graph, prove it, write the traced model to `graph` and its first weights to `output`.
-
-    `weights` is a file to begin with, or empty; `folder` is where a custom model's module may lie, besides where Python
-    looks; `tokenizer` is the job's tokenizer file, or empty; with `fixed_statistics`, the costs of training with them
-    are found out as well; `tuning` says what of the model is trained. Answers "layout" (ModelLayout), "notes", "digest"
-    and "size_bytes" of the weights, "graph_digest" and "graph_bytes".
-    """
-
-    model: ModelSpec
-    training: TrainingSpec
-    seed: int
-    weights: str
-    graph: str
-    output: str
-    folder: str = ""
-    tokenizer: str = ""
-    fixed_statistics: bool = False
-    tuning: TuningSection = field(default_factory=TuningSection)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class TrainRequest:
         release_freed: stages give back what they free at once, as in their rehearsals; else they keep a little of it,
             for speed.
         damage: keys of image files to leave out (fedepth.data.damage).
-        peers: paths of the device's other models (edge_client.peers), by slot; "" for one to begin anew.
+        peers: paths of the device's other models (fedepth.peers), by slot; "" for one to begin anew.
         peers_output: the folder where they go, before the result; "" if nobody keeps them.
     """
 

@@ -7,6 +7,7 @@
     tiers.json         budgets, and how they were found
     rounds.jsonl       the rounds that are closed
     weights/           global weights after a round
+    clients/           the peers of clients, where the job has mutual distillation (fedepth.peers)
     updates/           of the rounds that are not closed: trained tasks, each whole or not at all
 
 A run that ended anywhere goes on from here: rounds are played again from the last line, and tasks that are trained lie
@@ -26,11 +27,13 @@ import msgspec
 from fedepth.errors import ConfigError, StateError
 from fedepth.files import NOT_JSON, disk_errors, read_regular, write_atomically
 from fedepth.layout import ModelLayout
+from fedepth.peers import Peers
 from fedepth.printable import printable
 from fedepth.simulation.worker.protocol import RESULT
 from fedepth.task import Result
 
 VERSION = 1
+PEERS = "peers"  # in the folder of an update: those that its client is to keep
 _MOST_BYTES = 1 << 30
 T = TypeVar("T")
 
@@ -195,6 +198,10 @@ class Record:
     def update(self, number: int, task_id: str, attempt: int) -> Path:
         """Where the update of a task lies."""
         return self.folder / "updates" / f"round-{number:04d}" / f"{task_id}-{attempt}"
+
+    def peers(self, client: int) -> Peers:
+        """The other models of a client, by its place, where the job has mutual distillation."""
+        return Peers(self.folder / "clients" / f"{client:06d}")
 
     def trained(self, folder: Path, weights_digest: str) -> Result | None:
         """An update that was trained before from these weights; None if there is none."""

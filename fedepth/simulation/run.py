@@ -32,6 +32,7 @@ from fedepth.errors import (
 from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
 from fedepth.models.traced import read_costs
+from fedepth.peers import peers_folder
 from fedepth.plan import Plan
 from fedepth.planning.planner import estimated_work, make_plan, smallest_peak
 from fedepth.planning.shared import Question, SharedPlanner, question
@@ -43,7 +44,7 @@ from fedepth.simulation.course import Given, Played, Round
 from fedepth.simulation.engine import Engine
 from fedepth.simulation.lines import round_line
 from fedepth.simulation.progress import Reporter
-from fedepth.simulation.record import RoundLine, part_paths
+from fedepth.simulation.record import PEERS, RoundLine, part_paths
 from fedepth.simulation.setup import Simulation, as_error, result_of
 from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
@@ -277,9 +278,6 @@ class Run:
         """Trains a task, unless that was done before the run was interrupted."""
         client, prepared = self._clients[given.client], self._simulation.prepared
         output = self._record.update(given.round, given.task_id, given.attempt)
-        known = self._record.trained(output, weights.digest)
-        if known is not None and known.device_id == client.id:
-            return known
         task = Task(
             task_id=given.task_id,
             attempt=given.attempt,
@@ -295,6 +293,12 @@ class Run:
             weights_bytes=prepared.layout.size_bytes,
             deadline_ms=0,
         )
+        peers = self._record.peers(client.number) if training.mutual > 1 else None
+        known = self._record.trained(output, weights.digest)
+        if known is not None and known.device_id == client.id:
+            if peers is not None:
+                await asyncio.to_thread(peers.keep, output / PEERS)  # where the run ended just before
+            return known
         request = Train(
             task=task,
             plan=plan,
@@ -307,7 +311,21 @@ class Run:
             cache=str(self._record.folder / "work" / f"{given.task_id}-{given.attempt}"),
             enforce=self._simulation.options.enforce,
         )
-        return await self._trained(request, client, self._planner_work(client.id, training, plan))
+        work = self._planner_work(client.id, training, plan)
+        if peers is None:
+            return await self._trained(request, client, work)
+        found = await asyncio.to_thread(peers.of, task)
+        request = replace(
+            request,
+            peers=tuple(str(path) if path else "" for path in found),
+            peers_output=str(peers_folder(output / PEERS, task)),
+        )
+        outcome = await self._trained(request, client, work)
+        if isinstance(outcome, Result):
+            await asyncio.to_thread(peers.keep, output / PEERS)
+        elif outcome.outcome is Outcome.DIVERGED:
+            await asyncio.to_thread(peers.drop, "training diverged with them, and may do so again")
+        return outcome
 
     async def _trained(self, request: Train, client: Client, work: float) -> Result | Failure:
         """Trains with smaller and smaller plans until one stays inside its budget, as an agent does."""

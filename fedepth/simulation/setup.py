@@ -18,6 +18,7 @@ from fedepth.errors import ConfigError, FedepthError
 from fedepth.files import read_regular
 from fedepth.job import load_config, model_spec, training_spec
 from fedepth.job_sections import JobConfig
+from fedepth.preparation import preparation
 from fedepth.printable import printable
 from fedepth.simulation.clients import (
     EVERYTHING,
@@ -33,7 +34,7 @@ from fedepth.simulation.engine import Answer, exchange, start_worker, worker_env
 from fedepth.simulation.partitions import Partition, Source, make_partition, save_partition
 from fedepth.simulation.record import VERSION, Asked, Prepared, Record
 from fedepth.simulation.trace import Trace, load_trace
-from fedepth.simulation.worker.protocol import MeasurePeak, Prepare, Request
+from fedepth.simulation.worker.protocol import MeasurePeak, Request
 from fedepth.sizes import format_size
 
 MOST_FILE_BYTES = 1 << 28
@@ -194,17 +195,7 @@ def as_error(fields: dict[str, Any]) -> FedepthError:
 
 
 async def _prepare(config: JobConfig, record: Record, ask: Ask) -> Prepared:
-    answer = await ask(
-        Prepare(
-            model=model_spec(config),
-            training=training_spec(config, 1),
-            seed=config.job.seed,
-            weights=config.model.weights,
-            graph=str(record.folder / "graph.json"),
-            output=str(record.weights(0)),
-            folder=config.folder,
-        )
-    )
+    answer = await ask(preparation(config, record.folder / "graph.json", record.weights(0)))
     return msgspec.convert(answer, Prepared)
 
 

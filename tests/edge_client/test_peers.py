@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from edge_client.outbox import Outbox
-from edge_client.peers import Peers
 from fedepth.errors import DiskError
 from fedepth.files import file_digest
 from fedepth.peer_names import peer_name, slot_and_digest
+from fedepth.peers import Peers
 from fedepth.task import Task
 from tests.edge_client.bench import OK, Bench, FakeTransport, Insisting, MakeTask
 from tests.edge_client.faults import Disk

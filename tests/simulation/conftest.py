@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from fedepth.preparation import Preparation
 from fedepth.simulation import setup, simulate
 from fedepth.simulation.engine import Answer, Queue
 from fedepth.simulation.record import RoundLine
@@ -146,7 +147,7 @@ async def preparing_here(say: Any) -> AsyncIterator[Any]:
 
     async def ask(request: Request) -> dict[str, Any]:
         # Exporting a model takes seconds, and nothing here is about that: once for each model.
-        if isinstance(request, process.Prepare):
+        if isinstance(request, Preparation):
             key = repr((request.model, request.training.batch, request.seed))
             if key not in _prepared:
                 answer = setup.result_of(asked(worker, request))

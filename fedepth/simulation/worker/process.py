@@ -30,12 +30,13 @@ from fedepth.errors import (
     PlanError,
     ProtocolError,
 )
-from fedepth.files import disk_errors, file_digest, write_atomically
+from fedepth.files import disk_errors, write_atomically
 from fedepth.memory.meter import Baseline
 from fedepth.models.load import load_model
-from fedepth.models.traced import read_traced, write_traced
+from fedepth.models.traced import read_traced
 from fedepth.plan import Stage
-from fedepth.prepare import prepare_model
+from fedepth.preparation import Preparation
+from fedepth.prepare import write_prepared
 from fedepth.simulation.partitions import load_partition
 from fedepth.simulation.worker.peak import measure_peak
 from fedepth.simulation.worker.protocol import (
@@ -44,14 +45,12 @@ from fedepth.simulation.worker.protocol import (
     Evaluate,
     MeasurePeak,
     Open,
-    Prepare,
     Request,
     Train,
 )
 from fedepth.task import Outcome, PartInfo, StageResult
 from fedepth.training.session import Assignment, Known, run
 from fedepth.training.warmup import start
-from fedepth.weights import save
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
     PlanError: Outcome.DECLINED,
@@ -113,7 +112,7 @@ class Worker:
         self._tests: Images | None = None
         self._places: tuple[npt.NDArray[np.int32], ...] = ()
         self._actions: dict[str, tuple[type[Request], Callable[[Any], dict[str, Any]]]] = {
-            NAMES[Prepare]: (Prepare, prepare),
+            NAMES[Preparation]: (Preparation, write_prepared),
             NAMES[MeasurePeak]: (MeasurePeak, measure_peak),
             NAMES[Open]: (Open, self._open),
             NAMES[Train]: (Train, self._train),
@@ -149,13 +148,14 @@ class Worker:
     def _open(self, request: Open) -> dict[str, Any]:
         scratch = Path(request.scratch)
         scratch.mkdir(parents=True, exist_ok=True)
+        graph = Path(request.graph)
+        traced = self._known.traced[graph] = read_traced(graph)
         source = request.data if request.data == DIGITS else Path(request.data)
-        self._images = open_images(source, request.model, "train", scratch=scratch)
+        self._images = open_images(source, request.model, "train", scratch=scratch, tokenizer=traced.tokenizer)
         partition = load_partition(Path(request.partition))
         self._places = tuple(np.array(share.samples, np.int32) for share in partition.clients)
-        self._tests = evaluation.open_test_images(request.test_data, request.model) if request.test_data else None
-        graph = Path(request.graph)
-        self._known.traced[graph] = read_traced(graph)
+        if request.test_data:
+            self._tests = evaluation.open_test_images(request.test_data, request.model, traced.tokenizer)
         self._opened = request
         gc.collect()
         gc.freeze()  # what is open stays, and need not be looked through again and again
@@ -181,6 +181,8 @@ class Worker:
             release_freed=request.release_freed,
             images=View(self._images, self._places[request.client]),
             rehearse=request.enforce,
+            peers=tuple(Path(path) if path else None for path in request.peers),
+            peers_output=Path(request.peers_output) if request.peers_output else None,
         )
         try:
             result = run(assignment, Granted(request.budget_bytes), self._device, self._known)
@@ -197,23 +199,6 @@ class Worker:
         model = load_model(self._known.traced[Path(self._opened.graph)].graph, Path(request.weights))
         rows = evaluation.batches(model, self._tests, self._opened.model, request.first, request.last)
         return {"figures": list(rows)}
-
-
-def prepare(request: Prepare) -> dict[str, Any]:
-    """Raises ModelError: see `prepare_model`."""
-    weights = Path(request.weights) if request.weights else None
-    folder = Path(request.folder) if request.folder else None
-    prepared = prepare_model(request.model, request.training, seed=request.seed, weights=weights, folder=folder)
-    output, graph = Path(request.output), Path(request.graph)
-    write_traced(graph, prepared.traced)
-    digest = save(output, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
-    return {
-        "layout": prepared.traced.graph.layout(),
-        "notes": prepared.notes,
-        "digest": digest,
-        "graph_digest": file_digest(graph),
-        "graph_bytes": graph.stat().st_size,
-    }
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, device: torch.device) -> None:

@@ -10,26 +10,10 @@ from dataclasses import dataclass
 
 from fedepth.costs import Calibration
 from fedepth.plan import Plan
+from fedepth.preparation import Preparation
 from fedepth.task import ModelSpec, Task, TrainingSpec
 
 RESULT = "result.json"  # beside the parts of an update: all of them are there, and durable
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn a job's model into a graph, write that to `graph` and its first weights to `output`.
-
-    `weights` is a file to begin with, or empty; `folder` is where a custom model's module may lie. Answers "layout"
-    (ModelLayout), "notes", "digest", "graph_digest" and "graph_bytes".
-    """
-
-    model: ModelSpec
-    training: TrainingSpec
-    seed: int
-    weights: str
-    graph: str
-    output: str
-    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +54,8 @@ class Train:
         budget_bytes: what the session is told that it may take.
         enforce: set RLIMIT_DATA, and stop a stage whose first step goes over the budget.
         release_freed: see `fedepth.training.session.Assignment`.
+        peers: paths of the client's other models (fedepth.peers), by slot; "" for one to begin anew.
+        peers_output: the folder where they go; "" if there are none.
     """
 
     task: Task
@@ -83,6 +69,8 @@ class Train:
     cache: str
     enforce: bool
     release_freed: bool = False
+    peers: tuple[str, ...] = ()
+    peers_output: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,9 +82,9 @@ class Evaluate:
     last: int
 
 
-Request = Prepare | MeasurePeak | Open | Train | Evaluate
+Request = Preparation | MeasurePeak | Open | Train | Evaluate
 NAMES: dict[type[Request], str] = {
-    Prepare: "prepare",
+    Preparation: "prepare",
     MeasurePeak: "measure_peak",
     Open: "open",
     Train: "train",
