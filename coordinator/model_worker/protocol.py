@@ -1,4 +1,5 @@
-"""What the model worker is asked: `Preparation` (fedepth.preparation) and the dataclasses below, one JSON object a line, with the key "do" to tell which.
+"""What the model worker is asked: `Preparation` (fedepth.preparation) or one of the dataclasses below, one JSON object a
+line, with the key "do" to tell which.
 
 Both sides may load this module, so it imports nothing heavy.
 """
