@@ -1,4 +1,4 @@
-"""What the model worker is asked: `Preparation` (fedepth.preparation) or one of the dataclasses below, one JSON object a
+"""What the model worker is asked: `Preparation` (fedepth.preparation) or a dataclass below, one JSON object a
 line, with the key "do" to tell which.
 
 Both sides may load this module, so it imports nothing heavy.
