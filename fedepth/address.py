@@ -286,4 +286,4 @@ def _refused(text: str, why: str) -> ConfigError:
 
 def _without_user(text: str) -> str:
     """What stands before an @ may be a password."""
-    return re.sub(r"[^/]*@", "…@", text)
+    return re.sub(r"[^/]*[@＠﹫]", "…@", text)  # in full width, too

@@ -14,6 +14,7 @@ from benchmarks.faults.federation import Federation
 from fedepth.files import file_digest
 
 TRACEBACK = "Traceback (most recent call last)"
+BUG = "this is a bug in fedepth"  # so ends a child, or a program (fedepth.program)
 _FIRED = re.compile(
     r"^@(?P<at>[\d.]+) (?P<pid>\d+) (?P<rule>\d+) (?P<action>\w+) "
     r"(?P<call>\w+) (?P<error>\d+) (?P<number>\d+) (?P<path>.*)$"
@@ -108,7 +109,8 @@ _digest = lru_cache(maxsize=100_000)(file_digest)  # what is in an archive never
 
 
 def tracebacks(federation: Federation, before: dict[str, int]) -> list[str]:
-    """The last lines of tracebacks in what was written since `before`, which is moved on."""
+    """The last lines of tracebacks, and words of bugs whose traces are elsewhere, in what was written since `before`,
+    which is moved on."""
     found: list[str] = []
     for name in federation.managed:
         for path in (federation.journal(name), federation.log(name)):
@@ -127,3 +129,4 @@ def _last_lines(text: str) -> Iterator[str]:
         lines = block.replace("\\n", "\n").split("\n")[1:]
         last = next((line for line in lines if line and not line.startswith((" ", "@", "+", "|"))), "a traceback")
         yield last[:200]
+    yield from (line[line.index(BUG) :][:200] for line in text.splitlines() if BUG in line)

@@ -45,7 +45,7 @@ class Database:
         self.path = None if url else directory / _NAME
         if self.path is None:
             parsed = _parse(url)
-            self.label = f"{parsed.get_backend_name()}://{parsed.host or ''}/{parsed.database}"
+            self.label = f"{parsed.get_backend_name()}://{parsed.host or ''}/{parsed.database or ''}"
             try:
                 self._engine = open_postgres(parsed)
             except ModuleNotFoundError as error:
@@ -336,7 +336,7 @@ def _check_length(path: Path) -> None:
 def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # the second of a host or a port that is none
         raise StateError(  # the text may hold a password
             "--database is not a URL such as postgresql://user@host/database; give one, or none for SQLite in --state"
         ) from None
@@ -362,7 +362,8 @@ def _translated(label: str) -> Iterator[None]:
             said, named = " ".join(str(cause).split()), f" (SQLSTATE {state})" if state else ""
             raise StateError(f"{label} does not take this: {said}{named}; {advice(state)}") from error
         raise UnavailableError(
-            f"{label} cannot be used now: {str(cause).strip()}; see that the database runs and its disk has room"
+            f"{label} cannot be used now: {' '.join(str(cause).split())}; see that the database runs and its disk has "
+            "room"
         ) from error
     except TimeoutError as error:
         raise UnavailableError(

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from fedepth.errors import ConfigError
-from fedepth.printable import quoted
+from fedepth.printable import printable, quoted
 from fedepth.task import MOST_CHANNELS, MOST_NUMBERS, InputType, ModelSpec
 
 DEFAULT_VOCABULARY = 8192  # of words that are hashed
@@ -90,7 +90,8 @@ def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
         return shape
     if model not in ZOO:
         raise ConfigError(
-            f"{model} is none of {', '.join(sorted(ZOO))}; for torchvision:NAME, timm:NAME or a custom model as "
-            "module:function, say what it is trained on, as --input 3x32x32"
+            f"{printable(model) or 'a model without a name'} is none of {', '.join(sorted(ZOO))}; for "
+            "torchvision:NAME, timm:NAME or a custom model as module:function, say what it is trained on, as "
+            "--input 3x32x32"
         )
     return ZOO[model].input_shape

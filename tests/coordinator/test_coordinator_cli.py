@@ -52,7 +52,7 @@ def test_the_database_may_be_named_in_the_environment(tmp_path: Path, monkeypatc
 
 def test_errors_are_one_message_and_status_1(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text('[job]\nname = "x"\nruonds = 1\n', encoding="utf-8")
-    told = run("serve", "--config", str(tmp_path / "job.toml"), "--state", str(tmp_path / "state"))
+    told = run("serve", "--config", str(tmp_path / "job.toml"), "--state", str(tmp_path / "state"), "--port", "0")
     assert told.returncode == 1
     assert told.stderr.splitlines() == [
         "fedepth-coordinator: job.toml: [job] ruonds: no such setting; did you mean rounds? (line 3, column 1: "

@@ -173,7 +173,7 @@ def test_export_reports_its_parity(ready: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"do": "sing"}, "ProtocolError", "'sing'.*prepare, evaluate, export"),
+        ({"do": "sing"}, "ProtocolError", "'sing'.*prepare, evaluate, check_export, export"),
         ({}, "ProtocolError", "None"),
         ({"do": "evaluate", "model": SPEC, "graph": "g", "weights": 3, "test_data": "x"}, "ProtocolError", "weights"),
         (

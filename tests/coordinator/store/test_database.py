@@ -71,6 +71,8 @@ def test_a_full_disk_is_told_and_nothing_is_recorded(plain: Any, kit: Any) -> No
         ("mysql://user:secret@host/db", "--database mysql: is not supported"),
         ("sqlite:///job.sqlite", "--database sqlite: is not supported"),
         ("user:secret@host", "--database is not a URL"),
+        ("postgresql://user:secret@[::1/db", "--database is not a URL"),
+        ("postgresql://user:secret@host:x/db", "--database is not a URL"),
         ("postgresql://user:secret@127.0.0.1:1/db?password=secret", r"postgresql://127\.0\.0\.1/db cannot be used now"),
     ],
 )
