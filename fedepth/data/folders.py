@@ -26,14 +26,22 @@ IMAGE_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 _CONVERT = "convert it to JPEG or PNG"
-RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
+RAW_SUFFIXES = (
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef", ".nrw", ".orf", ".pef",
+    ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srw", ".x3f",
+)  # fmt: skip
+_VIDEOS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv")
+_OTHERS_UNREAD = (
+    ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".exr", ".hdr", ".eps", ".ai", ".pdf", ".dcm", ".ico", ".emf", ".wmf",
+)  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2")
 _UNREAD = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC, which is not read: {_CONVERT}"),
     ".avif": f"AVIF, which is not read: {_CONVERT}",
     **dict.fromkeys((".svg", ".svgz"), f"SVG, which is not read: {_CONVERT}"),
     **dict.fromkeys(RAW_SUFFIXES, f"a camera's raw file, which is not read: {_CONVERT}"),
-    **dict.fromkeys((".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".exr", ".hdr", ".eps", ".pdf"), f"not read: {_CONVERT}"),
+    **dict.fromkeys(_OTHERS_UNREAD, f"not read: {_CONVERT}"),
+    **dict.fromkeys(_VIDEOS, "a video: only images are read"),
     **dict.fromkeys(ARCHIVES, "an archive: unpack it"),
 }
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})

@@ -81,6 +81,22 @@ TREES: dict[str, tuple[dict[str, Content], dict[str, int], dict[tuple[str, str],
         {"a": 1},
         {("a", "file that is still in iCloud: download it"): (1, "a/.IMG_1.jpg.icloud")},
     ),
+    "videos and documents among photos": (
+        {
+            "a/1.png": IMAGE,
+            "a/IMG_1.MOV": b"x",
+            "a/IMG_2.mp4": b"x",
+            "a/scan.pdf": b"x",
+            "a/x-ray.dcm": b"x",
+            "a/1.X3F": b"x",
+        },
+        {"a": 1},
+        {
+            ("a", "a video: only images are read"): (2, "a/IMG_1.MOV"),
+            ("a", "not read: convert it to JPEG or PNG"): (2, "a/scan.pdf"),
+            ("a", "a camera's raw file, which is not read: convert it to JPEG or PNG"): (1, "a/1.X3F"),
+        },
+    ),
     "odd names": (
         dict.fromkeys(
             (
