@@ -198,7 +198,8 @@ def columns_command(
     else:
         print(section, end="")
     if damaged:
-        text = f"{damaged} rows are damaged and left out, such as: {examples[0]}"
+        what = "1 row is" if damaged == 1 else f"{damaged} rows are"
+        text = f"{what} damaged and left out, such as: {examples[0]}"
         console(stderr=True, soft_wrap=True).print(text, markup=False)
 
 

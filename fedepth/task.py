@@ -67,8 +67,9 @@ class DeviceReport:
         instance: drawn at random at each start of an agent and kept nowhere, so that two agents that run with one
             device id, such as from a copied memory card, can be told apart.
         hostname: of the machine that the agent runs on, to find it by.
-        class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC). Empty
-            where data has numbers for labels: counts are then by those, from 0 on.
+        class_names: of the class folders whose images `class_counts` counts, after Unicode normalisation (NFC), or of
+            the job whose rows it counts. Empty where data has numbers for labels: counts are then by those, from 0 on;
+            and where rows were not looked at for any job yet, without counts.
         settings: the fields of `TrainingSpec` that its agent knows; () from agents that do not say so.
         folder_names: where a folder is called as a split, so that only the job's classes tell what it is: the folders
             of images, as `fedepth.data.splits.images_by_class` takes them. They replace `sample_count`, `class_counts`

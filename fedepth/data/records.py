@@ -14,6 +14,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -73,27 +74,20 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
         OSError: it cannot be read.
     """
     name = printable(str(path))
-    try:
-        with open_regular(path) as file:
-            head = file.read(_HEAD_BYTES)
-            file.seek(0)
-            if head.startswith(_PARQUET):
-                yield from _parquet(path, name, columns)
-                return
-            if not head:
-                raise DataError(f"{name} is empty")
-            plain: IO[bytes] = file
-            if head.startswith(_GZIP):
-                plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
-                head = plain.read(_HEAD_BYTES)
-                plain.seek(0)
-            yield from _text(plain, name, head, columns)
-    except FileNotFoundError:
-        raise DataError(f"{name} does not exist") from None
-    except (WrongFileError, IsADirectoryError) as error:
-        raise DataError(f"{name} {error.strerror}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name} is damaged: {str(error).rstrip('.')}; fetch or compress it again") from None
+    with _in_a_sentence(name), open_regular(path) as file:
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
+        if head.startswith(_PARQUET):
+            yield from _parquet(path, name, columns)
+            return
+        if not head:
+            raise DataError(f"{name} is empty")
+        plain: IO[bytes] = file
+        if head.startswith(_GZIP):
+            plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+            head = plain.read(_HEAD_BYTES)
+            plain.seek(0)
+        yield from _text(plain, name, head, columns)
 
 
 def column_names(path: Path) -> list[str]:
@@ -103,7 +97,7 @@ def column_names(path: Path) -> list[str]:
         DataError: see `read_records`.
     """
     name = printable(str(path))
-    with open_regular(path) as file:
+    with _in_a_sentence(name), open_regular(path) as file:
         head = file.read(_HEAD_BYTES)
         file.seek(0)
         if head.startswith(_PARQUET):
@@ -121,6 +115,20 @@ def column_names(path: Path) -> list[str]:
                 raise DataError(f"{name}, line 1: is not an object of JSON: {error}") from None
         with _decoded(plain, head) as decoded:
             return CsvRecords(decoded, name, ()).header
+
+
+@contextmanager
+def _in_a_sentence(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{name} does not exist") from None
+    except (WrongFileError, IsADirectoryError) as error:
+        raise DataError(f"{name} {error.strerror}") from None
+    except PermissionError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}; correct its permissions") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name} is damaged: {str(error).rstrip('.')}; fetch or compress it again") from None
 
 
 def as_text(value: Any) -> str:

@@ -123,7 +123,10 @@ class Rows:
 def damaged_only(rows: Rows) -> str:
     """For a message about rows of which none can be used: why; empty if there are none at all."""
     found = rows.damaged
-    return f": all {found.count} rows are damaged, such as: {'; '.join(found.examples[:_SHOWN])}" if found.count else ""
+    if not found.count:
+        return ""
+    what = "its only row is" if found.count == 1 else f"all {found.count} rows are"
+    return f": {what} damaged, such as: {'; '.join(found.examples[:_SHOWN])}"
 
 
 def sample_encoder(spec: ModelSpec, tokenizer: str = "") -> Callable[[Sequence[Any]], Sample]:

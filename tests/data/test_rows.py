@@ -205,6 +205,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             read(path, "label")
+        with pytest.raises(DataError, match=words):
+            column_names(path)
 
 
 def test_a_record_without_end_costs_its_first_line_and_bounded_memory(

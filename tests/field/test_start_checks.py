@@ -103,7 +103,7 @@ data = "test.csv"
         ("label,text\ncat,a\nbird,b\nbird,c\n", (1, 0, 2), ""),
         ("label,text\n" + "cat,a\n" * 20 + "cow,b\n", (20, 0, 0), ""),
         ("label,text\ncat,a\ncow,b\n", (), "1 of 2 rows are damaged (50%), and [test] most_damaged allows 5%"),
-        ("label,text\ncow,b\n", (), "holds no test samples: all 1 rows are damaged, such as: "),
+        ("label,text\ncow,b\n", (), "holds no test samples: its only row is damaged, such as: "),
         ("label,text\n", (), "holds no test samples"),
         ("name,text\ncat,a\n", (), "has no column 'label'; it has 'name', 'text'"),
         ("", (), "is empty"),

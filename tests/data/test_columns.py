@@ -1,0 +1,99 @@
+"""`fedepth columns`: the section [table] of a job file out of a file's columns, which a job file takes as it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedepth.cli import app
+from fedepth.data.columns import look_at_columns, table_section
+from fedepth.errors import DataError
+from fedepth.job import load_config, model_spec
+from fedepth.task import Category, TableSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROWS = (
+    'id,"a ""b""",code,colour,buys,note,empty\n'
+    + "".join(
+        f"x{place},{place},{place % 3},{'rg'[place % 2]},{'ny'[place % 2]},text {place},\n" for place in range(60)
+    )
+    + "x60,NA,1,,n,,\n"
+    + "damaged\n"
+)
+
+
+def write(folder: Path, text: str = ROWS) -> Path:
+    path = folder / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_section_is_what_a_job_file_takes(tmp_path: Path) -> None:
+    columns, damaged, examples = look_at_columns([write(tmp_path)])
+    assert (damaged, len(examples)) == (1, 1)
+    section = table_section(columns, "buys", ["code"])
+    assert '# left out: "id" has more than 50 values that are no numbers, such as "x0"' in section
+    assert '# left out: "empty" has no values' in section
+    text = f'[job]\nname = "j"\n{section}'.replace("[model]", '[model]\nname = "table-mlp"')
+    (tmp_path / "job.toml").write_text(text, encoding="utf-8")
+    spec = model_spec(load_config(tmp_path / "job.toml"))
+    assert spec.classes == ("n", "y")
+    mean, std = 29.5, (59 * 61 / 12) ** 0.5  # of 0 to 59: the mean, and the root of (60² - 1) / 12
+    assert spec.table is not None
+    assert spec.table == TableSpec(
+        "buys", ('a "b"',), (mean,), spec.table.std, (Category("code", ("0", "1", "2")), Category("colour", ("g", "r")))
+    )
+    assert spec.table.std == pytest.approx((std,))
+
+
+def test_names_of_any_kind_are_valid_toml(tmp_path: Path) -> None:
+    path = write(tmp_path, '"é😀","\\",y,"\x7f\t"\n1,p q,a,"""x"""\n2,[z],b,\x85\n')
+    read = tomllib.loads(table_section(look_at_columns([path])[0], "y"))
+    assert read["table"]["numeric"] == ["é😀"]
+    assert read["table"]["categorical"] == {"\\": ["[z]", "p q"], "\x7f": ['"x"']}
+
+
+@pytest.mark.parametrize(
+    ("rows", "label", "words"),
+    [
+        ("a,b\n1,2\n", "y", "there is no column 'y'; there are 'a', 'b'"),
+        ("y,b\n" + "".join(f"{place},1\n" for place in range(51)), "y", "has no values, or more than 50: it is not a"),
+        ("y,b\n,1\n", "y", "has no values, or more than 50: it is not a class"),
+        ("y,b,b\n1,1,2\n", "y", "has the column 'b' more than once"),
+    ],
+)
+def test_what_cannot_be_a_section(tmp_path: Path, rows: str, label: str, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        table_section(look_at_columns([write(tmp_path, rows)])[0], label)
+    assert words in str(caught.value)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    done = CliRunner().invoke(app, ["columns", str(path), "--label", "buys"])
+    assert done.exit_code == 0
+    assert done.stdout == table_section(look_at_columns([path])[0], "buys")
+    assert "1 row is damaged and left out, such as: " in done.stderr
+    told = json.loads(CliRunner().invoke(app, ["columns", str(path), "--label", "buys", "--json"]).stdout)
+    assert [column["name"] for column in told["columns"]] == ["id", 'a "b"', "code", "colour", "buys", "note", "empty"]
+    assert told["columns"][1]["missing"] == 1 and told["columns"][1]["mean"] == 29.5
+    assert told["section"].startswith("[model]\nclasses = ")
+
+
+def test_several_files_have_the_same_columns(tmp_path: Path) -> None:
+    first = write(tmp_path, "y,x\na,1\nb,2\n")
+    second = tmp_path / "more.csv"
+    second.write_text("x;y\n6;a\n")
+    section = tomllib.loads(table_section(look_at_columns([first, second])[0], "y"))
+    assert section["table"]["mean"] == [3.0]
+    second.write_text("z\n6\n")
+    with pytest.raises(DataError, match=r"more.csv has no column 'y', 'x'; it has 'z'"):
+        look_at_columns([first, second])
