@@ -204,9 +204,9 @@ def speed(folder: Path, workers: int, quick: bool, console: Console) -> dict[str
             await engine.close()
         return {
             "busy_fraction": engine.busy_seconds / (workers * wall),
-            "processor_fraction": engine.cpu_seconds / (workers * wall),
+            "processor_fraction": sum(engine.cpu_seconds.values()) / (workers * wall),
             "images": float(sum(line.samples_seen for line in lines)),
-            "images_per_second": sum(line.samples_seen for line in lines) / engine.cpu_seconds,
+            "images_per_second": sum(line.samples_seen for line in lines) / engine.cpu_seconds["train"],
         }
 
     found = asyncio.run(measured())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -48,7 +49,7 @@ class RayEngine:
             raise ConfigError("--engine ray needs Ray: pip install 'fedepth[ray]'") from None
         self.workers = workers
         self.busy_seconds = 0.0
-        self.cpu_seconds = 0.0
+        self.cpu_seconds: Counter[str] = Counter()
         self._ray: Any = ray
         self._threads = threads
         self._queue = Queue()
@@ -111,7 +112,7 @@ class RayEngine:
                     self._ray.kill(self._actors[number])
                     await self._ready(number)
                 else:
-                    self.cpu_seconds += answer.get("cpu_seconds", 0.0)
+                    self.cpu_seconds[NAMES[type(request)]] += answer.get("cpu_seconds", 0.0)
                     if not future.done():
                         future.set_result(answer)
                     break
