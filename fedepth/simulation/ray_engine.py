@@ -6,6 +6,7 @@ What is asked and answered is what worker processes are asked; only the way ther
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from typing import Any
@@ -61,7 +62,10 @@ class RayEngine:
     async def start(self, opened: Open) -> int:
         self._opened = opened
         if not self._ray.is_initialized():
-            await asyncio.to_thread(self._ray.init, log_to_driver=False, include_dashboard=False)
+            # In another thread, where Ray cannot take our handler of signals away.
+            await asyncio.to_thread(
+                self._ray.init, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
             self._owns_cluster = True
         answers = await asyncio.gather(*(self._ready(number) for number in range(self.workers)))
         self._serving = [asyncio.create_task(self._serve(number)) for number in range(self.workers)]
