@@ -204,9 +204,9 @@ def speed(folder: Path, workers: int, quick: bool, console: Console) -> dict[str
             await engine.close()
         return {
             "busy_fraction": engine.busy_seconds / (workers * wall),
-            "processor_fraction": engine.cpu_seconds / (workers * wall),
+            "processor_fraction": sum(engine.cpu_seconds.values()) / (workers * wall),
             "images": float(sum(line.samples_seen for line in lines)),
-            "images_per_second": sum(line.samples_seen for line in lines) / engine.cpu_seconds,
+            "images_per_second": sum(line.samples_seen for line in lines) / engine.cpu_seconds["train"],
         }
 
     found = asyncio.run(measured())
@@ -238,7 +238,7 @@ def peak_memory(folder: Path, clients: int, images: int, console: Console) -> in
             write_idx(data / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (count, 16, 16), np.uint8))
             write_idx(data / f"{split}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
     name = f"memory-{clients}"
-    job = job_file(folder, name, side=16, rounds=2, devices=8, epochs=1, test=str(data))
+    job = job_file(folder, name, side=16, rounds=1, devices=8, epochs=1, test=str(data))
     options = ["--clients", str(clients), "--partition", "dirichlet:0.3", "--workers", "2"]
     with open(folder / f"{name}.log", "wb") as log:
         process = subprocess.Popen(command(job, folder / name, options, str(data)), stdout=log, stderr=log)

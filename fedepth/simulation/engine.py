@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,12 +28,12 @@ class Engine(Protocol):
     Attributes:
         workers: how many.
         busy_seconds: that workers have spent on requests, all together.
-        cpu_seconds: processor time of it.
+        cpu_seconds: processor time of it, by the name of the request.
     """
 
     workers: int
     busy_seconds: float
-    cpu_seconds: float
+    cpu_seconds: Counter[str]
 
     async def start(self, opened: Open) -> int:
         """Starts the workers and has each of them open the data; the number of test images."""
@@ -88,7 +89,7 @@ class LocalEngine:
         """`on_line` is told what workers write to standard error."""
         self.workers = workers
         self.busy_seconds = 0.0
-        self.cpu_seconds = 0.0
+        self.cpu_seconds: Counter[str] = Counter()
         self._environment: Mapping[str, str] = worker_environment(threads)
         self._on_line = on_line
         self._queue = Queue()
@@ -135,7 +136,7 @@ class LocalEngine:
                 if not isinstance(error, ChildError):
                     raise
             else:
-                self.cpu_seconds += answer.get("cpu_seconds", 0.0)
+                self.cpu_seconds[NAMES[type(request)]] += answer.get("cpu_seconds", 0.0)
                 if not future.done():
                     future.set_result(answer)
             self.busy_seconds += time.monotonic() - began

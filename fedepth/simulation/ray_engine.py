@@ -6,7 +6,9 @@ What is asked and answered is what worker processes are asked; only the way ther
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -48,7 +50,7 @@ class RayEngine:
             raise ConfigError("--engine ray needs Ray: pip install 'fedepth[ray]'") from None
         self.workers = workers
         self.busy_seconds = 0.0
-        self.cpu_seconds = 0.0
+        self.cpu_seconds: Counter[str] = Counter()
         self._ray: Any = ray
         self._threads = threads
         self._queue = Queue()
@@ -60,7 +62,10 @@ class RayEngine:
     async def start(self, opened: Open) -> int:
         self._opened = opened
         if not self._ray.is_initialized():
-            await asyncio.to_thread(self._ray.init, log_to_driver=False, include_dashboard=False)
+            # In another thread, where Ray cannot take our handler of signals away.
+            await asyncio.to_thread(
+                self._ray.init, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
             self._owns_cluster = True
         answers = await asyncio.gather(*(self._ready(number) for number in range(self.workers)))
         self._serving = [asyncio.create_task(self._serve(number)) for number in range(self.workers)]
@@ -111,7 +116,7 @@ class RayEngine:
                     self._ray.kill(self._actors[number])
                     await self._ready(number)
                 else:
-                    self.cpu_seconds += answer.get("cpu_seconds", 0.0)
+                    self.cpu_seconds[NAMES[type(request)]] += answer.get("cpu_seconds", 0.0)
                     if not future.done():
                         future.set_result(answer)
                     break

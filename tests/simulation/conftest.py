@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from fedepth.preparation import Preparation
 from fedepth.simulation import setup, simulate
 from fedepth.simulation.engine import Answer, Queue
+from fedepth.simulation.partitions import Partition, Share, save_partition
 from fedepth.simulation.record import RoundLine
 from fedepth.simulation.setup import Options
 from fedepth.simulation.worker import process
@@ -68,7 +70,7 @@ class InProcess:
     def __init__(self, workers: int, before: Callable[[Request], None] = lambda request: None) -> None:
         self.workers = workers
         self.busy_seconds = 0.0
-        self.cpu_seconds = 0.0
+        self.cpu_seconds: Counter[str] = Counter()
         self.requests: list[Request] = []
         self.before = before
         self._queue = Queue()
@@ -128,11 +130,19 @@ class Lab:
     def run(
         self, job: Path, output: str = "run", *, engine: InProcess | None = None, **options: Any
     ) -> list[RoundLine]:
-        """The lines of a simulation with 6 clients, unless options say otherwise."""
+        """The lines of a simulation with 6 clients of 24 images each, unless options say otherwise."""
         self.engine = engine or InProcess(1)
         self._patch.setattr(simulate, "new_engine", lambda *_: self.engine)
-        fields: dict[str, Any] = {"data": "digits", "clients": 6, **options}
+        fields: dict[str, Any] = {"data": "digits", **options}
+        if not options.keys() & {"clients", "partition"}:
+            fields["partition"] = f"file:{self._few_images()}"
         return simulate.simulate(Options(job=job, output=self.folder / output, **fields), quiet=True)
+
+    def _few_images(self) -> Path:
+        path = self.folder / "few.json"
+        shares = tuple(Share(f"client-{k:03d}", tuple(range(24 * k, 24 * k + 24))) for k in range(6))
+        save_partition(path, Partition("few", 0, 1438, shares))
+        return path
 
     def digests(self, output: str = "run") -> list[str]:
         lines = msgspec.json.decode(
@@ -165,6 +175,7 @@ async def preparing_here(say: Any) -> AsyncIterator[Any]:
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     monkeypatch.setattr(setup, "preparing", preparing_here)
     monkeypatch.setattr(process.gc, "freeze", lambda: None)
+    monkeypatch.setattr(process.gc, "collect", lambda: 0)  # slow in a process that has exported models
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield Lab(tmp_path, monkeypatch)

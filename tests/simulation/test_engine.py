@@ -65,7 +65,7 @@ def test_requests_are_answered_by_all_workers_the_longest_first_and_fillers_last
 
     order, running, said = with_engine(monkeypatch, work, workers=1)
     assert order == ["long", "short", "filler"] and said == []
-    assert running.cpu_seconds == 1.5 and running.busy_seconds > 0 and running.pids == ()
+    assert running.cpu_seconds == {"evaluate": 1.5} and running.busy_seconds > 0 and running.pids == ()
 
 
 def test_a_worker_that_dies_is_replaced_and_its_request_asked_again(

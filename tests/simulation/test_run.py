@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedepth.aggregation.rules import Norms
 from fedepth.errors import ConfigError, DataError, DiskError, JobError, StateError
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
 from tests.simulation.conftest import InProcess
@@ -37,7 +39,7 @@ def test_another_seed_is_another_run(lab: Any) -> None:
     assert lab.digests("one") != lab.digests("two")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(lab: Any, seed: int) -> None:
     job = lab.job(rounds="3")
     lab.run(job, "whole")
@@ -82,8 +84,8 @@ def test_a_finished_run_is_shown_again_and_another_one_is_refused(lab: Any) -> N
     job = lab.job(rounds="1")
     lines = lab.run(job)
     assert lab.run(job) == lines and lab.engine.requests == []
-    with pytest.raises(ConfigError, match="another simulation, with other partition, seed; give another --output"):
-        lab.run(job, partition="dirichlet:0.3", seed=9)
+    with pytest.raises(ConfigError, match="another simulation, with other clients, partition, seed;"):
+        lab.run(job, clients=6, partition="dirichlet:0.3", seed=9)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_client_with_one_sample_trains_and_one_with_none_is_left_out(lab: Any)
         '{"id": "none", "samples": []}, {"id": "many", "samples": [1, 2, 3, 4]}]}'
     )
     job = lab.job(rounds="1", devices_per_round="2")
-    (line,) = lab.run(job, clients=None, partition=f"file:{partition}")
+    (line,) = lab.run(job, partition=f"file:{partition}")
     assert {row.client: row.samples for row in line.clients} == {"one": 1, "many": 4}
 
 
@@ -119,11 +121,21 @@ def test_more_clients_than_samples_are_refused(lab: Any) -> None:
         lab.run(lab.job(), clients=2000)
 
 
-def test_an_update_that_goes_too_far_is_refused_and_another_client_steps_in(lab: Any) -> None:
-    # Six updates of one round: the sixth is judged by five others. One client has a single sample and another has none
-    # of what the others have; what is refused is told with its reason.
-    job = lab.job(rounds="1", devices_per_round="6", quorum="3")
-    (line,) = lab.run(job, clients=8)
+def test_an_update_that_goes_too_far_is_refused_and_the_round_closes_without_it(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedepth.simulation.run as module
+
+    def update_norms(base: Path, parts: Any, parameters: Any) -> Norms:
+        return Norms(9.0 if "-0005-" in str(parts[0]) else 0.01, 0.0)
+
+    monkeypatch.setattr(module, "update_norms", update_norms)
+    (line,) = lab.run(lab.job(rounds="1", devices_per_round="6", job="quorum = 3"))
+    assert [row.end == "update" for row in line.clients] == [True] * 5 + [False]
+    assert line.clients[5].end.startswith("refused: its parameters change by ")
+    (line,) = lab.run(
+        lab.job(rounds="1", devices_per_round="6", job="quorum = 3", sections="[guard]\nlearn_norms = false"), "any"
+    )
     assert {row.end for row in line.clients} == {"update"}
 
 
