@@ -22,7 +22,7 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from fedepth.budget import Budget
 from fedepth.models.traced import TracedModel
 from fedepth.plan import Plan
-from fedepth.task import DeviceReport, PartInfo, Result, StageResult, Task
+from fedepth.task import SETTINGS, DeviceReport, PartInfo, Result, StageResult, Task
 from fedepth.weights import load_numpy, save
 
 CHUNK_BYTES = 1 << 20
@@ -64,7 +64,7 @@ class SimulatedDevice:
     def report(self, **changes: Any) -> pb.DeviceReport:
         """What it says of itself, with fields of the message replaced."""
         budget = Budget(8 * _GIB, 8 * _GIB, (), 0, 0, 1.0, 0, _GIB)
-        report = DeviceReport(self.device_id, self.device_id, budget, self.samples, self._counts())
+        report = DeviceReport(self.device_id, self.device_id, budget, self.samples, self._counts(), settings=SETTINGS)
         message = to_message(report, pb.DeviceReport)
         if "instance" in message.DESCRIPTOR.fields_by_name:
             setattr(message, "instance", hashlib.sha256(self.device_id.encode()).hexdigest()[:16])  # noqa: B010

@@ -51,7 +51,12 @@ def logits_place(costs: ModelCosts, sample_count: int) -> CachePlace:
 
 
 def kept_logits_bytes(costs: ModelCosts, training: TrainingSpec, sample_count: int) -> int:
-    """RAM that they take."""
-    if training.distil is Distil.NONE or logits_place(costs, sample_count) is CachePlace.DISK:
+    """RAM that they take.
+
+    Counted also where they are too many for it by so little that a device with a few samples less, which is given the
+    same plan (coordinator.plans), keeps them there.
+    """
+    size = costs.logit_bytes * sample_count
+    if training.distil is Distil.NONE or size > LOGITS_IN_RAM_BYTES + LOGITS_IN_RAM_BYTES // 64:
         return 0
-    return costs.logit_bytes * sample_count
+    return min(size, LOGITS_IN_RAM_BYTES)

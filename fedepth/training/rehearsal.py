@@ -9,6 +9,7 @@ computed at once. Nothing of it stays: weights are read anew afterwards.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.data.read import Images
-from fedepth.estimate.peak import effective_batch
+from fedepth.estimate.peak import effective_batch, logits_way
 from fedepth.memory import allocator
 from fedepth.memory.meter import Meter
 from fedepth.plan import Stage
-from fedepth.task import PartInfo, StageResult
+from fedepth.task import Distil, PartInfo, StageResult
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
 from fedepth.training.stages import Hooks, train
@@ -41,7 +42,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
     count = len(context.images)
     batch = effective_batch(context.costs, context.task.training, count)
     few = min(count, max(_samples(stage, batch) for stage in context.plan.stages))
-    built = min(count, max((stage.build_batch for stage in context.plan.stages if stage.first > 0), default=0))
+    built = min(count, max(_computed_at_once(context)))
     training = replace(context.task.training, local_epochs=1)
     shortened = replace(
         context,
@@ -62,6 +63,17 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
     peaks = (result.measured_peak_bytes for result in rehearsed.stages)
     tried = zip(rehearsed.plan.stages, peaks, strict=True)
     return {stage: peak for stage, peak in tried if stage in context.plan.stages}
+
+
+def _computed_at_once(context: TrainingContext) -> Iterator[int]:
+    """Samples whose inputs, or logits, are computed at once."""
+    yield from (stage.build_batch for stage in context.plan.stages if stage.first > 0)
+    training = context.task.training
+    yield (
+        0
+        if training.distil is Distil.NONE
+        else logits_way(context.costs, training, context.plan.stages[0], context.cached_samples)[0]
+    )
 
 
 def _samples(stage: Stage, batch: int) -> int:

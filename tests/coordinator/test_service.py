@@ -16,13 +16,14 @@ from fedepth_wire.channel import SERVER_OPTIONS, open_channel
 from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
+from msgspec import structs
 
 from coordinator.job import Job
 from coordinator.service import FederationService
 from coordinator.store.records import Store
 from coordinator.store.storage import Directory
 from fedepth.errors import StateError
-from fedepth.task import Failure, Outcome, Progress, Result, Task
+from fedepth.task import Distil, Failure, Heads, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"
 PART = b"trained tensors"
@@ -193,6 +194,17 @@ def test_a_lost_answer_gives_the_same_task_again(play: Play) -> None:
         again = await rig.task("a")
         assert (again.task_id, again.attempt) == (first.task_id, 2)
         await rig.deliver(first, "a")  # what was trained under the first attempt still counts
+
+    play(scene)
+
+
+def test_an_agent_that_would_train_something_else_is_told_so(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        training = structs.replace(rig.job.config.training, heads=Heads.AUXILIARY, distil=Distil.GLOBAL)
+        rig.job.config = structs.replace(rig.job.config, training=training)
+        older = await rig.ask("a")
+        assert "sets [training] heads, [training] distil, which the agent of this device" in older.rejected.message
+        assert older.rejected.retry_after_ms > 0
 
     play(scene)
 

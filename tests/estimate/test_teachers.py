@@ -89,7 +89,9 @@ def test_few_logits_lie_in_ram_and_many_in_a_file() -> None:
     assert logits_place(costs, most) is CachePlace.RAM
     assert kept_logits_bytes(costs, DISTILLING, most) == 400 * most
     assert logits_place(costs, most + 1) is CachePlace.DISK
-    assert kept_logits_bytes(costs, DISTILLING, most + 1) == 0
+    # Plans are made for up to 1/128 more samples than a device has: those keep to its RAM as well.
+    assert kept_logits_bytes(costs, DISTILLING, most * 129 // 128) == LOGITS_IN_RAM_BYTES
+    assert kept_logits_bytes(costs, DISTILLING, most * 2) == 0
 
 
 def test_logits_are_computed_as_fast_as_the_stages_own_peak_allows() -> None:

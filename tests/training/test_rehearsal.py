@@ -13,12 +13,12 @@ from fedepth.data.read import Images
 from fedepth.errors import OverBudgetError
 from fedepth.memory.meter import Meter
 from fedepth.plan import CachePlace, Plan, Policy
-from fedepth.task import PartInfo, StageResult
+from fedepth.task import Distil, PartInfo, StageResult
 from fedepth.training import stages
 from fedepth.training.block import BlockTraining
 from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.stages import train
-from tests.training.jobs import NOTHING, SPEC, TRAINING, Quiet, context, stage, trained_tensors
+from tests.training.jobs import NOTHING, SPEC, TRAINING, Quiet, context, stage, traced, trained_tensors
 
 MIB = 1 << 20
 
@@ -155,3 +155,12 @@ def test_a_plan_that_needs_too_much_is_found_out(tmp_path: Path) -> None:
     job = context(tmp_path, [stage(0, 5, micro_batch=64)], large, replace(TRAINING, batch=64), count=64)
     with pytest.raises(OverBudgetError):
         rehearse(replace(job, enforce=True), Meter(), Quiet(budget=4 << 20))
+
+
+def test_logits_are_computed_for_as_many_samples_at_once_as_in_training(tmp_path: Path) -> None:
+    training = replace(TRAINING, distil=Distil.GLOBAL)
+    roomy = replace(stage(0, 5, micro_batch=2), predicted=replace(NOTHING, cache=1 << 40))
+    job = context(tmp_path, [roomy], SPEC, training, count=40)
+    job = replace(job, costs=traced(SPEC).costs, images=Recorded(job.images))
+    rehearse(job, Meter(), Quiet())
+    assert job.images.asked == set(range(8))  # a batch, of which two micro-batches would be four
