@@ -80,11 +80,11 @@ class Known:
     """What this process has been through.
 
     Attributes:
-        warm: units it has warmed up for, by the file of their model.
+        warm: units it has warmed up for, by the file of their model, and whether for several models.
         rehearsed: what it has rehearsed, with the peaks.
     """
 
-    warm: dict[Path, set[int]] = field(default_factory=dict)
+    warm: dict[tuple[Path, bool], set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
 
 
@@ -130,7 +130,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             peers=assignment.peers,
             peers_output=assignment.peers_output,
         )
-        warm = known.warm.setdefault(assignment.graph, set())
+        warm = known.warm.setdefault((assignment.graph, plan.models > 1), set())
         if not warm.issuperset(plan.trained_units):
             warm_up(context, set(plan.trained_units) - warm)
             warm.update(plan.trained_units)
