@@ -4,7 +4,8 @@
     python -m benchmarks.demo --compare --json FILE   three seeds, each also with full memory for every device
 
 Every device is an agent process of its own with a hard limit for training; the tiers are so small that training the
-whole model at the job's batch fails on the lower ones, which is shown before the rounds begin.
+whole model at the job's batch fails on the lower ones, which is shown before the rounds begin. The largest hold a
+second model, which stays with them, and from which theirs distils; what one of them gains by that is shown at the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from benchmarks.federation import Federation, Shard, run_federation
 from benchmarks.full_training import fails_in_full
+from benchmarks.gain import Gain, gain_of
 from benchmarks.show import curve, device_table
 from fedepth.data.idx import write_idx
 from fedepth.data.partition import dirichlet
@@ -71,6 +73,7 @@ optimizer = "adamw"
 learning_rate = 0.004
 schedule = "cosine"
 weight_decay = 0.01
+mutual = 2
 
 [test]
 data = "digits"
@@ -88,6 +91,7 @@ class Outcome:
     accuracy: float
     seconds: float
     federation: Federation
+    gain: Gain | None = None
 
 
 def job_file(folder: Path, seed: int, policy: Policy) -> Path:
@@ -130,9 +134,13 @@ def run_once(folder: Path, seed: int, policy: Policy, *, full_memory: bool) -> O
     job = job_file(folder, seed, policy)
     caps = {tier: 0 if full_memory else cap for tier, cap in TIERS.items()}
     started = time.monotonic()
-    federation = asyncio.run(run_federation(folder, job, write_shards(folder, seed), caps, console))
+    shards = write_shards(folder, seed)
+    federation = asyncio.run(run_federation(folder, job, shards, caps, console))
     last = federation.accuracies[-LAST_ROUNDS:]
-    return Outcome(seed, sum(last) / len(last), time.monotonic() - started, federation)
+    seconds = time.monotonic() - started
+    richest = shards[-1]
+    gain = None if full_memory else gain_of(folder / "coordinator", folder / richest.name, richest, job, ROUNDS)
+    return Outcome(seed, sum(last) / len(last), seconds, federation, gain)
 
 
 def expected() -> dict[str, Any]:
@@ -157,6 +165,7 @@ def report(outcome: Outcome, failing: list[str], accuracy_full: float | None) ->
         "accuracies": federation.accuracies,
         "bytes_moved": federation.bytes_moved,
         "seed": outcome.seed,
+        "mutual": asdict(outcome.gain) if outcome.gain else None,
     }
 
 
@@ -185,6 +194,13 @@ def show(outcome: Outcome, pairs: Sequence[Mapping[str, Any]]) -> None:
         f"accuracy {outcome.accuracy:.1%} (mean of the last {LAST_ROUNDS} rounds), "
         f"{outcome.seconds:.0f} s, {format_size(federation.bytes_moved)} moved"
     )
+    if outcome.gain:
+        gain = outcome.gain
+        console.print(
+            f"{gain.device} trains {gain.models} models: its last update alone comes to {gain.accuracy:.1%}, and to "
+            f"{gain.accuracy_alone:.1%} without the other model; peak {format_size(gain.measured_peak_bytes)}, and "
+            f"{format_size(gain.measured_peak_bytes_alone)} without"
+        )
     if pairs:
         console.print(f"to expect: {expectation(pairs, outcome.seed)}")
     console.print(f"model: {federation.onnx_path}")

@@ -70,6 +70,18 @@ def test_json_holds_the_plan_the_explanation_and_the_peak(tensors_only: Path) ->
     assert told_of(larger["budget_bytes"])["plan"] == larger["plan"]
 
 
+def test_models_are_told_and_what_one_more_takes(tensors_only: Path) -> None:
+    options = ("--mutual", "2", "--calibration", str(tensors_only))
+    shown = plan(MODEL, "--budget", "100MiB", *options)
+    assert "2 models are trained, each distilling from the others; one of them is the update." in shown
+    assert "below, 1 model instead of 2: 0-5, micro-batch 128" in shown
+    told = json.loads(plan(MODEL, "--budget", "100MiB", *options, "--json"))
+    assert told["plan"]["models"] == 2
+    needed = told["needed_bytes"]
+    below = plan(MODEL, "--budget", str(needed - 1), *options)  # where it needs its cache on disk, it is two still
+    assert "2 models" in below
+
+
 def test_samples_and_classes_and_input_count() -> None:
     def cache(*options: str) -> int:
         (stage,) = json.loads(plan(MODEL, "--budget", "1GiB", "--json", *options))["plan"]["stages"]

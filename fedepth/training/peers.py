@@ -3,7 +3,7 @@
 A file of a peer holds what training changes, under the names of the global weights. Where there is none, a peer begins
 as a copy of the global weights with noise on it, NOISE of each tensor's spread: from equal weights, all models would
 take the same steps for ever, and teach each other nothing. A device has no code that could draw fresh weights, and a
-peer that knows what the global model knows teaches from its first step on (docs/memory.md has the comparison).
+peer that knows what the global model knows teaches from its first step on (docs/mutual.md has the comparison).
 """
 
 from __future__ import annotations

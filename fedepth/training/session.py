@@ -88,13 +88,14 @@ class Known:
     """What this process has been through.
 
     Attributes:
-        warm: units it has warmed up for, by the file of their model, and whether its statistics are fixed.
+        warm: units it has warmed up for, by the file of their model, whether its statistics are fixed, and whether
+            for several models.
         rehearsed: what it has rehearsed, with the peaks; the last so many.
         traced: models that are read already, by their files. A simulation keeps its one; a device has no memory for it.
         rows: samples of the last files with rows, in a file without a name, by what they were made of.
     """
 
-    warm: dict[tuple[Path, bool], set[int]] = field(default_factory=dict)
+    warm: dict[tuple[Path, bool, bool], set[int]] = field(default_factory=dict)
     rehearsed: dict[tuple[object, ...], Peaks] = field(default_factory=dict)
     traced: dict[Path, TracedModel] = field(default_factory=dict)
     rows: dict[tuple[int, ModelSpec], Images] = field(default_factory=dict)
@@ -145,7 +146,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             peers=assignment.peers,
             peers_output=assignment.peers_output,
         )
-        warm = known.warm.setdefault((assignment.graph, task.training.fixed_statistics), set())
+        warm = known.warm.setdefault((assignment.graph, task.training.fixed_statistics, plan.models > 1), set())
         if not warm.issuperset(plan.trained_units):
             warm_up(context, set(plan.trained_units) - warm)
             warm.update(plan.trained_units)

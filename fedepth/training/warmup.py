@@ -42,7 +42,8 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
     )
     task = replace(context.task, training=replace(context.task.training, batch=samples, local_epochs=1))
     few = FirstImages(context.images, min(samples, len(context.images)))
-    plan = replace(context.plan, stages=stages, untrained=(), models=1)
+    # With a second model where there will be some: what compares them is code that one never runs (2 MiB of pages).
+    plan = replace(context.plan, stages=stages, untrained=(), models=min(2, context.plan.models))
     train(
         replace(
             context,
@@ -54,6 +55,8 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
             cache=folder,
             enforce=False,
             must_stay_finite=False,
+            peers=(),
+            peers_output=None,
         ),
         new_meter(context.device),
         Unheard(),

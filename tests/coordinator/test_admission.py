@@ -283,6 +283,17 @@ BAD: dict[str, tuple[str, Change]] = {
         "plan",
         lambda kit, result: with_plan(kit, result, kit.plan((0, 0), untrained=(2, 1))),
     ),
+    "no models": ("plan", lambda kit, result: replace(result, plan=replace(result.plan, models=0))),
+    "models without end": ("plan", lambda kit, result: replace(result, plan=replace(result.plan, models=1 << 40))),
+    "several models in several stages": (
+        "plan",
+        lambda kit, result: replace(
+            result,
+            plan=replace(result.plan, models=2),
+            stages=tuple(replace(stage, models=2) for stage in result.stages),
+        ),
+    ),
+    "a stage of more models than planned": ("plan", lambda kit, result: with_stage(result, models=2)),
     "a part of a number that there is not": ("size", lambda kit, result: with_part(result, part=PARTS)),
     "a part of no bytes": ("size", lambda kit, result: with_part(result, size_bytes=0)),
     "a part without a digest": ("digest", lambda kit, result: with_part(result, digest="../../etc/passwd")),
@@ -328,6 +339,14 @@ def test_a_plan_may_leave_out_what_the_models_author_froze_at_the_front(kit: Any
 def test_a_smaller_plan_than_the_tasks_is_fine(kit: Any) -> None:
     plan = kit.plan((1, 1), (2, 2), untrained=(0,))
     check_result(kit.result(kit.task(), {0: DATA}, plan=plan), kit.task(), kit.layout, PARTS)
+
+
+def test_two_models_in_one_block_of_all_units_are_fine(kit: Any) -> None:
+    good = kit.result(kit.task(), {0: DATA}, plan=kit.plan((0, 2)))
+    two = replace(good, plan=replace(good.plan, models=2), stages=(replace(good.stages[0], models=2),))
+    check_result(two, kit.task(), kit.layout, PARTS)
+    with pytest.raises(UpdateError, match="2 models were planned, a stage reports 1"):
+        check_result(replace(two, stages=good.stages), kit.task(), kit.layout, PARTS)
 
 
 STAGE = Stage(0, 65535, 1, CachePlace.DISK, 1, PeakComponents(0, 0, 0, 0, 0, 0, 0))

@@ -60,7 +60,7 @@ def test_a_peer_goes_on_over_rounds_and_a_kill_and_never_leaves_its_device(rig: 
         assert sizes < 1.1 * weights_bytes(rig)
         for stage in result["stages"]:
             models[update["device"]].add(stage["models"])
-            assert 0 < stage["rehearsed_peak_bytes"] <= stage["measured_peak_bytes"] <= stage["budget_bytes"]
+            assert 0 < stage["measured_peak_bytes"] <= stage["budget_bytes"]
             if stage["models"] == 2:
                 assert stage["measured_peak_bytes"] <= 1.15 * stage["predicted_peak_bytes"]
     assert models == {"device-0": {2}, "device-1": {1}}

@@ -13,18 +13,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedepth.errors import StateError
+from fedepth.errors import OverBudgetError, StateError
+from fedepth.estimate.peak import needed_bytes
 from fedepth.files import file_digest
+from fedepth.memory.meter import Meter
 from fedepth.peer_names import slot_and_digest
-from fedepth.plan import CachePlace, Stage
+from fedepth.plan import CachePlace, Policy, Stage
+from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.task import ModelSpec, TrainingSpec
+from fedepth.training import stages
 from fedepth.training.block import BlockTraining
 from fedepth.training.context import TrainingContext, load
 from fedepth.training.peers import NOISE, begin_peers
 from fedepth.training.prefix import build_inputs
 from fedepth.training.pressure import MicroBatch
+from fedepth.training.stages import fitted, train
 from fedepth.weights import load_numpy, save
-from tests.training.jobs import FROZEN, NOTHING, SPEC, Quiet, context, exported, fresh, trained_tensors
+from tests.training.jobs import FROZEN, NOTHING, SPEC, Quiet, context, exported, fresh, traced, trained_tensors
 
 COUNT = 6
 PRERESNET = ModelSpec("preresnet20", ("a", "b", "c"), (1, 8, 8), (0.5,), (0.5,))
@@ -261,6 +266,53 @@ def test_a_peer_of_another_model_is_refused(tmp_path: Path) -> None:
     one = job(tmp_path, SPEC, SGD)
     with pytest.raises(StateError, match="holds another model than the one of this task; delete it"):
         trained_tensors(replace(one, peers=(written_peer(tmp_path, PRERESNET, 1),)))
+
+
+def planned(folder: Path, hooks: Quiet) -> TrainingContext:
+    """A task whose plan has two models, with the real costs; inside `hooks.budget` afterwards."""
+    one = job(folder, SPEC, SGD)
+    costs = traced(SPEC).costs
+    plan = make_plan(costs, budget_bytes=1 << 40, training=SGD, sample_count=COUNT, policy=Policy.PAPER)
+    assert plan.models == 2
+    hooks.budget = needed_bytes(plan.predicted_peak_bytes)
+    return replace(one, costs=costs, plan=plan)
+
+
+def test_with_less_memory_than_two_models_need_one_is_trained(tmp_path: Path) -> None:
+    hooks = Quiet()
+    one = planned(tmp_path, hooks)
+    assert fitted(one, Meter(), hooks).plan.models == 2
+    # One byte less than two models need with their inputs on disk.
+    hooks.budget = needed_bytes(full_training_peak(one.costs, SGD, COUNT, models=2).total) - 1
+    fewer = fitted(one, Meter(), hooks).plan
+    assert (fewer.models, fewer.blocks, fewer.untrained) == (1, "0-5", ())
+    outcome = train(one, Meter(), hooks)
+    assert outcome.plan.models == outcome.stages[0].models == 1
+    assert names_in(tmp_path / "peers") == []
+
+
+def test_in_the_middle_nobody_waits_for_memory_that_one_model_does_not_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = Quiet()
+    one = planned(tmp_path, hooks)
+    monkeypatch.setattr(stages, "LOOK_S", 0.0)
+    monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 100 << 20)
+    steps: list[int] = []
+    real = BlockTraining.step
+
+    def step(block: BlockTraining, indices: torch.Tensor) -> float:
+        steps.append(len(indices))
+        hooks.budget = 0
+        return real(block, indices)
+
+    monkeypatch.setattr(BlockTraining, "step", step)
+    monkeypatch.setattr(stages, "check_first_step", lambda *_: None)
+    hooks.budget = 200 << 20
+    with pytest.raises(OverBudgetError, match="trains 2 models, for which 0 B is not enough any more") as met:
+        train(replace(one, enforce=True), Meter(), hooks)
+    assert met.value.miss_bytes == one.plan.predicted_peak_bytes
+    assert len(steps) == 1
 
 
 def test_a_plan_of_one_model_leaves_peers_alone(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_what_is_missing_while_inputs_are_computed_is_missing_in_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], free: int, rehearsed: int, expected: int
 ) -> None:
     """In MiB: 200 are free when the stage begins, of which it is predicted to take 100."""
-    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
+    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_, **__: 2)
     monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 10 << 20)  # of the inputs
     monkeypatch.setattr(stages, "LOOK_S", 3600)  # no later look that would let the whole micro-batch come back
 

@@ -160,3 +160,11 @@ def test_the_digest_of_a_plan_survives_the_wire_and_tells_plans_apart() -> None:
     others = [dataclasses.replace(PLAN, budget_bytes=6), dataclasses.replace(PLAN, untrained=(0,))]
     assert len({plan_digest(plan) for plan in [PLAN, *others]}) == 3
     assert len(plan_digest(PLAN)) == 64
+
+
+def test_what_an_older_side_does_not_say_means_one_model() -> None:
+    """A fleet is not updated in one moment."""
+    assert from_message(pb.Plan(policy=pb.POLICY_AUTO), plan.Plan).models == 1
+    assert from_message(pb.StageResult(), task.StageResult).models == 1
+    spec = from_message(pb.TrainingSpec(cache_type=pb.CACHE_TYPE_FLOAT32), task.TrainingSpec)
+    assert (spec.mutual, spec.mutual_weight, spec.mutual_temperature) == (1, 1.0, 1.0)
