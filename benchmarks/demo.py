@@ -44,6 +44,7 @@ BATCH = 128
 ROUNDS = 10
 ALPHA = 0.3
 LAST_ROUNDS = 5
+MODELS = 2  # at most, on devices that have memory left
 COMPARED_SEEDS = 3
 EXPECTED = Path(__file__).parent / "results" / "demo.json"
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, SIZE, SIZE), (0.3,), (0.35,))
@@ -73,7 +74,7 @@ optimizer = "adamw"
 learning_rate = 0.004
 schedule = "cosine"
 weight_decay = 0.01
-mutual = 2
+mutual = {mutual}
 
 [test]
 data = "digits"
@@ -94,7 +95,7 @@ class Outcome:
     gain: Gain | None = None
 
 
-def job_file(folder: Path, seed: int, policy: Policy) -> Path:
+def job_file(folder: Path, seed: int, policy: Policy, mutual: int = MODELS) -> Path:
     """Writes the demo's job file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.toml"
@@ -108,6 +109,7 @@ def job_file(folder: Path, seed: int, policy: Policy) -> Path:
             model=SPEC.name,
             size=SIZE,
             batch=BATCH,
+            mutual=mutual,
         )
     )
     return path
@@ -131,7 +133,7 @@ def write_shards(folder: Path, seed: int) -> list[Shard]:
 def run_once(folder: Path, seed: int, policy: Policy, *, full_memory: bool) -> Outcome:
     """One federation in a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    job = job_file(folder, seed, policy)
+    job = job_file(folder, seed, policy, 1 if full_memory else MODELS)  # the baseline is plain federated averaging
     caps = {tier: 0 if full_memory else cap for tier, cap in TIERS.items()}
     started = time.monotonic()
     shards = write_shards(folder, seed)

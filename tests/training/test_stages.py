@@ -300,7 +300,7 @@ def test_a_stage_that_made_room_runs_as_planned_when_memory_is_back(
 ) -> None:
     monkeypatch.setattr(stages, "LOOK_S", 0.0)
     monkeypatch.setattr(stages, "peak_bytes", lambda meter, device: 100 << 20)
-    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_: 2)
+    monkeypatch.setattr(pressure, "fitting_micro_batch", lambda *_, **__: 2)
     caps: list[int] = []
     monkeypatch.setattr(stages.allocator.HeapCap, "_limit", lambda _, cap_bytes: caps.append(cap_bytes))
     monkeypatch.setattr(stages.allocator.HeapCap, "_lift", lambda _: caps.append(0))
