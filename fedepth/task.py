@@ -333,7 +333,7 @@ class Result:
 
     Attributes:
         plan: the plan that was really trained (smaller than the task's if memory shrank).
-        trained_units: indices of the units in the parts; the head is always among them.
+        trained_units: indices of the units in the parts; which heads are among them follows from the plan.
         allocator: name and version of the memory allocator of the trainer.
         baseline_bytes: resident memory of the trainer before weights and data.
         weights_digest: of the weights that it was trained from, since a record that is restored from a copy hands out
