@@ -304,7 +304,7 @@ def describe(event: dict[str, Any]) -> str:
             f"\n    units {stage['first']}-{stage['last']}: predicted {format_size(stage['predicted_peak_bytes'])}, "
             f"measured {format_size(stage['measured_peak_bytes'])}, budget {format_size(stage['budget_bytes'])}"
         )
-        if stage["models"] > 1:
+        if stage.get("models", 1) > 1:
             text += f", {stage['models']} models"
     return text
 

@@ -142,6 +142,10 @@ def test_an_event_is_told_in_lines() -> None:
     lines = describe(event).splitlines()
     assert lines[0].split() == ["update_accepted", "device=pi"]
     assert lines[1].strip() == "units 0-1: predicted 1.0 MiB, measured 512.0 KiB, budget 2.0 MiB"
+    stages = [
+        {"models": 2, "first": 0, "last": 1, "predicted_peak_bytes": 1, "measured_peak_bytes": 1, "budget_bytes": 1}
+    ]
+    assert describe({**event, "stages": stages}).endswith("budget 1 B, 2 models")
 
 
 HOSTILE = "[red]a\x1b[2J\nb\u202e"
