@@ -148,8 +148,12 @@ def command(job: Path, output: Path, options: Sequence[str], data: str = "digits
 
 def simulated(job: Path, output: Path, options: Sequence[str]) -> str:
     """The digest of the final weights of a simulation."""
+    # Ray's workers have a low priority, and come to a stand on a machine that is busy with other things.
+    variables = {**os.environ, "RAY_worker_niceness": "0"}
     with open(output.with_suffix(".log"), "wb") as log:
-        subprocess.run(command(job, output, options), check=True, stdout=log, stderr=log, timeout=_LIMIT_S)
+        subprocess.run(
+            command(job, output, options), check=True, stdout=log, stderr=log, timeout=_LIMIT_S, env=variables
+        )
     return final_digest(output)
 
 

@@ -20,7 +20,7 @@ _MOST_NAMES = 12  # of classes in a legend
 
 
 def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> None:
-    """Writes a PNG: a bar for every client, its samples stacked by class.
+    """Writes a PNG: a column for every client, its samples stacked by class.
 
     Args:
         counts: samples of each class (columns) at each client (rows).
@@ -30,13 +30,15 @@ def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequenc
     """
     figure = _figure(12, 5)
     axes = figure.add_subplot()
-    clients = range(len(counts))
-    bottoms = [0] * len(counts)
-    for label, name in enumerate(classes):
-        heights = [row[label] for row in counts]
-        shade = _COLOURS[label % len(_COLOURS)] if len(classes) <= len(_COLOURS) else _shade(label, len(classes))
-        axes.bar(clients, heights, 1.0, bottoms, color=shade, label=printable(name), linewidth=0)
-        bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+    # One area for each class, and no bar for each client: of a thousand clients that would be ten thousand objects.
+    edges = [number - 0.5 for number in range(len(counts) + 1)]
+    heights = [[row[label] for row in (*counts, counts[-1])] for label in range(len(classes))]
+    shades = [
+        _COLOURS[label] if len(classes) <= len(_COLOURS) else _shade(label, len(classes))
+        for label in range(len(classes))
+    ]
+    names = [printable(name) for name in classes]
+    axes.stackplot(edges, *heights, labels=names, colors=shades, step="post", linewidth=0)
     axes.set_xlim(-0.5, len(counts) - 0.5)
     axes.set_xlabel("client")
     axes.set_ylabel("samples")
