@@ -32,8 +32,9 @@ from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import export, random_samples
 from fedepth.files import disk_errors, file_digest
+from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
-from fedepth.models.traced import TracedModel, read_traced, write_traced
+from fedepth.models.traced import read_traced, write_traced
 from fedepth.prepare import prepare_model
 from fedepth.task import ModelSpec
 from fedepth.weights import save
@@ -103,7 +104,7 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
     traced = read_traced(Path(request.graph))
     graph = traced.graph
-    samples, compared_on = comparison_samples(request, traced)
+    samples, compared_on = comparison_samples(request, graph, traced.tokenizer)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -122,12 +123,12 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     return asdict(report)
 
 
-def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArray[Any], str]:
+def comparison_samples(request: Export, graph: Graph, tokenizer: str = "") -> tuple[npt.NDArray[Any], str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
     if request.test_data:
         try:
-            images = _test_images(request.test_data, request.model, traced.tokenizer)
+            images = _test_images(request.test_data, request.model, tokenizer)
             chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
             pixels, sound, errors = read_sound(images, chosen)
             if not len(sound):
@@ -135,7 +136,7 @@ def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArra
             return pixels, f"{len(sound)} samples of the test data"
         except (DataError, OSError) as error:
             why = f"the test data cannot be read: {error}"
-    return random_samples(request.model, traced.graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
+    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
 def _test_images(test_data: str, spec: ModelSpec, tokenizer: str) -> Images:
