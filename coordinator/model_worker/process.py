@@ -28,8 +28,9 @@ from fedepth.data.rows import Rows
 from fedepth.errors import DataError, FedepthError, ProtocolError
 from fedepth.export.onnx import check_opset, export, random_samples
 from fedepth.files import disk_errors
+from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
-from fedepth.models.traced import TracedModel, read_traced
+from fedepth.models.traced import read_traced
 from fedepth.preparation import Preparation
 from fedepth.prepare import write_prepared
 
@@ -60,7 +61,7 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
     traced = read_traced(Path(request.graph))
     graph = traced.graph
-    samples, compared_on = comparison_samples(request, traced)
+    samples, compared_on = comparison_samples(request, graph, traced.tokenizer)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -86,12 +87,12 @@ def check_export(request: CheckExport, progress: Progress) -> dict[str, Any]:
     return {}
 
 
-def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArray[Any], str]:
+def comparison_samples(request: Export, graph: Graph, tokenizer: str = "") -> tuple[npt.NDArray[Any], str]:
     """What an export is compared on, and what that is, for people."""
     why = "the job has no test data"
     if request.test_data:
         try:
-            images = evaluation.open_test_images(request.test_data, request.model, traced.tokenizer)
+            images = evaluation.open_test_images(request.test_data, request.model, tokenizer)
             chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
             pixels, sound, errors = read_sound(images, chosen)
             if not len(sound):
@@ -99,7 +100,7 @@ def comparison_samples(request: Export, traced: TracedModel) -> tuple[npt.NDArra
             return pixels, f"{len(sound)} samples of the test data"
         except (DataError, OSError) as error:
             why = f"the test data cannot be read: {error}"
-    return random_samples(request.model, traced.graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
+    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {

@@ -239,12 +239,12 @@ NO_MODELS: list[tuple[str, Callable[[Path, Path], object], str]] = [
     ("no deviation", lambda path, _: foreign(path, **{**TOLD, "std": "[0, 1]"}), "no mean and std for each channel"),
     ("one mean short", lambda path, _: foreign(path, **{**TOLD, "mean": "[0]"}), "no mean and std for each channel"),
     ("a second output", lambda path, good: with_second_output(path, good), "has 1 inputs and 2 outputs"),
-    ("one image at a time", lambda path, good: with_batch(path, good, 3), "cannot be run on 1 images at once"),
+    ("one image at a time", lambda path, good: with_batch(path, good, 3), "cannot be run on 1 samples at once"),
     ("a pipe", lambda path, _: os.mkfifo(path), "cannot be read: is not a regular file"),
     (
         "vectors",
         lambda path, _: foreign(path, **TOLD),
-        r"takes float inputs of shape \(2,\); infer reads image files only",
+        r"takes float inputs of shape \(2,\); infer reads image files, and",
     ),
 ]
 
@@ -403,7 +403,7 @@ def test_an_export_without_test_data_is_written(
     graph: tuple[Exported, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported, weights = graph
-    monkeypatch.setattr(process, "read_traced", lambda path: SimpleNamespace(graph=exported.graph))
+    monkeypatch.setattr(process, "read_traced", lambda path: SimpleNamespace(graph=exported.graph, tokenizer=""))
     request = Export(SPEC, "g", str(weights), "d", "job", 1, "", str(tmp_path / "out" / "m.onnx"))
     told = process.export_onnx(request, lambda text: None)
     assert told["compared_on"] == "256 random inputs, since the job has no test data"
