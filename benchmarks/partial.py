@@ -34,17 +34,16 @@ from fedepth.costs import Calibration
 from fedepth.data.idx import write_idx
 from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import model_inputs
-from fedepth.memory.meter import Baseline
 from fedepth.models.load import load_model
 from fedepth.models.run import Model
 from fedepth.models.traced import write_traced
-from fedepth.plan import Plan, Policy, Stage
+from fedepth.plan import Plan, Policy
 from fedepth.planning.explain import ladder
 from fedepth.prepare import PreparedModel, trace_model
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, PartInfo, StageResult, Task, TrainingSpec
+from fedepth.task import ModelSpec, Task, TrainingSpec
 from fedepth.training.optimizers import new_state, optimizer_step
-from fedepth.training.session import Assignment, Known, run
+from fedepth.training.session import Assignment, Granted, Known, run
 from fedepth.weights import save
 
 LIMIT = 0.02
@@ -94,25 +93,6 @@ class Row:
     @property
     def drop(self) -> float:
         return self.before - self.after
-
-
-class Silent:
-    """Hooks of a session that grant any budget."""
-
-    def begin(self, epochs: int, baseline: Baseline) -> None: ...
-
-    def rehearsing(self) -> None: ...
-
-    def measure(self, stage: int, held_bytes: int) -> int:
-        return _EVERYTHING
-
-    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
-
-    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
-
-    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
-
-    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...
 
 
 def measured(subject: Subject, policies: Sequence[Policy], rungs: int, folder: Path, console: Console) -> Iterator[Row]:
@@ -208,7 +188,7 @@ def one_round(
         device_id="client",
         enforce=False,
     )
-    result = run(assignment, Silent(), torch.device("cpu"), Known())
+    result = run(assignment, Granted(_EVERYTHING), torch.device("cpu"), Known())
     parts = tuple(sorted((folder / "output").glob("part-*.safetensors")))
     output = folder / "after.safetensors"
     aggregate(weights, [ClientUpdate(parts, float(result.sample_count))], output, WeightedMean())

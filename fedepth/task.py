@@ -326,6 +326,11 @@ class PartInfo:
     size_bytes: int
     digest: str
 
+    @property
+    def file_name(self) -> str:
+        """What its file is called, in the folder of its update."""
+        return f"part-{self.part:04d}.safetensors"
+
 
 @dataclass(frozen=True)
 class Result:

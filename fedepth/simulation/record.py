@@ -258,4 +258,4 @@ def decode_rounds(data: bytes, path: Path) -> list[RoundLine]:
 
 def part_paths(folder: Path, result: Result) -> tuple[Path, ...]:
     """Where the parts of an update lie, in the order of its result."""
-    return tuple(folder / f"part-{part.part:04d}.safetensors" for part in result.parts)
+    return tuple(folder / part.file_name for part in result.parts)

@@ -18,9 +18,9 @@ from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
 from fedepth.models.run import Model
 from fedepth.models.traced import TracedModel, read_traced
-from fedepth.plan import Plan
+from fedepth.plan import Plan, Stage
 from fedepth.planning.check import check_plan
-from fedepth.task import Heads, ModelSpec, Result, Task
+from fedepth.task import Heads, ModelSpec, PartInfo, Result, StageResult, Task
 from fedepth.training.context import TrainingContext
 from fedepth.training.limits import Peaks
 from fedepth.training.rehearsal import FirstImages, rehearse
@@ -81,6 +81,28 @@ class SessionHooks(Hooks, Protocol):
 
     def rehearsing(self) -> None:
         """Every stage is tried for one step before the first is trained."""
+
+
+@dataclass(frozen=True)
+class Granted:
+    """Hooks of a session whose budget does not change while it trains."""
+
+    budget_bytes: int
+
+    def begin(self, epochs: int, baseline: Baseline) -> None: ...
+
+    def rehearsing(self) -> None: ...
+
+    def measure(self, stage: int, held_bytes: int) -> int:
+        return self.budget_bytes
+
+    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
+
+    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
+
+    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
+
+    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...
 
 
 @dataclass

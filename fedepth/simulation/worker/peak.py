@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan
 from fedepth.prepare import trace_model
 from fedepth.simulation.worker.protocol import MeasurePeak
-from fedepth.task import InputType, ModelSpec, Task
-from fedepth.training.session import Assignment, Known, run
+from fedepth.task import Distil, InputType, ModelSpec, Task
+from fedepth.training.session import Assignment, Granted, Known, run
 from fedepth.weights import save
 
 _STEPS = 2
@@ -49,25 +49,22 @@ class Noise:
 
 def measure_peak(request: MeasurePeak) -> dict[str, Any]:
     """Raises ModelError: a model of that width cannot be built or run."""
-    from fedepth.simulation.worker.process import Granted
-
     share = Fraction(request.numerator, request.denominator)
+    training = replace(request.training, mutual=1, distil=Distil.NONE)  # a tier is what one model takes
     scales = has_width(request.model)
     folder = Path(request.scratch)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     graph, weights = Path(request.graph), Path(request.weights)
     if scales and share != 1:
-        prepared = trace_model(request.model, request.training, seed=0, width=share)
+        prepared = trace_model(request.model, training, seed=0, width=share)
         graph, weights = folder / "graph.json", folder / "weights.safetensors"
         write_traced(graph, prepared.traced)
         save(weights, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
-    costs = read_traced(graph).costs
-    count = _STEPS * request.training.batch
-    plan = make_plan(
-        costs, budget_bytes=_EVERYTHING, training=request.training, sample_count=count, policy=Policy.PAPER
-    )
-    task = Task("peak", 1, "peak", 1, request.model, request.training, Policy.PAPER, plan, "", 0, "", 0, 0)
+    costs = read_traced(graph).in_training(training).costs
+    count = _STEPS * training.batch
+    plan = make_plan(costs, budget_bytes=_EVERYTHING, training=training, sample_count=count, policy=Policy.PAPER)
+    task = Task("peak", 1, "peak", 1, request.model, training, Policy.PAPER, plan, "", 0, "", 0, 0)
     assignment = Assignment(
         task=task,
         plan=plan,

@@ -31,10 +31,8 @@ from fedepth.errors import (
     ProtocolError,
 )
 from fedepth.files import disk_errors, write_atomically
-from fedepth.memory.meter import Baseline
 from fedepth.models.load import load_model
 from fedepth.models.traced import read_traced
-from fedepth.plan import Stage
 from fedepth.preparation import Preparation
 from fedepth.prepare import write_prepared
 from fedepth.simulation.partitions import load_partition
@@ -48,8 +46,8 @@ from fedepth.simulation.worker.protocol import (
     Request,
     Train,
 )
-from fedepth.task import Outcome, PartInfo, StageResult
-from fedepth.training.session import Assignment, Known, run
+from fedepth.task import Outcome
+from fedepth.training.session import Assignment, Granted, Known, run
 from fedepth.training.warmup import start
 
 _OUTCOMES: dict[type[FedepthError], Outcome] = {
@@ -77,28 +75,6 @@ class View:
 
     def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return self.images.read(self.places[indices])
-
-
-@dataclass(frozen=True)
-class Granted:
-    """Hooks of a session whose budget does not change while it trains."""
-
-    budget_bytes: int
-
-    def begin(self, epochs: int, baseline: Baseline) -> None: ...
-
-    def rehearsing(self) -> None: ...
-
-    def measure(self, stage: int, held_bytes: int) -> int:
-        return self.budget_bytes
-
-    def stage_started(self, index: int, count: int, stage: Stage) -> None: ...
-
-    def progress(self, index: int, count: int, stage: Stage, epoch: int, loss: float) -> None: ...
-
-    def waiting(self, index: int, stage: Stage, budget_bytes: int) -> None: ...
-
-    def stage_done(self, result: StageResult, part: PartInfo) -> None: ...
 
 
 class Worker:
