@@ -502,13 +502,13 @@ def test_who_waits_while_statistics_are_fixed_is_planned_for_anew(play: Play) ->
     async def scene(rig: Rig) -> None:
         task = await rig.ask("a")
         plan = await rig.job.plan_for(rig.kit.report("b"))
-        waiting = rig.job.start_waiting(rig.kit.report("b"), plan)
+        waiting = await rig.job.start_waiting(rig.kit.report("b"), plan)
         await rig.deliver(task, "a")
         assert await asyncio.wait_for(waiting, 30) is None
         again = await rig.ask("b")
         assert (task.round, task.training.fixed_statistics) == (1, False)
         assert (again.round, again.training.fixed_statistics) == (2, True)
-        later = rig.job.start_waiting(rig.kit.report("a"), plan)
+        later = await rig.job.start_waiting(rig.kit.report("a"), plan)
         await rig.deliver(again, "b")
         assert (given := await asyncio.wait_for(later, 30)) is not None  # rounds 2 and 3 cost the same
         assert given.round == 3
