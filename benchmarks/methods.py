@@ -4,8 +4,8 @@
     python -m benchmarks.methods --quick --json FILE  scikit-learn's digits, 6 clients, 4 rounds, 2 seeds: minutes
 
 Every run is `fedepth simulate`: the session, planner and average of real devices. All methods share data, partition
-(Dirichlet 0.3 with equal sizes), seeds, model (PreResNet-20 at 14×14 pixels; the digits' network with --quick), number
-of rounds and local epochs, so that they see the same samples; gradient steps differ and are told.
+(Dirichlet 0.3 with equal sizes), seeds, model (PreResNet-20 at 16×16 pixels), number of rounds and local epochs: they
+see the same samples. Gradient steps differ and are told. Budgets are measured once, for all methods and seeds.
 
     fedavg_full      FedAvg, every client trains the whole model at the job's batch: breaks the budgets, upper bound
     fedavg_micro     the same inside the budgets of the tiers "fair", by micro-batches and checkpointing (policy auto)
@@ -77,8 +77,8 @@ class Scale:
     seeds: tuple[int, ...]
 
 
-FULL = Scale("preresnet20", (1, 14, 14), 12_000, 20, 5, 40, 2, 32, 0.05, (1, 2, 3))
-QUICK = Scale("digits-cnn", (1, 8, 8), 0, 6, 4, 4, 2, 16, 0.05, (1, 2))
+FULL = Scale("preresnet20", (1, 16, 16), 12_000, 20, 5, 40, 2, 64, 0.1, (1, 2, 3))
+QUICK = Scale("preresnet20", (1, 16, 16), 0, 6, 4, 4, 2, 64, 0.1, (1, 2))
 
 JOB = """\
 [job]
