@@ -393,18 +393,28 @@ SIGNALS = [
 ]
 
 
+def hears_hang_ups() -> None:
+    """Under nohup, tests and all that they start would ignore them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("how", "signals", "status"), SIGNALS)
 def test_a_signal_ends_a_program_without_a_word(how: str, signals: list[signal.Signals], status: int) -> None:
     command = [sys.executable, "-c", ENDLESS, how]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None and running.stderr is not None
-        assert running.stdout.readline() == "ready\n"
-        for number, each in enumerate(signals):
-            if number:
-                assert running.stdout.readline() == "in order\n"  # the first one has arrived
-                assert running.stdout.readline() == "\n"
-            running.send_signal(each)
-        out, err = running.communicate(timeout=60)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_hang_ups
+    ) as running:
+        try:
+            assert running.stdout is not None and running.stderr is not None
+            assert running.stdout.readline() == "ready\n"
+            for number, each in enumerate(signals):
+                if number:
+                    assert running.stdout.readline() == "in order\n"  # the first one has arrived
+                    assert running.stdout.readline() == "\n"
+                running.send_signal(each)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert (running.returncode, err) == (status, "")
     if how == "asyncio":
         assert out == "in order\n"
