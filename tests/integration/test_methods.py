@@ -39,7 +39,7 @@ def first_and_last_weights(state: Path) -> list[dict[str, Any]]:
     "setting", ['heads = "auxiliary"', 'distil = "global"\ndistil_weight = 0.5\ndistil_temperature = 2.0']
 )
 def test_a_federation_learns_stays_inside_its_budget_and_exports(rig: Any, setting: str) -> None:
-    job = rig.job(rounds=3, epochs=4)
+    job = rig.job(rounds=3, epochs=4, test=True)
     job.write_text(job.read_text().replace("[training]", f"[training]\n{setting}"))
     rig.lab.start_coordinator(job, "--exit-when-done")
     rig.agent(0, "--exit-when-done", cap=11 * MIB)

@@ -39,6 +39,7 @@ CHANGES = (
     # The same commands in less time.
     ("plan preresnet20 --budget 120MiB", "plan digits-cnn --budget 40MiB"),
     ("report preresnet20 --batch 32", "report digits-cnn --batch 8 --samples 8 --budget 8MiB"),
+    ("--clients 100 --partition dirichlet:0.3 --tiers fair", "--clients 2 --workers 1"),
 )
 # Not typed here, because of what they need: a network, root, or minutes. tests/test_readme.py looks at the targets of
 # make and the extras of pip, and test_demo_interrupted.py starts the demo.
@@ -173,8 +174,9 @@ def said(pattern: str) -> str:
 def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> None:
     console = [block.text.splitlines() for block in blocks(README) if block.kind == "console"]
     ours = [[line for line in lines if line.split()[0] not in NOT_TYPED] for lines in console]
-    fashion, cifar, inspect, deploy, plan, report = (lines for lines in ours if lines)
-    fashion_job, cifar_sections = (block.text for block in blocks(README) if block.kind == "toml")
+    fashion, cifar, inspect, deploy, plan, report, simulation = (lines for lines in ours if lines)
+    # Rows of files have a federation of their own (test_rows.py); that their block loads, tests/test_readme.py sees.
+    fashion_job, cifar_sections, _ = (block.text for block in blocks(README) if block.kind == "toml")
 
     # Fashion-MNIST: a coordinator, a device, and a second one with a state directory of its own.
     write_fashion(reader.folder / "fashion-mnist")
@@ -242,6 +244,11 @@ def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> 
     assert all(word in shown for word in ("predicted", "rehearsed", "measured", "8.0"))
     assert (reader.folder / "report.png").stat().st_size > 0
     assert json.loads(calibration_told.read_text())["calibration"]["allocator"] in ("glibc", "tcmalloc")
+
+    # A hundred clients on one machine, or two.
+    simulate, compare = simulation
+    assert re.search(r"accuracy \d+\.\d\d% after round 2", reader.types(simulate))
+    assert re.search(r"fashion +1 +2 ", reader.types(compare))
 
     assert {there for there, _ in CHANGES} == reader.changed
     assert [path.name for path in reader.folder.glob("home/.local/state/*")] == ["fedepth-client"]  # of the first
