@@ -74,7 +74,7 @@ def assignment(folder: Path, spec: ModelSpec, tokenizer: str = "", **training: o
     weights, graph = folder / "weights.safetensors", folder / "graph.json"
     save(weights, {name: tensor.numpy() for name, tensor in exported.tensors.items()})
     costs = trace_costs(exported.graph, spec.name, TRAINING.batch)
-    write_traced(graph, TracedModel(exported.graph, costs, tokenizer))
+    write_traced(graph, TracedModel(exported.graph, costs, tokenizer=tokenizer))
     places = (CachePlace.RAM, CachePlace.DISK)
     count = len(exported.graph.units)
     stages = tuple(stage(unit, unit, 4, places[unit % 2]) for unit in range(count))
@@ -193,7 +193,7 @@ def test_a_tokenizer_comes_with_the_graph(tmp_path: Path) -> None:
 
 def replace_tokenizer(graph: Path, contents: str) -> TracedModel:
     held = read_traced(graph)
-    return TracedModel(held.graph, held.costs, contents)
+    return TracedModel(held.graph, held.costs, tokenizer=contents)
 
 
 def test_a_graph_without_a_tokenizer_is_as_it_was(tmp_path: Path) -> None:
