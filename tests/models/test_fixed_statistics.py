@@ -15,7 +15,7 @@ from fedepth.models.graph import Graph, check, statistics_of
 from fedepth.models.run import Model
 from fedepth.models.zoo import build
 from fedepth.training import checkpoint
-from fedepth.training.objective import shared_head
+from fedepth.training.objective import objective, shared_head
 from fedepth.training.trial_step import try_one_step
 
 Tensors = dict[str, torch.Tensor]
@@ -78,7 +78,7 @@ def gradients(model: Model, x: torch.Tensor, pieces: int, *, checkpointed: bool)
     """Of one step on `x`, cut into pieces, as a device adds them up."""
     targets = torch.arange(len(x)) % 5
     for piece, labels in zip(x.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
-        loss_of = partial(shared_head, head=model.head, head_shape=model.graph.head_shape, targets=labels, batch=len(x))
+        loss_of = partial(_loss, model=model, labels=labels, batch=len(x))
         if checkpointed:
             checkpoint.forward_backward(model.units, piece, loss_of)
         else:
@@ -87,6 +87,10 @@ def gradients(model: Model, x: torch.Tensor, pieces: int, *, checkpointed: bool)
                 out = unit(out)
             torch.autograd.backward(loss_of(out))
     return {name: each.grad for name, each in tensors_of(model).items() if each.grad is not None}
+
+
+def _loss(out: torch.Tensor, *, model: Model, labels: torch.Tensor, batch: int) -> torch.Tensor:
+    return objective(shared_head(out, head=model.head, head_shape=model.graph.head_shape), targets=labels, batch=batch)
 
 
 def apart(one: Tensors, other: Tensors) -> float:
