@@ -29,11 +29,10 @@ from torch.nn import functional
 
 from fedepth.aggregation.aggregate import aggregate
 from fedepth.aggregation.rules import WeightedMean
-from fedepth.aggregation.updates import ClientUpdate
-from fedepth.costs import Calibration
 from fedepth.data.idx import write_idx
 from fedepth.data.read import Images, open_images
 from fedepth.data.transforms import model_inputs
+from fedepth.local import train_task
 from fedepth.models.load import load_model
 from fedepth.models.run import Model
 from fedepth.models.traced import write_traced
@@ -41,9 +40,8 @@ from fedepth.plan import Plan, Policy
 from fedepth.planning.explain import ladder
 from fedepth.prepare import PreparedModel, trace_model
 from fedepth.sizes import format_size
-from fedepth.task import ModelSpec, Task, TrainingSpec
+from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.training.optimizers import new_state, optimizer_step
-from fedepth.training.session import Assignment, Granted, Known, run
 from fedepth.weights import save
 
 LIMIT = 0.02
@@ -175,23 +173,9 @@ def one_round(
 ) -> Path:
     """The global weights after a round in which one client trained by this plan."""
     shutil.rmtree(folder, ignore_errors=True)
-    task = Task("partial", 1, "partial", 1, spec, training, plan.policy, plan, "", 0, "", 0, 0)
-    assignment = Assignment(
-        task=task,
-        plan=plan,
-        graph=graph,
-        calibration=Calibration(),
-        weights=weights,
-        data=data,
-        output=folder / "output",
-        cache=folder / "cache",
-        device_id="client",
-        enforce=False,
-    )
-    result = run(assignment, Granted(_EVERYTHING), torch.device("cpu"), Known())
-    parts = tuple(sorted((folder / "output").glob("part-*.safetensors")))
+    update = train_task(graph, weights, data, spec, training, plan, folder / "output").update
     output = folder / "after.safetensors"
-    aggregate(weights, [ClientUpdate(parts, float(result.sample_count))], output, WeightedMean())
+    aggregate(weights, [update], output, WeightedMean())
     return output
 
 

@@ -30,7 +30,7 @@ from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
 from fedepth.budget import Budget
 from fedepth.child import module_argv
-from fedepth.commands import JsonLogsOption, JsonOption, check_picture, command_line, examples
+from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples, picture_maker
 from fedepth.errors import ConfigError, StateError
 from fedepth.logs import configure_logs, renderer
 from fedepth.models.catalog import named_spec
@@ -155,7 +155,7 @@ def report(
         "trainer.threads": threads,
     }
     chosen = settings.load(config, _given(overrides))
-    save_capability = _plotting(plot) if plot else None
+    save_capability = picture_maker(plot, _load_capability) if plot else None
     wanted = CapabilityRequest(
         model=named_spec(model, input_shape, classes),
         training=TrainingSpec(batch, 1, optimizer.value, 1e-3, 0.9, 5e-4, 0.0, "none", 1),
@@ -222,15 +222,9 @@ def _calibration_tables(found: Calibrated) -> tuple[Table, Table]:
     return allocators, beside
 
 
-def _plotting(path: Path) -> Callable[[Path, Capability], None]:
-    """Says what is missing before minutes of training, not after them."""
-    try:
-        from edge_client.measure.capability_plot import save_capability
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
-        ) from error
-    check_picture(path)
+def _load_capability() -> Callable[[Path, Capability], None]:
+    from edge_client.measure.capability_plot import save_capability
+
     return save_capability
 
 

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.commands import JsonOption, check_picture, command_line, examples
+from fedepth.commands import JsonOption, command_line, examples, picture_maker
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
@@ -79,7 +79,7 @@ def plan_command(
     """
     device = _calibration(calibration) if calibration else Calibration()
     budget_bytes = parse_size(budget)
-    save_timeline = _plotting(plot) if plot else None
+    save_timeline = picture_maker(plot, _load_timeline) if plot else None
     title = f"{model}, batch {batch}, {optimizer.value}, policy {policy.value}, budget {format_size(budget_bytes)}"
     training = TrainingSpec(batch, epochs, optimizer.value, 0.1, momentum, 0.0, 0.0, "none", 0, mutual=mutual)
     with console(stderr=True).status(f"Tracing {model}") as status:  # shows nothing where stderr is no terminal
@@ -208,14 +208,9 @@ def main() -> None:
     run_program("fedepth", app)
 
 
-def _plotting(path: Path) -> Callable[[Path, Sequence[Moment], Plan, str], None]:
-    try:
-        from fedepth.estimate.plot import save_timeline
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
-        ) from error
-    check_picture(path)
+def _load_timeline() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
+    from fedepth.estimate.plot import save_timeline
+
     return save_timeline
 
 

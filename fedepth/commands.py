@@ -24,6 +24,7 @@ _WIDTH = 120  # of help; a narrower terminal decides
 _NAMED = ("torch", "onnxruntime")  # distributions that decide what comes out, as far as they are installed
 
 Run = TypeVar("Run", bound=Callable[..., Any])
+Maker = TypeVar("Maker")
 
 AddressOption = Annotated[str, typer.Option("--coordinator", help="HOST[:PORT] of a running coordinator.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")]
@@ -89,6 +90,22 @@ def check_picture(path: Path) -> None:
     why = not_writable(path)
     if why:
         raise ConfigError(f"--plot: {why}")
+
+
+def picture_maker(path: Path, load: Callable[[], Maker]) -> Maker:
+    """What `load` imports, to draw a picture for --plot; asked before the work whose result it shows.
+
+    Raises:
+        ConfigError: matplotlib is missing, or `check_picture` raises it.
+    """
+    try:
+        maker = load()
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
+        ) from error
+    check_picture(path)
+    return maker
 
 
 def command_line(name: str, about: str) -> typer.Typer:

@@ -26,6 +26,7 @@ DIGITS = "digits"
 # Their product stays below 2^63, so that the samples of a round can be added up.
 MOST_SAMPLES = 1 << 40
 MOST_DEVICES = 1 << 20
+MOST_SEED = (1 << 31) - 1
 MOST_SECONDS = 10 * 365 * 86400
 MOST_NAME = 200  # characters in the name of a class or a model
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23  # before 13 operators such as Softmax mean something else; torch goes up to 23
@@ -63,7 +64,7 @@ class JobSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_deadline_s: Seconds = 3600.0
     gather_s: Annotated[float, Meta(ge=0, le=MOST_SECONDS)] = 5.0
     lease_s: Seconds = 60.0
-    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Meta(ge=0, le=MOST_SEED)] = 0
     policy: Literal["paper", "auto"] = "auto"
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from fedepth.aggregation.updates import ClientUpdate
 from fedepth.costs import Calibration
-from fedepth.data.read import Images, open_images
+from fedepth.data.read import DIGITS, Images, open_images
 from fedepth.files import file_digest
 from fedepth.models.traced import write_traced
 from fedepth.plan import Plan
@@ -78,7 +78,15 @@ def train_task(
     Raises:
         FedepthError: see `fedepth.training.session.run`.
     """
-    opened = open_images(data, spec, "train", scratch=output) if isinstance(data, Path | str) else data
+    # Folders are left to the session, which opens them as on a device: with the tokenizer that comes with the graph.
+    folder: Path | None = None
+    opened: Images | None = None
+    if data == DIGITS:
+        opened = open_images(DIGITS, spec, "train")
+    elif isinstance(data, Path | str):
+        folder = Path(data)
+    else:
+        opened = data
     digest = file_digest(weights)
     task = Task(f"local-{round}", 1, "local", round, spec, training, plan.policy, plan, "", 0, digest, 0, 0)
     assignment = Assignment(
@@ -87,7 +95,7 @@ def train_task(
         graph=graph,
         calibration=calibration,
         weights=weights,
-        data=output,
+        data=folder or output,
         output=output,
         cache=output / "cache",
         device_id=device_id,

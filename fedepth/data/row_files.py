@@ -1,7 +1,8 @@
 """Files whose rows are samples: which of them a data set consists of. No numpy, and none is opened.
 
 A data set is one file, or a folder with files for training and files for tests: `train.csv`, `test.jsonl`,
-`train-0001.csv.gz`. A folder with a single such file, whatever its name, is one for training.
+`train-0001.csv.gz`. Names begin with the words of fedepth.data.splits. A folder with a single such file, whatever its
+name, is one for training.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from pathlib import Path
 import msgspec
 
 from fedepth.data.folders import file_key
+from fedepth.data.splits import SPLITS
 from fedepth.errors import DataError
 from fedepth.printable import printable
 from fedepth.task import ModelSpec
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _ZIPPED = ".gz"
-# By their names' beginnings; the same words as of folders with images (fedepth.data.scan).
-SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
 

@@ -11,9 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.commands import JsonOption
+from fedepth.commands import JsonOption, picture_maker
 from fedepth.errors import ConfigError
 from fedepth.job import model_spec
+from fedepth.job_sections import MOST_DEVICES, MOST_SEED
 from fedepth.printable import printable
 from fedepth.sizes import format_size
 from fedepth.terminal import console, print_json
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from fedepth.simulation.compare import Comparison, Spread
     from fedepth.simulation.setup import Simulation
 
+_MOST_AT_ONCE = 1024  # workers, and threads of each
+
 
 def simulate_command(
     job: Annotated[Path, typer.Argument(help="A job file, as a coordinator serves it.")],
-    data: Annotated[str, typer.Option(help='Folder with the training data of all clients, or "digits".')],
+    data: Annotated[Path, typer.Option(help='Folder with the training data of all clients, or "digits".')],
     output: Annotated[Path, typer.Option(help="Folder for everything that comes of it; to go on, give it again.")],
-    clients: Annotated[int | None, typer.Option(min=1, help="How many; not where the partition says so.")] = None,
+    clients: Annotated[
+        int | None, typer.Option(min=1, max=MOST_DEVICES, help="How many; not where the partition says so.")
+    ] = None,
     partition: Annotated[
         str,
         typer.Option(
@@ -46,9 +51,13 @@ def simulate_command(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="JSON lines: speeds, links, absences, dropouts.")] = None,
     plans: Annotated[Path | None, typer.Option(help="JSON: plans by client that are trained as they are.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the job's.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Clients that train at once; 0: one for each core.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Of each worker; another number gives other last digits.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Instead of the job's.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=_MOST_AT_ONCE, help="Clients that train at once; 0: one for each core.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, max=_MOST_AT_ONCE, help="Of each worker; another number gives other last digits.")
+    ] = 1,
     enforce: Annotated[bool, typer.Option(help="Hold every client to its budget, as a device does.")] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster that sees the same folders.")] = "local",
     name: Annotated[str, typer.Option(help="By which runs are compared; by default the job's.")] = "",
@@ -67,7 +76,7 @@ def simulate_command(
     except ImportError as error:
         raise ConfigError(f"{error}. A simulation needs torch: pip install 'fedepth[train]'") from error
     options = Options(
-        job=job, data=data, output=output, clients=clients, partition=partition, tiers=tiers, budgets=budgets,
+        job=job, data=str(data), output=output, clients=clients, partition=partition, tiers=tiers, budgets=budgets,
         trace=trace, plans=plans, seed=seed, workers=workers, threads=threads, enforce=enforce, name=name,
         engine=engine,
     )  # fmt: skip
@@ -87,7 +96,9 @@ def simulate_command(
 
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of fedepth simulate, finished or not.")],
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: accuracy.", dir_okay=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write (.png, .pdf or .svg): accuracy by round.", dir_okay=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare simulations: accuracy, work and memory. Runs of one name count as seeds of one set-up.
@@ -96,11 +107,10 @@ def compare_command(
     """
     from fedepth.simulation.compare import compare, read_run
 
-    if plot is not None:
-        _plotting("--plot")
+    draw = picture_maker(plot, _load_plot) if plot is not None else None
     found = compare([read_run(run) for run in runs])
-    if plot is not None:
-        _draw_runs(plot, runs)
+    if plot is not None and draw is not None:
+        draw.save_runs(plot, [read_run(run) for run in runs])
     if as_json:
         print_json(found)
     else:
@@ -155,18 +165,15 @@ def _draw_runs(path: Path, runs: Sequence[Path]) -> None:
         plot.save_runs(path, [read_run(run) for run in runs])
 
 
-def _plotting(option: str = "") -> Any:
-    """The module that draws; None where matplotlib is missing, unless an option asks for it.
-
-    Raises:
-        ConfigError: it is missing and asked for.
-    """
+def _plotting() -> Any:
+    """The module that draws; None where matplotlib is missing, which a simulation can do without."""
     try:
-        from fedepth.simulation import plot
-    except ImportError as error:
-        if not option:
-            return None
-        raise ConfigError(
-            f"{option} needs matplotlib, which is not installed here: pip install 'fedepth[plot]'"
-        ) from error
+        return _load_plot()
+    except ImportError:
+        return None
+
+
+def _load_plot() -> Any:
+    from fedepth.simulation import plot
+
     return plot

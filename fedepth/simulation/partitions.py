@@ -27,6 +27,9 @@ FORMS = (
 )
 
 
+_SUFFIXES = {"csv": "csv", "file": "json"}
+
+
 class Share(msgspec.Struct, frozen=True):
     """The samples of one client, as places in the data set, in rising order."""
 
@@ -46,6 +49,20 @@ class Partition(msgspec.Struct, frozen=True):
     seed: int
     samples: int
     clients: tuple[Share, ...]
+
+
+def file_of(how: str) -> Path | None:
+    """The file that a partition is read from; None where none is.
+
+    Raises:
+        ConfigError: it has no name.
+    """
+    kind, _, argument = how.partition(":")
+    if kind not in ("csv", "file"):
+        return None
+    if not argument:
+        raise ConfigError(f"--partition {kind}: names a file, as in --partition {kind}:owners.{_SUFFIXES[kind]}")
+    return Path(argument)
 
 
 @dataclass(frozen=True)
@@ -68,12 +85,13 @@ def make_partition(how: str, clients: int | None, seed: int, source: Source) -> 
         DataError: the data cannot be dealt so.
     """
     kind, _, argument = how.partition(":")
-    if kind == "file":
-        return _checked(load_partition(Path(argument)), len(source.labels), argument)
+    file = file_of(how)
+    if kind == "file" and file is not None:
+        return _checked(load_partition(file), len(source.labels), argument)
     if kind in ("folder", "csv"):
         if clients is not None:
             raise ConfigError(f"--clients: leave it out with --partition {kind}, which says itself who there is")
-        owners = _owners_by_folder(source, argument) if kind == "folder" else _owners_by_csv(source, Path(argument))
+        owners = _owners_by_folder(source, argument) if file is None else _owners_by_csv(source, file)
         named = partition.by_owner(owners)
         if not named:
             raise DataError(f"--partition {how}: no sample has an owner")

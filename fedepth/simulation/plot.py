@@ -20,7 +20,7 @@ _MOST_NAMES = 12  # of classes in a legend
 
 
 def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> None:
-    """Writes a PNG: a column for every client, its samples stacked by class.
+    """Writes a picture, in the format that its name ends in: a column for every client, its samples stacked by class.
 
     Args:
         counts: samples of each class (columns) at each client (rows).
@@ -49,8 +49,9 @@ def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequenc
 
 
 def save_runs(path: Path, runs: Sequence[Run]) -> None:
-    """Writes a PNG: accuracy by round and by samples seen; of runs with one name the mean, and a band of one standard
-    deviation.
+    """Writes a picture, in the format that its name ends in: accuracy by round and by samples seen.
+
+    Of runs with one name it shows the mean, and a band of one standard deviation.
 
     Raises:
         ConfigError: the file cannot be written there.
@@ -103,6 +104,6 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path, format="png")
+        figure.savefig(path)
     except OSError as error:
         raise ConfigError(f"the picture cannot be written to {path}: {error.strerror}; name another file") from error

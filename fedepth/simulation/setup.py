@@ -31,7 +31,7 @@ from fedepth.simulation.clients import (
     tier_shares,
 )
 from fedepth.simulation.engine import Answer, exchange, start_worker, worker_environment
-from fedepth.simulation.partitions import Partition, Source, make_partition, save_partition
+from fedepth.simulation.partitions import Partition, Source, file_of, make_partition, save_partition
 from fedepth.simulation.record import VERSION, Asked, Prepared, Record
 from fedepth.simulation.trace import Trace, load_trace
 from fedepth.simulation.worker.protocol import MeasurePeak, Request
@@ -138,9 +138,9 @@ def _asked(options: Options, config: JobConfig, source: str) -> Asked:
         except OSError as error:
             raise ConfigError(f"{printable(str(path))} cannot be read: {error.strerror}") from None
 
-    how = options.partition
-    if how.startswith(("file:", "csv:")):
-        how = f"{how} {text(Path(how.partition(':')[2]))}"
+    how, file = options.partition, file_of(options.partition)
+    if file is not None:
+        how = f"{how} {text(file)}"
     return Asked(
         version=VERSION,
         name=options.name or config.job.name,

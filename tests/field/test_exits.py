@@ -241,6 +241,18 @@ PLOTS = [
     ("fifo.png", "fifo.png is not a regular file"),
     (".", "the name says no format"),
 ]
+SIMULATED = ["simulate", "job.toml", "--data", "digits", "--output", "o"]
+SIMULATIONS: list[tuple[list[str], int, str]] = [
+    ([*SIMULATED, "--partition", "csv:"], FAILED, "--partition csv: names a file, as in --partition csv:owners.csv"),
+    ([*SIMULATED, "--partition", "file"], FAILED, "as in --partition file:owners.json"),
+    ([*SIMULATED, "--partition", "csv:absent"], FAILED, "absent cannot be read"),
+    ([*SIMULATED, "--clients", "9" * 30], USAGE, "Invalid value"),
+    ([*SIMULATED, "--seed", str(1 << 31)], USAGE, "Invalid value"),
+    ([*SIMULATED, "--workers", "1025"], USAGE, "Invalid value"),
+    ([*SIMULATED, "--threads", "1025"], USAGE, "Invalid value"),
+    (["simulate", "job.toml", "--data", "", "--output", "o"], USAGE, "the path is empty"),
+    *((["compare", "o", "--plot", name], FAILED, says) for name, says in PLOTS),
+]
 TYPED: list[tuple[str, list[str], int, str]] = [
     ("fedepth", ["plan"], USAGE, "Missing argument"),
     ("fedepth", ["plan", "digits-cnn", "--budget", "x"], FAILED, '"x" is not a size'),
@@ -263,6 +275,7 @@ TYPED: list[tuple[str, list[str], int, str]] = [
     *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", *more], status, says) for more, status, says in ENORMOUS),
     *((name, line, USAGE, "the path is empty") for name, line in EMPTY),
     *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", "--plot", name], FAILED, says) for name, says in PLOTS),
+    *(("fedepth", argv, status, says) for argv, status, says in SIMULATIONS),
     ("fedepth-client", ["probe", "--config", "fifo"], FAILED, "fifo: cannot be read: is not a regular file"),
     ("fedepth-client", ["probe", "--config", "/dev/zero"], FAILED, "cannot be read: is not a regular file"),
     ("fedepth-client", ["run", "--threads", "9" * 30], FAILED, "must be between 0 and 4096"),
