@@ -55,20 +55,31 @@ class PreparedModel:
     notes: tuple[str, ...]
 
 
-def trace_model(spec: ModelSpec, training: TrainingSpec, *, seed: int, width: Fraction = Fraction(1)) -> PreparedModel:
+def trace_model(
+    spec: ModelSpec,
+    training: TrainingSpec,
+    *,
+    seed: int,
+    width: Fraction = Fraction(1),
+    folder: Path | None = None,
+    tuning: TuningSection = _ALL,
+) -> PreparedModel:
     """Builds, exports and traces a model, for trials and figures. Takes seconds.
 
     Args:
         seed: of its fresh weights.
         width: how many times as many channels as it has; other than 1 for some models of the zoo only.
+        folder: where the module of a custom model may lie; it comes before Python's own places.
+        tuning: what of the model is trained.
 
     Raises:
         ModelError: it cannot be built, exported or cut.
     """
     with _in_one_sentence(spec):
         torch.manual_seed(seed)
-        module = zoo.build(spec) if width == 1 else zoo.build_width(spec, width)
+        module = zoo.build(spec, folder) if width == 1 else zoo.build_width(spec, width)
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, len(spec.classes))
+        exported = replace(exported, graph=tuned(exported.graph, tuning, spec.name))
         exported = _with_heads(exported, spec, training, seed)
         return _with_costs(exported, exported.graph, spec, training, fixed_statistics=training.fixed_statistics)
 

@@ -91,6 +91,70 @@ def test_samples_and_classes_and_input_count() -> None:
     assert cache("--samples", "100", "--input", "3x16x16", "--classes", "3") == 100 * 3 * 256
 
 
+JOB = """\
+[job]
+name = "trial"
+rounds = 4
+policy = "paper"
+[model]
+name = "preresnet20"
+classes = 3
+input_shape = [1, 16, 16]
+mean = [0.3]
+std = [0.3]
+[training]
+batch = 32
+optimizer = "adamw"
+heads = "auxiliary"
+mutual = 2
+batch_norm = "fixed"
+fixed_after = 2
+[tuning]
+last_units = 4
+"""
+
+
+def test_a_job_file_is_planned_with_all_its_settings(tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(JOB)
+
+    def told_of(*options: str) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(plan(str(job), "--budget", "100MiB", "--json", *options))
+        return told
+
+    told = told_of()
+    training = told["training"]
+    assert (training["batch"], training["optimizer"], training["heads"]) == (32, "adamw", "auxiliary")
+    assert (training["mutual"], training["fixed_statistics"], told["plan"]["policy"]) == (2, False, "paper")
+    (stage,) = told["plan"]["stages"]
+    changed = told_of("--round", "3", "--batch", "8", "--mutual", "1", "--policy", "auto")
+    assert (changed["training"]["batch"], changed["plan"]["models"], changed["plan"]["policy"]) == (8, 1, "auto")
+    assert changed["training"]["fixed_statistics"]
+    # Frozen units have no gradients and no optimizer state.
+    job.write_text(JOB.replace("last_units = 4", "last_units = 10"))
+    (whole,) = told_of()["plan"]["stages"]
+    assert stage["predicted"]["optimizer_state"] < whole["predicted"]["optimizer_state"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["job.toml", "--classes", "3"], "job.toml says both in its section"),
+        (["job.toml", "--input", "1x8x8"], "job.toml says both in its section"),
+        (["job.toml", "--round", "5"], "--round 5: job.toml has 4 rounds"),
+        ([MODEL, "--round", "2"], "--round is for a job file; digits-cnn is a model"),
+        (["absent.toml"], "absent.toml: cannot be read"),
+    ],
+)
+def test_what_does_not_go_with_a_job_file_is_told(
+    options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text(JOB)
+    with pytest.raises(ConfigError, match=says):
+        plan(*options, "--budget", "1GiB")
+
+
 @pytest.mark.parametrize("argv", [["--budget", "16MiB", "--policy", "paper"], ["--budget", "1GiB"]])
 def test_the_plot_is_a_png(argv: list[str], tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"

@@ -19,7 +19,6 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from edge_client.config import load
 from edge_client.identity import device_id, recall
 from edge_client.outbox import Entry, Outbox
-from fedepth.cli import _calibration
 from fedepth.commands import check_picture
 from fedepth.costs import Calibration
 from fedepth.data.damage import Damage, load_damage, load_sound
@@ -28,6 +27,7 @@ from fedepth.files import WrongFileError, file_digest, not_writable, open_regula
 from fedepth.job import load_config
 from fedepth.models.traced import read_costs
 from fedepth.plan import Plan, Policy
+from fedepth.plan_command import _calibration
 from fedepth.settings import read_settings
 from fedepth.task import PartInfo, Result
 from fedepth.weights import open_weights
