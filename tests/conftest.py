@@ -1,6 +1,7 @@
 """What all tests share: what devices measure of themselves goes to a folder of this run, not to the user's."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from tests.once import made_once
 
 # Two processes test at once on two cores; threads of torch beside them would only be in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so would all programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
