@@ -76,7 +76,7 @@ def train_task(
         calibration: of this device.
 
     Raises:
-        FedepthError: see `fedepth.training.session.run`.
+        FedepthError: see `fedepth.training.session.run`. After an OverBudgetError go on in another process.
     """
     # Folders are left to the session, which opens them as on a device: with the tokenizer that comes with the graph.
     folder: Path | None = None

@@ -235,7 +235,7 @@ class Bench:
         try:
             end = await try_training(trainer, request)
             if isinstance(end, Failed) and end.capped:
-                end = await try_training(trainer, replace(request, release_freed=True))
+                end = await try_training(await self.trainer(), replace(request, release_freed=True))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(end, Done):

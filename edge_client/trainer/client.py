@@ -19,6 +19,7 @@ from fedepth.budget import Budget
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
 from fedepth.memory.environment import environment
+from fedepth.task import Outcome
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer.process"))
 START_S = 600.0  # importing torch from an SD card takes a minute
@@ -80,6 +81,8 @@ class TrainerProcess:
     async def train(self, request: TrainRequest) -> AsyncIterator[Event]:
         """Every event of one task; the last one is `Done` or `Failed`. Each `Measure` wants an `answer`.
 
+        A trainer that has met its limit is gone afterwards (see fedepth.training.limits).
+
         Raises:
             ChildError: the trainer died or broke its protocol.
         """
@@ -92,6 +95,8 @@ class TrainerProcess:
                 raise ChildError(f"the trainer (pid {self.pid}) wrote an event that nobody knows: {error}") from None
             if isinstance(event, Measure):
                 self.baseline_bytes = event.baseline_bytes
+            if isinstance(event, Failed) and event.outcome is Outcome.OVER_BUDGET:
+                await self.kill()
             yield event
             if isinstance(event, (Done, Failed)):
                 return

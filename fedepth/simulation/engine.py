@@ -15,6 +15,7 @@ from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError
 from fedepth.memory.environment import environment
 from fedepth.simulation.worker.protocol import NAMES, Open, Request
+from fedepth.task import Outcome
 
 WORKER_ARGV = tuple(module_argv("fedepth.simulation.worker.process"))
 TRIES = 2  # of a request that a worker died of
@@ -145,7 +146,11 @@ class LocalEngine:
         for attempt in range(1, TRIES + 1):
             try:
                 child = await self._ready(number)
-                return await exchange(child, request)
+                answer = await exchange(child, request)
+                if is_spent(answer):
+                    child.kill()
+                    await child.stop()
+                return answer
             except ChildError as error:
                 self._on_line(f"{error}; another one takes its place")
                 if attempt == TRIES:
@@ -180,6 +185,11 @@ async def start_worker(name: str, variables: Mapping[str, str], on_line: Callabl
     if not isinstance(first, dict) or first.get("event") != "ready":
         raise ChildError(f"{name} began with {str(first)[:80]!r} instead of ready")
     return child
+
+
+def is_spent(answer: Answer) -> bool:
+    """Whether the worker that gave this answer has met its limit, and can train no more (fedepth.training.limits)."""
+    return "error" in answer and answer["error"].get("outcome") == Outcome.OVER_BUDGET.value
 
 
 async def exchange(child: Child, request: Request) -> Answer:

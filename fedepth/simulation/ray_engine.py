@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fedepth.errors import ChildError, ConfigError
-from fedepth.simulation.engine import TRIES, Answer, Queue, worker_environment
+from fedepth.simulation.engine import TRIES, Answer, Queue, is_spent, worker_environment
 from fedepth.simulation.worker.protocol import NAMES, Open, Request
 
 
@@ -116,6 +116,9 @@ class RayEngine:
                     self._ray.kill(self._actors[number])
                     await self._ready(number)
                 else:
+                    if is_spent(answer):
+                        self._ray.kill(self._actors[number])
+                        await self._ready(number)
                     self.cpu_seconds[NAMES[type(request)]] += answer.get("cpu_seconds", 0.0)
                     if not future.done():
                         future.set_result(answer)

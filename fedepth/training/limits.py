@@ -2,6 +2,11 @@
 
 RLIMIT_DATA holds what a process asks for, the heap's cap what an allocator may hand out; neither counts pages that are
 read from files. The first step is held against the budget for what both let through.
+
+A process whose limit was met is of no use any more, and whoever started it starts another. oneDNN compiles kernels with
+Xbyak, which notes an error of its own in the thread that met it, and nothing takes that back: where memory for one
+kernel was refused, every later compilation in this thread fails, whatever is free by then ("could not create a
+primitive", torch 2.14).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, fixed_budget, trial_request, try_training, write_noise
 from edge_client.outbox import trained_result
-from edge_client.trainer.client import TrainerProcess
+from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import Done, Failed, Measure, Paused, StageStarted, TrainRequest
 from fedepth.estimate.peak import needed_bytes
 from fedepth.memory.environment import find_tcmalloc
@@ -79,20 +79,25 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_next_task_is_trained(
     request_of: Request, allocator: str
 ) -> None:
     async def scene() -> None:
-        async with running(allocator) as trainer:
-            end = await try_training(trainer, request_of(0, 5, 12 * MIB))
+        keeper = TrainerKeeper(msgspec.structs.replace(TrainerConfig(), allocator=allocator))
+        try:
+            first = await keeper.take()
+            end = await try_training(first, request_of(0, 5, 12 * MIB))
             assert isinstance(end, Failed) and end.outcome is Outcome.OVER_BUDGET
             assert "stage 0 (units 0-5" in end.message and "12.0 MiB" in end.message
             assert end.capped == (allocator == "tcmalloc")
-            again = await try_training(trainer, replace(request_of(0, 5, 12 * MIB), release_freed=True))
+            assert not first.alive  # it could be unable to compile another kernel
+            again = await try_training(await keeper.take(), replace(request_of(0, 5, 12 * MIB), release_freed=True))
             assert isinstance(again, Failed) and again.outcome is Outcome.OVER_BUDGET and not again.capped
-            # Other units, and enough memory, in the same process.
-            done = await try_training(trainer, request_of(4, 5, ENOUGH))
+            # Other units, and enough memory.
+            done = await try_training(await keeper.take(), request_of(4, 5, ENOUGH))
             assert isinstance(done, Done), done
             assert done.result.trained_units == (4, 5)
             assert trained_result(Path(request_of(4, 5, ENOUGH).output)) == done.result  # its last act
             (stage,) = done.result.stages
             assert 0 < stage.rehearsed_peak_bytes <= stage.measured_peak_bytes <= ENOUGH
+        finally:
+            await keeper.close()
 
     play(scene())
 

@@ -26,6 +26,9 @@ for line in sys.stdin:
             if asked["weights"] != "/always":
                 open(asked["weights"], "w").close()
             os._exit(9)
+    if asked.get("weights") == "over":
+        print(json.dumps({"error": {"type": "OverBudgetError", "message": "m", "outcome": "over_budget"}}), flush=True)
+        continue
     print(json.dumps({"ok": {"tests": 3, "asked": asked, "pid": os.getpid()}, "cpu_seconds": 0.5}), flush=True)
 """
 OPEN = Open("digits", ModelSpec("x", ("a",), (1, 2, 2), (), ()), "graph", "partition", "", "scratch")
@@ -88,3 +91,16 @@ def test_what_workers_die_of_again_is_told_and_they_go_on(monkeypatch: pytest.Mo
 
     answer, _, said = with_engine(monkeypatch, work, workers=1)
     assert answer["ok"]["asked"]["weights"] == "sound" and len(said) == 2
+
+
+def test_a_worker_that_met_its_limit_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be unable to compile another kernel (fedepth.training.limits)."""
+
+    async def work(running: LocalEngine) -> Any:
+        (before,) = running.pids
+        answer = await running.ask(Evaluate("over", 0, 1))
+        assert answer["error"]["outcome"] == "over_budget"
+        return (await running.ask(Evaluate("next", 0, 1)))["ok"]["pid"] != before
+
+    replaced, _, said = with_engine(monkeypatch, work, workers=1)
+    assert replaced and said == []

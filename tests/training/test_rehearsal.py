@@ -51,7 +51,6 @@ class Falling(Counting):
         return now
 
 
-@pytest.mark.usefixtures("unlimited")
 def test_peaks_of_stages_that_the_plan_does_not_have_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +134,6 @@ def test_a_cache_in_memory_has_its_full_size(tmp_path: Path) -> None:
     assert rehearse(job, Meter(), Quiet())[stages[1]] > 0.9 * cached
 
 
-@pytest.mark.usefixtures("unlimited")
 def test_the_order_of_an_epoch_has_its_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     epoch_batches = BlockTraining.epoch_batches

@@ -345,7 +345,6 @@ def test_a_stage_waits_for_memory_while_its_inputs_are_computed(
     assert len(asked) == 1 + 4 + waits + 1 + 2
 
 
-@pytest.mark.usefixtures("unlimited")
 def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     large = replace(SPEC, input_shape=(1, 64, 64))
     training = replace(TRAINING, batch=64, local_epochs=1)
@@ -356,7 +355,6 @@ def test_a_failed_stage_leaves_no_file_open(tmp_path: Path) -> None:
     assert open_files(tmp_path / "cache") == []
 
 
-@pytest.mark.usefixtures("unlimited")
 def test_a_stage_that_goes_over_its_budget_says_by_how_much(tmp_path: Path) -> None:
     # Tens of MiB, more than earlier tests can have left in this process's heap.
     large = replace(SPEC, input_shape=(1, 64, 64))
