@@ -135,7 +135,8 @@ def _opened(
         raise together([*errors, error]) from None
     try:
         changed = store.changed(settings)
-        refused = refusal(changed, str(store.directory), options.accept_changes)
+        # Before the first task there are no rounds that were trained in another way.
+        refused = refusal(changed, str(store.directory), options.accept_changes or not _has_begun(store))
         if refused:
             errors.append(StateError(refused))
         disk = _disk(config, store)
@@ -170,10 +171,14 @@ def refused(error: ConfigError, options: ServeOptions) -> FedepthError:
 
 def _disk(config: JobConfig, store: Store) -> Findings:
     latest = store.latest_round()
-    weights, begun = 0, False
-    if latest is not None:
-        weights, begun = latest.size_bytes, latest.round > 0 or bool(store.tasks_of(1))
-    return disk_findings(config, store.files.free_bytes(), weights, store.directory, begun)
+    weights = 0 if latest is None else latest.size_bytes
+    return disk_findings(config, store.files.free_bytes(), weights, store.directory, _has_begun(store))
+
+
+def _has_begun(store: Store) -> bool:
+    """Whether a task of the job has been handed out."""
+    latest = store.latest_round()
+    return latest is not None and (latest.round > 0 or bool(store.tasks_of(1)))
 
 
 async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Job | None:

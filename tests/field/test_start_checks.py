@@ -18,12 +18,14 @@ from coordinator import start_checks
 from coordinator.evaluation_data import Answer, Request, look
 from coordinator.server import ServeOptions, serve
 from coordinator.start_checks import Findings, disk_findings, examine, examine_test_data, missing_libraries, writable
+from coordinator.store.entries import TaskRecord
 from coordinator.store.records import RoundRecord, Store
 from fedepth.data.idx import write_idx
 from fedepth.errors import FedepthError, StartError, StateError, TransportError
 from fedepth.job import load_config, model_spec, read_job
 from fedepth.job_changes import settings_of
 from fedepth.job_sections import JobConfig
+from fedepth.plan import Plan, Policy
 
 JOB = """[job]
 name = "demo"
@@ -315,7 +317,17 @@ def test_a_start_that_is_refused_takes_nothing_over(tmp_path: Path) -> None:
     store = Store.read(state)
     assert store.changes() == []
     store.close()
+
+
+def test_another_learning_rate_is_asked_about_once_a_task_has_been_handed_out(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    state = tmp_path / "state"
+    begun(state, config)
     slower = msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, learning_rate=0.01))
+    assert str(start(slower, ServeOptions(state, port=0), Findings(("no",)))) == "no"
+    store = Store.open(state, config.job.name, model_spec(config))
+    store.record_task(TaskRecord("a", 1, "device", 1, "given", Plan((), (), Policy.AUTO, 0), 1))
+    store.close()
     error = start(slower, ServeOptions(state, port=0))
     assert isinstance(error, StateError)
     assert "learning_rate from 0.05 to 0.01" in str(error)
