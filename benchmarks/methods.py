@@ -1,6 +1,6 @@
 """What a job's choice of method does, in simulated federations under measured tiers of memory.
 
-    python -m benchmarks.methods --json FILE          Fashion-MNIST, 20 clients, 40 rounds, 3 seeds: about an hour
+    python -m benchmarks.methods --json FILE          Fashion-MNIST, 20 clients, 40 rounds, 2 seeds: half an hour
     python -m benchmarks.methods --quick --json FILE  scikit-learn's digits, 6 clients, 4 rounds, 2 seeds: minutes
 
 Every run is `fedepth simulate`: the session, planner and average of real devices. All methods share data, partition
@@ -77,7 +77,7 @@ class Scale:
     seeds: tuple[int, ...]
 
 
-FULL = Scale("preresnet20", (1, 16, 16), 12_000, 20, 5, 40, 2, 64, 0.1, (1, 2, 3))
+FULL = Scale("preresnet20", (1, 16, 16), 6_000, 20, 5, 40, 2, 64, 0.1, (1, 2))
 QUICK = Scale("preresnet20", (1, 16, 16), 0, 6, 4, 4, 2, 64, 0.1, (1, 2))
 
 JOB = """\
