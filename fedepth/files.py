@@ -26,6 +26,7 @@ from fedepth.printable import printable, quoted
 PIECE_BYTES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
+NO_WORKING_DIRECTORY = "the working directory does not exist any more; change to another one"
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -67,6 +68,15 @@ def real_folder(path: Path) -> Path:
         raise StateError(f"{printable(str(found))} is not a folder; give --state another one")
     check_text(found)
     return found
+
+
+def has_working_directory() -> bool:
+    """Whether there is one: it may have been deleted, and no relative path can mean anything then."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def check_text(path: Path) -> None:
