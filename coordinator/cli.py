@@ -24,7 +24,7 @@ from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_
 from fedepth.errors import ConfigError, ProtocolError, StateError, TransportError
 from fedepth.files import NOT_JSON, disk_errors, not_writable
 from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET, MOST_ROUNDS
-from fedepth.printable import printable, quoted, shortened
+from fedepth.printable import as_typed, printable, quoted, shortened
 from fedepth.program import run_program
 from fedepth.sizes import format_size
 from fedepth.terminal import ascii_json, console, print_json
@@ -231,11 +231,11 @@ def backup_command(
         print_json({"output": str(output), **vars(made)})
         return
     print(
-        f"{output}: job {made.job} after round {made.round}, {made.updates} updates of the next, "
-        f"files of {format_size(made.size_bytes)}"
+        f"{printable(str(output))}: job {printable(made.job)} after round {made.round}, {made.updates} updates of the "
+        f"next, files of {format_size(made.size_bytes)}"
     )
     if made.has_record:
-        print(f"to go on from it: fedepth-coordinator serve --state {output} --config JOB.toml")
+        print(f"to go on from it: fedepth-coordinator serve --state {as_typed(str(output))} --config JOB.toml")
     else:
         print("the record is not in it: copy the database with pg_dump now, before another round closes")
 

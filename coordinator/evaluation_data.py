@@ -16,7 +16,7 @@ from fedepth.child import module_argv, run_child
 from fedepth.data.damage import MOST_DAMAGED, check_share
 from fedepth.data.folders import LeftOut, never_a_folder
 from fedepth.data.idx_sets import find_idx
-from fedepth.data.scan import scan
+from fedepth.data.scan import left_out
 from fedepth.errors import DataError, FedepthError
 from fedepth.files import disk_errors
 from fedepth.job_sections import DIGITS
@@ -47,7 +47,7 @@ class Answer:
         class_counts: samples of each class, in label order; damaged ones not among them, if any was met.
         damaged: how many files or rows cannot be read; 0 where the few that were read are all sound.
         example: what is wrong with one.
-        left_out: what else lies in a folder of class folders and is not taken.
+        left_out: what else lies in the folder and is not taken.
     """
 
     class_counts: tuple[int, ...] = ()
@@ -73,7 +73,7 @@ def _counts(request: Request) -> Answer:
     from fedepth.data.rows import Rows, damaged_only
     from fedepth.data.text import read_tokenizer
 
-    left_out = _left_out(request)
+    unused = _left_out(request)
     source = request.data if request.data == DIGITS else Path(request.data)
     tokenizer = read_tokenizer(Path(request.tokenizer)) if request.tokenizer else ""
     images = open_images(source, request.model, "test", tokenizer=tokenizer)
@@ -84,7 +84,7 @@ def _counts(request: Request) -> Answer:
         found = images.damaged
         check_share(len(images), found.count, request.most_damaged, found.messages, "[test] most_damaged", "rows")
         counts = np.bincount(images.labels, minlength=len(request.model.classes)).tolist()
-        return Answer(tuple(counts), found.count, found.messages.get(0, ""))
+        return Answer(tuple(counts), found.count, found.messages.get(0, ""), left_out=unused)
     chosen = np.linspace(0, len(images) - 1, min(DECODED, len(images))).astype(np.int64)
     damaged: dict[int, str] = {}
     if not read_sound(images, chosen)[2]:
@@ -98,26 +98,27 @@ def _counts(request: Request) -> Answer:
         sound = np.concatenate(kept)
         check_share(len(sound), len(damaged), request.most_damaged, damaged, "[test] most_damaged")
     counts = np.bincount(sound, minlength=len(request.model.classes)).tolist()
-    return Answer(tuple(counts), len(damaged), damaged.get(0, ""), left_out=left_out)
+    return Answer(tuple(counts), len(damaged), damaged.get(0, ""), left_out=unused)
 
 
 def _left_out(request: Request) -> tuple[LeftOut, ...]:
-    """What is not taken of a folder of class folders.
+    """What is not taken of the test data.
 
     Raises:
         DataError: it can never hold one of the job's classes.
     """
     folder, classes = Path(request.data), request.model.classes
-    if request.data == DIGITS or request.model.columns or find_idx(folder, "test") is not None:
+    if request.data == DIGITS:
         return ()
-    for name in classes:
+    has_folders = request.model.columns is None and find_idx(folder, "test") is None
+    for name in classes if has_folders else ():
         why = never_a_folder(name)
         if why:
             raise DataError(
                 f"{request.data} holds class folders, and class {visible(name)} can have none: {why}; give it another "
                 "name in [model] classes"
             )
-    return scan(folder, classes, "test").left_out
+    return left_out(folder, request.model, "test")
 
 
 def main() -> None:

@@ -134,9 +134,7 @@ async def examine_test_data(config: JobConfig, argv: Sequence[str] = LOOK_ARGV) 
 
 
 def _left_out(row: LeftOut) -> str:
-    return printable(
-        f"[test] data: left out of the folder {row.folder or '.'}: {row.count} × {row.reason}, such as {row.example}"
-    )
+    return printable(f"[test] data: left out of the folder {row.folder or '.'}: {row}")
 
 
 def _digits(spec: ModelSpec) -> Findings:
@@ -200,11 +198,13 @@ def disk_findings(config: JobConfig, free: int, weights: int, where: Path, begun
     devices = config.job.devices_per_round
     first = (devices + 2) * weights + SPARE_BYTES  # the updates, the average, and the weights before
     if free < first and not begun:
+        updates = "1 update" if devices == 1 else f"{devices} updates"
+        models = f"{updates} and two models of {format_size(weights)}, and " if weights else ""
         return Findings(
             (
                 f"--state: the disk of {printable(str(where))} has {format_size(free)} left, the first round needs "
-                f"{format_size(first, round_up=True)}: {devices} updates and two models of {format_size(weights)}, and "
-                f"{format_size(SPARE_BYTES)} for the record; free some space, or name another place",
+                f"{format_size(first, round_up=True)}: {models}{format_size(SPARE_BYTES)} for the record; free some "
+                "space, or name another place",
             )
         )
     kept = config.retention.keep_last

@@ -35,6 +35,7 @@ from fedepth.errors import ConfigError, StateError
 from fedepth.logs import configure_logs, renderer
 from fedepth.models.catalog import named_spec
 from fedepth.plan import Policy
+from fedepth.printable import printable
 from fedepth.program import hand_over, run_program
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import MOST_BATCH, MOST_CLASSES, Optimizer, TrainingSpec
@@ -175,7 +176,7 @@ def report(
     if plot and save_capability:
         save_capability(plot, found)
         if not as_json:
-            print(f"Picture: {plot}")
+            print(f"Picture: {printable(str(plot))}")
 
 
 def main() -> None:

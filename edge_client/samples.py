@@ -13,9 +13,10 @@ from edge_client.config import Config
 from edge_client.data_check.client import check_files, check_rows
 from edge_client.data_check.protocol import CheckRequest, RowRequest
 from fedepth.data.damage import Damage, RowCheck, check_share, load_damage, load_row_check
+from fedepth.data.folders import LeftOut
 from fedepth.data.idx_sets import find_idx
 from fedepth.data.labels import lacking, listed
-from fedepth.data.row_files import any_row_files, asked_of, find_rows, fingerprint, holds_rows
+from fedepth.data.row_files import any_row_files, asked_of, find_rows, fingerprint, holds_rows, left_out
 from fedepth.data.scan import DataSummary, NoImagesError, scan
 from fedepth.errors import DataError
 from fedepth.files import disk_errors
@@ -173,9 +174,14 @@ class Samples:
         found = await self._checked_rows()
         self._looked = True
         self.damage = Damage(dict(enumerate(found.examples)))
-        classes = self._model.classes if self._model is not None else ()
         self.summary = DataSummary(
-            found.count, found.class_counts, "rows", classes, damaged=found.damaged, fingerprint=found.fingerprint
+            found.count,
+            found.class_counts,
+            "rows",
+            self._model.classes if self._model is not None else (),
+            await asyncio.to_thread(self._left_out_of_rows),
+            found.damaged,
+            fingerprint=found.fingerprint,
         )
         self._tell()
         messages = dict(enumerate(found.examples))
@@ -211,6 +217,10 @@ class Samples:
         with disk_errors("the training samples cannot be counted", self._directory):
             return fingerprint(find_rows(self._directory, "train"))
 
+    def _left_out_of_rows(self) -> tuple[LeftOut, ...]:
+        with disk_errors("the training samples cannot be counted", self._directory):
+            return left_out(self._directory, "train")
+
     def _check_share(self, summary: DataSummary) -> None:
         messages = _messages(self.damage, summary.damaged_keys)
         check_share(summary.sample_count, summary.damaged, self._most_damaged, messages, "most_damaged")
@@ -227,13 +237,13 @@ class Samples:
         if what == self._told:
             return
         self._told = what
-        left_out = sum(row.count for row in summary.left_out) or summary.damaged
+        unused = sum(row.count for row in summary.left_out) + (summary.damaged if rows else 0)
         _log.info(
             "training data",
             directory=printable(str(self._directory)),
             samples=summary.sample_count,
             classes=sum(1 for count in summary.class_counts if count),
-            left_out=left_out,
+            left_out=unused,
         )
         for note in summary.notes:
             _log.info("training data", note=printable(note))

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from fedepth.errors import ChildError
-from fedepth.files import NOT_JSON
+from fedepth.files import NOT_JSON, has_working_directory
 from fedepth.program import tell
 
 LINE_LIMIT_BYTES = 4 << 20
@@ -61,7 +61,7 @@ class Child:
             env={**os.environ, **(environment or {})},
             limit=LINE_LIMIT_BYTES,
             start_new_session=True,
-            cwd=None if _has_working_directory() else "/",
+            cwd=None if has_working_directory() else "/",  # without one, torch's libraries end a process
         )
         return cls(name, process, on_line)
 
@@ -134,15 +134,6 @@ class Child:
         await self._heard()
         how = f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
         return ChildError(f"{self.name} (pid {self.pid}) {how}", returncode=returncode)
-
-
-def _has_working_directory() -> bool:
-    """Without one, torch's libraries end the process that loads them. No relative path can mean anything then."""
-    try:
-        Path.cwd()
-    except OSError:
-        return False
-    return True
 
 
 async def _listen(process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,18 +55,17 @@ def infer_command(
 
     deployed = infer.open_deployed(model)
     if deployed.spec.columns is not None:
-        left_out: Counter[str] = Counter()
-        predictions = list(infer.classify_rows(deployed, infer.row_files(files), top))
+        found, left_out = infer.row_files(files)
+        predictions = list(infer.classify_rows(deployed, found, top))
     else:
         found, left_out = infer.image_files(files)
         predictions = list(infer.classify(deployed, found, top))
     if as_json:
         print(infer.as_json(deployed, predictions))
-    else:
+    elif any(each.classes for each in predictions):
         console().print(_predictions(predictions))
-    if left_out:
-        suffixes = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-        console(stderr=True, soft_wrap=True).print(printable(f"left out, being no images: {suffixes}"), markup=False)
+    for row in left_out:
+        console(stderr=True, soft_wrap=True).print(printable(f"left out: {row}"), markup=False)
     unread = [each for each in predictions if each.error]
     for each in unread:
         console(stderr=True, soft_wrap=True).print(printable(f"fedepth: {each.error}"), markup=False)

@@ -26,6 +26,7 @@ from fedepth.printable import printable, quoted
 PIECE_BYTES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
+NO_WORKING_DIRECTORY = "the working directory does not exist any more; change to another one"
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -69,6 +70,15 @@ def real_folder(path: Path) -> Path:
     return found
 
 
+def has_working_directory() -> bool:
+    """Whether there is one: it may have been deleted, and no relative path can mean anything then."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
+
+
 def check_text(path: Path) -> None:
     """Names that are not text can be recorded nowhere: neither in JSON nor in a database.
 
@@ -88,7 +98,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Puts `data` into `path`, durably: a crash leaves there either what it held before, or all of `data`.
 
     Raises:
-        OSError: the disk is full, or the folder is missing or read-only. `path` is as it was.
+        OSError: the disk is full, or the folder is missing or read-only; it names `path`, which is as it was.
     """
     with replacing(path) as file:
         file.write(data)
@@ -108,6 +118,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename is None or os.fspath(error.filename) == os.fspath(temporary):
+            error.filename = str(path)  # whoever tells of it knows no temporary name, and of a full disk has none
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -118,7 +133,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Turns an OSError of the block into a DiskError: "`what`: PATH: No space left on device; …".
 
-    PATH is what the error names, or `folder`.
+    PATH is what the error names (of two the second, which was to be written), or `folder`.
 
     Raises:
         DiskError: the block met an OSError.
@@ -126,7 +141,7 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        how = f"{error.filename or folder}: {error.strerror or error}"
+        how = f"{error.filename2 or error.filename or folder}: {error.strerror or error}"  # of a copy, where it goes
         raise DiskError(f"{what}: {how}; free some space there, make it writable, or check that disk") from error
 
 

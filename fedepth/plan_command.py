@@ -18,11 +18,12 @@ from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
-from fedepth.files import NOT_JSON, read_regular
+from fedepth.files import NO_WORKING_DIRECTORY, NOT_JSON, has_working_directory, read_regular
 from fedepth.job_sections import MOST_SAMPLES, TuningSection
 from fedepth.models.catalog import named_spec
 from fedepth.plan import MOST_MODELS, Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
+from fedepth.printable import as_typed, printable
 from fedepth.sizes import format_size, parse_size
 from fedepth.task import MOST_BATCH, MOST_CLASSES, MOST_EPOCHS, ModelSpec, Optimizer, TrainingSpec
 from fedepth.terminal import console, print_json
@@ -155,7 +156,7 @@ def plan_command(
         for line in _neighbours(found, budget_bytes):
             out.print(line, markup=False, soft_wrap=True)
         if plot:
-            out.print(f"Memory over time: {plot}", markup=False, soft_wrap=True)
+            out.print(f"Memory over time: {printable(str(plot))}", markup=False, soft_wrap=True)
 
 
 def _load_timeline() -> Callable[[Path, Sequence[Moment], Plan, str], None]:
@@ -174,7 +175,8 @@ def _calibration(path: Path) -> Calibration:
         )
     except (OSError, *NOT_JSON, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} holds no calibration ({error}); write it with: fedepth-client calibrate --json > {path}"
+            f"{path} holds no calibration ({error}); write it with: "
+            f"fedepth-client calibrate --json > {as_typed(str(path))}"
         ) from None
 
 
@@ -196,10 +198,8 @@ def _of_job(path: Path, round_number: int, changes: dict[str, Any], policy: Poli
 
 
 def _trace(asked: Asked) -> ModelCosts:
-    try:
-        Path.cwd()
-    except OSError:  # torch's libraries would end this process
-        raise ConfigError("the working directory does not exist any more; change to another one") from None
+    if not has_working_directory():  # torch's libraries would end this process
+        raise ConfigError(NO_WORKING_DIRECTORY)
     try:
         from fedepth.prepare import trace_model
     except ImportError as error:

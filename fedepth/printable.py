@@ -7,6 +7,7 @@ them breaks in two is two log lines.
 from __future__ import annotations
 
 import codecs
+import shlex
 
 MOST_QUOTED = 200
 PLAIN = "fedepth.plain"  # an error handler for encodings: what a terminal cannot show, in characters that it can
@@ -89,6 +90,14 @@ def shortened(text: str, most: int = MOST_QUOTED) -> str:
 def quoted(text: str, most: int = MOST_QUOTED) -> str:
     """The same in quotes."""
     return f"'{shortened(text, most)}'"
+
+
+def as_typed(text: str) -> str:
+    """`text` as one word of a command line that a message advises."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = printable(text.replace("\\", "\\\\").replace("'", "\\'"))
+    return f"$'{escaped}'"
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -30,7 +30,7 @@ from typing import IO, Any, NoReturn
 
 from fedepth import __version__
 from fedepth.errors import ConfigError, FedepthError
-from fedepth.files import user_folder
+from fedepth.files import NO_WORKING_DIRECTORY, has_working_directory, user_folder
 from fedepth.printable import PLAIN, printable, quoted
 
 OK, FAILED, USAGE, BUG = 0, 1, 2, 70
@@ -245,10 +245,11 @@ def tell(name: str, error: BaseException, folder: Path | None = None) -> int:
             return 128 + signal.SIGPIPE
         if error.code is None or isinstance(error.code, int):
             return error.code or OK
-        say(name, str(error.code))
+        say(name, printable(str(error.code)))
         return FAILED
     if isinstance(error, FedepthError):
-        say(name, _USER.sub(r"\g<before>***@", str(error)))
+        # One line, whatever the paths in it are called.
+        say(name, printable(_USER.sub(r"\g<before>***@", str(error))))
         return FAILED
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
@@ -257,6 +258,9 @@ def tell(name: str, error: BaseException, folder: Path | None = None) -> int:
         if not where and error.errno in _OUTPUT and _refuses(sys.stdout):
             where = "standard output cannot be written: "
         say(name, f"{where}{error.strerror or error}")
+        return FAILED
+    if isinstance(error, FileNotFoundError) and not has_working_directory():
+        say(name, NO_WORKING_DIRECTORY)
         return FAILED
     if isinstance(error, MemoryError):
         say(name, "memory ran out; free some, or run on a machine that has more")

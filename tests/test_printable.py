@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedepth.printable import printable, quoted
+from fedepth.printable import as_typed, printable, quoted
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,11 @@ def test_a_quotation_is_short_whatever_it_quotes() -> None:
     assert quoted("x" * 200) == f"'{'x' * 200}'"
     assert quoted("x" * (1 << 20)) == f"'{'x' * 200}…'"
     assert quoted("abcdef", 3) == "'abc…'"
+
+
+@pytest.mark.parametrize("name", ["a", "a b", "it's", "q\"'\\ $x`y`", "new\nline\x1b[2J", "tab\t'\\n"])
+def test_what_is_to_be_typed_means_what_it_should(name: str) -> None:
+    typed = as_typed(name)
+    assert typed.isprintable()
+    told = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, text=True, check=True)
+    assert told.stdout == name

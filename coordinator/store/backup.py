@@ -6,6 +6,7 @@ meanwhile, because its round has closed, the copy begins again.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from coordinator.store.round_store import new_run_id
 from coordinator.store.tables import dropping, job, rounds, sealing
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON, disk_errors, file_digest, make_durable
+from fedepth.printable import printable
 
 _TRIES = 5
 _STAGING = "unfinished"  # the record lies here until all that it names is copied
@@ -51,7 +53,8 @@ def back_up(database: Database, files: Files, target: Path) -> Backup:
         StateError: the target is not empty, or a file is damaged.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StateError(f"{target} exists and is not an empty folder; name another one")
+        raise StateError(f"{printable(str(target))} exists and is not an empty folder; name another one")
+    was_there = target.exists()
     for _ in range(_TRIES):
         try:
             with disk_errors("the backup cannot be written", target):
@@ -59,8 +62,19 @@ def back_up(database: Database, files: Files, target: Path) -> Backup:
                 return _copy(database, files, target)
         except _GoneError as error:
             reason = str(error)
-            shutil.rmtree(target)
+            _clear(target, was_there)
+        except BaseException:
+            _clear(target, was_there)  # so that the same folder can be named again
+            raise
     raise StateError(f"{reason}; the same happened {_TRIES} times: see whether the state is damaged, and try again")
+
+
+def _clear(target: Path, was_there: bool) -> None:
+    """Deletes what was copied so far."""
+    shutil.rmtree(target, ignore_errors=True)
+    if was_there:
+        with contextlib.suppress(OSError):
+            target.mkdir(parents=True, exist_ok=True)
 
 
 class _GoneError(Exception):

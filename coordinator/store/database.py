@@ -6,6 +6,7 @@ A commit that has returned survives a power cut, in either.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import secrets
@@ -179,7 +180,12 @@ class Database:
                 connection.close()
 
     def copy_to(self, path: Path) -> None:
-        """Writes a consistent copy of a SQLite record to a new file, while others write to the record."""
+        """Writes a consistent copy of a SQLite record to a new file, while others write to the record.
+
+        Raises:
+            UnavailableError: the record cannot be read.
+            OSError: the copy cannot be written.
+        """
         assert self.path is not None
         original = _reading_uri(self.path)
         with (
@@ -187,7 +193,12 @@ class Database:
             contextlib.closing(sqlite3.connect(original, uri=True, timeout=BUSY_S)) as source,
             contextlib.closing(sqlite3.connect(path)) as target,
         ):
-            source.backup(target)
+            try:
+                source.backup(target)
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error  # nothing else is written
         make_durable(path)
 
     @contextlib.contextmanager

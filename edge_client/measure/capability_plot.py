@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from edge_client.measure.capability import Capability, Measured, PlanRow, Verdict
 from edge_client.measure.capability_tables import title
-from fedepth.errors import ConfigError
+from fedepth.figures import new_figure, save_figure
 from fedepth.sizes import format_size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MIB = 1 << 20
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
@@ -33,16 +33,12 @@ def save_capability(path: Path, report: Capability) -> None:
         ConfigError: the file cannot be written there.
     """
     width = 6 + 0.35 * len(report.units) + 1.1 * len(report.plans)
-    figure = Figure(figsize=(max(12.0, width), 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(12.0, width), 6)
     left, right = figure.subplots(1, 2, width_ratios=(max(5, len(report.units)), max(5, 1.6 * len(report.plans))))
     figure.suptitle(title(report))
     _draw_units(left, report)
     _draw_plans(right, report)
-    try:
-        figure.savefig(path, format=path.suffix.removeprefix(".").lower())
-    except OSError as error:
-        raise ConfigError(f"The plot cannot be written to {path}: {error.strerror}. Name another file.") from error
+    save_figure(figure, path)
 
 
 def _draw_units(axes: Axes, report: Capability) -> None:

@@ -10,12 +10,13 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from fedepth.data.labels import normalised
+from fedepth.printable import printable
 
 # What `fedepth.data.decode` reads, by the names that people's programs give it.
 IMAGE_SUFFIXES = frozenset(
@@ -35,6 +36,7 @@ _OTHERS_UNREAD = (
     ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".exr", ".hdr", ".eps", ".ai", ".pdf", ".dcm", ".ico", ".emf", ".wmf",
 )  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2")
+UNPACK = "an archive: unpack it"
 _UNREAD = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC, which is not read: {_CONVERT}"),
     ".avif": f"AVIF, which is not read: {_CONVERT}",
@@ -42,7 +44,7 @@ _UNREAD = {
     **dict.fromkeys(RAW_SUFFIXES, f"a camera's raw file, which is not read: {_CONVERT}"),
     **dict.fromkeys(_OTHERS_UNREAD, f"not read: {_CONVERT}"),
     **dict.fromkeys(_VIDEOS, "a video: only images are read"),
-    **dict.fromkeys(ARCHIVES, "an archive: unpack it"),
+    **dict.fromkeys(ARCHIVES, UNPACK),
 }
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
@@ -73,6 +75,18 @@ class LeftOut:
     reason: str
     count: int
     example: str
+
+    def __str__(self) -> str:
+        return f"{self.count} × {self.reason}, such as {printable(self.example)}"
+
+
+def gathered(left_out: Iterable[tuple[str, str]]) -> tuple[LeftOut, ...]:
+    """Of pairs of a reason and a path, one row for each reason, whatever the folder."""
+    found: dict[str, tuple[int, str]] = {}
+    for reason, path in left_out:
+        count, example = found.get(reason, (0, path))
+        found[reason] = (count + 1, min(example, path))
+    return tuple(LeftOut("", reason, *row) for reason, row in sorted(found.items()))
 
 
 class Picture(NamedTuple):
@@ -201,12 +215,12 @@ class Walk:
         """Something that lies beside the class folders."""
         if self._hidden(entry, entry.name, ""):
             return
-        reason = self._objection(entry)
+        reason = not_an_image(entry)
         self.loose += not reason
         self.leave_out("", entry.name, reason or _NO_CLASS)
 
     def _picture(self, entry: os.DirEntry[str], top: str, path: str) -> Picture | None:
-        reason = self._objection(entry)
+        reason = not_an_image(entry)
         if reason:
             self.leave_out(top, path, reason)
             return None
@@ -218,20 +232,27 @@ class Walk:
             return None
         return Picture(normalised(top), path, key)
 
-    def _objection(self, entry: os.DirEntry[str]) -> str:
-        """Why something is not an image file; empty if it is one, by its name."""
-        try:
-            mode = entry.stat().st_mode
-        except OSError as error:
-            if entry.is_symlink():
-                return "link to itself" if error.errno == errno.ELOOP else "link to nothing"
-            return f"cannot be looked at: {error.strerror}"
-        if not stat.S_ISREG(mode):
-            return next((what for is_kind, what in _KINDS if is_kind(mode)), "not a file")
-        suffix = Path(entry.name).suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            return ""
-        return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else NO_SUFFIX)
+
+def not_a_file(entry: os.DirEntry[str]) -> str:
+    """Why something is not a regular file; empty if it is one."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        if entry.is_symlink():
+            return "link to itself" if error.errno == errno.ELOOP else "link to nothing"
+        return f"cannot be looked at: {error.strerror}"
+    if stat.S_ISREG(mode):
+        return ""
+    return next((what for is_kind, what in _KINDS if is_kind(mode)), "not a file")
+
+
+def not_an_image(entry: os.DirEntry[str]) -> str:
+    """Why something is not an image file; empty if it is one, by its name."""
+    suffix = Path(entry.name).suffix.lower()
+    reason = not_a_file(entry)
+    if reason or suffix in IMAGE_SUFFIXES:
+        return reason
+    return _UNREAD.get(suffix) or (f"not an image ({suffix})" if suffix else NO_SUFFIX)
 
 
 def _place(folder: Path) -> tuple[int, int] | None:

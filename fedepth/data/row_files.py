@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from fedepth.data.folders import file_key
+from fedepth.data.folders import ARCHIVES, UNPACK, LeftOut, file_key, gathered, hidden, is_folder, not_a_file
 from fedepth.data.splits import SPLITS
 from fedepth.errors import DataError
 from fedepth.printable import printable
@@ -23,6 +23,8 @@ from fedepth.task import ModelSpec
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _ZIPPED = ".gz"
+_SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+_NAMED = f"; files with rows are called *{', *'.join(SUFFIXES)}"
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
 
@@ -42,7 +44,7 @@ def holds_rows(source: Path) -> bool:
     """
     if not source.is_dir():
         return source.exists() or is_row_file(source)
-    files = _row_files(source)
+    files = row_files(source)
     return any(_split_of(path) == "train" for path in files) or (bool(files) and not _has_folders(source))
 
 
@@ -52,7 +54,7 @@ def any_row_files(source: Path) -> bool:
     Raises:
         DataError: the folder cannot be read.
     """
-    return source.exists() if not source.is_dir() else bool(_row_files(source))
+    return source.exists() if not source.is_dir() else bool(row_files(source))
 
 
 def find_rows(source: Path, split: str) -> tuple[Path, ...]:
@@ -67,10 +69,8 @@ def find_rows(source: Path, split: str) -> tuple[Path, ...]:
         if not source.exists():
             raise DataError(f"data file {printable(str(source))} does not exist; correct the setting `data`")
         return (source,)
-    files = _row_files(source)
-    found = tuple(path for path in files if _split_of(path) == split)
-    if not found and split == "train" and len(files) == 1 and not _split_of(files[0]):
-        return tuple(files)
+    files = row_files(source)
+    found = _of_split(files, split)
     if not found:
         shown = ", ".join(printable(path.name) for path in files[:_NAMES_SHOWN]) or "none"
         raise DataError(
@@ -78,6 +78,20 @@ def find_rows(source: Path, split: str) -> tuple[Path, ...]:
             f"{', '.join(SUFFIXES)}, also gzipped; the files with rows there are: {shown}"
         )
     return found
+
+
+def left_out(source: Path, split: str) -> tuple[LeftOut, ...]:
+    """What lies in a folder of files with rows and is not taken, by reason. Files of other splits are not worth a word.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    if not source.is_dir():
+        return ()
+    files = row_files(source)
+    unused = [path.name for path in files if not _split_of(path) and path not in _of_split(files, split)]
+    what = f"a file of no split: call it {split}-….csv, or leave it"
+    return gathered([*no_row_files(source), *((what, name) for name in unused)])
 
 
 def fingerprint(files: tuple[Path, ...]) -> int:
@@ -93,28 +107,63 @@ def asked_of(spec: ModelSpec | None) -> str:
     return hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()
 
 
-def _row_files(folder: Path) -> list[Path]:
+def row_files(folder: Path) -> list[Path]:
+    """The files with rows in a folder, sorted.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    return sorted(folder / entry.name for entry in _entries(folder) if not _objection(entry))
+
+
+def no_row_files(folder: Path) -> list[tuple[str, str]]:
+    """What else lies there: why it is none, and its name.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    return [(reason, entry.name) for entry in _entries(folder) if (reason := _objection(entry))]
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            paths = [folder / entry.name for entry in entries if _is_file(entry)]
+            yield from entries
     except OSError as error:
         raise DataError(
             f"data directory {printable(str(folder))} cannot be read: {error.strerror}; correct the setting `data` or "
             "the permissions"
         ) from None
-    return sorted(filter(is_row_file, paths))
+
+
+def _objection(entry: os.DirEntry[str]) -> str:
+    """Why something is not a file with rows; empty if it is one, by its name."""
+    reason = hidden(entry.name)
+    if reason:
+        return reason
+    if is_folder(entry):
+        return "a folder: only files beside it are read"
+    reason = not_a_file(entry)
+    if reason or is_row_file(Path(entry.name)):
+        return reason
+    suffix = Path(entry.name).suffix.lower()
+    if suffix in _SPREADSHEETS:
+        return "a spreadsheet: save it as CSV"
+    if suffix in ARCHIVES:
+        return UNPACK
+    return f"not a file with rows ({suffix or 'without a suffix'}){_NAMED}"
+
+
+def _of_split(files: list[Path], split: str) -> tuple[Path, ...]:
+    found = tuple(path for path in files if _split_of(path) == split)
+    if not found and split == "train" and len(files) == 1 and not _split_of(files[0]):
+        return tuple(files)
+    return found
 
 
 def _has_folders(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return any(entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") for entry in entries)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:  # a link to nothing
-        return False
 
 
 def _split_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from fedepth.data import row_files
 from fedepth.data.directories import check_directory, folder_names, folders_in
 from fedepth.data.folders import LeftOut, Picture, Walk, file_key
 from fedepth.data.idx import IdxFile
@@ -20,7 +21,7 @@ from fedepth.data.labels import labels_outside, normalised, unknown_names
 from fedepth.data.splits import SPLITS, called_as_split, images_by_class, read_as
 from fedepth.errors import DataError
 from fedepth.printable import printable, visible
-from fedepth.task import MOST_CLASSES
+from fedepth.task import MOST_CLASSES, ModelSpec
 
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
@@ -61,6 +62,17 @@ class DataSummary:
         if not self.folders:
             return self.sample_count
         return sum(images_by_class([*self.folders], [*self.folders.values()], classes).values())
+
+
+def left_out(source: Path, spec: ModelSpec, split: str) -> tuple[LeftOut, ...]:
+    """What lies in the data of a job and is not taken of a split.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    if spec.columns is not None:
+        return row_files.left_out(source, split)
+    return () if find_idx(source, split) is not None else scan(source, spec.classes, split).left_out
 
 
 def scan(
@@ -277,7 +289,7 @@ def _no_images(walk: Walk) -> str:
     )
     if walk.loose:
         message += "; labels are read from the names of folders, not from a file or from names of images"
-    rows = [f"{row.count} × {row.reason}, such as {printable(row.example)}" for row in walk.left_out[:_NAMES_SHOWN]]
+    rows = [str(row) for row in walk.left_out[:_NAMES_SHOWN]]
     return f"{message}; it does hold {'; '.join(rows)}" if rows else message
 
 

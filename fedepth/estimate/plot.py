@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from fedepth.errors import ConfigError
 from fedepth.estimate.timeline import Moment
+from fedepth.figures import new_figure, save_figure
 from fedepth.plan import PeakComponents, Plan
 from fedepth.sizes import format_size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MIB = 1 << 20
 _COMPONENTS = tuple(field.name for field in fields(PeakComponents))
@@ -31,8 +31,7 @@ def save_timeline(path: Path, moments: Sequence[Moment], plan: Plan, title: str)
     Raises:
         ConfigError: the file cannot be written there.
     """
-    figure = Figure(figsize=(12, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 6)
     axes = figure.add_subplot()
     edges = range(len(moments) + 1)
     heights = [
@@ -49,10 +48,7 @@ def save_timeline(path: Path, moments: Sequence[Moment], plan: Plan, title: str)
     _name_phases(axes, moments)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right upper", frameon=False)
-    try:
-        figure.savefig(path, format=path.suffix.removeprefix(".").lower())
-    except OSError as error:
-        raise ConfigError(f"The plot cannot be written to {path}: {error.strerror}. Name another file.") from error
+    save_figure(figure, path)
 
 
 def _mark_budget(axes: Axes, plan: Plan) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,9 +19,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from fedepth.data.damage import RowError
 from fedepth.data.decode import decode_image
-from fedepth.data.folders import IMAGE_SUFFIXES, hidden
+from fedepth.data.folders import IMAGE_SUFFIXES, LeftOut, gathered, hidden, is_folder, not_an_image
 from fedepth.data.records import read_records
-from fedepth.data.row_files import SUFFIXES, is_row_file
+from fedepth.data.row_files import SUFFIXES, no_row_files
+from fedepth.data.row_files import row_files as files_with_rows
 from fedepth.data.rows import sample_encoder
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError, ModelError
@@ -32,6 +32,7 @@ from fedepth.task import InputType, ModelSpec, TableSpec, TextSpec
 
 MOST_BYTES = (1 << 31) - 1  # of an ONNX file without data outside it, as protobuf has it
 AT_ONCE = 32
+_REASONS_SHOWN = 10
 # What ONNX Runtime raises; there is no base class of their own.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     state.EPFail,
@@ -215,22 +216,26 @@ def classify(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[P
 
 def classify_rows(model: Deployed, files: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
     """The same of the rows of files, for a model of texts or of a table: the columns that it was trained on are read,
-    and its label, if it is there, is not.
-
-    Raises:
-        DataError: a file cannot be read, or has not these columns.
-    """
+    and its label, if it is there, is not."""
     columns = model.spec.columns
     assert columns is not None, "only rows have columns"
     encode = sample_encoder(model.spec, model.tokenizer)
 
     def samples() -> Iterator[_Read]:
         for file in files:
-            for line, values, problem in read_records(file, columns.columns):
-                try:
-                    yield file, line, f"{file}, line {line}: {problem}" if problem else encode(values)
-                except RowError as error:
-                    yield file, line, f"{file}, line {line}: {error}"
+            line = 0
+            try:
+                for line, values, problem in read_records(file, columns.columns):
+                    try:
+                        yield file, line, f"{file}, line {line}: {problem}" if problem else encode(values)
+                    except RowError as error:
+                        yield file, line, f"{file}, line {line}: {error}"
+                if not line:
+                    yield file, 0, f"{file} holds no row"
+            except DataError as error:
+                yield file, 0, str(error)
+            except OSError as error:
+                yield file, 0, f"{file} cannot be read: {error.strerror or error}"
 
     yield from _predicted(model, samples(), top)
 
@@ -252,62 +257,88 @@ def _predicted(model: Deployed, samples: Iterable[_Read], top: int) -> Iterator[
                 yield Prediction(file, likeliest, line=line)
 
 
-def row_files(paths: Sequence[Path]) -> list[Path]:
-    """The files with rows that are meant; of a folder all that lie in it.
+def row_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[LeftOut, ...]]:
+    """The files with rows that are meant, of a folder all that lie in it; and what else lies there.
 
     Raises:
-        DataError: one of them does not exist, or a folder holds none.
+        DataError: one of them does not exist or cannot be read, or a folder holds none.
     """
     found: list[Path] = []
+    unused: list[tuple[str, str]] = []
     for path in paths:
         if not path.exists():
             raise DataError(
                 f"{quoted(str(path))} does not exist; give files with rows, such as CSV, or folders of them"
             )
-        inside = sorted(filter(is_row_file, path.iterdir())) if path.is_dir() else [path]
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = files_with_rows(path)
+        others = [(reason, str(path / name)) for reason, name in no_row_files(path)]
         if not inside:
-            raise DataError(f"{quoted(str(path))} holds no files with rows: looked for *{', *'.join(SUFFIXES)}")
+            raise DataError(
+                f"{quoted(str(path))} holds no files with rows: looked for *{', *'.join(SUFFIXES)}{_but(others)}"
+            )
         found += inside
-    return found
+        unused += others
+    return found, gathered(unused)
 
 
-def image_files(paths: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
-    """The files that are meant, folders with all images below them; and how many in folders are left out, by
-    suffix or what they are.
+def image_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[LeftOut, ...]]:
+    """The files that are meant, folders with all images below them; and what else lies in the folders.
+
+    A folder that cannot be read is among the files, as something that cannot be read.
 
     Raises:
         DataError: one of them does not exist, or there is no image among them.
     """
     found: list[Path] = []
-    left_out: Counter[str] = Counter()
+    unused: list[tuple[str, str]] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"{quoted(str(path))} does not exist; give image files, or folders of them")
-        if not path.is_dir():
+        if path.is_dir():
+            _search(path, found, unused)
+        else:
             found.append(path)
-            continue
-        within: list[Path] = []
-        for folder, inner, names in os.walk(
-            path, onerror=lambda error: left_out.update(["folders that cannot be read"])
-        ):
-            visited = [name for name in sorted(inner) if not hidden(name)]
-            left_out["hidden"] += sum(map(bool, map(hidden, (*inner, *names))))
-            left_out["links to folders"] += sum(Path(folder, name).is_symlink() for name in visited)
-            inner[:] = visited
-            for file in (Path(folder, name) for name in sorted(names) if not hidden(name)):
-                if not file.is_file():
-                    left_out["no regular files"] += 1
-                elif file.suffix.lower() in IMAGE_SUFFIXES:
-                    within.append(file)
-                else:
-                    left_out[file.suffix.lower() or "without a suffix"] += 1
-        found += sorted(within)
-    left_out = +left_out
     if not found:
         raise DataError(
             f"no images in {', '.join(map(str, paths))}: looked for *{', *'.join(sorted(IMAGE_SUFFIXES))} in folders"
+            f"{_but(unused)}"
         )
-    return found, left_out
+    return found, gathered(unused)
+
+
+def _search(folder: Path, found: list[Path], unused: list[tuple[str, str]]) -> None:
+    """Adds the images below a folder, in the order of their paths, and what is left out: why, and where."""
+    inner: list[Path] = []
+    images: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = folder / entry.name
+                reason = hidden(entry.name)
+                if not reason and is_folder(entry):
+                    reason = "link to a folder, which is not followed" if entry.is_symlink() else ""
+                    if not reason:
+                        inner.append(path)
+                elif not reason:
+                    reason = not_an_image(entry)
+                    if not reason:
+                        images.append(path)
+                if reason:
+                    unused.append((reason, str(path)))
+    except OSError:
+        images.append(folder)
+    found += sorted(images)
+    for path in sorted(inner):
+        _search(path, found, unused)
+
+
+def _but(unused: Iterable[tuple[str, str]]) -> str:
+    """What a folder holds instead."""
+    rows = gathered(unused)[:_REASONS_SHOWN]
+    return f"; it does hold {'; '.join(map(str, rows))}" if rows else ""
 
 
 def as_json(model: Deployed, predictions: Sequence[Prediction]) -> str:

@@ -298,7 +298,8 @@ def waits_for(state: State, facts: Facts, now: float, least: int = 0) -> str:
     if missing > 0:
         words = f"waiting for {missing} more of {rules.quorum} devices"
     else:
-        words = f"{here} devices are here; it starts once they all wait for a task, or at its deadline"
+        are = "1 device is" if here == 1 else f"{here} devices are"
+        words = f"{are} here; it starts once they all wait for a task, or at its deadline"
     return "; ".join(filter(None, (words, presence.rejections(now))))
 
 

@@ -7,10 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from fedepth.errors import ConfigError
+from fedepth.figures import new_figure, save_figure
 from fedepth.printable import printable
 from fedepth.simulation.compare import Run
 
@@ -28,7 +25,7 @@ def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequenc
     Raises:
         ConfigError: the file cannot be written there.
     """
-    figure = _figure(12, 5)
+    figure = new_figure(12, 5)
     axes = figure.add_subplot()
     # One area for each class, and no bar for each client: of a thousand clients that would be ten thousand objects.
     edges = [number - 0.5 for number in range(len(counts) + 1)]
@@ -45,7 +42,7 @@ def save_partition(path: Path, counts: Sequence[Sequence[int]], classes: Sequenc
     axes.set_title(printable(title))
     if len(classes) <= _MOST_NAMES:
         figure.legend(loc="outside right upper", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_runs(path: Path, runs: Sequence[Run]) -> None:
@@ -56,7 +53,7 @@ def save_runs(path: Path, runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: the file cannot be written there.
     """
-    figure = _figure(12, 5)
+    figure = new_figure(12, 5)
     by_round, by_samples = figure.subplots(1, 2, sharey=True)
     for number, name in enumerate(dict.fromkeys(run.name for run in runs)):
         same = [run for run in runs if run.name == name]
@@ -83,7 +80,7 @@ def save_runs(path: Path, runs: Sequence[Run]) -> None:
     handles, _ = by_round.get_legend_handles_labels()
     if handles:
         by_round.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _samples_seen(run: Run, number: int) -> float:
@@ -94,16 +91,3 @@ def _shade(label: int, classes: int) -> tuple[float, float, float]:
     """Neighbouring labels in colours that differ."""
     part = (label * 0.618034) % 1.0
     return 0.2 + 0.7 * part, 0.25 + 0.5 * ((part * 3) % 1.0), 0.9 - 0.7 * (label / max(1, classes - 1))
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"the picture cannot be written to {path}: {error.strerror}; name another file") from error

@@ -14,6 +14,7 @@ import msgspec
 from fedepth import errors
 from fedepth.child import Child
 from fedepth.data.read import DIGITS, Labels, open_images
+from fedepth.data.scan import left_out
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.files import read_regular
 from fedepth.job import load_config, model_spec, training_spec
@@ -36,8 +37,10 @@ from fedepth.simulation.record import VERSION, Asked, Prepared, Record
 from fedepth.simulation.trace import Trace, load_trace
 from fedepth.simulation.worker.protocol import MeasurePeak, Request
 from fedepth.sizes import format_size
+from fedepth.task import ModelSpec
 
 MOST_FILE_BYTES = 1 << 28
+_REASONS_SHOWN = 10
 Say = Callable[[str], None]
 
 # Those that are made from a message alone.
@@ -111,6 +114,8 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
     source: Path | str = options.data if options.data == DIGITS else Path(options.data).resolve()
     record.open(_asked(options, config, str(source)))
     labels = open_images(source, spec, "train", scratch=record.folder).labels
+    _tell_left_out("--data", source, spec, "train", say)
+    _tell_left_out("[test] data", config.test_data, spec, "test", say)
     partition = record.read("partition.json", Partition)
     if partition is None:
         partition = make_partition(options.partition, options.clients, seed, Source(source, spec, labels))
@@ -127,6 +132,14 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
         record.write("tiers.json", tiers)
     clients = make_clients(partition, tiers, seed, plans)
     return Simulation(options, config, record, prepared, partition, labels, clients, tiers, trace)
+
+
+def _tell_left_out(what: str, source: Path | str, spec: ModelSpec, split: str, say: Say) -> None:
+    rows = left_out(Path(source), spec, split) if source not in ("", DIGITS) else ()
+    for row in rows[:_REASONS_SHOWN]:
+        say(f"{what}: left out of the folder {printable(row.folder) or '.'}: {row}")
+    if len(rows) > _REASONS_SHOWN:
+        say(f"{what}: left out for {len(rows) - _REASONS_SHOWN} further reasons")
 
 
 def _asked(options: Options, config: JobConfig, source: str) -> Asked:

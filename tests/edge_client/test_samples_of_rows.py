@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,31 @@ def test_rows_are_counted_before_a_job_says_what_they_are(
     assert (after.sample_count, after.class_counts, after.class_names) == (40, (30, 10), ("a", "b"))
     (request,) = bench.requests
     assert request["data"] == str(rows)
+
+
+def test_what_else_lies_in_a_folder_of_rows_is_told_before_there_is_a_job(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, tmp_path: Path
+) -> None:
+    bench.data = tmp_path / "folder"
+    (bench.data / "sub").mkdir(parents=True)
+    for name in ("train.csv", "test.csv", "january.csv", ".train.csv", "train.xlsx", "train.zip", "sub/train.csv"):
+        (bench.data / name).write_text(ROWS)
+    os.mkfifo(bench.data / "train-2.csv")
+    (bench.data / "train-3.csv").symlink_to("nothing")
+    transport.answers = [of_rows(make_task())]
+    bench.run(transport, OK)
+    first, _ = bench.said("training data")
+    assert (first["samples"], first["left_out"]) == (40, 7)
+    told = {line["reason"]: (line["number"], line["such_as"]) for line in bench.said("left out of the training data")}
+    assert told == {
+        "a file of no split: call it train-….csv, or leave it": (1, "january.csv"),
+        "a folder: only files beside it are read": (1, "sub"),
+        "a pipe": (1, "train-2.csv"),
+        "a spreadsheet: save it as CSV": (1, "train.xlsx"),
+        "an archive: unpack it": (1, "train.zip"),
+        "hidden": (1, ".train.csv"),
+        "link to nothing": (1, "train-3.csv"),
+    }
 
 
 def test_damaged_rows_are_named_and_left_out(

@@ -27,13 +27,13 @@ from coordinator.model_worker import process
 from coordinator.model_worker.protocol import Export
 from fedepth.cli import app
 from fedepth.errors import ConfigError, DataError, ExportError, FedepthError, ModelError
-from fedepth.export.infer import classify, image_files, labels_text, open_deployed
+from fedepth.export.infer import Deployed, classify, image_files, labels_text, open_deployed
 from fedepth.export.onnx import export, random_samples
 from fedepth.export.opset import lower, opset_of
 from fedepth.job import load_config, with_export
 from fedepth.job_sections import ExportSection
 from fedepth.models.export import Exported, export_model
-from fedepth.task import InputType, ModelSpec
+from fedepth.task import InputType, ModelSpec, TextSpec
 from fedepth.weights import save
 
 COLOURS = ("red", "green\nor lime", "blue\\azure")
@@ -160,7 +160,7 @@ def test_a_table_shows_every_file_and_what_is_left_out_is_told(written: Callable
     assert re.search(r"r\.png +red +\d+\.\d%", shown.stdout)
     assert re.search(r"g\.jpg +green\\nor lime +\d+\.\d%", shown.stdout)
     assert len(re.findall(r"\d\.\d%", shown.stdout)) == 8
-    assert "left out, being no images: 1 .txt" in shown.stderr
+    assert f"left out: 1 × not an image (.txt), such as {photos}/notes.txt" in shown.stderr
 
 
 def test_a_folder_is_searched_as_one_of_training_data(tmp_path: Path) -> None:
@@ -171,10 +171,18 @@ def test_a_folder_is_searched_as_one_of_training_data(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found, left_out = image_files([tmp_path])
     assert found == [tmp_path / "a" / "1.png"]
-    assert left_out == {"hidden": 4, ".txt": 1, "no regular files": 1, "links to folders": 1}
+    assert {row.reason: (row.count, row.example) for row in left_out} == {
+        "hidden": (2, f"{tmp_path}/.thumbs"),
+        "folder of an operating system": (2, f"{tmp_path}/@eaDir"),
+        "not an image (.txt)": (1, f"{tmp_path}/a/5.txt"),
+        "a pipe": (1, f"{tmp_path}/6.png"),
+        "link to a folder, which is not followed": (1, f"{tmp_path}/link"),
+    }
 
 
-def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_named_as_a_file_is(
+    written: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a/1.png", "locked/2.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"x")
@@ -186,8 +194,44 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: py
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found, left_out = image_files([tmp_path])
-    assert (found, left_out) == ([tmp_path / "a" / "1.png"], {"folders that cannot be read": 1})
+    assert image_files([tmp_path]) == ([tmp_path / "a" / "1.png", tmp_path / "locked"], ())
+    shown = infer(written(), tmp_path / "locked")
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert f"fedepth: {tmp_path}/locked is not a file" in shown.stderr  # to root it is a folder like any other
+
+
+# What lies in a folder that is given to a model of rows, and what is said of it.
+ROW_FOLDERS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
+    "all is well": ({"a.csv": "text\none\n"}, [], []),
+    "one has other columns": ({"a.csv": "text\none\n", "b.csv": "word\nx\n"}, ["b.csv has no column 'text'"], []),
+    "one is empty": ({"a.csv": "text\none\n", "b.csv": ""}, ["b.csv is empty"], []),
+    "one has no row": ({"a.csv": "text\none\n", "b.csv": "text\n"}, ["b.csv holds no row"], []),
+    "a spreadsheet, a folder, text": (
+        {"a.csv": "text\none\n", "b.xlsx": "x", "c/d.csv": "text\none\n", "e": "x"},
+        [],
+        ["1 × a spreadsheet: save it as CSV, such as", "1 × a folder: only files beside it are", "(without a suffix)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROW_FOLDERS)
+def test_a_file_of_rows_that_cannot_be_read_is_named_and_the_others_are_shown(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, errors, left_out = ROW_FOLDERS[case]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    spec = ModelSpec("m", ("no", "yes"), (4,), (), (), InputType.TOKENS, text=TextSpec("label", ("text",), 100))
+    session = SimpleNamespace(run=lambda names, inputs: [np.float32([[1, 2]] * len(inputs["ids"]))])
+    deployed = Deployed(tmp_path / "m.onnx", session, spec, "j", "1", "ids", "logits", False, False)
+    monkeypatch.setattr("fedepth.export.infer.open_deployed", lambda path: deployed)
+    shown = infer("m.onnx", tmp_path)
+    assert shown.exit_code == (1 if errors else 0)
+    assert re.search(r"a\.csv:2 +yes +73\.1%", shown.stdout)
+    for said in errors + left_out:
+        assert said in shown.stderr
+    assert shown.stderr.count("\n") == len(errors + left_out)
 
 
 def test_a_damaged_image_is_named_and_the_others_are_shown(

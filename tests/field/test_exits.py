@@ -80,6 +80,8 @@ def with_file(error: OSError, name: str) -> OSError:
 
 ENDS: dict[str, tuple[BaseException, int, str]] = {
     "an error of ours": (ConfigError("rounds is 0"), FAILED, "fedepth: rounds is 0\n"),
+    "an error of ours about odd names": (StateError("a\nb\x1b[2J is full"), FAILED, r"fedepth: a\nb\x1b[2J is full"),
+    "a word about odd names": (SystemExit("a\nb"), FAILED, r"fedepth: a\nb"),
     "with a password": (StateError("postgresql://me:secret@db/x is away"), FAILED, "postgresql://***@db/x is away"),
     "Ctrl-C": (KeyboardInterrupt(), 130, ""),
     "a cancelled task": (asyncio.CancelledError(), 130, ""),
@@ -196,6 +198,17 @@ def test_another_users_folder_for_temporary_files_is_not_used(tmp_path: Path, mo
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.usefixtures("reports")
+def test_a_working_directory_that_is_gone_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert ended(lambda: Path("x").resolve(), monkeypatch) == FAILED
+    assert capsys.readouterr().err == "fedepth: the working directory does not exist any more; change to another one\n"
+
+
 @pytest.mark.parametrize("name", APPS)
 def test_help_documents_the_statuses(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -271,6 +284,9 @@ TYPED: list[tuple[str, list[str], int, str]] = [
         FAILED,
         "holds no calibration",
     ),
+    ("fedepth", ["plan", "digits-cnn", "--budget", "1MiB", "--calibration", "o'\nd"], FAILED, r"> $'o\'\nd'"),
+    ("fedepth", ["infer", "a\nb.onnx", "x"], FAILED, r"a\nb.onnx cannot be read"),
+    ("fedepth-coordinator", ["record", "--state", "a\x1b[2J\n"], FAILED, r"a\x1b[2J\n holds no job"),
     ("fedepth", ["plan", os.fsdecode(b"\xff"), "--budget", "1MiB"], FAILED, r"'\udcff' holds bytes that are no text"),
     *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", *more], status, says) for more, status, says in ENORMOUS),
     *((name, line, USAGE, "the path is empty") for name, line in EMPTY),

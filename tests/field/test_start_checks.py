@@ -26,6 +26,7 @@ from fedepth.job import load_config, model_spec, read_job
 from fedepth.job_changes import settings_of
 from fedepth.job_sections import JobConfig
 from fedepth.plan import Plan, Policy
+from fedepth.task import InputType, ModelSpec, TextSpec
 
 JOB = """[job]
 name = "demo"
@@ -162,6 +163,18 @@ def test_what_is_left_out_of_the_test_folder_is_told_by_folder_and_reason(tmp_pa
     )
 
 
+def test_what_is_left_out_of_a_folder_of_rows_is_told_too(tmp_path: Path) -> None:
+    for name in ("test.csv", "february.csv", "test.ods"):
+        (tmp_path / name).write_text("label,text\ncat,one\n")
+    spec = ModelSpec("m", ("cat", "dog"), (4,), (), (), InputType.TOKENS, text=TextSpec("label", ("text",), 100))
+    answer = look(Request(str(tmp_path), spec))
+    assert (answer.problem, answer.class_counts) == ("", (1, 0))
+    assert list(map(str, answer.left_out)) == [
+        "1 × a file of no split: call it test-….csv, or leave it, such as february.csv",
+        "1 × a spreadsheet: save it as CSV, such as test.ods",
+    ]
+
+
 # A class that no folder can be called, and why.
 NO_FOLDERS = [
     ("T-shirt/top", "no folder's name holds a slash"),
@@ -233,7 +246,7 @@ DISK: list[tuple[int, int, bool, str, str]] = [  # free and weights in MiB, begu
     (400, 100, True, "", "has 400.0 MiB left"),
     (500, 100, True, "", ""),
     (65, 0, False, "", ""),
-    (63, 0, False, "the first round needs 64.0 MiB", ""),
+    (63, 0, False, "the first round needs 64.0 MiB: 64.0 MiB for the record", ""),
 ]
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ConfigError, DataError, DiskError, JobError, StateError
+from fedepth.simulation import setup
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
+from fedepth.task import ModelSpec
 from tests.simulation.conftest import InProcess
 
 
@@ -114,6 +116,18 @@ def test_a_client_with_one_sample_trains_and_one_with_none_is_left_out(lab: Any)
     job = lab.job(rounds="1", devices_per_round="2")
     (line,) = lab.run(job, partition=f"file:{partition}")
     assert {row.client: row.samples for row in line.clients} == {"one": 1, "many": 4}
+
+
+def test_what_is_left_out_of_the_data_is_said(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/cat/notes.txt", "train/stray.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    said: list[str] = []
+    setup._tell_left_out("--data", tmp_path, ModelSpec("m", ("cat",), (1, 8, 8), (0.5,), (0.5,)), "train", said.append)
+    assert said == [
+        "--data: left out of the folder .: 1 × image in no class folder: move it into one, such as stray.png",
+        "--data: left out of the folder cat: 1 × not an image (.txt), such as cat/notes.txt",
+    ]
 
 
 def test_more_clients_than_samples_are_refused(lab: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 
 from coordinator.store import backup
-from fedepth.errors import StateError
+from fedepth.errors import DiskError, StateError
 from fedepth.job import training_spec
 
 
@@ -26,6 +30,45 @@ def begun(place: Any) -> Any:
     place.add_update(store, place.task(3, "a"), b"an update")
     store.record_task(place.task(3, "b"))
     return store
+
+
+def full_for_the_record(patch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def small(path: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(path, **options)
+        if "unfinished" in str(path):
+            connection.execute("PRAGMA max_page_count = 2").close()
+        return connection
+
+    patch.setattr("sqlite3.connect", small)
+
+
+def full_for_a_file(patch: pytest.MonkeyPatch) -> None:
+    def copyfile(source: Path, target: Path) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        error.filename2 = str(target)  # as shutil tells it
+        raise error
+
+    patch.setattr("shutil.copyfile", copyfile)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("full", [full_for_the_record, full_for_a_file])
+def test_a_full_disk_is_told_where_it_is_and_leaves_nothing(
+    full: Callable[[pytest.MonkeyPatch], None], exists: bool, plain: Any, tmp_path: Path
+) -> None:
+    target = tmp_path / "copies" / "today"
+    if exists:
+        target.mkdir(parents=True)
+    store = begun(plain)
+    with pytest.MonkeyPatch.context() as patch:
+        full(patch)
+        with pytest.raises(DiskError, match=rf"the backup cannot be written: {target}/.*: No space left on device; fr"):
+            store.backup(target)
+    assert target.exists() == exists
+    assert store.backup(target).round == 2
+    store.close()
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "bucket"])
