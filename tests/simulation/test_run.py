@@ -364,9 +364,11 @@ def peer_rounds(lab: Any, output: str = "run") -> dict[str, list[str]]:
     return {client.name: sorted(path.parent.name for path in client.glob("peers/*/*/*")) for client in clients}
 
 
-def test_peers_go_on_from_round_to_round(lab: Any) -> None:
+def test_peers_go_on_from_round_to_round(lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
     job = lab.job(training=MUTUAL, rounds="3", devices_per_round="6")
+    capfd.readouterr()
     lab.run(job)
+    assert capfd.readouterr() == ("", "")
     assert set(map(tuple, peer_rounds(lab).values())) == {("00000002", "00000003")}
     for request in (each for each in lab.engine.requests if isinstance(each, Train)):
         (peer,) = request.peers
