@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from fedepth.data.damage import check_share
 from fedepth.data.read import DIGITS, Images, open_images, read_sound
+from fedepth.data.row_files import find_rows, fingerprint
 from fedepth.data.rows import Rows, damaged_only
 from fedepth.data.transforms import model_inputs
 from fedepth.errors import DataError
@@ -62,11 +64,19 @@ def open_test_images(test_data: str, spec: ModelSpec, tokenizer: str = "") -> Im
     Raises:
         DataError: they cannot be read, or there are none.
     """
-    images = open_images(test_data if test_data == DIGITS else Path(test_data), spec, "test", tokenizer=tokenizer)
+    if spec.columns is None:
+        images = open_images(test_data if test_data == DIGITS else Path(test_data), spec, "test")
+    else:
+        images = _rows(fingerprint(find_rows(Path(test_data), "test")), test_data, spec, tokenizer)
     if len(images) == 0:
         what = damaged_only(images) if isinstance(images, Rows) else ""
         raise DataError(f"{test_data} holds no test samples{what}. Give the job test data, or leave it out.")
     return images
+
+
+@lru_cache(maxsize=1)  # they take long to read, and are the same round by round
+def _rows(fingerprint: int, test_data: str, spec: ModelSpec, tokenizer: str) -> Images:
+    return open_images(Path(test_data), spec, "test", tokenizer=tokenizer)
 
 
 def check_rows(rows: Rows, most_damaged: float) -> None:

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -38,8 +39,10 @@ def peers_folder(folder: Path, task: Task) -> Path:
 class Peers:
     """The peers in `state/peers`. Only one process may use it at a time (see identity.StateLock)."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, log: Any = _log) -> None:
+        """`log` is told what becomes of them."""
         self._folder = state / "peers"
+        self._log = log
 
     def of(self, task: Task) -> tuple[Path | None, ...]:
         """The peers that a task begins with, by slot; None where one is to be begun anew.
@@ -55,7 +58,7 @@ class Peers:
             others = [path for path in _entries(self._folder) if path.name != job]
             known = sorted(self._known(self._folder / job), key=lambda each: -each.round) if job else []
         for path in others:
-            _log.info("peers of another job, or of another model, are deleted", folder=str(path))
+            self._log.info("peers of another job, or of another model, are deleted", folder=str(path))
             _delete(path)
         for each in known:
             if each.slot > wanted:
@@ -63,9 +66,9 @@ class Peers:
         earlier = [each for each in known if each.round < task.round]
         found = []
         for slot in range(1, wanted + 1):
-            peer = next((each for each in earlier if each.slot == slot and _is_sound(each)), None)
+            peer = next((each for each in earlier if each.slot == slot and self._is_sound(each)), None)
             if peer:
-                _log.info("a peer goes on", slot=slot, of_round=peer.round, sha256=peer.digest)
+                self._log.info("a peer goes on", slot=slot, of_round=peer.round, sha256=peer.digest)
             found.append(peer.path if peer else None)
         return tuple(found)
 
@@ -84,14 +87,14 @@ class Peers:
                     found.path.rename(target)
                     for folder in (target.parent, *target.parents[1:3]):
                         sync_folder(folder)
-                    _log.info("peer kept", slot=found.slot, round=found.round, sha256=found.digest)
+                    self._log.info("peer kept", slot=found.slot, round=found.round, sha256=found.digest)
                     self._drop_others(self._folder / job.name, replace(found, path=target))
         shutil.rmtree(left, ignore_errors=True)
 
     def drop(self, why: str) -> None:
         """Deletes all: the next task begins with new ones."""
         if self._folder.exists():
-            _log.warning("all peers are deleted", reason=why)
+            self._log.warning("all peers are deleted", reason=why)
             _delete(self._folder)
 
     def _drop_others(self, job: Path, kept: _Known) -> None:
@@ -105,6 +108,17 @@ class Peers:
         for folder in _entries(job):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where nothing is left
+
+    def _is_sound(self, peer: _Known) -> bool:
+        try:
+            digest = file_digest(peer.path, follow=False)
+            problem = f"its sha256 is {digest[:12]}…, expected {peer.digest[:12]}…" if digest != peer.digest else ""
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if problem:
+            self._log.warning("a peer is damaged; it is deleted", file=str(peer.path), problem=problem)
+            _delete(peer.path)
+        return not problem
 
     def _known(self, job: Path) -> Iterator[_Known]:
         for folder in _entries(job):
@@ -134,18 +148,6 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _is_sound(peer: _Known) -> bool:
-    try:
-        digest = file_digest(peer.path, follow=False)
-        problem = f"its sha256 is {digest[:12]}…, expected {peer.digest[:12]}…" if digest != peer.digest else ""
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        _log.warning("a peer is damaged; it is deleted", file=str(peer.path), problem=problem)
-        _delete(peer.path)
-    return not problem
 
 
 def _delete(path: Path) -> None:

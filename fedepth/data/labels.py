@@ -19,12 +19,19 @@ _MOST_COMPARED = 1000  # classes; comparing takes a while, and a device may send
 _NAME_SHOWN = 60
 _MOST_TOLD = 2000  # characters, fewer than a message to a device may have
 _NEAR = 0.6  # difflib's own measure of what is similar
-_NUMBER = re.compile(r"(-?\d{1,9})(\.0+)?")  # what a program may make of a whole number in a column with gaps
+_NUMBER = re.compile(r"(-?\d{1,9})(\.0+)?")
+_WITH_POINT = re.compile(r"(-?\d+)\.0+")
 
 
 def normalised(name: str) -> str:
     """The name as it is compared."""
     return unicodedata.normalize("NFC", name)
+
+
+def as_whole(text: str) -> str:
+    """ "1" of "1.0", which programs make of a whole number in a column with gaps; any other text as it is."""
+    number = _WITH_POINT.fullmatch(text)
+    return text if number is None else number[1]
 
 
 def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str:

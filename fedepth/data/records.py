@@ -261,12 +261,35 @@ def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[Record]:
                     number += 1
                     yield Record(number, ())
                 continue
-            lists = [batch.column(batch.schema.get_field_index(each)).to_pylist() for each in wanted]
+            lists = [_values(batch.column(batch.schema.get_field_index(each))) for each in wanted]
             for values in zip(*lists, strict=True):
                 number += 1
-                yield Record(number, values)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield _without_bytes(number, values)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: UnicodeDecodeError, dates
         raise DataError(f"{name} is damaged behind row {number}: {str(error).splitlines()[0]}") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """Of an Arrow array. Python's own types of time end at microseconds, which is enough for a category."""
+    import pyarrow as pa
+
+    kind = column.type
+    if getattr(kind, "unit", "") == "ns":
+        coarser = pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
+        coarser = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else coarser
+        column = column.cast(coarser, safe=False)
+    found: list[Any] = column.to_pylist()
+    return found
+
+
+def _without_bytes(number: int, values: Sequence[Any]) -> Record:
+    """A row whose bytes are text, as some programs write it."""
+    if not any(isinstance(value, bytes) for value in values):
+        return Record(number, values)
+    try:
+        return Record(number, [value.decode() if isinstance(value, bytes) else value for value in values])
+    except UnicodeDecodeError as error:
+        return Record(number, (), not_utf8(error.object[error.start]))
 
 
 def _opened_parquet(path: Path, name: str) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedepth.data.damage import RowError
-from fedepth.data.labels import normalised
+from fedepth.data.labels import as_whole, normalised
 from fedepth.data.records import as_text
 from fedepth.printable import quoted
 from fedepth.task import TableSpec
@@ -69,10 +69,7 @@ def row_encoder(spec: TableSpec) -> Callable[[Sequence[Any]], list[float]]:
     The function raises RowError, which names the column.
     """
     numeric = spec.numeric
-    places: list[tuple[Mapping[str, int], int]] = [
-        ({normalised(value): place for place, value in enumerate(each.values)}, len(each.values))
-        for each in spec.categorical
-    ]
+    places = [(_places(each.values), len(each.values)) for each in spec.categorical]
 
     def encode(values: Sequence[Any]) -> list[float]:
         row = []
@@ -82,10 +79,17 @@ def row_encoder(spec: TableSpec) -> Callable[[Sequence[Any]], list[float]]:
             except RowError as error:
                 raise RowError(f"column {quoted(column)} {error}") from None
         for (known, others), value in zip(places, values[len(numeric) :], strict=True):
-            row.append(known.get(normalised(as_text(value).strip()), others))
+            text = normalised(as_text(value).strip())
+            row.append(known.get(text, known.get(as_whole(text), others)))
         return row
 
     return encode
+
+
+def _places(values: Sequence[str]) -> Mapping[str, int]:
+    """The place of each value; of a whole number also where another program writes it with a point."""
+    exact = {normalised(value): place for place, value in enumerate(values)}
+    return {**{as_whole(value): place for value, place in exact.items()}, **exact}
 
 
 def features(rows: npt.NDArray[np.float64], spec: TableSpec) -> npt.NDArray[np.float32]:

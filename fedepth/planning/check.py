@@ -8,8 +8,8 @@ from fedepth.plan import MOST_MODELS, Plan, Stage
 
 
 def check_plan(costs: ModelCosts, plan: Plan) -> None:
-    """Raises PlanError if a block lies beyond the model, or ends where no skip connection leads to the head; or if
-    several models are to be trained in more than one stage."""
+    """Raises PlanError if a block lies beyond the model, does not begin where the one before ends, or ends where no
+    skip connection leads to the head; or if several models are to be trained in more than one stage."""
     several = plan.models > 1 and not (plan.may_have_peers and plan.stages[0].last == len(costs.units) - 1)
     if several or not 1 <= plan.models <= MOST_MODELS:
         raise PlanError(
@@ -19,7 +19,9 @@ def check_plan(costs: ModelCosts, plan: Plan) -> None:
             needed_bytes=0,
             budget_bytes=plan.budget_bytes,
         )
+    starts = [stage.last + 1 for stage in plan.stages[:-1]]
     odd = [stage.block for stage in plan.stages if not _possible(stage, costs.units)]
+    odd += [stage.block for stage, start in zip(plan.stages[1:], starts, strict=True) if stage.first != start]
     if odd or not plan.stages:
         shown = ", ".join(odd[:20]) + (f" and {len(odd) - 20} more" if len(odd) > 20 else "")
         raise PlanError(

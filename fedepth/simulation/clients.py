@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 
-from fedepth.costs import Calibration
-from fedepth.errors import ConfigError
+from fedepth.costs import Calibration, ModelCosts
+from fedepth.errors import ConfigError, PlanError
 from fedepth.files import NOT_JSON, read_regular
 from fedepth.plan import Plan
+from fedepth.planning.check import check_plan
 from fedepth.printable import printable, quoted
 from fedepth.simulation.partitions import Partition
+from fedepth.task import TrainingSpec
 
 EVERYTHING = 1 << 50  # a budget that any plan fits
 FULL = "full"
@@ -139,6 +141,31 @@ def load_plans(path: Path) -> dict[str, Plan]:
         raise ConfigError(f"--plans: {printable(str(path))} cannot be read: {error.strerror}") from None
     except NOT_JSON as error:
         raise ConfigError(f"--plans: {printable(str(path))} does not hold plans by client: {error}") from None
+
+
+def check_pinned(
+    plans: Mapping[str, Plan], clients: Sequence[Client], costs: ModelCosts, training: TrainingSpec
+) -> None:
+    """Raises ConfigError: a plan is of a client that there is not, or is none that this job's model is trained by."""
+    known = {client.id for client in clients}
+    for client, plan in plans.items():
+        where = f"--plans: {quoted(client)}"
+        if client not in known:
+            raise ConfigError(f"{where}: there is no such client, there are {quoted(clients[0].id)} and so on")
+        try:
+            check_plan(costs, plan)
+        except PlanError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        whole = [*range(costs.first_trained, len(costs.units))]
+        if sorted((*plan.trained_units, *plan.untrained)) != whole:
+            raise ConfigError(
+                f"{where}: the plan trains {plan.blocks}; each of the units {whole[0]} to {whole[-1]} has to be in one "
+                "block or among `untrained`"
+            )
+        if plan.models > training.mutual:
+            raise ConfigError(
+                f"{where}: the plan trains {plan.models} models, [training] mutual of the job is {training.mutual}"
+            )
 
 
 def tier_shares(name: str) -> tuple[Fraction, ...]:

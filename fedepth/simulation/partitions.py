@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -43,12 +44,15 @@ class Partition(msgspec.Struct, frozen=True):
     Attributes:
         how: as it was asked for.
         samples: in the whole data set.
+        labels: digest of their labels (`labels_digest`): places mean nothing in other data. Empty where somebody wrote
+            it by hand.
     """
 
     how: str
     seed: int
     samples: int
     clients: tuple[Share, ...]
+    labels: str = ""
 
 
 def file_of(how: str) -> Path | None:
@@ -67,11 +71,12 @@ def file_of(how: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Source:
-    """What is dealt: the labels of a data set, and where it lies."""
+    """What is dealt: the labels of a data set, and where it lies; without files that are damaged, by their keys."""
 
     data: Path | str
     spec: ModelSpec
     labels: Labels
+    damage: frozenset[int] = frozenset()
 
 
 def make_partition(how: str, clients: int | None, seed: int, source: Source) -> Partition:
@@ -87,7 +92,7 @@ def make_partition(how: str, clients: int | None, seed: int, source: Source) -> 
     kind, _, argument = how.partition(":")
     file = file_of(how)
     if kind == "file" and file is not None:
-        return _checked(load_partition(file), len(source.labels), argument)
+        return _checked(load_partition(file), source.labels, argument)
     if kind in ("folder", "csv"):
         if clients is not None:
             raise ConfigError(f"--clients: leave it out with --partition {kind}, which says itself who there is")
@@ -104,7 +109,12 @@ def make_partition(how: str, clients: int | None, seed: int, source: Source) -> 
     else:
         raise ConfigError(f"--partition {quoted(how)}: there are {FORMS}")
     shares = tuple(Share(name, tuple(part.tolist())) for name, part in named.items())
-    return Partition(how, seed, len(source.labels), shares)
+    return Partition(how, seed, len(source.labels), shares, labels_digest(source.labels))
+
+
+def labels_digest(labels: Labels) -> str:
+    """Tells data sets apart whose samples are not the same ones, or in another order, as far as labels can."""
+    return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()[:32]
 
 
 def save_partition(path: Path, found: Partition) -> None:
@@ -126,7 +136,14 @@ def load_partition(path: Path) -> Partition:
         raise ConfigError(f"--partition: {printable(str(path))} is not a partition: {error}") from None
 
 
-def _checked(found: Partition, count: int, name: str) -> Partition:
+def _checked(found: Partition, labels: Labels, name: str) -> Partition:
+    """The partition of a file, for the samples with these labels."""
+    count, digest = len(labels), labels_digest(labels)
+    if found.labels not in ("", digest):
+        raise ConfigError(
+            f"--partition {printable(name)}: is of other data, with {found.samples} samples, here are {count}, or "
+            'with other labels; if its places are right all the same, remove "labels" from it'
+        )
     ids = [share.id for share in found.clients]
     if not ids or len(set(ids)) != len(ids) or not all(ids):
         raise ConfigError(f"--partition {printable(name)}: clients need names, each its own")
@@ -137,7 +154,7 @@ def _checked(found: Partition, count: int, name: str) -> Partition:
                 f"--partition {printable(name)}: the samples of {quoted(share.id)} must be places in rising order, "
                 f"from 0 to {count - 1}"
             )
-    return found
+    return msgspec.structs.replace(found, samples=count, labels=digest)
 
 
 def _alpha(argument: str) -> float:
@@ -194,12 +211,17 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
         raise ConfigError(f"--partition csv: {printable(str(path))} needs the columns client, and file or index")
     owners = [""] * len(source.labels)
     places: dict[str, int] = {}
+    damaged: set[str] = set()
     if "index" not in columns:
         root = Path(source.data)
         places = {str(file.relative_to(root)): place for place, file in enumerate(_image_files(source))}
+        whole = _image_files(replace(source, damage=frozenset())) if source.damage else []
+        damaged = {str(file.relative_to(root)) for file in whole} - places.keys()
     for row in rows:
         if "index" in columns:
             place: int | None = _whole(row["index"] or "", "an index")
+        elif row["file"] in damaged:
+            continue
         else:
             place = places.get(row["file"] or "")
         if place is None or not 0 <= place < len(owners):
@@ -210,10 +232,10 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
 
 
 def _image_files(source: Source) -> list[Path]:
-    """The path of every sample, in the order of the data; none where there are no files."""
-    if str(source.data) == DIGITS or find_idx(Path(source.data), "train") is not None:
+    """The path of every sample, in the order of the data; none where samples are no files."""
+    if str(source.data) == DIGITS or source.spec.columns is not None or find_idx(Path(source.data), "train"):
         return []
-    found = find_folders(Path(source.data), source.spec.classes, "train")
+    found = find_folders(Path(source.data), source.spec.classes, "train", source.damage)
     return [path for paths in found.values() for path in paths]
 
 

@@ -16,13 +16,16 @@ in updates/.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 
 from fedepth.errors import ConfigError, StateError
 from fedepth.files import NOT_JSON, disk_errors, read_regular, write_atomically
@@ -30,7 +33,7 @@ from fedepth.layout import ModelLayout
 from fedepth.peers import Peers
 from fedepth.printable import printable
 from fedepth.simulation.worker.protocol import RESULT
-from fedepth.task import Result
+from fedepth.task import Failure, Result
 
 VERSION = 1
 PEERS = "peers"  # in the folder of an update: those that its client is to keep
@@ -169,8 +172,12 @@ class Record:
                     f"{printable(str(self.folder))} holds another simulation, with other {', '.join(fields)}; give "
                     "another --output, or delete that folder"
                 )
-            for leftover in self.folder.rglob(".*.tmp"):  # of writes that were cut short
+            # Of writes that were cut short.
+            for leftover in self.folder.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+            whole = self._whole_lines()
+            if self._rounds_path.exists() and self._rounds_path.stat().st_size > len(whole):
+                os.truncate(self._rounds_path, len(whole))
 
     def read(self, name: str, kind: type[T]) -> T | None:
         """One of the JSON files; None where it is not there.
@@ -201,7 +208,10 @@ class Record:
 
     def peers(self, client: int) -> Peers:
         """The other models of a client, by its place, where the job has mutual distillation."""
-        return Peers(self.folder / "clients" / f"{client:06d}")
+        # Of hundreds of clients, only what is wrong; and not on standard output, which belongs to results.
+        warnings = structlog.make_filtering_bound_logger(logging.WARNING)
+        log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr), wrapper_class=warnings)
+        return Peers(self.folder / "clients" / f"{client:06d}", log)
 
     def trained(self, folder: Path, weights_digest: str) -> Result | None:
         """An update that was trained before from these weights; None if there is none."""
@@ -215,27 +225,44 @@ class Record:
         )
         return result if whole and result.weights_digest == weights_digest else None
 
+    def diverged(self, folder: Path, weights_digest: str) -> Failure | None:
+        """How training diverged before that began with these weights; None if it did not."""
+        try:
+            return msgspec.json.decode(read_regular(_diverged(folder, weights_digest), _MOST_BYTES), type=Failure)
+        except (OSError, *NOT_JSON):
+            return None
+
+    def note_diverged(self, folder: Path, weights_digest: str, failure: Failure) -> None:
+        """So that it is not trained again, which would go otherwise once its client's peers are deleted."""
+        with disk_errors("the simulation cannot be recorded", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(_diverged(folder, weights_digest), msgspec.json.encode(failure))
+
     def rounds(self) -> list[RoundLine]:
-        """The closed rounds; a last line that was cut short is cut off.
+        """The closed rounds, without a last line that was cut short or is just being written.
 
         Raises:
-            StateError: a line is damaged.
+            StateError: a line is damaged, or none can be read.
         """
-        path = self.folder / "rounds.jsonl"
+        return decode_rounds(self._whole_lines(), self._rounds_path)
+
+    @property
+    def _rounds_path(self) -> Path:
+        return self.folder / "rounds.jsonl"
+
+    def _whole_lines(self) -> bytes:
         try:
-            data = read_regular(path, _MOST_BYTES)
+            data = read_regular(self._rounds_path, _MOST_BYTES)
         except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with disk_errors("the simulation cannot be recorded", self.folder):
-                os.truncate(path, len(whole))
-        return decode_rounds(whole, path)
+            return b""
+        except OSError as error:
+            raise StateError(f"{printable(str(self._rounds_path))} cannot be read: {error.strerror}") from None
+        return data[: data.rfind(b"\n") + 1]
 
     def close_round(self, line: RoundLine) -> None:
         """Adds a round's line, durably, and deletes what only that round needed."""
         with disk_errors("the simulation cannot be recorded", self.folder):
-            with open(self.folder / "rounds.jsonl", "ab", buffering=0) as file:
+            with open(self._rounds_path, "ab", buffering=0) as file:
                 file.write(msgspec.json.encode(line) + b"\n")
                 os.fsync(file.fileno())
             shutil.rmtree(self.folder / "updates" / f"round-{line.round:04d}", ignore_errors=True)
@@ -246,6 +273,10 @@ class Record:
         for path in (self.folder / "weights").glob("round-*.safetensors"):
             if path not in kept:
                 path.unlink(missing_ok=True)
+
+
+def _diverged(folder: Path, weights_digest: str) -> Path:
+    return folder / f"diverged-{weights_digest[:32]}.json"
 
 
 def decode_rounds(data: bytes, path: Path) -> list[RoundLine]:

@@ -2,6 +2,7 @@
 
 The evaluation of a round is done beside the training of the next, by workers that would have nothing to do otherwise.
 Should it find that the round's weights are not to be published, the next round is trained again from those before.
+Not where clients have peers (fedepth.peers): those would have learnt from weights that never were in force.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
 
 EVALUATED_AT_ONCE = 4  # batches of test data in one request: small enough to fill gaps
+_DIVERGED = "training diverged with them, and may do so again"
 _UNLIMITED = 1 << 62  # for plans that are trained whatever is free
 
 
@@ -118,7 +120,7 @@ class Run:
                 played: Played | None = None
                 trouble: JobError | None = None
                 started = time.monotonic()
-                if number <= config.job.rounds:
+                if number <= config.job.rounds and not (pending is not None and config.training.mutual > 1):
                     try:
                         played = await self._train_round(number, now, weights)
                     except JobError as error:  # perhaps of weights that are not in force
@@ -133,7 +135,7 @@ class Run:
                 if trouble is not None:
                     raise trouble
                 if played is None:
-                    break
+                    continue
                 pending = await self._close(number, played, now, weights, started)
                 weights, now = pending.new or weights, played.ended_at
                 number += 1
@@ -164,6 +166,8 @@ class Run:
                 partition=str(folder / "partition.json"),
                 test_data=config.test_data,
                 scratch=str(folder / "work"),
+                damage=tuple(self._simulation.damage),
+                most_damaged=config.most_damaged,
             )
         )
 
@@ -207,10 +211,13 @@ class Run:
         plans: dict[str, Plan] = {}
         left_out: dict[str, PlanError | str] = {}
         for client in self._simulation.clients:
-            if client.pinned is not None:
-                plans[client.id] = client.pinned
-            elif not client.sample_count:
+            least = self._tables.of(training).smallest_micro_batch
+            if not client.sample_count:
                 left_out[client.id] = "it has no samples"
+            elif client.pinned is not None and client.sample_count < least:
+                left_out[client.id] = f"BatchNorm needs at least {least} samples at once, it has {client.sample_count}"
+            elif client.pinned is not None:
+                plans[client.id] = client.pinned
             else:
                 found = self._answer(client, training)
                 if isinstance(found, Plan):
@@ -314,6 +321,10 @@ class Run:
         work = self._planner_work(client.id, training, plan)
         if peers is None:
             return await self._trained(request, client, work)
+        known_failure = self._record.diverged(output, weights.digest)
+        if known_failure is not None:
+            await asyncio.to_thread(peers.drop, _DIVERGED)
+            return known_failure
         found = await asyncio.to_thread(peers.of, task)
         request = replace(
             request,
@@ -323,8 +334,9 @@ class Run:
         outcome = await self._trained(request, client, work)
         if isinstance(outcome, Result):
             await asyncio.to_thread(peers.keep, output / PEERS)
-        elif outcome.outcome is Outcome.DIVERGED:
-            await asyncio.to_thread(peers.drop, "training diverged with them, and may do so again")
+        elif outcome.outcome is Outcome.DIVERGED and plan.models > 1:
+            await asyncio.to_thread(self._record.note_diverged, output, weights.digest, outcome)
+            await asyncio.to_thread(peers.drop, _DIVERGED)
         return outcome
 
     async def _trained(self, request: Train, client: Client, work: float) -> Result | Failure:

@@ -13,12 +13,18 @@ import msgspec
 
 from fedepth import errors
 from fedepth.child import Child
-from fedepth.data.read import DIGITS, Labels, open_images
+from fedepth.data.check import check_data
+from fedepth.data.damage import MOST_DAMAGED, Damage, check_share
+from fedepth.data.idx_sets import find_idx
+from fedepth.data.read import DIGITS, Images, Labels, open_images
+from fedepth.data.rows import Rows
 from fedepth.data.scan import left_out
+from fedepth.data.text import read_tokenizer
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.files import read_regular
 from fedepth.job import load_config, model_spec, training_spec
 from fedepth.job_sections import JobConfig
+from fedepth.models.traced import read_costs
 from fedepth.preparation import preparation
 from fedepth.printable import printable
 from fedepth.simulation.clients import (
@@ -26,13 +32,21 @@ from fedepth.simulation.clients import (
     FULL,
     Client,
     Tier,
+    check_pinned,
     load_budgets,
     load_plans,
     make_clients,
     tier_shares,
 )
 from fedepth.simulation.engine import Answer, exchange, start_worker, worker_environment
-from fedepth.simulation.partitions import Partition, Source, file_of, make_partition, save_partition
+from fedepth.simulation.partitions import (
+    Partition,
+    Source,
+    file_of,
+    labels_digest,
+    make_partition,
+    save_partition,
+)
 from fedepth.simulation.record import VERSION, Asked, Prepared, Record
 from fedepth.simulation.trace import Trace, load_trace
 from fedepth.simulation.worker.protocol import MeasurePeak, Request
@@ -79,7 +93,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Simulation:
-    """All that is known before the first round."""
+    """All that is known before the first round.
+
+    Attributes:
+        damage: keys of the image files that are left out (fedepth.data.damage).
+    """
 
     options: Options
     config: JobConfig
@@ -90,6 +108,7 @@ class Simulation:
     clients: tuple[Client, ...]
     tiers: tuple[Tier, ...]
     trace: Trace
+    damage: frozenset[int] = frozenset()
 
 
 def job_of(options: Options) -> JobConfig:
@@ -113,13 +132,20 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
     spec, seed = model_spec(config), config.job.seed
     source: Path | str = options.data if options.data == DIGITS else Path(options.data).resolve()
     record.open(_asked(options, config, str(source)))
-    labels = open_images(source, spec, "train", scratch=record.folder).labels
+    images, damage = _sound_samples(source, config, record, say)
     _tell_left_out("--data", source, spec, "train", say)
     _tell_left_out("[test] data", config.test_data, spec, "test", say)
+    labels = images.labels
     partition = record.read("partition.json", Partition)
     if partition is None:
-        partition = make_partition(options.partition, options.clients, seed, Source(source, spec, labels))
+        dealt = Source(source, spec, labels, damage)
+        partition = make_partition(options.partition, options.clients, seed, dealt)
         save_partition(record.folder / "partition.json", partition)
+    elif partition.labels not in ("", labels_digest(labels)):
+        raise ConfigError(
+            f"{printable(str(source))} holds other samples than when this simulation began ({partition.samples} then, "
+            f"{len(labels)} now, or other labels); bring those back, or give another --output"
+        )
     trace = load_trace(options.trace, {each.id for each in partition.clients}) if options.trace else Trace()
     plans = load_plans(options.plans) if options.plans else {}
     prepared, tiers = record.read("prepared.json", Prepared), record.read("tiers.json", tuple[Tier, ...])
@@ -131,7 +157,36 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
         record.write("prepared.json", prepared)
         record.write("tiers.json", tiers)
     clients = make_clients(partition, tiers, seed, plans)
-    return Simulation(options, config, record, prepared, partition, labels, clients, tiers, trace)
+    training = training_spec(config, 1)
+    check_pinned(plans, clients, read_costs(record.folder / "graph.json").of(training), training)
+    return Simulation(options, config, record, prepared, partition, labels, clients, tiers, trace, damage)
+
+
+def _sound_samples(source: Path | str, config: JobConfig, record: Record, say: Say) -> tuple[Images, frozenset[int]]:
+    """The data without what is damaged of them, as a device takes them; with the keys of damaged files.
+
+    Raises:
+        DataError: they cannot be read, or more is damaged than a device takes by default.
+    """
+    spec = model_spec(config)
+    damage = _checked_files(source, spec, record)
+    tokenizer = read_tokenizer(Path(config.tokenizer)) if config.tokenizer else ""
+    images = open_images(source, spec, "train", record.folder, damage.keys, tokenizer)
+    messages, count, what = damage.damaged, len(damage.damaged), "image files"
+    if isinstance(images, Rows):
+        messages, count, what = images.damaged.messages, images.damaged.count, "rows"
+    if count:
+        check_share(len(images), count, MOST_DAMAGED, messages, "a device (most_damaged)", what)
+        example = next(iter(messages.values()))
+        say(f"{count} of {len(images) + count} {what} are damaged and left out, such as: {example}")
+    return images, damage.keys
+
+
+def _checked_files(source: Path | str, spec: ModelSpec, record: Record) -> Damage:
+    """The image files that are damaged, as a device finds out before it trains."""
+    if not isinstance(source, Path) or spec.columns is not None or find_idx(source, "train") is not None:
+        return Damage()
+    return check_data(source, record.folder / "data-check")
 
 
 def _tell_left_out(what: str, source: Path | str, spec: ModelSpec, split: str, say: Say) -> None:

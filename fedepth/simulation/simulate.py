@@ -8,8 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 
-import structlog
-
 from fedepth.errors import ConfigError, LockedError, StateError
 from fedepth.files import disk_errors, lock_file
 from fedepth.printable import printable
@@ -21,7 +19,6 @@ from fedepth.simulation.setup import Options, Simulation, job_of, set_up
 from fedepth.terminal import console
 
 ENGINES = ("local", "ray")
-_log = structlog.get_logger()
 
 
 def simulate(

@@ -43,7 +43,7 @@ def begin_peers(
     for slot in range(1, count + 1):
         path = context.peers[slot - 1] if slot <= len(context.peers) else None
         model = Model(context.model.graph)
-        trained = {} if path is None else dict.fromkeys(_trained_names(model), _opened(context, path))
+        trained = {} if path is None else _opened(context, path)
         peer = replace(context, task=task, model=model, trained=trained)
         for mine, its in zip(_units(context.model), _units(model), strict=True):
             its.tensors.update({name: mine.tensors[name] for name in mine.unit.fixed if name in mine.tensors})
@@ -64,16 +64,18 @@ def peer_path(folder: Path, slot: int) -> Path:
     return folder / f"peer-{slot}.safetensors"
 
 
-def _opened(context: TrainingContext, path: Path) -> Reader:
+def _opened(context: TrainingContext, path: Path) -> dict[str, Reader]:
+    """What a peer's file holds of what is trained now.
+
+    One of a round whose BatchNorm statistics were fixed has none; those of the global weights are its own as well.
+    """
     reader = open_weights(path)
-    wanted = _trained_names(context.model)
-    if not wanted <= set(reader.names) or any(reader.info(name) != context.weights.info(name) for name in wanted):
+    units = _units(context.model)
+    found = {name for unit in units for name in unit.unit.trained_names} & set(reader.names)
+    whole = found >= {name for unit in units for name in unit.unit.parameters}
+    if not whole or any(reader.info(name) != context.weights.info(name) for name in found):
         raise StateError(f"{path} holds another model than the one of this task; delete it, and a new one begins")
-    return reader
-
-
-def _trained_names(model: Model) -> set[str]:
-    return {name for unit in _units(model) for name in unit.unit.trained_names}
+    return dict.fromkeys(found, reader)
 
 
 def _units(model: Model) -> tuple[RunnableUnit, ...]:

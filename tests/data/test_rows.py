@@ -259,6 +259,34 @@ def test_parquet(tmp_path: Path) -> None:
         read(write(path, data[: len(data) // 2]), "n")
 
 
+@has_pyarrow
+def test_parquet_with_text_as_bytes_and_with_times(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "f.parquet"
+    table = pa.table(
+        {
+            "text": pa.array(["é".encode(), b"\xff", None], pa.binary()),
+            "code": pa.array([b"ab", b"cd", b"ef"], pa.binary(2)).dictionary_encode(),
+            "at": pa.array([1_700_000_000_000_000_001, 0, None], pa.timestamp("ns")),
+            "zone": pa.array([1_700_000_000_000_000_001, 0, None], pa.timestamp("ns", "UTC")),
+            "of_day": pa.array([1, 1_000, None], pa.time64("ns")),
+            "took": pa.array([1, 1_000_000_000, None], pa.duration("ns")),
+            "far": pa.array([10**15, 0, None], pa.date64()),
+        }
+    )
+    pq.write_table(table, path)
+    first, second, third = read(path, "text", "code", "at", "zone", "of_day", "took")
+    assert [as_text(value) for value in first.values] == [
+        "é", "ab", "2023-11-14 22:13:20", "2023-11-14 22:13:20+00:00", "00:00:00", "0:00:00",
+    ]  # fmt: skip
+    assert second.values == () and second.problem.startswith("byte 0xff is not UTF-8")
+    assert [as_text(value) for value in third.values] == ["", "ef", "", "", "", ""]
+    with pytest.raises(DataError, match="is damaged behind row 0: date value out of range"):
+        read(path, "far")
+
+
 def test_rows_of_text_are_ids_with_padding_behind(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "label,text\nb,the cat\na,one two three four five\n,none\na,\nc,x\n")
     rows = Rows([path], TEXTS)

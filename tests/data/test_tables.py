@@ -34,6 +34,12 @@ def test_a_row_is_kept_as_numbers() -> None:
     assert row[2:] == [2, 3]
 
 
+def test_a_category_that_is_a_whole_number_counts_with_and_without_a_point() -> None:
+    spec = TableSpec("l", categorical=(Category("c", ("1", "2.0", "02", "3", "3.0")),))
+    texts = ["1", "1.0", "1.00", 1.0, "2", "2.0", "02", "002", "3", "3.0", "1.5", "1."]
+    assert [row_encoder(spec)([text])[0] for text in texts] == [0, 0, 0, 0, 1, 1, 2, 5, 3, 4, 5, 5]
+
+
 def test_features_are_the_columns_normalised_indicators_and_slots() -> None:
     rows = np.array([[35.0, 174.0, 1, 2], [np.nan, 170.0, 2, 3], [40.0, np.nan, 0, 0]])
     expected = [

@@ -39,6 +39,8 @@ def test_a_block_may_end_where_there_is_an_exit(good: Plan) -> None:
         plan(0, 0, build_batch=0),
         plan(0, 0, frozen_suffix=True),  # its units were not traced frozen
         Plan((), (), Policy.PAPER, 1),
+        Plan((*plan(0, 0).stages, *plan(0, 2).stages), (), Policy.PAPER, 1),
+        Plan((*plan(2, 2).stages, *plan(0, 0).stages), (), Policy.PAPER, 1),
     ],
 )
 def test_anything_else_is_refused(bad: Plan) -> None:

@@ -80,6 +80,7 @@ class InProcess:
     async def start(self, opened: Open) -> int:
         self._workers = [Worker(torch.device("cpu")) for _ in range(self.workers)]
         answers = [asked(worker, opened) for worker in self._workers]
+        setup.result_of(answers[0])
         self._serving = [asyncio.create_task(self._serve(worker)) for worker in self._workers]
         return int(answers[0]["ok"]["tests"])
 

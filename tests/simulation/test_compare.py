@@ -51,14 +51,20 @@ def test_runs_of_a_name_are_seeds_and_count_as_far_as_all_of_them_have_come(tmp_
     assert one_alone.final == Spread(0.9, 0.0)
 
 
-def test_a_line_that_was_cut_short_is_cut_off_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_line_that_is_not_whole_is_left_to_its_simulation_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     folder = run(tmp_path, "deep", 1, [line(1, 0.5)])
     path = folder / "rounds.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:20])
-    assert len(read_run(folder).rounds) == 1 and path.read_bytes() == whole
+    assert len(read_run(folder).rounds) == 1 and path.read_bytes() == whole + whole[:20]  # it may be at work
+    run(tmp_path, "deep", 1, [line(2, 0.6)])
+    assert [each.round for each in read_run(folder).rounds] == [1, 2]
     path.write_bytes(b"{}\n")
     with pytest.raises(StateError, match="is damaged"):
+        read_run(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StateError, match=r"rounds.jsonl cannot be read: "):
         read_run(folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fedepth.data.read import open_images
+from fedepth.data.scan import walk_folders
 from fedepth.errors import ConfigError, DataError
 from fedepth.simulation.partitions import (
     Partition,
@@ -20,7 +21,7 @@ from fedepth.simulation.partitions import (
     make_partition,
     save_partition,
 )
-from fedepth.task import ModelSpec
+from fedepth.task import InputType, ModelSpec, TextSpec
 
 SPEC = ModelSpec("digits-cnn", ("cat", "dog"), (1, 8, 8), (0.5,), (0.5,))
 LABELS = np.array([0, 0, 0, 1, 1, 1])
@@ -42,12 +43,35 @@ def test_shards_of_two_classes_are_the_classes() -> None:
     assert sorted(numbers("shards:1").values()) == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_a_partition_of_other_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "partition.json"
+    made = make_partition("iid", 2, 1, Source("digits", SPEC, LABELS))
+    save_partition(path, made)
+    assert numbers(f"file:{path}", None) == {share.id: list(share.samples) for share in made.clients}
+    for labels in (LABELS[:-1], LABELS[::-1].copy()):
+        with pytest.raises(ConfigError, match=r"is of other data, with 6 samples, here are [56], or with other labels"):
+            numbers(f"file:{path}", None, labels)
+    path.write_text('{"how": "", "seed": 0, "samples": 0, "clients": [{"id": "by hand", "samples": [1, 4]}]}')
+    assert numbers(f"file:{path}", None, LABELS[::-1].copy()) == {"by hand": [1, 4]}
+
+
+def test_rows_lie_in_no_folders(tmp_path: Path) -> None:
+    spec = ModelSpec("text-transformer", ("a", "b"), (4,), (), (), InputType.TOKENS, text=TextSpec("l", ("t",), 100))
+    with pytest.raises(ConfigError, match="needs image files"):
+        make_partition("folder:1", None, 0, Source(tmp_path / "rows.csv", spec, LABELS))
+
+
 def image_folder(folder: Path) -> Source:
     for number, path in enumerate(["cat/ann/1.png", "cat/ben/1.png", "cat/2.png", "dog/ann/1.png", "dog/ben/x/1.png"]):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(target)
     return Source(folder, SPEC, open_images(folder, SPEC, "train").labels)
+
+
+def keys(source: Source) -> list[tuple[int, str]]:
+    walk = walk_folders(Path(source.data), SPEC.classes, "train")
+    return [(picture.key, picture.path) for picture in walk]
 
 
 def test_folders_below_the_classes_may_be_the_owners(tmp_path: Path) -> None:
@@ -73,6 +97,12 @@ def test_a_table_may_name_the_owner_of_files_or_of_places(tmp_path: Path) -> Non
     table.write_text("index,client\n0,b\n5,a\n")
     with pytest.raises(ConfigError, match="line 3: '5' is not in the data"):
         make_partition(f"csv:{table}", None, 0, source)
+    (damaged,) = (key for key, path in keys(source) if path == "cat/ben/1.png")
+    table.write_text("file,client\ncat/ann/1.png,b\ncat/ben/1.png,b\ncat/2.png,a\n")
+    left = Source(source.data, SPEC, open_images(tmp_path / "data", SPEC, damage=frozenset({damaged})).labels,
+                  frozenset({damaged}))  # fmt: skip
+    found = make_partition(f"csv:{table}", None, 0, left)
+    assert {share.id: share.samples for share in found.clients} == {"a": (0,), "b": (1,)}
     table.write_text("place,client\n")
     with pytest.raises(ConfigError, match="needs the columns client, and file or index"):
         make_partition(f"csv:{table}", None, 0, source)

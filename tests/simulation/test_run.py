@@ -6,13 +6,20 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from fedepth.aggregation.rules import Norms
-from fedepth.errors import ConfigError, DataError, DiskError, JobError, StateError
+from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, JobError, StateError
+from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.simulation import setup
+from fedepth.simulation.worker import process
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
-from fedepth.task import ModelSpec
+from fedepth.task import ModelSpec, Result
+from fedepth.training import session
+from fedepth.training.session import Assignment
 from tests.simulation.conftest import InProcess
 
 
@@ -226,3 +233,213 @@ def test_a_trace_decides_who_is_late(lab: Any) -> None:
     assert ends["client-000"] == ends["client-002"] == "update"
     assert ends["client-001"] == "lost: the round closed without it"
     assert line.simulated_seconds == 60 and "client-001" not in lab.engine.trained
+
+
+TEXTS = """\
+[job]
+name = "texts"
+rounds = 1
+devices_per_round = 2
+seed = 3
+
+[model]
+name = "text-transformer"
+classes = ["good", "bad"]
+
+[text]
+label = "label"
+text = ["text"]
+length = 4
+tokenizer = "tokenizer.json"
+
+[training]
+batch = 8
+local_epochs = 1
+learning_rate = 0.05
+
+[test]
+data = "test.csv"
+"""
+TOKENIZER = """\
+{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, "pre_tokenizer":
+{"type": "Whitespace"}, "post_processor": null, "decoder": null, "model": {"type": "WordLevel", "vocab":
+{"[PAD]": 0, "[UNK]": 1, "fine": 2, "poor": 3}, "unk_token": "[UNK]"}}
+"""
+
+
+def rows(count: int, damaged: int = 0) -> str:
+    lines = [("good,fine", "bad,poor")[number % 2] for number in range(count - damaged)]
+    return "\n".join(["label,text", *lines, *["neither,x"] * damaged]) + "\n"
+
+
+def test_damaged_rows_are_left_out_as_on_a_device(lab: Any) -> None:
+    pytest.importorskip("tokenizers", reason="needs the library tokenizers, of fedepth[text]")
+    (lab.folder / "tokenizer.json").write_text(TOKENIZER)
+    job = lab.folder / "job.toml"
+    job.write_text(TEXTS)
+    train, test = lab.folder / "train.csv", lab.folder / "test.csv"
+    train.write_text(rows(40, damaged=2))
+    test.write_text(rows(40, damaged=2))
+    (line,) = lab.run(job, "few", data=str(train), clients=2)
+    assert line.samples == 38 and line.accuracy is not None
+    train.write_text(rows(40, damaged=3))
+    with pytest.raises(DataError, match=r"3 of 40 rows are damaged \(8%\), and a device \(most_damaged\) allows 5%"):
+        lab.run(job, "many", data=str(train), clients=2)
+    train.write_text(rows(40))
+    test.write_text(rows(40, damaged=3))
+    with pytest.raises(DataError, match=r"3 of 40 rows are damaged \(8%\), and \[test\] most_damaged allows 5%"):
+        lab.run(job, "test", data=str(train), clients=2)
+
+
+def test_a_damaged_image_is_left_out_as_on_a_device(lab: Any) -> None:
+    for number in range(40):
+        path = lab.folder / "images" / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 6 * number, np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-20])  # the last of class 9
+    job = lab.job(rounds="1", devices_per_round="2")
+    (line,) = lab.run(job, data=str(lab.folder / "images"), clients=2, partition="iid")
+    assert sorted((row.end, row.samples) for row in line.clients) == [("update", 19), ("update", 20)]
+
+
+def test_a_run_goes_on_with_the_samples_that_it_began_with_or_not_at_all(lab: Any) -> None:
+    (lab.folder / "images").mkdir()
+
+    def images(*counts: int) -> None:
+        for label, count in enumerate(counts):
+            for number in range(count):
+                path = lab.folder / "images" / str(label) / f"{number}.png"
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(np.full((8, 8), 9 * number, np.uint8)).save(path)
+
+    def interrupt(request: Request) -> None:
+        if isinstance(request, Train):
+            raise Interrupted
+
+    images(4, 4, 4, 4, 4, 4, 4, 4, 4, 3)
+    job = lab.job(rounds="1", devices_per_round="2")
+    fields = {"data": str(lab.folder / "images"), "clients": 2}
+    with pytest.raises(Interrupted):
+        lab.run(job, engine=InProcess(1, interrupt), **fields)
+    (lab.folder / "images" / "0" / "3.png").unlink()
+    with pytest.raises(ConfigError, match=r"holds other samples than when this simulation began \(39 then, 38 now"):
+        lab.run(job, **fields)
+    images(3, 4, 4, 4, 4, 4, 4, 4, 4, 4)
+    with pytest.raises(ConfigError, match=r"\(39 then, 39 now, or other labels\); bring those back"):
+        lab.run(job, **fields)
+
+
+def pinned(*blocks: tuple[int, int], untrained: tuple[int, ...] = (), models: int = 1) -> Plan:
+    nothing = PeakComponents(0, 0, 0, 0, 0, 0, 0)
+    stages = tuple(Stage(first, last, 16, CachePlace.RAM, 16, nothing) for first, last in blocks)
+    return Plan(stages, untrained, Policy.AUTO, 0, models)
+
+
+@pytest.mark.parametrize(
+    ("client", "plan", "message"),
+    [
+        ("nobody", pinned((0, 5)), "--plans: 'nobody': there is no such client, there are 'client-000' and so on"),
+        ("client-000", pinned((0, 9)), "has the blocks 0-9, which digits-cnn with its 6 units cannot be trained in"),
+        ("client-000", pinned((0, 1), (3, 5)), "has the blocks 3-5, which"),
+        ("client-000", pinned((0, 3)), "the plan trains 0-3; each of the units 0 to 5 has to be in one block or among"),
+        ("client-000", pinned((0, 5), untrained=(4,)), "each of the units 0 to 5 has to be in one block"),
+        ("client-000", pinned((0, 5), models=2), r"the plan trains 2 models, \[training\] mutual of the job is 1"),
+        ("client-000", pinned((0, 2), (3, 5), models=2), "only where one block holds all 6 units"),
+    ],
+)
+def test_a_plan_that_cannot_be_trained_is_refused_before_anything_is(
+    lab: Any, client: str, plan: Plan, message: str
+) -> None:
+    path = lab.folder / "plans.json"
+    path.write_bytes(msgspec.json.encode({client: plan}))
+    with pytest.raises(ConfigError, match=message):
+        lab.run(lab.job(), plans=path)
+    assert lab.engine.requests == []
+
+
+def test_a_client_with_a_plan_and_without_samples_is_left_out(lab: Any) -> None:
+    partition, plans = lab.folder / "mine.json", lab.folder / "plans.json"
+    partition.write_text(
+        '{"how": "by hand", "seed": 0, "samples": 1438, "clients": [{"id": "none", "samples": []}, '
+        '{"id": "some", "samples": [1, 2, 3, 4]}]}'
+    )
+    plans.write_bytes(msgspec.json.encode({"none": pinned((0, 5)), "some": pinned((0, 2), (3, 5))}))
+    (line,) = lab.run(lab.job(rounds="1", devices_per_round="1"), partition=f"file:{partition}", plans=plans)
+    assert [(row.client, row.blocks) for row in line.clients] == [("some", "0-2 | 3-5")]
+
+
+MUTUAL = "mutual = 2"
+
+
+def peer_rounds(lab: Any, output: str = "run") -> dict[str, list[str]]:
+    """The rounds of which every client has a peer."""
+    clients = sorted((lab.folder / output / "clients").iterdir())
+    return {client.name: sorted(path.parent.name for path in client.glob("peers/*/*/*")) for client in clients}
+
+
+def test_peers_go_on_from_round_to_round(lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    job = lab.job(training=MUTUAL, rounds="3", devices_per_round="6")
+    capfd.readouterr()
+    lab.run(job)
+    assert capfd.readouterr() == ("", "")
+    assert set(map(tuple, peer_rounds(lab).values())) == {("00000002", "00000003")}
+    for request in (each for each in lab.engine.requests if isinstance(each, Train)):
+        (peer,) = request.peers
+        if request.task.round == 1:
+            assert peer == ""
+        else:
+            assert Path(peer).parent.name == f"{request.task.round - 1:08d}"
+            assert Path(peer).is_relative_to(lab.folder / "run" / "clients" / f"{request.client:06d}")
+    lab.run(job, "three", engine=InProcess(3))
+    assert lab.digests() == lab.digests("three")
+
+
+def test_interrupted_anywhere_peers_are_what_they_would_be(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where training diverged with a peer, which is deleted then: it is not tried again without."""
+
+    def run(assignment: Assignment, *rest: Any) -> Result:
+        if assignment.device_id == "client-002" and any(assignment.peers):
+            raise DivergedError("loss is not finite")
+        return session.run(assignment, *rest)
+
+    monkeypatch.setattr(process, "run", run)
+    job = lab.job(training=MUTUAL, rounds="3", devices_per_round="6", job="quorum = 4")
+    lines = lab.run(job, "whole")
+    ends = [next(row.end for row in line.clients if row.client == "client-002") for line in lines]
+    assert ends == ["update", "failed: loss is not finite", "update"]
+    chance = random.Random(1)
+    left = 0
+
+    def interrupt(_: Request) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Interrupted
+
+    done = False
+    while not done:
+        left = chance.randint(3, 9)
+        try:
+            lab.run(job, "broken", engine=InProcess(1, interrupt))
+            done = True
+        except Interrupted:
+            pass
+    assert lab.digests("broken") == lab.digests("whole")
+    assert peer_rounds(lab, "broken") == peer_rounds(lab, "whole")
+
+
+def test_nothing_is_learnt_from_weights_that_are_not_published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedepth.rounds.soundness import Evaluation
+    from fedepth.simulation.run import Run
+
+    true = Run._evaluate
+
+    async def evaluate(self: Run, new: Any) -> Any:
+        found = await true(self, new)
+        return (Evaluation(0.1, float("nan")), "") if new.round == 1 else found
+
+    monkeypatch.setattr(Run, "_evaluate", evaluate)
+    lines = lab.run(lab.job(training=MUTUAL, rounds="3"))
+    assert [line.published for line in lines] == [False, True, True]
+    trained = [(each.task.round, each.device_id) for each in lab.engine.requests if isinstance(each, Train)]
+    assert len(trained) == len(set(trained)) == 9

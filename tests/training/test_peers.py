@@ -17,6 +17,8 @@ from fedepth.errors import OverBudgetError, StateError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import file_digest
 from fedepth.memory.meter import Meter
+from fedepth.models.fixed_statistics import with_fixed_statistics
+from fedepth.models.run import Model
 from fedepth.peer_names import slot_and_digest
 from fedepth.plan import CachePlace, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
@@ -266,6 +268,22 @@ def test_a_peer_of_another_model_is_refused(tmp_path: Path) -> None:
     one = job(tmp_path, SPEC, SGD)
     with pytest.raises(StateError, match="holds another model than the one of this task; delete it"):
         trained_tensors(replace(one, peers=(written_peer(tmp_path, PRERESNET, 1),)))
+
+
+def test_a_peer_of_a_round_with_fixed_statistics_goes_on_with_those_of_the_global_model(tmp_path: Path) -> None:
+    given: tuple[Path, ...] = ()
+    held = []
+    for name in ("fixed", "trained", "fixed again"):
+        folder = tmp_path / name
+        folder.mkdir()
+        one = replace(job(folder, PRERESNET, SGD), peers=given)
+        if name.startswith("fixed"):
+            one = replace(one, model=Model(with_fixed_statistics(one.model.graph)))
+        trained_tensors(one)
+        given = (folder / "peers" / "1-{1}.safetensors".format(*names_in(folder / "peers")[0]),)
+        held.append({tensor for tensor in load_numpy(given[0]) if "running" in tensor})
+    assert held[0] == held[2] == set()
+    assert held[1] == {tensor for tensor in exported(PRERESNET).tensors if "running" in tensor}
 
 
 def planned(folder: Path, hooks: Quiet) -> TrainingContext:

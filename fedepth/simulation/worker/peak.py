@@ -14,6 +14,7 @@ import torch
 
 from fedepth.costs import Calibration
 from fedepth.estimate.peak import needed_bytes
+from fedepth.layout import DTYPES
 from fedepth.models.traced import read_traced, write_traced
 from fedepth.models.zoo import has_width
 from fedepth.plan import Policy
@@ -30,7 +31,7 @@ _EVERYTHING = 1 << 50
 
 @dataclass(frozen=True)
 class Noise:
-    """Random inputs of a model's shape; the class of each is its place modulo the classes."""
+    """Random samples as a model's are stored; the class of each is its place modulo the classes."""
 
     spec: ModelSpec
     count: int
@@ -42,9 +43,11 @@ class Noise:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        most = 2 if self.spec.input_type is InputType.TOKENS else 256
-        return np.random.default_rng(0).integers(0, most, (len(indices), *self.spec.input_shape), dtype=np.uint8)
+    def read(self, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # Every model knows two token ids, and every column with categories has two places: a value, and any other.
+        most = 256 if self.spec.columns is None and self.spec.input_type is InputType.FLOAT else 2
+        shape = (len(indices), *self.spec.sample_shape)
+        return np.random.default_rng(0).integers(0, most, shape).astype(DTYPES[self.spec.sample_type])
 
 
 def measure_peak(request: MeasurePeak) -> dict[str, Any]:

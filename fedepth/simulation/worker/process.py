@@ -20,6 +20,7 @@ import torch
 from fedepth import evaluation
 from fedepth.child import end_with_parent, run_child
 from fedepth.data.read import DIGITS, Images, open_images
+from fedepth.data.rows import Rows
 from fedepth.errors import (
     DataError,
     DiskError,
@@ -127,11 +128,13 @@ class Worker:
         graph = Path(request.graph)
         traced = self._known.traced[graph] = read_traced(graph)
         source = request.data if request.data == DIGITS else Path(request.data)
-        self._images = open_images(source, request.model, "train", scratch=scratch, tokenizer=traced.tokenizer)
+        self._images = open_images(source, request.model, "train", scratch, frozenset(request.damage), traced.tokenizer)
         partition = load_partition(Path(request.partition))
         self._places = tuple(np.array(share.samples, np.int32) for share in partition.clients)
         if request.test_data:
             self._tests = evaluation.open_test_images(request.test_data, request.model, traced.tokenizer)
+            if isinstance(self._tests, Rows):
+                evaluation.check_rows(self._tests, request.most_damaged)
         self._opened = request
         gc.collect()
         gc.freeze()  # what is open stays, and need not be looked through again and again

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedepth.costs import Calibration
+from fedepth.data.damage import MOST_DAMAGED
 from fedepth.plan import Plan
 from fedepth.preparation import Preparation
 from fedepth.task import ModelSpec, Task, TrainingSpec
@@ -35,7 +36,12 @@ class MeasurePeak:
 
 @dataclass(frozen=True)
 class Open:
-    """Open the data and the model, once, for all requests that follow. `test_data` is empty where a job has none."""
+    """Open the data and the model, once, for all requests that follow. `test_data` is empty where a job has none.
+
+    Attributes:
+        damage: keys of image files to leave out (fedepth.data.damage).
+        most_damaged: share of the test data that may be damaged.
+    """
 
     data: str
     model: ModelSpec
@@ -43,6 +49,8 @@ class Open:
     partition: str
     test_data: str
     scratch: str
+    damage: tuple[int, ...] = ()
+    most_damaged: float = MOST_DAMAGED
 
 
 @dataclass(frozen=True)
