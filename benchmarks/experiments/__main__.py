@@ -1,7 +1,7 @@
 """Experiments in simulated federations: what depth-wise training gives and costs, and a calibration of the simulator.
 
     python -m benchmarks.experiments NAME… --json FILE          Fashion-MNIST, 20 clients, 40 rounds, 2 seeds
-    python -m benchmarks.experiments NAME… --quick --json FILE  scikit-learn's digits, 8 clients, 4 rounds: minutes
+    python -m benchmarks.experiments NAME… --quick --json FILE  scikit-learn's digits, 8 clients, 4 rounds, 1 seed
 
 Every run is `fedepth simulate`, of clients of equal size whose classes are drawn from Dirichlet(0.3), with pinned plans
 where the experiment is about plans. `measured_peak_bytes` is what a plan took in a fresh trainer, as on a device.
@@ -22,9 +22,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import msgspec
@@ -62,14 +63,16 @@ class Experiment:
 
 
 def _published(ground: Ground) -> Iterable[Setup]:
+    if not ground.scale.images:  # digits have nothing to do with it
+        return [Setup("fedavg")]
     mean, std = niid_bench.PUBLISHED[ground.folder.name]
     return [Setup("fedavg", facts={"published_accuracy_mean": mean, "published_accuracy_std": std})]
 
 
-_PRERESNET = Scale("preresnet20", (1, 16, 16), 6000, 20, 5, 40, 2, 64, 0.1, (1, 2))
+_PRERESNET = Scale("preresnet20", (1, 16, 16), 4000, 20, 5, 40, 2, 32, 0.1, (1, 2))
 _QUICK = replace(_PRERESNET, images=0, clients=8, drawn=2, rounds=4, seeds=(1,))
 _LENET = Scale("lenet:lenet", (1, 28, 28), 60_000, 10, 10, 50, 10, 64, 0.01, (1,), mean=0.0, std=1.0)
-_QUICK_LENET = replace(_LENET, images=0, rounds=5, epochs=2)
+_QUICK_LENET = replace(_LENET, images=0, rounds=5)
 EXPERIMENTS: Mapping[str, Experiment] = {
     "budgets": Experiment(
         depth.budgets,
@@ -137,22 +140,51 @@ def data_of(name: str, scale: Scale, folder: Path, images: Path | None) -> str:
     return str(niid_bench.cifar10(images, folder / "cifar10"))
 
 
-def write(output: Path, name: str, quick: bool, scale: Scale, setups: Sequence[Setup], runs: Sequence[Path]) -> None:
-    """Puts what there is of an experiment into the file, beside the others."""
-    known = json.loads(output.read_bytes()) if output.exists() else {}
-    facts = {setup.name: setup.facts for setup in setups}
-    found: dict[str, Any] = {}
-    for each in compare([read_run(run) for run in runs]):
-        seconds = [processor_seconds(run) for run in runs if read_run(run).name == each.name]
-        found[each.name] = {**facts[each.name], **figures(each), "processor_seconds": sum(seconds) / len(seconds)}
-    known[name] = {
-        "quick": quick,
-        "scale": asdict(scale),
-        "torch": torch.__version__,
-        "cores": len(os.sched_getaffinity(0)),
-        "setups": found,
-    }
-    write_atomically(output, json.dumps(known, indent=1).encode() + b"\n")
+@dataclass
+class Begun:
+    """An experiment that is being run.
+
+    Attributes:
+        runs: what has been run, or begun.
+    """
+
+    name: str
+    ground: Ground
+    setups: Sequence[Setup]
+    data: str
+    runs: list[Path] = field(default_factory=list)
+
+    def play(self, seed: int, output: Path, quick: bool, console: Console) -> None:
+        """Runs all set-ups with this seed, and writes what there is after each."""
+        for setup in self.setups:
+            console.print(f"{self.name}: {setup.name}, seed {seed}")
+            self.runs.append(play(self.ground, setup, seed, self.data))
+            self.write(output, quick)
+
+    def write(self, output: Path, quick: bool) -> None:
+        """Puts what there is into the file, beside other experiments."""
+        known = json.loads(output.read_bytes()) if output.exists() else {}
+        facts = {setup.name: setup.facts for setup in self.setups}
+        setups: dict[str, Any] = {}
+        for each in compare([read_run(run) for run in self.runs]):
+            seconds = [processor_seconds(run) for run in self.runs if read_run(run).name == each.name]
+            setups[each.name] = {**facts[each.name], **figures(each), "processor_seconds": fmean(seconds)}
+        known[self.name] = {
+            "quick": quick,
+            "scale": asdict(self.ground.scale),
+            "torch": torch.__version__,
+            "cores": len(os.sched_getaffinity(0)),
+            "setups": setups,
+        }
+        write_atomically(output, json.dumps(known, indent=1).encode() + b"\n")
+
+
+def _begin(name: str, scale: Scale, folder: Path, cifar10: Path | None, console: Console) -> Begun:
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    ground = Ground(scale, place, console.print)
+    data = data_of(name, scale, folder.parent / "data", cifar10)
+    return Begun(name, ground, list(EXPERIMENTS[name].setups(ground)), data)
 
 
 def main(
@@ -167,22 +199,17 @@ def main(
     unknown = sorted({*names} - {*EXPERIMENTS})
     if unknown:
         raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
-    folder = folder.resolve()
-    for name in names:
-        experiment = EXPERIMENTS[name]
-        scale = experiment.quick if quick else experiment.full
-        data = data_of(name, scale, folder / "data", cifar10)
-        place = folder / ("quick" if quick else "full") / name
-        place.mkdir(parents=True, exist_ok=True)
-        ground = Ground(scale, place, console.print)
-        setups = list(experiment.setups(ground))
-        runs: list[Path] = []
-        for seed in scale.seeds:  # so that all have a first seed soon
-            for setup in setups:
-                console.print(f"{name}: {setup.name}, seed {seed}")
-                runs.append(play(ground, setup, seed, data))
-                write(output, name, quick, scale, setups, runs)
-        console.print(table(compare([read_run(run) for run in runs])))
+    place = folder.resolve() / ("quick" if quick else "full")
+    scales = {name: EXPERIMENTS[name].quick if quick else EXPERIMENTS[name].full for name in names}
+    begun: dict[str, Begun] = {}
+    for seed in sorted({seed for scale in scales.values() for seed in scale.seeds}):
+        for name, scale in scales.items():  # so that all have a first seed soon
+            if seed in scale.seeds:
+                if name not in begun:
+                    begun[name] = _begin(name, scale, place, cifar10, console)
+                begun[name].play(seed, output, quick, console)
+    for each in begun.values():
+        console.print(each.name, table(compare([read_run(run) for run in each.runs])))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ _BLOCKS = (1, 2, 3, 5, 9)
 _LAST_UNITS = 3  # what the weakest clients can train: of PreResNet-20 those at the highest width
 _SHARES = (Fraction(1, 2), Fraction(3, 4))  # of clients so weak
 _WIDTHS = 16  # widths to choose from are sixteenths
+_SAME = 1.05  # peaks that differ by less are taken for the same memory
 
 
 def budgets(ground: Ground) -> Iterator[Setup]:
@@ -66,12 +67,12 @@ def partial(ground: Ground) -> Iterator[Setup]:
 
 def slices(ground: Ground) -> Iterator[Setup]:
     """By depth, layer by layer and by width, at memory that was measured to be the same: what training one unit at a
-    time takes, and half of what full training takes."""
+    time takes, and half of what full training takes. The nearest below is taken, or 5 % more."""
     units = len(ground.whole.costs.units)
     full = ground.pinned((0, units - 1))
     yield ground.everyone("full", full)
     layers = ground.pinned(*((unit, unit) for unit in range(units)))
-    least, half = ground.peak(layers), ground.peak(full) // 2
+    least, half = int(ground.peak(layers) * _SAME), int(ground.peak(full) / 2 * _SAME)
     yield ground.everyone("layer-wise", layers)
     for name, most in (("least", least), ("half", half)):
         yield ground.everyone(f"depth-{name}", _coarsest(ground, most))
