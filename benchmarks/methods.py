@@ -21,24 +21,17 @@ Fine-tuning has a benchmark of its own (benchmarks.fine_tuning). A run that was 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from fedepth.data.idx import IdxFile, write_idx
+from benchmarks.runs import Scale, fashion, figures, job_text, simulate, table
 from fedepth.files import write_atomically
-from fedepth.simulation.compare import Comparison, compare, read_run
-from fedepth.sizes import format_size
-
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+from fedepth.simulation.compare import compare, read_run
 
 
 @dataclass(frozen=True)
@@ -61,121 +54,26 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How much is done. `images`: of the training images; 0 for all of scikit-learn's digits instead."""
-
-    model: str
-    input_shape: tuple[int, int, int]
-    images: int
-    clients: int
-    drawn: int
-    rounds: int
-    epochs: int
-    batch: int
-    rate: float
-    seeds: tuple[int, ...]
-
-
 FULL = Scale("preresnet20", (1, 16, 16), 6_000, 20, 5, 40, 2, 64, 0.1, (1, 2))
 QUICK = Scale("preresnet20", (1, 16, 16), 0, 6, 4, 4, 2, 64, 0.1, (1, 2))
-
-JOB = """\
-[job]
-name = "{name}"
-rounds = {rounds}
-devices_per_round = {drawn}
-seed = {seed}
-policy = "{policy}"
-
-[model]
-name = "{model}"
-classes = 10
-input_shape = {shape}
-mean = [0.29]
-std = [0.33]
-
-[training]
-batch = {batch}
-local_epochs = {epochs}
-learning_rate = {rate}
-learning_rate_end = {rate_end}
-weight_decay = 5e-4
-{training}
-
-[test]
-data = {data}
-"""
-
-
-def fashion(images: int, folder: Path) -> Path:
-    """The first so many training images and all test images, as IDX files."""
-    if not FASHION.is_dir():
-        raise SystemExit(f"{FASHION} is missing: apt install dataset-fashion-mnist")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, most in (("train", images), ("t10k", None)):
-        for kind in ("images-idx3", "labels-idx1"):
-            found = next(FASHION.glob(f"{split}-{kind}-ubyte*"))
-            file = IdxFile(found, None, folder)
-            count = file.shape[0] if most is None else most
-            items = np.frombuffer(file.read_items(range(count)), np.uint8)
-            write_idx(folder / f"{split}-{kind}-ubyte", items.reshape(count, *file.shape[1:]))
-    return folder
 
 
 def play(name: str, method: Method, scale: Scale, seed: int, data: str, folder: Path) -> Path:
     """One run, or what is missing of it. Returns its folder."""
-    output = folder / f"{name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    job = folder / f"{name}-{seed}.toml"
-    job.write_text(
-        JOB.format(
-            name=name, rounds=scale.rounds, drawn=scale.drawn, seed=seed, policy=method.policy, model=scale.model,
-            shape=list(scale.input_shape), batch=scale.batch, epochs=scale.epochs, rate=scale.rate,
-            rate_end=scale.rate / 20, training=method.training, data=json.dumps(data),
-        )
+    text = job_text(
+        scale, name=name, seed=seed, data=data, policy=method.policy, rate_end=scale.rate / 20,
+        training=f"weight_decay = 5e-4\n{method.training}",
     )  # fmt: skip
-    command = [
-        sys.executable, "-m", "fedepth.cli", "simulate", str(job), "--data", data, "--clients", str(scale.clients),
-        "--partition", "dirichlet:0.3", "--output", str(output),
-    ]  # fmt: skip
     # Measured once: equal budgets for all methods and seeds.
     tiers = folder / f"tiers-{method.tiers}.json"
-    command += ["--budgets", str(tiers)] if tiers.exists() else ["--tiers", method.tiers]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    memory = ("--budgets", str(tiers)) if tiers.exists() else ("--tiers", method.tiers)
+    output = simulate(
+        folder / f"{name}-{seed}.toml", text, data, folder / f"{name}-{seed}",
+        "--clients", str(scale.clients), "--partition", "dirichlet:0.3", *memory,
+    )  # fmt: skip
     if method.tiers != "full" and not tiers.exists():
         write_atomically(tiers, (output / "tiers.json").read_bytes())
     return output
-
-
-def figures(found: Comparison) -> dict[str, Any]:
-    """A method's figures, with the names that the documentation uses."""
-    accuracy = found.final
-    return {
-        "accuracy_mean": None if accuracy is None else accuracy.mean,
-        "accuracy_std": None if accuracy is None else accuracy.std,
-        "seeds": len(found.seeds),
-        "rounds": found.rounds,
-        "measured_peak_bytes_by_tier": found.peaks,
-        "gradient_steps": found.steps,
-        "samples": found.samples_seen,
-        "seconds": found.seconds,
-        "bytes_down": found.bytes_down,
-        "bytes_up": found.bytes_up,
-    }
-
-
-def table(found: Sequence[Comparison]) -> Table:
-    """For people."""
-    shown = Table(title="accuracy after the last round, mean and standard deviation over seeds")
-    for column in ("method", "accuracy", "steps", "samples", "seconds", "up", "peak by tier"):
-        shown.add_column(column, justify="left" if column in ("method", "peak by tier") else "right")
-    for each in found:
-        accuracy = "" if each.final is None else f"{each.final.mean:.1%} ± {each.final.std:.1%}"
-        peaks = ", ".join(f"{tier}: {format_size(peak)}" for tier, peak in each.peaks.items())
-        numbers = (f"{each.steps:.0f}", f"{each.samples_seen:.0f}", f"{each.seconds:.0f}")
-        shown.add_row(each.name, accuracy, *numbers, format_size(round(each.bytes_up)), peaks)
-    return shown
 
 
 def main(

@@ -1,0 +1,1 @@
+"""What depth-wise training is worth, and whether the simulator agrees with another one. See `__main__`."""

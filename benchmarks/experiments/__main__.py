@@ -1,0 +1,216 @@
+"""Experiments in simulated federations: what depth-wise training gives and costs, and a calibration of the simulator.
+
+    python -m benchmarks.experiments NAME… --json FILE          Fashion-MNIST, 20 clients, 40 rounds, 2 seeds
+    python -m benchmarks.experiments NAME… --quick --json FILE  scikit-learn's digits, 8 clients, 4 rounds, 1 seed
+
+Every run is `fedepth simulate`, of clients of equal size whose classes are drawn from Dirichlet(0.3), with pinned plans
+where the experiment is about plans. `measured_peak_bytes` is what a plan took in a fresh trainer, as on a device.
+
+    budgets             digits-cnn under a ladder of budgets, from the smallest plan to full training
+    blocks              PreResNet-20 in 1, 2, 3, 5 and 9 equal blocks
+    partial             a share of the clients trains the last units only: what they add, and what they spoil
+    slices              depth-wise, layer-wise and by slices of the width, at equal measured memory
+    niid_bench_fashion  FedAvg as in Flower's baseline niid_bench, against its published accuracy
+    niid_bench_cifar10  the same, with --cifar10
+
+FILE keeps what other experiments have left in it. A run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import msgspec
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.experiments import depth, niid_bench
+from benchmarks.experiments.ground import WEIGHT_DECAY, Ground, Setup, digits_labels
+from benchmarks.runs import Scale, fashion, figures, job_text, processor_seconds, simulate, table
+from fedepth.data.read import DIGITS, open_images
+from fedepth.errors import ConfigError
+from fedepth.files import write_atomically
+from fedepth.simulation.compare import compare, read_run
+
+PARTITION = "dirichlet:0.3"
+_WIDE = """\
+from fractions import Fraction
+
+from fedepth.models.zoo import {function}
+
+
+def narrow(spec):
+    return {function}(spec, Fraction({numerator}, {denominator}))
+"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, and how much of it is done in full and with --quick."""
+
+    setups: Callable[[Ground], Iterable[Setup]]
+    full: Scale
+    quick: Scale
+
+
+def _published(ground: Ground) -> Iterable[Setup]:
+    if not ground.scale.images:  # digits have nothing to do with it
+        return [Setup("fedavg")]
+    mean, std = niid_bench.PUBLISHED[ground.folder.name]
+    return [Setup("fedavg", facts={"published_accuracy_mean": mean, "published_accuracy_std": std})]
+
+
+_PRERESNET = Scale("preresnet20", (1, 16, 16), 4000, 20, 5, 40, 2, 32, 0.1, (1, 2))
+_QUICK = replace(_PRERESNET, images=0, clients=8, drawn=2, rounds=4, seeds=(1,))
+_LENET = Scale("lenet:lenet", (1, 28, 28), 60_000, 10, 10, 50, 10, 64, 0.01, (1,), mean=0.0, std=1.0)
+_QUICK_LENET = replace(_LENET, images=0, rounds=5)
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "budgets": Experiment(
+        depth.budgets,
+        replace(_PRERESNET, model="digits-cnn", input_shape=(1, 28, 28), rate=0.05),
+        replace(_QUICK, model="digits-cnn", input_shape=(1, 8, 8), rate=0.05),
+    ),
+    "blocks": Experiment(depth.blocks, _PRERESNET, _QUICK),
+    "partial": Experiment(depth.partial, _PRERESNET, _QUICK),
+    "slices": Experiment(depth.slices, _PRERESNET, _QUICK),
+    "niid_bench_fashion": Experiment(_published, _LENET, _QUICK_LENET),
+    "niid_bench_cifar10": Experiment(_published, replace(_LENET, input_shape=(3, 32, 32)), _QUICK_LENET),
+}
+
+
+def play(ground: Ground, setup: Setup, seed: int, data: str) -> Path:
+    """One run, or what is missing of it. Returns its folder."""
+    scale, folder = ground.scale, ground.folder
+    name, calibrates = f"{setup.name}-{seed}", scale.model.startswith(niid_bench.LENET.stem)
+    options = ["--name", setup.name, "--clients", str(scale.clients), "--partition", PARTITION]
+    training, rate_end = f"weight_decay = {WEIGHT_DECAY}", scale.rate / 20
+    if calibrates:
+        shares = folder / f"partition-{seed}.json"
+        labels = digits_labels() if data == DIGITS else open_images(data, ground.spec, "train").labels
+        niid_bench.write_partition(shares, labels, scale.clients, seed)
+        options[2:] = ["--partition", f"file:{shares}"]
+        training, rate_end = niid_bench.job_lines(scale), scale.rate
+        shutil.copyfile(niid_bench.LENET, folder / niid_bench.LENET.name)
+    if setup.plans:
+        plans = folder / f"{setup.name}-plans.json"
+        plans.write_bytes(msgspec.json.encode({_client(number): plan for number, plan in enumerate(setup.plans)}))
+        options += ["--plans", str(plans)]
+    if setup.drawn_from:
+        trace = folder / f"{setup.name}-trace.jsonl"
+        clients = [_client(number) for number in setup.drawn_from]
+        rounds = range(1, scale.rounds + 1)
+        trace.write_text("".join(json.dumps({"round": each, "clients": clients}) + "\n" for each in rounds))
+        options += ["--trace", str(trace)]
+    if setup.width != 1:
+        scale = replace(scale, model=_narrow(scale.model, setup.width, folder))
+    text = job_text(scale, name=setup.name, seed=seed, data=data, training=training, rate_end=rate_end)
+    return simulate(folder / f"{name}.toml", text, data, folder / name, *options)
+
+
+def _client(number: int) -> str:
+    return f"client-{number:03d}"
+
+
+def _narrow(model: str, width: Fraction, folder: Path) -> str:
+    """A user's model file that builds the model so wide; the name to give in a job."""
+    stem = f"width_{width.numerator}_{width.denominator}"
+    function = model.replace("-", "_")
+    text = _WIDE.format(function=function, numerator=width.numerator, denominator=width.denominator)
+    (folder / f"{stem}.py").write_text(text)
+    return f"{stem}:narrow"
+
+
+def data_of(name: str, scale: Scale, folder: Path, images: Path | None) -> str:
+    """Where the experiment's data lie, prepared."""
+    if not scale.images:
+        return DIGITS
+    if scale.input_shape[0] == 1:
+        return str(fashion(scale.images, folder / f"fashion-{scale.images}"))
+    if images is None:
+        raise ConfigError(f"{name} needs CIFAR-10 as class folders; give --cifar10 DIR, with DIR/train and DIR/test")
+    return str(niid_bench.cifar10(images, folder / "cifar10"))
+
+
+@dataclass
+class Begun:
+    """An experiment that is being run.
+
+    Attributes:
+        runs: what has been run, or begun.
+    """
+
+    name: str
+    ground: Ground
+    setups: Sequence[Setup]
+    data: str
+    runs: list[Path] = field(default_factory=list)
+
+    def play(self, seed: int, output: Path, quick: bool, console: Console) -> None:
+        """Runs all set-ups with this seed, and writes what there is after each."""
+        for setup in self.setups:
+            console.print(f"{self.name}: {setup.name}, seed {seed}")
+            self.runs.append(play(self.ground, setup, seed, self.data))
+            self.write(output, quick)
+
+    def write(self, output: Path, quick: bool) -> None:
+        """Puts what there is into the file, beside other experiments."""
+        known = json.loads(output.read_bytes()) if output.exists() else {}
+        facts = {setup.name: setup.facts for setup in self.setups}
+        setups: dict[str, Any] = {}
+        for each in compare([read_run(run) for run in self.runs]):
+            seconds = [processor_seconds(run) for run in self.runs if read_run(run).name == each.name]
+            setups[each.name] = {**facts[each.name], **figures(each), "processor_seconds": fmean(seconds)}
+        known[self.name] = {
+            "quick": quick,
+            "scale": asdict(self.ground.scale),
+            "torch": torch.__version__,
+            "cores": len(os.sched_getaffinity(0)),
+            "setups": setups,
+        }
+        write_atomically(output, json.dumps(known, indent=1).encode() + b"\n")
+
+
+def _begin(name: str, scale: Scale, folder: Path, cifar10: Path | None, console: Console) -> Begun:
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    ground = Ground(scale, place, console.print)
+    data = data_of(name, scale, folder.parent / "data", cifar10)
+    return Begun(name, ground, list(EXPERIMENTS[name].setups(ground)), data)
+
+
+def main(
+    names: Annotated[list[str], typer.Argument(help=f"One or more of {', '.join(EXPERIMENTS)}.")],
+    output: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
+    quick: Annotated[bool, typer.Option(help="Digits, a few clients and rounds.")] = False,
+    cifar10: Annotated[Path | None, typer.Option(help="Class folders of CIFAR-10.", file_okay=False)] = None,
+    folder: Annotated[Path, typer.Option(help="For data and runs.")] = Path("runs/experiments"),
+) -> None:
+    """Simulated federations that say what depth-wise training gives and costs."""
+    console = Console()
+    unknown = sorted({*names} - {*EXPERIMENTS})
+    if unknown:
+        raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
+    place = folder.resolve() / ("quick" if quick else "full")
+    scales = {name: EXPERIMENTS[name].quick if quick else EXPERIMENTS[name].full for name in names}
+    begun: dict[str, Begun] = {}
+    for seed in sorted({seed for scale in scales.values() for seed in scale.seeds}):
+        for name, scale in scales.items():  # so that all have a first seed soon
+            if seed in scale.seeds:
+                if name not in begun:
+                    begun[name] = _begin(name, scale, place, cifar10, console)
+                begun[name].play(seed, output, quick, console)
+    for each in begun.values():
+        console.print(each.name, table(compare([read_run(run) for run in each.runs])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
