@@ -15,6 +15,7 @@ from coordinator.store.entries import RoundRecord, Sealed, finite
 from coordinator.store.records import Store, Summary
 from fedepth.aggregation.combine import Paths, combine
 from fedepth.errors import DamagedUpdateError, NotFiniteError, StateError, UnavailableError
+from fedepth.heap import return_free_pages
 from fedepth.job import aggregation_rule, training_spec
 from fedepth.job_sections import JobConfig
 from fedepth.rounds.soundness import objection
@@ -89,6 +90,7 @@ class Closing:
         await asyncio.to_thread(store.record_round, record)
         self._tell(record, [await store.short(store.device_name, result.device_id) for result in sound])
         self._tell_of_privacy(record, was, await store.short(store.summary))
+        await asyncio.to_thread(return_free_pages)
         return record
 
     def _combine(

@@ -1,8 +1,9 @@
 """Settings of glibc's allocator for processes that run for months. Other C libraries have and need none.
 
 glibc gives threads that meet at the allocator arenas of their own, and what is freed in one of them stays there. Over
-2,000 rounds the resident memory of a coordinator rose by 8 MiB in steps, with nothing more in use; with one arena it
-stays where it was after a hundred.
+2,000 rounds the resident memory of a coordinator rose by 8 MiB in steps, with nothing more in use. With one arena it
+rises as well, by holes, where many threads work side by side: it stays where it was after a hundred rounds since free
+pages are returned with every round.
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ def give_back_freed(keep_bytes: int) -> None:
     transfer, and then keeps such buffers.
     """
     _set((_M_MMAP_THRESHOLD, keep_bytes), (_M_TRIM_THRESHOLD, keep_bytes))
+
+
+def return_free_pages() -> None:
+    """Gives pages back to the system in which nothing is in use, wherever they lie in the heap; for milliseconds
+    nobody else can allocate.
+
+    What lives for a round lies between what lives for months. Of 54 MiB of a coordinator's heap 27 were in use after
+    1,200 rounds.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(*settings: tuple[int, int]) -> None:

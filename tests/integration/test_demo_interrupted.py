@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,36 +10,37 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+MARK = "STARTED_BY_THIS_TEST"  # a variable that all processes below the demo inherit
 
 
-def processes_naming(text: str) -> list[int]:
-    """Running processes with `text` in their command line."""
+def started(mark: str) -> list[str]:
+    """The command lines of running processes with a mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line = (folder / "cmdline").read_bytes().decode()
-        except (FileNotFoundError, ProcessLookupError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if text in line:
-            found.append(int(folder.name))
-    return found
+    return [line for line in found if line]  # not what has ended and is waited for
 
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, calibration_told: Path) -> None:
-    log = tmp_path / "demo.log"
+    log, mark = tmp_path / "demo.log", str(tmp_path)
     with open(log, "wb") as output:
         demo = subprocess.Popen(
             [sys.executable, "-u", "-m", "benchmarks.demo", "--folder", str(tmp_path / "run")],
             cwd=ROOT,
             stdout=output,
             stderr=output,
+            env={**os.environ, MARK: mark},
         )
     deadline = time.monotonic() + 400
-    while "trains units" not in log.read_text():
+    while not any("edge_client.trainer.process" in line for line in started(mark)):
         assert demo.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.1)
-    assert len(processes_naming(str(tmp_path))) >= 8  # the demo, its coordinator and six agents
+    assert len(started(mark)) >= 9  # the demo, its coordinator, six agents and a trainer
     demo.send_signal(signal.SIGINT)
     assert demo.wait(90) == 130
-    assert processes_naming(str(tmp_path)) == []
+    assert started(mark) == []
     assert "stopped; every process is ended" in log.read_text()

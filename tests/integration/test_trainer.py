@@ -29,7 +29,7 @@ MIB = 1 << 20
 SPEC = ModelSpec("digits-cnn", tuple("0123456789"), (1, 64, 64), (0.5,), (0.5,))
 BATCH = 64
 ENOUGH = 400 * MIB
-EPOCHS = 30  # some seconds: a stage looks at what is free once a second
+EPOCHS = 10  # a second at least: a stage looks at what is free once a second
 ALLOCATORS = ["glibc", *(["tcmalloc"] if find_tcmalloc() else [])]
 
 Request = Callable[..., TrainRequest]
