@@ -25,6 +25,14 @@ def started(mark: str) -> list[str]:
     return [line for line in found if line]  # not what has ended and is waited for
 
 
+def all_run(running: list[str]) -> bool:
+    """Whether the coordinator, all six agents and a trainer of one of them run."""
+    counts = {
+        name: sum(name in line for line in running) for name in ("coordinator serve", "daemon", "trainer.process")
+    }
+    return counts["coordinator serve"] == 1 and counts["daemon"] == 6 and counts["trainer.process"] > 0
+
+
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, calibration_told: Path) -> None:
     log, mark = tmp_path / "demo.log", str(tmp_path)
     with open(log, "wb") as output:
@@ -35,12 +43,14 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, calibration_told: Path)
             stderr=output,
             env={**os.environ, MARK: mark},
         )
-    deadline = time.monotonic() + 400
-    while not any("edge_client.trainer.process" in line for line in started(mark)):
-        assert demo.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.1)
-    assert len(started(mark)) >= 9  # the demo, its coordinator, six agents and a trainer
-    demo.send_signal(signal.SIGINT)
-    assert demo.wait(90) == 130
+    try:
+        deadline = time.monotonic() + 400
+        while not all_run(running := started(mark)):
+            assert demo.poll() is None and time.monotonic() < deadline, (running, log.read_text()[-2000:])
+            time.sleep(0.1)
+    finally:
+        demo.send_signal(signal.SIGINT)
+        ended = demo.wait(90)
+    assert ended == 130
     assert started(mark) == []
     assert "stopped; every process is ended" in log.read_text()
