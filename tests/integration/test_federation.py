@@ -87,17 +87,14 @@ def libraries_of(pid: int) -> set[str]:
     return {Path(line.split()[-1]).name for line in lines if "/" in line}
 
 
-@pytest.mark.parametrize("model", ["only_here:build", "timm:lcnet_050"])
-def test_devices_train_models_whose_code_only_the_coordinator_has(
-    rig: Any, monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
+def test_devices_train_models_whose_code_only_the_coordinator_has(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, without = rig.folder / "code", rig.folder / "without"
     for library in ("timm", "torchvision"):
         (without / library).mkdir(parents=True)
         (without / library / "__init__.py").write_text(f'raise ImportError("{library} is not installed here")')
     code.mkdir()
     (code / "only_here.py").write_text(CUSTOM)
-    job = rig.job(devices=1, quorum=1, model=model, epochs=2, test=True)
+    job = rig.job(devices=1, quorum=1, model="only_here:build", epochs=2, test=True)
     # At 0.05 logits may reach hundreds, of which float32 has too few digits left to compare exports by.
     job.write_text(job.read_text().replace("learning_rate = 0.05", "learning_rate = 0.005"))
     with monkeypatch.context() as only:
