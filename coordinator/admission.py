@@ -29,12 +29,11 @@ from fedepth.job_sections import MOST_SECONDS, LimitsSection
 from fedepth.layout import ModelLayout, TensorInfo
 from fedepth.plan import MOST_MODELS, Plan
 from fedepth.printable import printable, quoted, shortened
-from fedepth.task import FIRST_SETTINGS, DeviceReport, ModelSpec, Result, StageResult, TrainingSpec
+from fedepth.task import FIRST_SETTINGS, MOST_DEVICE_NAME, DeviceReport, ModelSpec, Result, StageResult, TrainingSpec
 
 if TYPE_CHECKING:
     from fedepth.weights import Array, Reader
 
-MOST_NAME = 200
 MOST_DESCRIPTION = 1024
 MOST_LIMITS = 64
 MOST_SHARE = 1e6
@@ -61,8 +60,8 @@ def check_report(report: DeviceReport, classes: Sequence[str], limits: LimitsSec
     """
     if not _DEVICE_ID.fullmatch(report.device_id):
         return f"device id {quoted(report.device_id, 80)} is not 1 to 64 letters, digits, '.', '_' or '-'"
-    if not 0 < len(report.name) <= MOST_NAME:
-        return f"a device name has 1 to {MOST_NAME} characters, this one has {len(report.name)}"
+    if not 0 < len(report.name) <= MOST_DEVICE_NAME:
+        return f"a device name has 1 to {MOST_DEVICE_NAME} characters, this one has {len(report.name)}"
     if printable(report.name) != report.name:
         return f"the device name {quoted(report.name)} has characters that cannot be shown; give it another name"
     for field in ("hardware", "accelerator", "software", "fedepth_version"):

@@ -34,9 +34,10 @@ from fedepth.address import parse_address
 from fedepth.data.damage import MOST_DAMAGED
 from fedepth.errors import ConfigError
 from fedepth.files import user_folder
-from fedepth.printable import printable, shortened
+from fedepth.printable import printable, quoted, shortened
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
 from fedepth.sizes import parse_size
+from fedepth.task import MOST_DEVICE_NAME
 
 _MOST_THREADS = 4096
 _LONGEST_LINGER_S = 365 * 86400
@@ -116,6 +117,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry: RetryConfig = RetryConfig()
 
     def __post_init__(self) -> None:
+        if len(self.name) > MOST_DEVICE_NAME or printable(self.name) != self.name:
+            raise ValueError(
+                f"name is {quoted(self.name)}, but must have at most {MOST_DEVICE_NAME} characters, which can be shown"
+            )
         if not 0 <= self.most_damaged <= 1:  # nor NaN
             raise ValueError(f"most_damaged is {self.most_damaged}, but must be between 0 and 1")
         if not self.coordinator:

@@ -32,14 +32,13 @@ from fedepth.job_sections import (
     LEAST_FLOAT,
     MOST_FLOAT,
     MOST_NAME,
-    MOST_NAMES_BYTES,
     JobConfig,
     ModelSection,
 )
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
 from fedepth.settings import SettingsFile, read_settings, settings_path, suggestion, violation
-from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_NUMBERS, InputType, ModelSpec, TrainingSpec
+from fedepth.task import MOST_CHANNELS, MOST_CLASSES, MOST_NAMES_BYTES, MOST_NUMBERS, InputType, ModelSpec, TrainingSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -419,14 +418,14 @@ def _odd_classes(model: ModelSection, file: SettingsFile) -> Iterator[ConfigErro
     twice = sorted(name for name, times in Counter(map(normalised, classes)).items() if times > 1)
     if twice:
         yield _wrong(file, "model", "classes", f"must be unique, but {listed(twice)} occurs more than once")
-    longest = max(map(len, classes))
-    if longest > MOST_NAME or sum(len(name.encode()) for name in classes) > MOST_NAMES_BYTES:
+    longest, together = max(map(len, classes)), sum(len(name.encode()) for name in classes)
+    if longest > MOST_NAME or together > MOST_NAMES_BYTES:
         yield _wrong(
             file,
             "model",
             "classes",
             f"names must have at most {MOST_NAME} characters, the longest has {longest}, and "
-            f"{MOST_NAMES_BYTES} bytes together",
+            f"{MOST_NAMES_BYTES} bytes together, of which they have {together}",
         )
 
 

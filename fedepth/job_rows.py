@@ -14,14 +14,22 @@ from fedepth.errors import ConfigError
 from fedepth.job_sections import (
     DIGITS,
     MOST_NAME,
-    MOST_NAMES_BYTES,
     JobConfig,
     TableSection,
     TextSection,
 )
 from fedepth.models.catalog import DEFAULT_VOCABULARY
 from fedepth.printable import printable
-from fedepth.task import MOST_CHANNELS, MOST_COLUMNS, MOST_VOCABULARY, Category, InputType, TableSpec, TextSpec
+from fedepth.task import (
+    MOST_CHANNELS,
+    MOST_COLUMNS,
+    MOST_NAMES_BYTES,
+    MOST_VOCABULARY,
+    Category,
+    InputType,
+    TableSpec,
+    TextSpec,
+)
 
 Wrong = tuple[str, str, str]  # section, field, what
 

@@ -30,7 +30,6 @@ MOST_SEED = (1 << 31) - 1
 MOST_SECONDS = 10 * 365 * 86400
 MOST_NAME = 200  # characters in the name of a class or a model
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23  # before 13 operators such as Softmax mean something else; torch goes up to 23
-MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every task
 # Of numbers that models are computed with, unless they are 0. A product or a quotient of any two is then finite in
 # float32, and so is the step that AdamW makes of its learning rate.
 LEAST_FLOAT = 1e-18

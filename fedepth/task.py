@@ -15,6 +15,8 @@ from fedepth.layout import ITEM_BYTES
 from fedepth.plan import CacheType, Plan, Policy
 
 MOST_CLASSES = 1 << 15
+MOST_DEVICE_NAME = 200  # characters
+MOST_NAMES_BYTES = 1 << 20  # of all classes together: they are sent with every task
 MOST_NUMBERS = 1 << 28  # in one sample: a picture of 9,000 by 9,000 points in three colours
 MOST_BATCH = 1 << 20  # so that sizes of whatever a model makes of a batch stay far below 2^63
 MOST_EPOCHS = 1 << 20

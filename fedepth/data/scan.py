@@ -21,10 +21,11 @@ from fedepth.data.labels import labels_outside, normalised, unknown_names
 from fedepth.data.splits import SPLITS, called_as_split, images_by_class, read_as
 from fedepth.errors import DataError
 from fedepth.printable import printable, visible
-from fedepth.task import MOST_CLASSES, ModelSpec
+from fedepth.task import MOST_CLASSES, MOST_NAMES_BYTES, ModelSpec
 
 _NAMES_SHOWN = 10
 _KEYS = 1 << 64
+_NAME_COSTS = 8  # bytes of a message, beside the name
 T = TypeVar("T")
 
 
@@ -118,6 +119,8 @@ def scan(
             raise
         found, walk = {}, error.walk
     folders = {} if further is None else _by_folder(directory, split, walk, found, keyed(further))
+    if classes is None:
+        _check_can_be_classes(walk.root, [*found], [*folders])
     if not found and not any(folders.values()):
         raise NoImagesError(walk)
     return DataSummary(
@@ -132,6 +135,19 @@ def scan(
         damaged_keys=frozenset(walk.damaged),
         folders=folders,
     )
+
+
+def _check_can_be_classes(root: Path, names: Sequence[str], further: Sequence[str]) -> None:
+    """Raises DataError if no job can have so many classes; nor could they be told to a coordinator."""
+    count = max(len(names), len(further))
+    size = sum(len(printable(name).encode()) + _NAME_COSTS for name in (*names, *further))
+    if count > MOST_CLASSES or size > MOST_NAMES_BYTES:
+        example = visible((*names, *further)[0])
+        raise DataError(
+            f"{printable(str(root))} has {count} folders with images, such as {example}, and each would be a class; a "
+            f"job has at most {MOST_CLASSES}, with names of {MOST_NAMES_BYTES >> 10} KiB together: name "
+            "the folder in which the folders of classes lie with the setting `data`"
+        )
 
 
 def _by_folder(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +120,15 @@ def test_colours_are_named_whatever_was_chosen_for_the_file(
     logits = (np.float64([1, 0, 0]) - SPEC.mean) / SPEC.std
     exact = np.exp(logits) / np.exp(logits).sum()
     assert [first[name] for name in COLOURS] == pytest.approx(exact, abs=1e-5 if len(choices) != 3 else 5e-3)
+
+
+def test_onnx_runtime_reports_to_nobody(written: Callable[..., Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from fedepth.export.infer import open_deployed; open_deployed(pathlib.Path(sys.argv[1]))"
+    )
+    alone = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # it is silent where it sees that it is tested
+    subprocess.run([sys.executable, "-c", code, str(written())], env=alone, check=True, timeout=120)
+    assert list(tmp_path.rglob("*")) == []  # neither the number of this machine, nor what waits to be sent
 
 
 @pytest.mark.parametrize("choices", CHOICES)

@@ -338,6 +338,8 @@ TYPED: list[tuple[str, list[str], int, str]] = [
     ("fedepth-client", ["run"], FAILED, "coordinator is missing"),
     ("fedepth-client", ["run", "--coordinator", "a:99999", "--data", "."], FAILED, "the port must be 1 to 65535"),
     ("fedepth-client", ["run", "--coordinator", "", "--data", "."], FAILED, "coordinator is missing"),
+    ("fedepth-client", ["run", "--name", "x" * 201], FAILED, "must have at most 200 characters, which can be shown"),
+    ("fedepth-client", ["run", "--name", "a\nb"], FAILED, r"the command line: name is 'a\nb', but"),
     ("fedepth-client", ["run", "--config", "absent"], FAILED, "absent: cannot be read"),
     ("fedepth-client", ["probe", "--budget-cap", "x"], FAILED, '"x" is not a size'),
     ("fedepth-client", ["report", "digits-cnn", "--plot", "absent/x.png"], FAILED, "absent does not exist; make it"),

@@ -236,6 +236,31 @@ def test_a_folder_that_cannot_be_entered_is_named(tmp_path: Path, monkeypatch: p
     assert (locked.reason, locked.example) == ("folder that cannot be read: Permission denied", "b/locked/")
 
 
+# So many classes and bytes of their names as a job may have, and what is there: within these or not.
+MANY: list[tuple[int, int, list[str], bool]] = [
+    (3, 100, ["a/1.png", "b/1.png", "c/1.png"], True),
+    (2, 100, ["a/1.png", "b/1.png", "c/1.png"], False),
+    (2, 100, ["a/1.png", "b/1.png", "c/notes.txt"], True),
+    (3, 100, ["a" * 50 + "/1.png", "b" * 50 + "/1.png"], False),
+    (3, 100, ["a" * 42 + "/1.png", "b" * 42 + "/1.png"], True),
+    (2, 100, ["train/a/1.png", "train/b/1.png", "test/c/1.png"], False),  # a job may have a class called test
+]
+
+
+@pytest.mark.parametrize(("classes", "size", "files", "fits"), MANY)
+def test_more_folders_than_a_job_has_classes_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, size: int, files: list[str], fits: bool
+) -> None:
+    monkeypatch.setattr("fedepth.data.scan.MOST_CLASSES", classes)
+    monkeypatch.setattr("fedepth.data.scan.MOST_NAMES_BYTES", size)
+    put(tmp_path, dict.fromkeys(files, b"x"))
+    if fits:
+        assert scan(tmp_path, None).sample_count == sum(name.endswith("png") for name in files)
+    else:
+        with pytest.raises(DataError, match=r"folders with images, such as '.*', and each would be a class; a job has"):
+            scan(tmp_path, None)
+
+
 def test_where_nothing_is_taken_the_refusal_says_what_there_is(tmp_path: Path) -> None:
     put(tmp_path, {"a/1.heic": b"x", "2.png": IMAGE})
     said = r"holds no images: .* it does hold 1 × image in no class folder.*such as 2\.png; 1 × HEIC.*such as a/1\.heic"

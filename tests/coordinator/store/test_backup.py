@@ -178,6 +178,10 @@ def test_a_backup_that_broke_off_is_not_served(plain: Any, tmp_path: Path, monke
 
     monkeypatch.setattr(backup, "_forget_others", end)
     with pytest.raises(KeyboardInterrupt):
+        store.backup(tmp_path / "interrupted")
+    assert not (tmp_path / "interrupted").exists()
+    monkeypatch.setattr(backup, "_clear", lambda *_: None)  # a kill cleans nothing up
+    with pytest.raises(KeyboardInterrupt):
         store.backup(tmp_path / "copy")
     store.close()
     with pytest.raises(StateError, match="holds no round"):
