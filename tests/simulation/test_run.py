@@ -430,3 +430,13 @@ def test_nothing_is_learnt_from_weights_that_are_not_published(lab: Any, monkeyp
     assert [line.published for line in lines] == [False, True, True]
     trained = [(each.task.round, each.device_id) for each in lab.engine.requests if isinstance(each, Train)]
     assert len(trained) == len(set(trained)) == 9
+
+
+def test_a_second_model_takes_time(lab: Any) -> None:
+    trace = lab.folder / "trace.jsonl"
+    trace.write_text('{"client": "*", "images_per_second": 100}\n')
+    (one,) = lab.run(lab.job(rounds="1"), "one", trace=trace)
+    (two,) = lab.run(lab.job(rounds="1", training=MUTUAL), "two", trace=trace)
+    assert one.simulated_seconds == pytest.approx(24 / 100)
+    # Both are trained, a backward pass for two forward passes, and one runs forwards once more.
+    assert 2.2 < two.simulated_seconds / one.simulated_seconds < 2.4
