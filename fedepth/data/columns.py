@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedepth.data.damage import RowError
-from fedepth.data.labels import listed, normalised
+from fedepth.data.labels import as_whole, listed, normalised
 from fedepth.data.records import as_text, column_names, read_records
 from fedepth.data.tables import MISSING, number_of
 from fedepth.errors import DataError
@@ -45,7 +45,7 @@ class Column:
 
     def add(self, value: object) -> None:
         """Takes the value of one row."""
-        text = as_text(value).strip()
+        text = as_whole(as_text(value).strip())
         if text.casefold() in MISSING:
             self.missing += 1
             return
@@ -90,19 +90,21 @@ def look_at_columns(files: Sequence[Path]) -> tuple[list[Column], int, list[str]
         DataError: a file cannot be read, or they have not the same columns.
     """
     names = column_names(files[0])
-    twice = [name for name, times in Counter(names).items() if times > 1]
+    named = [name for name in names if name]  # programs write the number of a row without one
+    twice = [name for name, times in Counter(named).items() if times > 1]
     if twice:
         raise DataError(f"{printable(str(files[0]))} has the column {listed(twice)} more than once; rename the others")
-    columns = [Column(name) for name in names]
+    columns = [Column(name) for name in dict.fromkeys(names)]
+    looked_at = [column for column in columns if column.name]
     damaged = 0
     examples: list[str] = []
     for path in files:
-        for line, values, problem in read_records(path, names):
+        for line, values, problem in read_records(path, named):
             if problem:
                 damaged += 1
                 examples = examples or [printable(f"{path}, line {line}: {problem}")]
                 continue
-            for column, value in zip(columns, values, strict=True):
+            for column, value in zip(looked_at, values, strict=True):
                 column.add(value)
     return columns, damaged, examples
 
@@ -139,6 +141,7 @@ def table_section(columns: Sequence[Column], label: str, categorical: Collection
         ]
     for each in left_out:
         why = "has no values" if not each.values else f"has more than {MOST_VALUES} values that are no numbers"
+        why = why if each.name else "has no name"
         shown = f", such as {_text(each.other[:60])}" if each.other else ""
         lines.append(f"# left out: {_text(each.name)} {why}{shown}")
     if chosen:

@@ -134,7 +134,7 @@ class RowLabels:
         return place
 
     def _found(self, label: str) -> int:
-        place = self._places.get(label)
+        place = self._places.get(label, self._places.get(as_whole(label)))
         if place is not None:
             return place
         if not label:

@@ -22,6 +22,7 @@ from fedepth.simulation.trace import Trace
 from fedepth.task import Failure, Result
 
 _IDLE_STEPS = 8  # so many times the clock moves on, with nothing but deadlines passing, before a round is given up
+_MOST_IDLE_STEPS = 100_000  # whatever a trace says of who comes when
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,20 @@ class Round:
         try:
             self._arrive(self._durations)
             self._step(Tick(self._now))
-            idle = 0
+            idle, since = 0, self._now
             while self._state.phase in (Phase.GATHERING, Phase.TRAINING):
                 if self._ends and self._ends[0][0] <= self._next_look():
                     self._now, _, given = heapq.heappop(self._ends)
                     await self._end(given)
-                    idle = 0
+                    idle, since = 0, self._now
                     continue
                 idle += 1
                 look = self._next_look()
-                if idle > _IDLE_STEPS + 2 * (len(self._mobile) + len(self._away)) or not math.isfinite(look):
+                # Everybody who comes and goes has done so by then, those with the longest way twice.
+                everybody_came = look > self._trace.comes_round(self._mobile, since)
+                patience = _IDLE_STEPS + 2 * (len(self._mobile) + len(self._away))
+                given_up = idle > patience and (everybody_came or idle > _MOST_IDLE_STEPS)
+                if given_up or not math.isfinite(look):
                     raise JobError(self._hopeless())
                 self._now = look
                 self._arrive(self._mobile)

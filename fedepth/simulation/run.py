@@ -263,18 +263,20 @@ class Run:
             images = count * training.local_epochs * self._planner_work(client, training, plan) / whole
             seconds += images / conditions.images_per_second
         if conditions.upload_bytes_per_second is not None:
-            tensors = self._simulation.prepared.layout.trained_tensors(plan)
+            layout = self._simulation.prepared.layout
+            tensors = (layout.without_statistics() if training.fixed_statistics else layout).trained_tensors(plan)
             seconds += sum(tensor.size_bytes for tensor in tensors) / conditions.upload_bytes_per_second
         return seconds
 
     def _planner_work(self, client: str, training: TrainingSpec, plan: Plan | None) -> float:
-        """What the planner takes for the time of a client's plan; None: of training everything at once."""
+        """What the planner takes for the time of a client's plan; None: of training one model, everything at once."""
         found = self._clients[client]
         asked = self._question(found, training)
         key = (asked, plan is None)
         if key not in self._works or found.pinned is not None:
             if plan is None:
-                whole = self._planner.answer(replace(asked, budget_bytes=EVERYTHING))
+                alone = replace(asked.training, mutual=1)
+                whole = self._planner.answer(replace(asked, training=alone, budget_bytes=EVERYTHING))
                 plan = whole if isinstance(whole, Plan) else None
             costs = replace(self._tables.of(asked.training), calibration=asked.calibration)
             work = estimated_work(costs, asked.training, asked.sample_count, plan) if plan is not None else 1.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +83,12 @@ class Trace:
     def may_be_drawn(self, client: str, round_number: int) -> bool:
         chosen = self.chosen.get(round_number)
         return chosen is None or client in chosen
+
+    def comes_round(self, clients: Iterable[str], since: float) -> float:
+        """By when every time at which one of these clients comes or goes has been twice, or for the last time."""
+        found = [self.of(client) for client in clients]
+        lasts = [end for each in found for pair in each.available for end in pair if math.isfinite(end)]
+        return max([since + 2 * each.every_s for each in found] + lasts, default=since)
 
     def drops_out(self, seed: int, round_number: int, client: str, attempt: int) -> float | None:
         """At which part of its task a client disappears; None if it does not. The same for the same arguments."""

@@ -97,3 +97,17 @@ def test_several_files_have_the_same_columns(tmp_path: Path) -> None:
     second.write_text("z\n6\n")
     with pytest.raises(DataError, match=r"more.csv has no column 'y', 'x'; it has 'z'"):
         look_at_columns([first, second])
+
+
+def test_the_number_of_a_row_has_no_name_and_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, ",x,,y\n0,5,a,n\n1,6,b,m\n")
+    section = table_section(look_at_columns([path])[0], "y")
+    assert tomllib.loads(section)["table"] == {"label": "y", "numeric": ["x"], "mean": [5.5], "std": [0.5]}
+    assert '# left out: "" has no name' in section
+
+
+def test_a_whole_number_is_one_value_with_and_without_a_point(tmp_path: Path) -> None:
+    path = write(tmp_path, "x,y\n1,1.0\n1.0,0\n2,1\n,0.0\n")
+    read = tomllib.loads(table_section(look_at_columns([path])[0], "y", ["x"]))
+    assert read["model"]["classes"] == ["0", "1"]
+    assert read["table"]["categorical"] == {"x": ["1", "2"]}

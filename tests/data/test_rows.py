@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.data import csv_records
-from fedepth.data.damage import load_row_check
+from fedepth.data.damage import RowError, load_row_check
+from fedepth.data.labels import RowLabels
 from fedepth.data.records import Record, as_text, column_names, read_records
 from fedepth.data.row_files import find_rows, fingerprint, holds_rows
 from fedepth.data.rows import Rows, check_rows
@@ -397,3 +398,11 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         find_rows(single, "train")
     with pytest.raises(DataError, match="does not exist"):
         find_rows(tmp_path / "no.csv", "train")
+
+
+def test_classes_that_are_called_as_numbers_are_found_with_a_point() -> None:
+    labels = RowLabels(("1", "2", "7"), 0)
+    assert [labels.place(label) for label in ("1", "2.0", " 7.00 ", "1.0")] == [0, 1, 2, 0]
+    for label in ("0", "1.5", "01"):
+        with pytest.raises(RowError, match="which is not a class of the job"):
+            labels.place(label)

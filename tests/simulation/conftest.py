@@ -159,7 +159,8 @@ async def preparing_here(say: Any) -> AsyncIterator[Any]:
     async def ask(request: Request) -> dict[str, Any]:
         # Exporting a model takes seconds, and nothing here is about that: once for each model.
         if isinstance(request, Preparation):
-            key = repr((request.model, request.training.batch, request.seed))
+            made_of = (request.model, request.training.batch, request.training.heads, request.tuning, request.seed)
+            key = repr((*made_of, request.fixed_statistics))
             if key not in _prepared:
                 answer = setup.result_of(asked(worker, request))
                 _prepared[key] = Path(request.graph).read_bytes(), Path(request.output).read_bytes(), answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,20 @@ def test_clients_come_and_go() -> None:
 def test_a_round_may_name_who_is_drawn() -> None:
     played, _ = play(dict.fromkeys("abcdef", 0.0), chosen={1: frozenset("bdf")})
     assert sorted(devices(played)) == ["b", "d", "f"]
+
+
+def test_who_comes_seldom_is_waited_for_however_often_others_come() -> None:
+    often = tuple((float(at), at + 0.5) for at in range(60))
+    conditions = {
+        "a": Conditions("a", available=often, every_s=60.0),
+        "b": Conditions("b", available=((5_000.0, 6_000.0),), every_s=10_000.0),
+        "c": Conditions("c", available=((15_345.0, 15_400.0),)),
+    }
+    rules = replace(RULES, devices_per_round=3, quorum=3, gather_s=1e6)
+    played, _ = play(dict.fromkeys("abc", 0.0), conditions, rules=rules, now=7_000.0)
+    assert sorted(devices(played)) == ["a", "b", "c"]
+    with pytest.raises(JobError, match="cannot reach its quorum of 3: 0 updates of 2 clients"):
+        play(dict.fromkeys("ab", 0.0), conditions, rules=rules)
 
 
 def test_a_round_that_can_never_close_says_why() -> None:

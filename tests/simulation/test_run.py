@@ -13,6 +13,7 @@ from PIL import Image
 
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, JobError, StateError
+from fedepth.peers import Peers
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.simulation import setup
 from fedepth.simulation.worker import process
@@ -20,6 +21,7 @@ from fedepth.simulation.worker.protocol import Evaluate, Request, Train
 from fedepth.task import ModelSpec, Result
 from fedepth.training import session
 from fedepth.training.session import Assignment
+from fedepth.weights import load_numpy
 from tests.simulation.conftest import InProcess
 
 
@@ -409,16 +411,22 @@ def test_interrupted_anywhere_peers_are_what_they_would_be(lab: Any, monkeypatch
     assert ends == ["update", "failed: loss is not finite", "update"]
     chance = random.Random(1)
     left = 0
+    true_keep = Peers.keep
 
-    def interrupt(_: Request) -> None:
+    def interrupt(_: Request | None = None) -> None:
         nonlocal left
         left -= 1
         if left <= 0:
             raise Interrupted
 
+    def keep(peers: Peers, folder: Path) -> None:  # an update is trained by then, and its peers are not kept
+        interrupt()
+        true_keep(peers, folder)
+
+    monkeypatch.setattr(Peers, "keep", keep)
     done = False
     while not done:
-        left = chance.randint(3, 9)
+        left = chance.randint(3, 14)
         try:
             lab.run(job, "broken", engine=InProcess(1, interrupt))
             done = True
@@ -443,3 +451,27 @@ def test_nothing_is_learnt_from_weights_that_are_not_published(lab: Any, monkeyp
     assert [line.published for line in lines] == [False, True, True]
     trained = [(each.task.round, each.device_id) for each in lab.engine.requests if isinstance(each, Train)]
     assert len(trained) == len(set(trained)) == 9
+
+
+def test_a_second_model_takes_time(lab: Any) -> None:
+    trace = lab.folder / "trace.jsonl"
+    trace.write_text('{"client": "*", "images_per_second": 100}\n')
+    (one,) = lab.run(lab.job(rounds="1"), "one", trace=trace)
+    (two,) = lab.run(lab.job(rounds="1", training=MUTUAL), "two", trace=trace)
+    assert one.simulated_seconds == pytest.approx(24 / 100)
+    # Both are trained, a backward pass for two forward passes, and one runs forwards once more.
+    assert 2.2 < two.simulated_seconds / one.simulated_seconds < 2.4
+
+
+def test_statistics_are_fixed_from_the_round_that_the_job_says(lab: Any) -> None:
+    job = lab.job(training='batch_norm = "fixed"\nfixed_after = 1\nmutual = 2', devices_per_round="1")
+    job.write_text(job.read_text().replace("digits-cnn", "preresnet20"))
+    lab.run(job)
+    before, trained, fixed = (
+        load_numpy(lab.folder / "run" / "weights" / f"round-000{number}.safetensors") for number in range(3)
+    )
+    for name in before:
+        if "running" in name:
+            assert not np.array_equal(before[name], trained[name]), name
+            assert np.array_equal(trained[name], fixed[name]), name
+    assert not np.array_equal(trained["stem.weight"], fixed["stem.weight"])
