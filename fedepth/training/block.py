@@ -227,10 +227,10 @@ class BlockTraining:
             if not self._last_piece or gradient is None:
                 return
             parameter.grad = None
-            with torch.no_grad():
-                if reference is not None:
-                    gradient.add_(parameter - reference, alpha=spec.proximal_mu)
-                self._update(parameter, gradient, state, self.steps, spec)
+            # Nothing is recorded for gradients within a backward pass.
+            if reference is not None:
+                gradient.add_(parameter - reference, alpha=spec.proximal_mu)
+            self._update(parameter, gradient, state, self.steps, spec)
 
         return update
 
