@@ -105,8 +105,9 @@ def test_a_plot_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delitem(sys.modules, "fedepth.estimate.plot", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    for name in ("fedepth.estimate.plot", "fedepth.figures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedepth\[plot\]'"):
         plan(MODEL, "--budget", "16MiB", "--plot", str(tmp_path / "plan.png"))
 
