@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import sqlite3
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ RETENTION = "\n[retention]\nkeep_last = 3\nkeep_best = true\nkeep_every = 0\nhis
 
 @dataclass(frozen=True)
 class Point:
-    """The coordinator after a round. Sizes are bytes; `rows` of all tables, by name."""
+    """The coordinator after a round. Sizes are bytes; `rows` of all tables, by name; `rss_bytes` is the median since the
+    point before."""
 
     round: int
     seconds: float
@@ -166,6 +168,8 @@ async def _watch(running: Lab, client: SimulatedDevice, rounds: int, console: Co
     points: list[Point] = []
     begun = moved = time.monotonic()
     last = 0
+    pid = running.processes["coordinator"].pid
+    resident: list[int] = []  # since the last point; it rises and falls by some MiB within a round
     wanted = sorted({1, min(SETTLED, rounds // 2), *range(0, rounds + 1, max(1, rounds // POINTS)), rounds} - {0})
     while True:
         status = await client.stub.JobStatus(pb.JobStatusRequest(), timeout=60)
@@ -175,10 +179,13 @@ async def _watch(running: Lab, client: SimulatedDevice, rounds: int, console: Co
             last, moved = done, time.monotonic()
         elif time.monotonic() - moved > STUCK_S:
             raise ChildError(f"round {done + 1} does not end: {status.phase}; see {running.log('coordinator')}")
+        resident.append(status_bytes(pid, "VmRSS"))
         if wanted and done >= wanted[0]:
             wanted = [number for number in wanted if number > done]
-            point = await asyncio.to_thread(_measure, running, done, time.monotonic() - begun)
+            usual = statistics.median_high(resident)
+            point = await asyncio.to_thread(_measure, running, done, time.monotonic() - begun, usual)
             points.append(point)
+            resident.clear()
             console.print(
                 f"round {done:5} of {rounds} after {point.seconds:7.1f} s: {format_size(point.rss_bytes)} resident, "
                 f"{format_size(point.disk_bytes)} on disk, {point.open_files} files open, "
@@ -190,13 +197,13 @@ async def _watch(running: Lab, client: SimulatedDevice, rounds: int, console: Co
         await asyncio.sleep(0.05)
 
 
-def _measure(running: Lab, done: int, seconds: float) -> Point:
+def _measure(running: Lab, done: int, seconds: float, rss_bytes: int) -> Point:
     pid = running.processes["coordinator"].pid
     state = running.coordinator_state
     return Point(
         done,
         round(seconds, 2),
-        status_bytes(pid, "VmRSS"),
+        rss_bytes,
         disk_bytes(state),
         sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
         rows_of(state / "job.sqlite"),
