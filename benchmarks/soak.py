@@ -75,8 +75,8 @@ RETENTION = "\n[retention]\nkeep_last = 3\nkeep_best = true\nkeep_every = 0\nhis
 
 @dataclass(frozen=True)
 class Point:
-    """The coordinator after a round. Sizes are bytes; `rows` of all tables, by name; `rss_bytes` is the median since the
-    point before."""
+    """The coordinator after a round. Sizes are bytes; `rss_bytes` is the median since the point before; `rows` of all
+    tables, by name."""
 
     round: int
     seconds: float
