@@ -3,6 +3,7 @@
     run.json           what was asked for; another simulation is refused in the same folder
     prepared.json      of the job's model: its layout, and the digests of what it begins with
     graph.json         the model as workers are given it
+    data-check*        which image files are damaged, and which are not (fedepth.data.damage)
     partition.json     who has which samples
     tiers.json         budgets, and how they were found
     rounds.jsonl       the rounds that are closed

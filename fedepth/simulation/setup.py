@@ -169,7 +169,7 @@ def _sound_samples(source: Path | str, config: JobConfig, record: Record, say: S
         DataError: they cannot be read, or more is damaged than a device takes by default.
     """
     spec = model_spec(config)
-    damage = _checked_files(source, spec, record)
+    damage = _checked_files(source, spec, record, say)
     tokenizer = read_tokenizer(Path(config.tokenizer)) if config.tokenizer else ""
     images = open_images(source, spec, "train", record.folder, damage.keys, tokenizer)
     messages, count, what = damage.damaged, len(damage.damaged), "image files"
@@ -182,10 +182,11 @@ def _sound_samples(source: Path | str, config: JobConfig, record: Record, say: S
     return images, damage.keys
 
 
-def _checked_files(source: Path | str, spec: ModelSpec, record: Record) -> Damage:
+def _checked_files(source: Path | str, spec: ModelSpec, record: Record, say: Say) -> Damage:
     """The image files that are damaged, as a device finds out before it trains."""
     if not isinstance(source, Path) or spec.columns is not None or find_idx(source, "train") is not None:
         return Damage()
+    say("checking the image files")
     return check_data(source, record.folder / "data-check")
 
 

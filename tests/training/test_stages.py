@@ -169,23 +169,6 @@ def test_the_proximal_term_pulls_towards_the_global_weights(tmp_path: Path) -> N
     assert distance["held"] < 0.7 * distance["free"]
 
 
-def test_the_head_is_pulled_towards_the_global_weights_in_every_stage(tmp_path: Path) -> None:
-    """Of a step in each of two stages, only the second pulls: by μ times what the first has moved the head."""
-    training = replace(TRAINING, batch=16, local_epochs=1, momentum=0.0, weight_decay=0.0)
-    blocks = [stage(0, 2, 16), stage(3, 5, 16)]
-    name = "head.2.weight"
-    pulled = []
-    for mu in (0.0, 0.5, 2.0):
-        job = context(tmp_path, blocks, training=replace(training, proximal_mu=mu))
-        pulled.append(trained_tensors(job)[name])
-    job = context(tmp_path, blocks[:1], training=training)
-    first = trained_tensors(replace(job, plan=replace(job.plan, untrained=())))
-    moved = first[name] - load_numpy(tmp_path / "weights.safetensors")[name]
-    for mu, found in ((0.5, pulled[1]), (2.0, pulled[2])):
-        np.testing.assert_allclose(pulled[0] - found, training.learning_rate * mu * moved, atol=1e-7)
-    assert np.abs(moved).max() > 1e-3
-
-
 def test_every_sample_is_seen_once_in_batches_of_almost_one_size() -> None:
     batches = epoch_batches(10, 3, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == [4, 3, 3]
