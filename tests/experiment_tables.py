@@ -10,6 +10,7 @@ from tests.pages import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "experiments.json"
 MIB = 1 << 20
+_SMALL = 16  # a micro-batch, no batch
 
 
 def tables() -> Iterator[tuple[str, list[str]]]:
@@ -31,17 +32,21 @@ def _row(name: str, figures: dict[str, Any], columns: list[str]) -> list[str]:
         "best, %": _percent(figures, "best_"),
         "published best, %": _percent(figures, "published_"),
         "peak, MiB": " and ".join(f"{peak / MIB:.1f}" for peak in _peaks(figures)),
-        "gradient steps": f"{figures['gradient_steps']:,.0f}",
-        "processor s": f"{figures['processor_seconds']:,.0f}",
+        "gradient steps": _number(figures, "gradient_steps"),
+        "processor s": _number(figures, "processor_seconds"),
     }
     return [cells[column] for column in columns]
+
+
+def _number(figures: dict[str, Any], name: str) -> str:
+    return f"{figures[name]:,.0f}" if name in figures else ""  # not run yet
 
 
 def _percent(figures: dict[str, Any], kind: str) -> str:
     mean, std = (figures.get(f"{kind}accuracy_{each}") for each in ("mean", "std"))
     if mean is None:
         return ""
-    one = not kind.startswith("published") and figures["seeds"] == 1
+    one = kind != "published_" and figures["seeds"] == 1
     return f"{100 * mean:.1f}" if one else f"{100 * mean:.1f} ± {100 * std:.1f}"
 
 
@@ -51,13 +56,15 @@ def _plan(figures: dict[str, Any]) -> str:
     if "blocks" not in figures:
         return "everything"
     wide = "" if figures["width"] == 1 else f", {figures['width']:.4g} as wide"
-    return f"{figures['blocks'].replace(' | ', ' · ')}{wide}"
+    pieces = f", {figures['micro_batch']} at once" if figures["micro_batch"] < _SMALL else ""
+    return f"{figures['blocks'].replace(' | ', ' · ')}{wide}{pieces}"
 
 
 def _peaks(figures: dict[str, Any]) -> list[int]:
     if "weak" in figures:
         return [figures[each]["measured_peak_bytes"] for each in ("weak", "others")]
-    return [figures.get("measured_peak_bytes") or max(figures["measured_peak_bytes_by_tier"].values())]
+    by_tier = figures.get("measured_peak_bytes_by_tier", {})
+    return [figures["measured_peak_bytes"]] if "measured_peak_bytes" in figures else list(by_tier.values())
 
 
 def _line(cells: list[str]) -> str:

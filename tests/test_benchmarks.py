@@ -29,7 +29,8 @@ from tests.pages import ROOT
 from tests.unit_costs import model_costs, unit_cost
 
 TEXT = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"`python -m (benchmarks\.[\w.]+(?: [^`]+)?)`", TEXT)))
+# Lines may break inside of a command.
+COMMANDS = sorted(set(re.findall(r"`python -m (benchmarks\.[\w.]+(?: [^`]+)?)`", " ".join(TEXT.split()))))
 MIB = 1 << 20
 
 

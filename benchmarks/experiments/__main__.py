@@ -155,7 +155,9 @@ class Begun:
     runs: list[Path] = field(default_factory=list)
 
     def play(self, seed: int, output: Path, quick: bool, console: Console) -> None:
-        """Runs all set-ups with this seed, and writes what there is after each."""
+        """Runs all set-ups with this seed, and writes what there is after each; peaks are known before."""
+        if self.name not in _known(output):
+            self.write(output, quick)
         for setup in self.setups:
             console.print(f"{self.name}: {setup.name}, seed {seed}")
             self.runs.append(play(self.ground, setup, seed, self.data))
@@ -163,12 +165,11 @@ class Begun:
 
     def write(self, output: Path, quick: bool) -> None:
         """Puts what there is into the file, beside other experiments."""
-        known = json.loads(output.read_bytes()) if output.exists() else {}
-        facts = {setup.name: setup.facts for setup in self.setups}
-        setups: dict[str, Any] = {}
+        known = _known(output)
+        setups: dict[str, dict[str, Any]] = {setup.name: dict(setup.facts) for setup in self.setups}
         for each in compare([read_run(run) for run in self.runs]):
             seconds = [processor_seconds(run) for run in self.runs if read_run(run).name == each.name]
-            setups[each.name] = {**facts[each.name], **figures(each), "processor_seconds": fmean(seconds)}
+            setups[each.name] |= {**figures(each), "processor_seconds": fmean(seconds)}
         known[self.name] = {
             "quick": quick,
             "scale": asdict(self.ground.scale),
@@ -177,6 +178,12 @@ class Begun:
             "setups": setups,
         }
         write_atomically(output, json.dumps(known, indent=1).encode() + b"\n")
+
+
+def _known(output: Path) -> dict[str, Any]:
+    """What a file holds, by experiment."""
+    found: dict[str, Any] = json.loads(output.read_bytes()) if output.exists() else {}
+    return found
 
 
 def _begin(name: str, scale: Scale, folder: Path, cifar10: Path | None, console: Console) -> Begun:
