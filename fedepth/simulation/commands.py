@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +108,9 @@ def compare_command(
     """
     from fedepth.simulation.compare import compare, read_run
 
+    twice = [run for run, times in Counter(run.resolve() for run in runs).items() if times > 1]
+    if twice:
+        raise ConfigError(f"{printable(str(twice[0]))} is given more than once, and would count as so many seeds")
     draw = picture_maker(plot, _load_plot) if plot is not None else None
     found = compare([read_run(run) for run in runs])
     if plot is not None and draw is not None:

@@ -264,6 +264,7 @@ SIMULATIONS: list[tuple[list[str], int, str]] = [
     ([*SIMULATED, "--workers", "1025"], USAGE, "Invalid value"),
     ([*SIMULATED, "--threads", "1025"], USAGE, "Invalid value"),
     (["simulate", "job.toml", "--data", "", "--output", "o"], USAGE, "the path is empty"),
+    (["compare", "o", "./o"], FAILED, "o is given more than once, and would count as so many seeds"),
     *((["compare", "o", "--plot", name], FAILED, says) for name, says in PLOTS),
 ]
 TYPED: list[tuple[str, list[str], int, str]] = [
