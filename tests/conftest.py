@@ -11,7 +11,8 @@ import pytest
 from benchmarks.lab import program
 from tests.once import made_once
 
-# Three processes test at once on two cores, since many tests wait for processes of theirs; threads of torch beside them would only be in each other's way.
+# Three processes test at once on two cores, since many tests wait for processes of theirs; threads of torch beside them
+# would only be in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
