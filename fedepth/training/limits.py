@@ -27,8 +27,11 @@ UNBOUNDED = 1 << 50
 OUTSIDE_HEAP_BYTES = 2 << 20  # compiled kernels, pages of libraries: they count, and no cap on the heap holds them
 # What kernels ask for and never write to counts on the heap, and takes no memory: beyond what cost tables tell of it.
 UNWRITTEN_BYTES = 16 << 20
+# torch says "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory", and of that only the
+# first 15 characters, which a short string of C++ holds, where memory for the rest is refused as well.
 _OUT_OF_MEMORY = re.compile(
-    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a)",
+    r"(can't allocate memory|cannot allocate|unable to allocate|bad_alloc|out of memory|could not (create|execute) a|"
+    r"\[enforce fail a)",
     re.I,
 )
 # A CPU's allocator says "you tried to allocate 4096 bytes", CUDA's "Tried to allocate 2.00 MiB".
