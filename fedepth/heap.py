@@ -2,8 +2,8 @@
 
 glibc gives threads that meet at the allocator arenas of their own, and what is freed in one of them stays there. Over
 2,000 rounds the resident memory of a coordinator rose by 8 MiB in steps, with nothing more in use. With one arena it
-rises as well, by holes, where many threads work side by side: it stays where it was after a hundred rounds since free
-pages are returned with every round.
+rises as well, by holes, where many threads work side by side: by 13 MiB in 1,200 rounds, and by 6 since free pages are
+returned with every round.
 """
 
 from __future__ import annotations
