@@ -1,5 +1,6 @@
 """`fedepth plan` as it is typed."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedepth import prepare
 from fedepth.cli import app
 from fedepth.costs import Calibration
 from fedepth.errors import ConfigError, ModelError, PlanError
@@ -22,6 +24,15 @@ MIB = 1 << 20
 
 def plan(*argv: str) -> str:
     return CliRunner().invoke(app, ["plan", *argv], catch_exceptions=False, env={"COLUMNS": "200"}).stdout
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a second, and gives the same for the same model and settings."""
+    monkeypatch.setattr(prepare, "trace_model", _traced)
+
+
+_traced = functools.cache(prepare.trace_model)
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def _write_calibration(folder: Path) -> None:
     """The record that agents look for, with default figures: to measure takes a minute, and no fake trainer can be."""
     folder.mkdir(parents=True)
     found = calibration.Calibrated(calibration._fingerprint(TRAINER), Calibration(), (), 0, 0.0)
-    remember(folder / f"calibration-{TRAINER.threads}-{TRAINER.allocator}.json", found)
+    remember(calibration.record_file(folder, TRAINER), found)
 
 
 def _prepare(job: Path, state: Path, folder: Path) -> None:

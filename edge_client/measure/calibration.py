@@ -140,7 +140,7 @@ async def calibrated(
             "make it writable, or set XDG_CACHE_HOME to a folder that is"
         ) from None
     fingerprint = _fingerprint(config)
-    file = folder / f"calibration-{config.threads}-{config.allocator}.json"
+    file = record_file(folder, config)
     async with _locked(folder / "calibration.lock"):
         kept = recall(file, Calibrated)
         if kept and kept.fingerprint == fingerprint and not again:
@@ -156,6 +156,11 @@ async def calibrated(
             ) from None
         remember(file, found)
         return found
+
+
+def record_file(folder: Path, config: TrainerConfig) -> Path:
+    """Where the calibration for these settings lies."""
+    return folder / f"calibration-{_threads(config)}-{config.allocator}.json"
 
 
 def cache_dir(state: str = "") -> Path:
@@ -198,10 +203,16 @@ def _fingerprint(config: TrainerConfig) -> str:
     )
     return (
         f"fedepth {__version__}, torch {torch_version()}, {' '.join(platform.libc_ver())}, {libraries}, "
-        f"{config.threads} of {os.cpu_count()} threads, processor {_processor()}, GPU {', '.join(measure().cuda)}, "
+        f"{_threads(config)} of {os.cpu_count()} threads, processor {_processor()}, GPU {', '.join(measure().cuda)}, "
         f"allocator {config.allocator}, "
         f"allowance {KEPT_SHARE} and {KEPT_BYTES}"
     )
+
+
+def _threads(config: TrainerConfig) -> int:
+    """With how many threads a trainer works; 0 where torch chooses. Settings that mean the same are measured once."""
+    by_user = os.environ.get("OMP_NUM_THREADS", "")  # which torch follows where nothing is set
+    return config.threads or (int(by_user) if by_user.isascii() and by_user.isdecimal() else 0)
 
 
 def _processor() -> str:

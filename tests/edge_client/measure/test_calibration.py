@@ -78,8 +78,21 @@ def test_it_is_measured_once_and_again_when_asked_or_when_something_changed(
     assert asyncio.run(calibrated(config, quiet, again=True, folder=tmp_path)).calibration.fixed_bytes == 2
     monkeypatch.setattr(calibration, "torch_version", lambda: "99.0")
     assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3
-    assert asyncio.run(calibrated(TrainerConfig(threads=1), quiet, folder=tmp_path)).calibration.fixed_bytes == 4
+    assert asyncio.run(calibrated(TrainerConfig(threads=3), quiet, folder=tmp_path)).calibration.fixed_bytes == 4
     assert asyncio.run(calibrated(config, quiet, folder=tmp_path)).calibration.fixed_bytes == 3  # each has its record
+
+
+def test_threads_of_the_user_and_of_the_settings_are_the_same_record(
+    tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for threads, times in ((3, 1), (0, 1), (2, 2)):
+        asyncio.run(calibrated(TrainerConfig(threads=threads), quiet, folder=tmp_path))
+        assert measured.times == times
+    for odd in ("", "2,1", "x"):  # torch chooses, or OpenMP knows what is meant
+        monkeypatch.setenv("OMP_NUM_THREADS", odd)
+        asyncio.run(calibrated(TrainerConfig(), quiet, folder=tmp_path))
+        assert measured.times == 3
 
 
 def test_agents_that_start_together_measure_once(tmp_path: Path, measured: Measured) -> None:
