@@ -64,7 +64,7 @@ def plan_command(
     policy: Annotated[
         Policy | None,
         typer.Option(
-            help="paper: the whole batch at once; auto (the default): also micro-batches.", show_default=False
+            help="paper: the whole batch at once; auto: also micro-batches. auto for a model.", show_default=False
         ),
     ] = None,
     batch: Annotated[

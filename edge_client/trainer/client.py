@@ -157,7 +157,7 @@ class TrainerKeeper:
 
     def rest(self) -> None:
         """The trainer is idle from now on."""
-        if self._trainer and not self._timer:
+        if self._trainer and self._trainer.alive and not self._timer:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._config.linger_s, self._idle_long_enough)
 

@@ -297,9 +297,10 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[LeftOut, ...]]
     for path in paths:
         if not path.exists():
             raise DataError(f"{quoted(str(path))} does not exist; give image files, or folders of them")
-        if path.is_dir():
-            _search(path, found, unused)
-        else:
+        waiting = [path] if path.is_dir() else []
+        while waiting:  # folders may lie deeper in each other than functions can
+            waiting += reversed(_search(waiting.pop(), found, unused))
+        if not path.is_dir():
             found.append(path)
     if not found:
         raise DataError(
@@ -309,8 +310,8 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[LeftOut, ...]]
     return found, gathered(unused)
 
 
-def _search(folder: Path, found: list[Path], unused: list[tuple[str, str]]) -> None:
-    """Adds the images below a folder, in the order of their paths, and what is left out: why, and where."""
+def _search(folder: Path, found: list[Path], unused: list[tuple[str, str]]) -> list[Path]:
+    """Adds the images in a folder, sorted, and what is left out: why, and where. Returns the folders in it."""
     inner: list[Path] = []
     images: list[Path] = []
     try:
@@ -331,8 +332,7 @@ def _search(folder: Path, found: list[Path], unused: list[tuple[str, str]]) -> N
     except OSError:
         images.append(folder)
     found += sorted(images)
-    for path in sorted(inner):
-        _search(path, found, unused)
+    return sorted(inner)
 
 
 def _but(unused: Iterable[tuple[str, str]]) -> str:

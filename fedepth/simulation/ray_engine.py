@@ -95,6 +95,10 @@ class RayEngine:
             raise ChildError(f"worker {number + 1}: {answer['error']['message']}")
         return answer
 
+    def _end(self, number: int) -> None:
+        """The next request to this worker starts another."""
+        self._ray.kill(self._actors.pop(number))
+
     async def _exchange(self, number: int, request: Request) -> Answer:
         line = msgspec.json.encode({"do": NAMES[type(request)], **msgspec.to_builtins(request)})
         try:
@@ -109,16 +113,16 @@ class RayEngine:
             began = time.monotonic()
             for attempt in range(1, TRIES + 1):
                 try:
+                    if number not in self._actors:
+                        await self._ready(number)
                     answer = await self._exchange(number, request)
                 except ChildError as error:
                     if attempt == TRIES and not future.done():
                         future.set_exception(error)
-                    self._ray.kill(self._actors[number])
-                    await self._ready(number)
+                    self._end(number)
                 else:
                     if is_spent(answer):
-                        self._ray.kill(self._actors[number])
-                        await self._ready(number)
+                        self._end(number)
                     self.cpu_seconds[NAMES[type(request)]] += answer.get("cpu_seconds", 0.0)
                     if not future.done():
                         future.set_result(answer)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fedepth_wire.v1.federation_pb2 import Chunk
 
-from coordinator import admission
+from coordinator import admission, closing
 from coordinator.job import Job
 from coordinator.store.records import Store
 from coordinator.uploads import PartHeader
@@ -120,6 +120,19 @@ def test_a_round_closes_whatever_failed_on_the_way(play: Play, monkeypatch: pyte
         assert [record.round for record in rig.job.store.rounds()] == [0, 1]
 
     play(scene)
+
+
+def test_free_pages_are_returned_with_every_round(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(closing, "return_free_pages", lambda: returned.append(len(rig.job.store.rounds())))
+        for _ in range(2):
+            await rig.round()
+        await rig.reach(rig.job.finished.is_set)
+
+    play(scene, rounds=2)
+    assert returned == [2, 3]  # when the round is in the record, beside the one before all
 
 
 def test_an_update_counts_once_it_is_recorded_though_the_word_of_it_was_lost(

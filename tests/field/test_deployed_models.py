@@ -211,6 +211,21 @@ def test_a_folder_that_cannot_be_read_is_named_as_a_file_is(
     assert f"fedepth: {tmp_path}/locked is not a file" in shown.stderr  # to root it is a folder like any other
 
 
+def test_folders_may_lie_deep_in_each_other(tmp_path: Path) -> None:
+    folders = [tmp_path]
+    while len(folders) < sys.getrecursionlimit() + 50:
+        folders.append(folders[-1] / "d")
+        folders[-1].mkdir()
+    image = folders[-1] / "1.png"
+    image.touch()
+    try:
+        assert image_files([tmp_path]) == ([image], ())
+    finally:  # which is too deep for those who tidy up, too
+        image.unlink()
+        for folder in reversed(folders[1:]):
+            folder.rmdir()
+
+
 # What lies in a folder that is given to a model of rows, and what is said of it.
 ROW_FOLDERS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     "all is well": ({"a.csv": "text\none\n"}, [], []),
