@@ -37,6 +37,21 @@ def test_an_idle_trainer_is_stopped_after_its_time(argv: list[str]) -> None:
     asyncio.run(asyncio.wait_for(play(), 60))
 
 
+def test_a_trainer_that_has_ended_is_not_told_as_idle(argv: list[str]) -> None:
+    async def play() -> None:
+        keeper = TrainerKeeper(TrainerConfig(linger_s=0.0), argv)
+        trainer = await keeper.take()
+        await trainer.kill()
+        keeper.rest()
+        await asyncio.sleep(0.05)  # a timer of no seconds would be through
+        assert (await keeper.take()).pid != trainer.pid
+        await keeper.drop()
+
+    with capture_logs() as told:
+        asyncio.run(asyncio.wait_for(play(), 60))
+    assert [line["event"] for line in told] == ["trainer started", "trainer started"]
+
+
 def test_a_lingering_trainer_is_taken_again(argv: list[str]) -> None:
     async def play() -> None:
         keeper = TrainerKeeper(TrainerConfig(linger_s=60), argv)
