@@ -205,7 +205,7 @@ def show(outcome: Outcome, pairs: Sequence[Mapping[str, Any]]) -> None:
         )
     if pairs:
         console.print(f"to expect: {expectation(pairs, outcome.seed)}")
-    console.print(f"model: {federation.onnx_path}")
+    console.print(f"model: {federation.onnx_path}", markup=False)
     console.print(
         f"parity with torch on {federation.parity_samples} real test images: "
         f"largest difference {federation.parity_max_abs:.1e}, top-1 equal"
@@ -233,7 +233,7 @@ def demo(
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
-        console.print(f"figures: {json_file}")
+        console.print(f"figures: {json_file}", markup=False)
 
 
 def _figures(folder: Path, seed: int, policy: Policy, *, compare: bool) -> dict[str, Any]:
@@ -267,5 +267,5 @@ if __name__ == "__main__":
     try:
         sys.exit(app(standalone_mode=False))
     except FedepthError as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red", markup=False)
         sys.exit(1)

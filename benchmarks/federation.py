@@ -14,6 +14,7 @@ from fedepth_wire.channel import open_channel
 from fedepth_wire.v1.federation_pb2 import WatchRequest
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks.lab import Lab, LabDevice, describe_cap, lab, status_bytes
 from fedepth.errors import ChildError
@@ -92,7 +93,7 @@ async def run_federation(
     """
     with lab(folder) as running:
         running.start_coordinator(job, "--exit-when-done")
-        console.print(f"coordinator listens on {running.address}; logs in {running.folder / 'logs'}")
+        console.print(f"coordinator listens on {running.address}; logs in {running.folder / 'logs'}", markup=False)
         for shard in shards:
             running.start_agent(LabDevice(shard.name, shard.data, caps[shard.tier]), *agent_options)
             console.print(f"  {shard.name}: {shard.samples} images, {describe_cap(caps[shard.tier])} for training")
@@ -148,13 +149,13 @@ def _line(event: Mapping[str, Any]) -> str:
             size, seconds = format_size(event["bytes"]), event["seconds"]
             return f"  {event['device']:<10} update of {size} accepted after {seconds:.1f} s, peak {format_size(peak)}"
         case "update_refused" | "task_failed":
-            return f"  {event['device']:<10} [red]{event['event']}[/red]: {event['message']}"
+            return f"  {event['device']:<10} [red]{event['event']}[/red]: {escape(event['message'])}"
         case "evaluated":
             return f"round {event['round']}: accuracy [bold]{event['accuracy']:.1%}[/bold], loss {event['loss']:.3f}"
         case "exported":
-            return f"exported {event['path']}, parity {event['parity_max_abs']:.1e}"
+            return f"exported {escape(event['path'])}, parity {event['parity_max_abs']:.1e}"
         case "log":
-            return f"  {event['message']}"
+            return f"  {escape(event['message'])}"
     return ""
 
 

@@ -43,7 +43,7 @@ async def _try_tiers(folder: Path, spec: ModelSpec, job: Path, tiers: Mapping[st
         # Nothing is kept of what is freed: the least that training can do with.
         end = await try_in_fresh_trainer(replace(request, release_freed=True), TrainerConfig(threads=2))
         verdict = end.message if isinstance(end, Failed) else ""
-        console.print(f"  {tier:<7} {format_size(limit):>10}: {verdict or 'trains'}")
+        console.print(f"  {tier:<7} {format_size(limit):>10}: {verdict or 'trains'}", markup=False)
         if verdict:
             failing.append(tier)
     return failing

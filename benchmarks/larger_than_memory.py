@@ -162,7 +162,7 @@ async def try_in_full(folder: Path, job: Path, budget: int, images: Path) -> tup
     trainer = msgspec.structs.replace(TrainerConfig(), allocator=calibration.allocator)
     end = await try_in_fresh_trainer(replace(request, release_freed=True), trainer)  # the least that it can do with
     failure = end.message if isinstance(end, Failed) else ""
-    console.print(f"  {failure or 'it trains'}")
+    console.print(f"  {failure or 'it trains'}", markup=False)
     return needed, failure
 
 

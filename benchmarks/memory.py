@@ -319,7 +319,8 @@ def memory(
                 f"{trial.model} batch {trial.batch} {trial.optimizer} {trial.policy} {trial.heads} heads, distil "
                 f"{trial.distil}: budget {format_size(trial.budget_bytes)}, "
                 f"measured {format_size(trial.measured_bytes)}, "
-                f"{trial.tries} tries, {trial.outcome[:100]}"
+                f"{trial.tries} tries, {trial.outcome[:100]}",
+                markup=False,
             )
     found = {**figures(trials), "calibration": asdict(calibration), "seed": seed}
     console.print_json(json.dumps(found))

@@ -1,21 +1,25 @@
 """docs/benchmarks.md names every benchmark, with options that it has, and shows the figures that came; and the plans
-and shares of benchmarks.experiments are what it says."""
+and shares of benchmarks.experiments are what it says. What others say is shown as it is."""
 
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
+from benchmarks import federation
 from benchmarks.experiments import __main__ as experiments
 from benchmarks.experiments import depth
 from benchmarks.experiments.depth import even
@@ -136,3 +140,12 @@ def test_the_set_ups_are_plans_that_can_be_trained(tmp_path: Path, monkeypatch: 
         assert by_name[f"depth-{level}"]["measured_peak_bytes"] <= most
         assert by_name[f"width-{level}"]["measured_peak_bytes"] <= most
     assert asked
+
+
+@pytest.mark.parametrize("event", [{"event": "task_failed", "device": "small-1"}, {"event": "log"}])
+def test_a_message_is_shown_as_it_is(event: dict[str, Any]) -> None:
+    """torch begins its own with a place in brackets, which is no markup."""
+    message = "met its limit: [enforce fail at alloc_cpu.cpp:127] can't allocate memory [/bold]"
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(federation._line({**event, "message": message}))
+    assert message in shown.getvalue()
