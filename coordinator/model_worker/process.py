@@ -17,24 +17,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export
 from fedepth import evaluation
 from fedepth.child import run_child
-from fedepth.data.read import read_sound
 from fedepth.data.rows import Rows
 from fedepth.errors import DataError, FedepthError, ProtocolError
-from fedepth.export.onnx import check_opset, export, random_samples
+from fedepth.export.onnx import check_opset, export
+from fedepth.export.samples import comparison_samples
 from fedepth.files import disk_errors
-from fedepth.models.graph import Graph
 from fedepth.models.load import load_model
 from fedepth.models.traced import read_traced
 from fedepth.preparation import Preparation
 from fedepth.prepare import write_prepared
 
-EXPORT_SAMPLES = 256
 DAMAGED_SHOWN = 3
 
 Progress = Callable[[str], None]
@@ -61,7 +57,7 @@ def export_onnx(request: Export, progress: Progress) -> dict[str, Any]:
     """Raises ExportError, ModelError, StateError: see `export`."""
     traced = read_traced(Path(request.graph))
     graph = traced.graph
-    samples, compared_on = comparison_samples(request, graph, traced.tokenizer)
+    samples, compared_on = comparison_samples(request.model, traced, request.test_data)
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -85,22 +81,6 @@ def check_export(request: CheckExport, progress: Progress) -> dict[str, Any]:
     progress(f"trying the export with opset {request.choices.opset}")
     check_opset(request.model, read_traced(Path(request.graph)).graph, Path(request.weights), request.choices)
     return {}
-
-
-def comparison_samples(request: Export, graph: Graph, tokenizer: str = "") -> tuple[npt.NDArray[Any], str]:
-    """What an export is compared on, and what that is, for people."""
-    why = "the job has no test data"
-    if request.test_data:
-        try:
-            images = evaluation.open_test_images(request.test_data, request.model, tokenizer)
-            chosen = np.linspace(0, len(images) - 1, min(EXPORT_SAMPLES, len(images))).astype(np.int64)
-            pixels, sound, errors = read_sound(images, chosen)
-            if not len(sound):
-                raise errors[0]
-            return pixels, f"{len(sound)} samples of the test data"
-        except (DataError, OSError) as error:
-            why = f"the test data cannot be read: {error}"
-    return random_samples(request.model, graph, EXPORT_SAMPLES), f"{EXPORT_SAMPLES} random inputs, since {why}"
 
 
 _ACTIONS: dict[str, tuple[Any, Callable[[Any, Progress], dict[str, Any]]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fedepth.commands import JsonOption, picture_maker
 from fedepth.errors import ConfigError
+from fedepth.files import not_writable
 from fedepth.job import model_spec
 from fedepth.job_sections import MOST_DEVICES, MOST_SEED
 from fedepth.printable import printable
@@ -21,8 +22,10 @@ from fedepth.sizes import format_size
 from fedepth.terminal import console, print_json
 
 if TYPE_CHECKING:
+    from fedepth.export.onnx import ExportReport
     from fedepth.simulation.compare import Comparison, Spread
-    from fedepth.simulation.setup import Simulation
+    from fedepth.simulation.record import RoundLine
+    from fedepth.simulation.setup import Options, Simulation
 
 _MOST_AT_ONCE = 1024  # workers, and threads of each
 
@@ -62,6 +65,9 @@ def simulate_command(
     enforce: Annotated[bool, typer.Option(help="Hold every client to its budget, as a device does.")] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster that sees the same folders.")] = "local",
     name: Annotated[str, typer.Option(help="By which runs are compared; by default the job's.")] = "",
+    onnx: Annotated[
+        Path | None, typer.Option(help="ONNX file to write the last weights to, compared with torch.", dir_okay=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a job with many simulated clients: the training, planning and averaging that real devices do.
@@ -76,6 +82,7 @@ def simulate_command(
         from fedepth.simulation.simulate import simulate
     except ImportError as error:
         raise ConfigError(f"{error}. A simulation needs torch: pip install 'fedepth[train]'") from error
+    export_weights = _exporter(onnx) if onnx is not None else None
     options = Options(
         job=job, data=str(data), output=output, clients=clients, partition=partition, tiers=tiers, budgets=budgets,
         trace=trace, plans=plans, seed=seed, workers=workers, threads=threads, enforce=enforce, name=name,
@@ -83,6 +90,7 @@ def simulate_command(
     )  # fmt: skip
     lines = simulate(options, drawn=_draw_partition)
     _draw_runs(output / "accuracy.png", [output])
+    report = export_weights(options, lines[-1], onnx) if export_weights and onnx else None
     if as_json:
         print_json(lines)
         return
@@ -93,6 +101,12 @@ def simulate_command(
         out.print(f"accuracy {last.accuracy:.2%} after round {last.round}, at best {best:.2%}")
     weights = output / "weights" / f"round-{last.weights_round:04d}.safetensors"
     out.print(f"weights: {printable(str(weights))}", markup=False, soft_wrap=True)
+    if report is not None:
+        text = (
+            f"{report.path}: {format_size(report.size_bytes)}, compared on {report.compared_on}: largest difference "
+            f"{report.parity_max_abs:.1e}, same top answer for {report.top1_equal} of {report.samples}"
+        )
+        out.print(printable(text), markup=False, soft_wrap=True)
 
 
 def compare_command(
@@ -119,6 +133,23 @@ def compare_command(
         print_json(found)
     else:
         console().print(_table(found))
+
+
+def _exporter(output: Path) -> Callable[[Options, RoundLine, Path], ExportReport]:
+    """What writes `output` in the end; whether that can be done is seen before a long simulation.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    why = not_writable(output)
+    if why or output.name == "labels.txt":
+        raise ConfigError(f"--onnx: {why or 'labels.txt is written beside the model; give it another name'}")
+    try:
+        from fedepth.simulation.onnx import export_weights
+    except ImportError as error:
+        extra = "pip install 'fedepth[coordinator]'"
+        raise ConfigError(f"{error}. --onnx needs onnx, onnxscript and onnxruntime: {extra}") from error
+    return export_weights
 
 
 def _table(found: Sequence[Comparison]) -> Table:

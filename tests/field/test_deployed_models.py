@@ -32,6 +32,7 @@ from fedepth.errors import ConfigError, DataError, ExportError, FedepthError, Mo
 from fedepth.export.infer import Deployed, classify, image_files, labels_text, open_deployed
 from fedepth.export.onnx import export, random_samples
 from fedepth.export.opset import lower, opset_of
+from fedepth.export.samples import comparison_samples
 from fedepth.job import load_config, with_export
 from fedepth.job_sections import ExportSection
 from fedepth.models.export import Exported, export_model
@@ -464,7 +465,7 @@ def test_without_test_data_random_inputs_are_compared_and_it_says_so(
 ) -> None:
     (tmp_path / "empty").mkdir()
     where = "" if data is None else str(tmp_path / data)
-    samples, told = process.comparison_samples(Export(SPEC, "g", "w", "d", "job", 1, where, "m.onnx"), graph[0].graph)
+    samples, told = comparison_samples(SPEC, SimpleNamespace(graph=graph[0].graph, tokenizer=""), where)
     assert re.fullmatch(said + ".*", told)
     assert samples.shape == (256, 3, 8, 8)
 

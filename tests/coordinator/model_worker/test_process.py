@@ -17,6 +17,7 @@ from fedepth import evaluation
 from fedepth.child import Child, module_argv
 from fedepth.data.read import open_images
 from fedepth.errors import ChildError, ModelError
+from fedepth.export.samples import EXPORT_SAMPLES
 from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET, ExportSection
 from fedepth.layout import ModelLayout
 from fedepth.models.traced import read_traced
@@ -164,7 +165,7 @@ def test_export_reports_its_parity(ready: Path, tmp_path: Path) -> None:
     )["ok"]
     assert told["path"] == str(output)
     assert told["size_bytes"] == output.stat().st_size
-    assert told["samples"] == process.EXPORT_SAMPLES
+    assert told["samples"] == EXPORT_SAMPLES
     assert told["top1_equal"] + told["ties"] == told["samples"]
     assert 0 <= told["parity_max_abs"] <= 1e-4
     assert digest.encode() in output.read_bytes()

@@ -1,0 +1,84 @@
+"""A federation of the real coordinator and real agents, whose trainers do next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab import lab, status_bytes
+from benchmarks.transport.rounds import largest, observe
+from fedepth.child import module_argv
+from fedepth.data.idx import write_idx
+from fedepth.errors import ChildError
+
+IMAGES = 40
+JOB = """\
+[job]
+name = "transport"
+rounds = {rounds}
+devices_per_round = {clients}
+quorum = {clients}
+gather_s = 30
+seed = 1
+
+[model]
+name = "torchvision:resnet18"
+classes = 10
+input_shape = [3, 32, 32]
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+
+[training]
+batch = 8
+schedule = "constant"
+"""
+
+
+def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
+    """Rounds of `clients` agents; figures as of `Rounds.figures`, with what one agent and one client take."""
+    folder.mkdir(parents=True)
+    data = folder / "data"
+    data.mkdir()
+    random = np.random.default_rng(1)
+    write_idx(data / "train-images-idx4-ubyte", random.integers(0, 256, (IMAGES, 3, 32, 32), np.uint8))
+    write_idx(data / "train-labels-idx1-ubyte", (np.arange(IMAGES) % 10).astype(np.uint8))
+    job = folder / "job.toml"
+    job.write_text(JOB.format(rounds=rounds + 5, clients=clients))  # an export at the end must not be in the last round
+    names = [f"device-{number}" for number in range(clients)]
+    with lab(folder) as running:
+        address = running.start_coordinator(job)
+        idle_coordinator = status_bytes(running.processes["coordinator"].pid, "VmRSS")
+        for name in names:
+            argv = [*module_argv("benchmarks.transport.agent"), address, str(data), str(folder / name), name]
+            running.start(name, argv)
+        pids = {name: process.pid for name, process in running.processes.items()}
+        log = running.log("coordinator")
+
+        def finished() -> int:
+            for name, process in running.processes.items():
+                if process.poll() is not None:
+                    raise ChildError(f"{name} ended with status {process.returncode}; see {running.log(name)}")
+            return sum(_is_end(line) for line in log.read_text().splitlines())
+
+        seen = observe(rounds, finished, pids)
+        peak = status_bytes(pids["coordinator"], "VmHWM")
+        weights = next((folder / "coordinator" / "weights").glob("round-*.safetensors")).stat().st_size
+        return {
+            **seen.figures(skip),
+            "model_bytes": weights,
+            "server_idle_bytes": idle_coordinator,
+            "server_peak_bytes": peak,
+            "agent_rss_bytes": max(status_bytes(pids[name], "VmRSS") for name in names),
+            "agent_peak_bytes": max(status_bytes(pids[name], "VmHWM") for name in names),
+            "device_peak_bytes": largest(seen.peaks, names),
+        }
+
+
+def _is_end(line: str) -> bool:
+    try:
+        return bool(json.loads(line).get("event") == "round_closed")
+    except ValueError:
+        return False
