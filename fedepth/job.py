@@ -26,7 +26,7 @@ from fedepth.aggregation.rules import (
 )
 from fedepth.data.labels import listed, normalised
 from fedepth.errors import ConfigError, JobFileError
-from fedepth.job_rows import table_spec, text_spec, with_row_input, with_tokenizer, wrong_rows
+from fedepth.job_rows import lacks_statistics, table_spec, text_spec, with_row_input, with_tokenizer, wrong_rows
 from fedepth.job_sections import (
     DIGITS,
     LEAST_FLOAT,
@@ -281,6 +281,9 @@ def _out_of_range(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError
         yield _wrong(
             file, "tuning", "new_classifier", "needs [model] weights; without a file with weights all of them are fresh"
         )
+    if config.privacy is not None and lacks_statistics(config):
+        what = "must be given with [privacy]: what devices tell of their columns has no noise"
+        yield _wrong(file, "table", "mean", what)
     yield from _odd_aggregation(config, file)
     wrong = _wrong_export(config)
     if wrong:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from fedepth.data.column_sums import Statistics
 from fedepth.data.labels import listed, normalised
 from fedepth.data.text import NO_WORD, read_tokenizer, tokenizer_digest, tokenizer_vocabulary
 from fedepth.errors import ConfigError
@@ -52,6 +53,19 @@ def table_spec(config: JobConfig) -> TableSpec | None:
     categorical = (Category(_column(name), tuple(map(_column, each))) for name, each in section.categorical.items())
     numeric = tuple(map(_column, section.numeric))
     return TableSpec(_column(section.label), numeric, section.mean, section.std, tuple(categorical))
+
+
+def lacks_statistics(config: JobConfig) -> bool:
+    """Whether mean and standard deviation of the job's columns have to be asked of the devices."""
+    table = config.table
+    return table is not None and len(table.numeric) > len(table.mean)
+
+
+def with_statistics(config: JobConfig, found: Statistics | None) -> JobConfig:
+    """The job with what its devices know of its columns, if it had to be asked for."""
+    if config.table is None or found is None or not lacks_statistics(config):
+        return config
+    return structs.replace(config, table=structs.replace(config.table, mean=found.mean, std=found.std))
 
 
 def with_row_input(config: JobConfig) -> JobConfig:
@@ -131,9 +145,9 @@ def _wrong_table(section: TableSection) -> tuple[str, str] | None:
         return found
     for field in ("mean", "std"):
         count = len(getattr(section, field))
-        if count != len(section.numeric):
+        if count != len(section.numeric) and (section.mean or section.std):
             what = f"must have one number for each column in numeric ({len(section.numeric)}), has {count}"
-            return field, f"{what}; `fedepth columns FILE` writes the section"
+            return field, f"{what}; `fedepth columns FILE` writes the section; without mean and std, devices are asked"
     for column, values in section.categorical.items():
         known = Counter(map(_column, values))
         twice = [value for value, times in known.items() if times > 1]

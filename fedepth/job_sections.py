@@ -123,7 +123,8 @@ class TableSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         label: the column with the class.
         numeric: the columns with numbers.
-        mean: of each of these, over data as the devices have it; a number that is missing counts as the mean.
+        mean: of each of these, over data as the devices have it; a number that is missing counts as the mean. Left
+            out with `std`, both are found out from counts and sums of the devices, before the first task.
         std: their standard deviations.
         categorical: the columns with one of a few values, and these.
     """

@@ -1,5 +1,6 @@
 """What all tests share: what devices measure of themselves goes to a folder of this run, not to the user's."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from tests.once import made_once
 # Three processes test at once on two cores, since many tests wait for processes of theirs; threads of torch beside them
 # would only be in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Exported models leave millions of objects, which a collection looks through again and again.
+gc.set_threshold(100_000, 50, 100)
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

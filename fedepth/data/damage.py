@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedepth.data.column_sums import ColumnSums
 from fedepth.errors import DataError
 from fedepth.files import NOT_JSON, read_regular, write_atomically
 
@@ -56,6 +57,7 @@ class RowCheck:
         class_counts: of them, in label order; empty without a job.
         damaged: rows that are left out.
         examples: what is wrong with the first of these.
+        sums: of the numeric columns, where rows of a table were checked for a job.
         unsaved: why this could not be recorded; empty if it was.
     """
 
@@ -65,6 +67,7 @@ class RowCheck:
     class_counts: tuple[int, ...] = ()
     damaged: int = 0
     examples: tuple[str, ...] = ()
+    sums: ColumnSums | None = None
     unsaved: str = ""
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -100,10 +101,11 @@ def fingerprint(files: tuple[Path, ...]) -> int:
 
 
 def asked_of(spec: ModelSpec | None) -> str:
-    """A digest of what rows are checked for: columns, classes and their numbers."""
+    """A digest of what rows are checked for: columns, classes and their numbers. How numbers are scaled is no part."""
     if spec is None:
         return ""
-    asked = (spec.columns, spec.classes, spec.first_label)
+    columns = spec.columns if spec.table is None else replace(spec.table, mean=(), std=())
+    asked = (columns, spec.classes, spec.first_label)
     return hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
+from fedepth.data.column_sums import RunningSums
 from fedepth.data.damage import RowCheck, RowError, save_row_check
 from fedepth.data.labels import RowLabels
 from fedepth.data.records import as_text, read_records
@@ -178,9 +179,13 @@ def check_rows(
     before = fingerprint(files)
     damaged = DamagedRows()
     counts: Counter[int] = Counter()
+    table = spec.table if spec is not None else None
+    sums = RunningSums(len(table.numeric)) if table is not None else None
     for path in files:
-        for label, _ in _labelled(path, spec, damaged, _checker(spec)):
+        for label, values in _labelled(path, spec, damaged, _checker(spec)):
             counts[label] += 1
+            if sums is not None:
+                sums.add(values)
             on_progress(counts.total() + damaged.count)
     found = RowCheck(
         fingerprint=before,
@@ -189,6 +194,7 @@ def check_rows(
         class_counts=tuple(counts[place] for place in range(len(spec.classes))) if spec else (),
         damaged=damaged.count,
         examples=tuple(damaged.examples),
+        sums=sums.total(asked_of(spec)) if sums is not None else None,
     )
     try:
         save_row_check(record, found)
@@ -197,7 +203,7 @@ def check_rows(
     return found
 
 
-def _checker(spec: ModelSpec | None) -> Callable[[Sequence[Any]], object]:
+def _checker(spec: ModelSpec | None) -> Callable[[Sequence[Any]], Any]:
     """What finds out whether a row can be used, without making a sample of it."""
     if spec is None:
         return len

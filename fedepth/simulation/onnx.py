@@ -21,8 +21,8 @@ def export_weights(options: Options, line: RoundLine, output: Path) -> ExportRep
         DiskError: `output` cannot be written.
         FedepthError: see `fedepth.export.onnx.export`; there is no file then.
     """
-    config = job_of(options)
     record = Record(options.output.resolve())
+    config = job_of(options, record)
     spec = model_spec(config)
     traced = read_traced(record.folder / "graph.json")
     samples, compared_on = comparison_samples(spec, traced, config.test_data)

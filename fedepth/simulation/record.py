@@ -5,6 +5,7 @@
     graph.json         the model as workers are given it
     data-check*        which image files are damaged, and which are not (fedepth.data.damage)
     partition.json     who has which samples
+    statistics.json    mean and standard deviation of a table's columns, where the job leaves them to its clients
     tiers.json         budgets, and how they were found
     rounds.jsonl       the rounds that are closed
     weights/           global weights after a round

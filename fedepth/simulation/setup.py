@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fedepth import errors
 from fedepth.child import Child
 from fedepth.data.check import check_data
+from fedepth.data.column_sums import RunningSums, Statistics, statistics_of
 from fedepth.data.damage import MOST_DAMAGED, Damage, check_share
 from fedepth.data.idx_sets import find_idx
 from fedepth.data.read import DIGITS, Images, Labels, open_images
+from fedepth.data.row_files import asked_of
 from fedepth.data.rows import Rows
 from fedepth.data.scan import left_out
 from fedepth.data.text import read_tokenizer
 from fedepth.errors import ConfigError, FedepthError
 from fedepth.files import read_regular
 from fedepth.job import load_config, model_spec, training_spec
+from fedepth.job_rows import lacks_statistics, with_statistics
 from fedepth.job_sections import JobConfig
 from fedepth.models.traced import read_costs
 from fedepth.preparation import preparation
@@ -54,6 +58,8 @@ from fedepth.sizes import format_size
 from fedepth.task import ModelSpec
 
 MOST_FILE_BYTES = 1 << 28
+STATISTICS = "statistics.json"
+_ROWS_AT_ONCE = 4096
 _REASONS_SHOWN = 10
 Say = Callable[[str], None]
 
@@ -111,16 +117,17 @@ class Simulation:
     damage: frozenset[int] = frozenset()
 
 
-def job_of(options: Options) -> JobConfig:
-    """The job, with the seed that was asked for.
+def job_of(options: Options, record: Record | None = None) -> JobConfig:
+    """The job, with the seed that was asked for, and with what `record` has of its columns.
 
     Raises:
         ConfigError: the job file is wrong.
+        StateError: the record is damaged.
     """
     config = load_config(options.job)
-    if options.seed is None:
-        return config
-    return msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, seed=options.seed))
+    if options.seed is not None:
+        config = msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, seed=options.seed))
+    return config if record is None else with_statistics(config, record.read(STATISTICS, Statistics))
 
 
 async def set_up(options: Options, config: JobConfig, record: Record, say: Say) -> Simulation:
@@ -146,6 +153,7 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
             f"{printable(str(source))} holds other samples than when this simulation began ({partition.samples} then, "
             f"{len(labels)} now, or other labels); bring those back, or give another --output"
         )
+    config = _with_statistics(config, record, images, partition, say)
     trace = load_trace(options.trace, {each.id for each in partition.clients}) if options.trace else Trace()
     plans = load_plans(options.plans) if options.plans else {}
     prepared, tiers = record.read("prepared.json", Prepared), record.read("tiers.json", tuple[Tier, ...])
@@ -160,6 +168,28 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
     training = training_spec(config, 1)
     check_pinned(plans, clients, read_costs(record.folder / "graph.json").of(training), training)
     return Simulation(options, config, record, prepared, partition, labels, clients, tiers, trace, damage)
+
+
+def _with_statistics(config: JobConfig, record: Record, images: Images, partition: Partition, say: Say) -> JobConfig:
+    """The job with mean and standard deviation of its columns, where the clients have to be asked for their sums."""
+    if not lacks_statistics(config):
+        return config
+    spec = model_spec(config)
+    assert spec.table is not None, "only a table lacks them"
+    found = record.read(STATISTICS, Statistics)
+    if found is None:
+        say("adding up the clients' columns")
+        sums = []
+        for client in partition.clients:
+            running = RunningSums(len(spec.table.numeric))
+            for begin in range(0, len(client.samples), _ROWS_AT_ONCE):
+                places = np.array(client.samples[begin : begin + _ROWS_AT_ONCE])
+                for row in images.read(places).tolist():
+                    running.add(row)
+            sums.append(running.total(asked_of(spec)))
+        found = statistics_of(sums, spec.table.numeric)
+        record.write(STATISTICS, found)
+    return with_statistics(config, found)
 
 
 def _sound_samples(source: Path | str, config: JobConfig, record: Record, say: Say) -> tuple[Images, frozenset[int]]:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fedepth.aggregation.rules import Norms
+from fedepth.data.column_sums import Statistics
 from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, JobError, StateError
 from fedepth.peers import Peers
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
@@ -22,7 +23,7 @@ from fedepth.task import ModelSpec, Result
 from fedepth.training import session
 from fedepth.training.session import Assignment
 from fedepth.weights import load_numpy
-from tests.simulation.conftest import InProcess
+from tests.simulation.conftest import InProcess, Lab
 
 
 class Interrupted(Exception):
@@ -475,3 +476,51 @@ def test_statistics_are_fixed_from_the_round_that_the_job_says(lab: Any) -> None
             assert not np.array_equal(before[name], trained[name]), name
             assert np.array_equal(trained[name], fixed[name]), name
     assert not np.array_equal(trained["stem.weight"], fixed["stem.weight"])
+
+
+TABLE = """\
+[job]
+name = "table"
+rounds = 1
+devices_per_round = 2
+
+[model]
+name = "table-mlp"
+classes = ["no", "yes"]
+
+[training]
+batch = 8
+
+[test]
+data = "test.csv"
+
+[table]
+label = "class"
+numeric = ["a", "b"]
+{statistics}
+"""
+
+
+def test_clients_are_asked_for_the_statistics_that_a_job_leaves_out(lab: Lab) -> None:
+    rng = np.random.default_rng(5)
+    rows = [
+        f"{('no', 'yes')[k % 2]},{1e6 + 3 * (k % 2) + rng.normal()},{rng.normal() if k % 5 else ''}" for k in range(64)
+    ]
+    (lab.folder / "data").mkdir()
+    (lab.folder / "data" / "train.csv").write_text("\n".join(["class,a,b", *rows]) + "\n")
+    (lab.folder / "test.csv").write_text("\n".join(["class,a,b", *rows[:20]]) + "\n")
+    job = lab.folder / "job.toml"
+    options = {"data": str(lab.folder / "data"), "clients": 4, "partition": "iid"}
+    job.write_text(TABLE.format(statistics=""))
+    lab.run(job, "asked", **options)
+    found = msgspec.json.decode((lab.folder / "asked" / "statistics.json").read_bytes(), type=Statistics)
+    numbers = np.array([float(row.split(",")[1]) for row in rows])
+    assert found.devices == 4
+    assert found.mean[0] == pytest.approx(numbers.mean(), rel=1e-12)
+    assert found.std[0] == pytest.approx(numbers.std(), rel=1e-9)
+    job.write_text(TABLE.format(statistics=f"mean = {list(found.mean)}\nstd = {list(found.std)}"))
+    lab.run(job, "told", **options)
+    assert lab.digests("asked") == lab.digests("told")
+    assert not (lab.folder / "told" / "statistics.json").exists()
+    job.write_text(TABLE.format(statistics=""))
+    assert lab.run(job, "asked", **options)[-1].round == 1  # goes on with what is recorded
