@@ -113,7 +113,7 @@ async def _watch(running: Lab, console: Console) -> tuple[list[dict[str, Any]], 
     events: list[dict[str, Any]] = []
     peaks: dict[str, int] = {}
     said: dict[str, str] = {}  # the last line of every device: progress is told every second
-    async with open_channel(running.address) as channel:
+    async with open_channel(running.address, running.certificates.operator) as channel:
         stub = FederationStub(channel)
         try:
             async for message in stub.Watch(WatchRequest()):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.certificates import LabCertificates
 from fedepth.errors import ChildError
 from fedepth.sizes import format_size
 
@@ -46,6 +47,11 @@ class Lab:
     @property
     def coordinator_state(self) -> Path:
         return self.folder / "coordinator"
+
+    @property
+    def certificates(self) -> LabCertificates:
+        """Of this lab alone."""
+        return LabCertificates(self.folder / "certificates")
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
@@ -83,6 +89,7 @@ class Lab:
                 "0",
                 "--port-file",
                 str(port_file),
+                *self.certificates.serve_options(),
                 "--json-logs",
                 *options,
             ],
@@ -113,7 +120,7 @@ class Lab:
                 "--data",
                 str(device.data),
                 "--state",
-                str(self.folder / device.name),
+                str(self.certificates.enroll(device.name, self.folder / device.name)),
                 "--name",
                 device.name,
                 "--json-logs",

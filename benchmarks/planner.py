@@ -28,6 +28,7 @@ import structlog
 import typer
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
 from fedepth_wire.convert import to_message
+from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from rich.console import Console
@@ -190,7 +191,7 @@ async def poll(folder: Path, devices: int, seconds: float) -> dict[str, float]:
         pb.NextTaskRequest(device=to_message(report, pb.DeviceReport), wait_ms=0) for report in _reports(devices)
     ]
     try:
-        async with open_channel(f"127.0.0.1:{port}") as channel:
+        async with open_channel(f"127.0.0.1:{port}", INSECURE) as channel:
             ask = FederationStub(channel).NextTask
             started = time.monotonic()
             await asyncio.gather(*(_answered(ask, request) for request in requests))

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ import numpy as np
 import typer
 from fedepth_wire.channel import open_channel
 from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.console import Console
 from rich.table import Table
 
@@ -114,10 +115,15 @@ async def _soak(running: Lab, rounds: int, devices: int, retention: bool, consol
     job.write_text(JOB.format(rounds=rounds, devices=devices, test=test) + section)
     address = running.start_coordinator(job)
     fetched = Fetched()
-    async with open_channel(address) as channel:
-        clients = [SimulatedDevice(channel, f"device-{number:02d}", fetched=fetched) for number in range(devices)]
+    async with AsyncExitStack() as channels:
+        operator = await channels.enter_async_context(open_channel(address, running.certificates.operator))
+        clients = []
+        for number in range(devices):
+            device_id, identity = running.certificates.device(f"device-{number:02d}")
+            channel = await channels.enter_async_context(open_channel(address, identity))
+            clients.append(SimulatedDevice(channel, device_id, fetched=fetched))
         working = [asyncio.create_task(_work(client, number)) for number, client in enumerate(clients)]
-        watching: asyncio.Task[Any] = asyncio.create_task(_watch(running, clients[0], rounds, console))
+        watching: asyncio.Task[Any] = asyncio.create_task(_watch(running, FederationStub(operator), rounds, console))
         try:
             await asyncio.wait({watching, *working}, return_when=asyncio.FIRST_EXCEPTION)
             for task in working:
@@ -163,7 +169,7 @@ def smallest(plan: Plan) -> Plan:
     return replace(plan, stages=(stage,), untrained=tuple(rest))
 
 
-async def _watch(running: Lab, client: SimulatedDevice, rounds: int, console: Console) -> list[Point]:
+async def _watch(running: Lab, operator: Any, rounds: int, console: Console) -> list[Point]:
     """Measures after every few rounds until the last."""
     points: list[Point] = []
     begun = moved = time.monotonic()
@@ -172,7 +178,7 @@ async def _watch(running: Lab, client: SimulatedDevice, rounds: int, console: Co
     resident: list[int] = []  # since the last point; it rises and falls by some MiB within a round
     wanted = sorted({1, min(SETTLED, rounds // 2), *range(0, rounds + 1, max(1, rounds // POINTS)), rounds} - {0})
     while True:
-        status = await client.stub.JobStatus(pb.JobStatusRequest(), timeout=60)
+        status = await operator.JobStatus(pb.JobStatusRequest(), timeout=60)
         finished = status.phase == "finished"
         done = rounds if finished else status.round - 1
         if done != last:

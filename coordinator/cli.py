@@ -12,16 +12,19 @@ from typing import Annotated, Any
 import grpc
 import msgspec
 import typer
-from fedepth_wire.channel import open_channel, unresolved
+from fedepth_wire.channel import broken_handshake, open_channel, unresolved
+from fedepth_wire.tls import INSECURE, Identity, Insecure
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from rich.table import Table
 from rich.text import Text
 
 from coordinator.observe.words import in_words
+from coordinator.security import commands as security
+from coordinator.security.commands import CertsOption, InsecureOption
 from fedepth.address import DEFAULT_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
-from fedepth.errors import ConfigError, ProtocolError, StateError, TransportError
+from fedepth.errors import ConfigError, FedepthError, ProtocolError, StateError, TransportError, TrustError
 from fedepth.files import NOT_JSON, disk_errors, not_writable
 from fedepth.job_sections import HIGHEST_OPSET, LOWEST_OPSET, MOST_ROUNDS
 from fedepth.printable import as_typed, printable, quoted, shortened
@@ -34,6 +37,8 @@ _HERE = f"127.0.0.1:{DEFAULT_PORT}"
 _STAGE_FIELDS = ("first", "last", "predicted_peak_bytes", "measured_peak_bytes", "budget_bytes")
 
 app = command_line("fedepth-coordinator", "Run and monitor a federated training job.")
+app.add_typer(security.app, name="certs")
+app.command("enroll", epilog=examples("fedepth-coordinator enroll kitchen"))(security.enroll_command)
 
 
 class Precision(str, Enum):
@@ -63,6 +68,15 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
+OperatorOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--certs",
+        envvar="FEDEPTH_CERTS",
+        show_default=False,
+        help="Folder of the certificates, or an operator's bundle; default: the user's folder, in ~/.local/state.",
+    ),
+]
 
 
 @app.command(
@@ -82,6 +96,15 @@ def serve_command(
     ] = False,
     database: DatabaseOption = "",
     files: FilesOption = "",
+    certs: CertsOption = None,
+    enroll_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, show_default=False, help="Port at which devices enrol; default: the one after --port."
+        ),
+    ] = None,
+    no_enroll: Annotated[bool, typer.Option("--no-enroll", help="Enrol no devices.")] = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Serve a job to devices. To resume after a stop or a crash, run it again with the same --state."""
     from coordinator.model_worker.client import ModelWorker
@@ -94,7 +117,20 @@ def serve_command(
 
     share_one_arena()
     configure_logs(renderer(json_logs))
-    options = ServeOptions(state, host, port, port_file, exit_when_done, database, files, accept_changes)
+    if enroll_port is None and not no_enroll:
+        enroll_port = port and port + 1  # of any free port, another one
+    options = ServeOptions(
+        state,
+        host,
+        port,
+        port_file,
+        exit_when_done,
+        database,
+        files,
+        accept_changes,
+        certificates=INSECURE if insecure else security.certificates_in(certs),
+        enroll_port=None if no_enroll else enroll_port,
+    )
     try:
         job, missing = read_job(config)
     except ConfigError as error:
@@ -107,9 +143,14 @@ def serve_command(
 
 
 @app.command("status", epilog=examples("fedepth-coordinator status --coordinator 127.0.0.1:8970 --json"))
-def status_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
+def status_command(
+    coordinator: AddressOption = _HERE,
+    as_json: JsonOption = False,
+    certs: OperatorOption = None,
+    insecure: InsecureOption = False,
+) -> None:
     """Show the status of a running job."""
-    reply = asyncio.run(_status(str(parse_address(coordinator))))
+    reply = asyncio.run(_status(str(parse_address(coordinator)), security.operator(certs, insecure)))
     fields = {field.name: getattr(reply, field.name) for field in pb.JobStatusReply.DESCRIPTOR.fields}
     if as_json:
         print_json(fields)
@@ -182,12 +223,18 @@ def export_command(
 
 
 @app.command("watch", epilog=examples("fedepth-coordinator watch --coordinator 127.0.0.1:8970"))
-def watch_command(coordinator: AddressOption = _HERE, as_json: JsonOption = False) -> None:
+def watch_command(
+    coordinator: AddressOption = _HERE,
+    as_json: JsonOption = False,
+    certs: OperatorOption = None,
+    insecure: InsecureOption = False,
+) -> None:
     """Print what happens in a running job, line by line, until it stops."""
     out = console(soft_wrap=True)
+    address, identity = str(parse_address(coordinator)), security.operator(certs, insecure)
 
     async def run() -> None:
-        async for line in _watch(str(parse_address(coordinator))):
+        async for line in _watch(address, identity):
             if as_json:
                 print(ascii_json(line), flush=True)
             else:
@@ -322,21 +369,21 @@ def main() -> None:
     run_program("fedepth-coordinator", app)
 
 
-async def _status(address: str) -> pb.JobStatusReply:
-    async with open_channel(address) as channel:
+async def _status(address: str, identity: Identity | Insecure) -> pb.JobStatusReply:
+    async with open_channel(address, identity) as channel:
         try:
             return await FederationStub(channel).JobStatus(pb.JobStatusRequest(), timeout=CALL_S)
         except grpc.aio.AioRpcError as error:
-            raise _unreachable(address, error) from None
+            raise _unreachable(address, identity, error) from None
 
 
-async def _watch(address: str) -> AsyncIterator[str]:
-    async with open_channel(address) as channel:
+async def _watch(address: str, identity: Identity | Insecure) -> AsyncIterator[str]:
+    async with open_channel(address, identity) as channel:
         try:
             async for event in FederationStub(channel).Watch(pb.WatchRequest()):
                 yield event.json
         except grpc.aio.AioRpcError as error:
-            raise _unreachable(address, error) from None
+            raise _unreachable(address, identity, error) from None
 
 
 def _event(line: str) -> dict[str, Any]:
@@ -351,8 +398,12 @@ def _event(line: str) -> dict[str, Any]:
         raise ProtocolError(f"the coordinator sent an event that cannot be shown: {quoted(line)}") from None
 
 
-def _unreachable(address: str, error: grpc.aio.AioRpcError) -> TransportError:
+def _unreachable(address: str, identity: Identity | Insecure, error: grpc.aio.AioRpcError) -> FedepthError:
     details = printable(error.details() or "")
+    if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return TrustError(f"the coordinator at {address} refuses: {details}")
+    if why := broken_handshake(details, identity):
+        return TrustError(f"no answer from a coordinator at {address}: {why}")
     if unresolved(details):
         return TransportError(
             f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "

@@ -366,6 +366,11 @@ class Job:
         record = await self.store.short(self.store.find_weights, digest)
         return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
 
+    def owner_of(self, task_id: str) -> str:
+        """The device that a task of the round in work was given to; "" for any other."""
+        task = self.state.tasks.get(task_id)
+        return "" if task is None else task.device_id
+
     def suspect(self, digest: str) -> None:
         """Notes that the file with this digest could not be sent."""
         self._course.suspect(digest)

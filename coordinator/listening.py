@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Protocol
 
+import grpc
 import psutil
 import structlog
 
@@ -25,6 +26,8 @@ class Server(Protocol):
 
     def add_insecure_port(self, address: str) -> int: ...
 
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int: ...
+
 
 class NoServer:
     """Takes the place of one, to find out whether it could listen."""
@@ -32,9 +35,22 @@ class NoServer:
     def add_insecure_port(self, address: str) -> int:
         return 0
 
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
+        return 0
 
-def listen(server: Server, host: str, port: int) -> Address:
+
+def listen(
+    server: Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+    option: str = "--port",
+) -> Address:
     """Makes `server` listen at all addresses of `host`. Port 0 lets the system choose one.
+
+    Args:
+        credentials: of a server over TLS; plain text without.
+        option: of the command line, which sets this port.
 
     Returns: the host as it was written, and the port.
 
@@ -43,14 +59,16 @@ def listen(server: Server, host: str, port: int) -> Address:
         TransportError: nobody can listen there. Says why, and what to do.
     """
     wanted = listening_address(host, port)
-    free, port = _free_at_all(_resolved(wanted), port)
+    free, port = _free_at_all(_resolved(wanted), port, option)
     for address in free:
+        where = str(Address(address.host, port))
         try:
-            server.add_insecure_port(str(Address(address.host, port)))
+            if credentials is None:
+                server.add_insecure_port(where)
+            else:
+                server.add_secure_port(where, credentials)
         except RuntimeError as error:  # it was free a moment ago
-            raise TransportError(
-                f"cannot listen on {Address(address.host, port)}: {error}; try again, or choose another --port"
-            ) from None
+            raise TransportError(f"cannot listen on {where}: {error}; try again, or choose another {option}") from None
     return Address(wanted.host, port)
 
 
@@ -79,7 +97,7 @@ def _zone(sockaddr: tuple[object, ...]) -> str:
     return socket.if_indextoname(index) if isinstance(index, int) and index else ""
 
 
-def _free_at_all(addresses: list[Address], port: int) -> tuple[list[Address], int]:
+def _free_at_all(addresses: list[Address], port: int, option: str) -> tuple[list[Address], int]:
     """The addresses that this machine has, and one port that is free at all of them.
 
     A name may stand for an address of a family that is switched off here. It is left out if another one remains.
@@ -99,15 +117,17 @@ def _free_at_all(addresses: list[Address], port: int) -> tuple[list[Address], in
                     taken = True  # what the system chose at the first address
                     break
                 else:
-                    raise _cannot(Address(address.host, chosen), error) from None
+                    raise _cannot(Address(address.host, chosen), error, option) from None
         if taken:
             continue
         if not free:
-            raise _cannot(*absent[0]) from None
+            raise _cannot(*absent[0], option) from None
         for address, failure in absent:
             _log.warning("an address of this name cannot be listened on", address=address.host, error=str(failure))
         return free, chosen
-    raise TransportError(f"no port was found that is free at {', '.join(each.host for each in addresses)}; give --port")
+    raise TransportError(
+        f"no port was found that is free at {', '.join(each.host for each in addresses)}; give {option}"
+    )
 
 
 def _try_port(address: Address, port: int) -> int:
@@ -125,19 +145,19 @@ def _try_port(address: Address, port: int) -> int:
         return int(trial.getsockname()[1])
 
 
-def _cannot(address: Address, error: OSError) -> TransportError:
+def _cannot(address: Address, error: OSError, option: str) -> TransportError:
     reasons = {
-        errno.EADDRINUSE: f"{_holder(address.port)} has the port; stop it, or choose another --port (0 lets the system "
-        "choose)",
+        errno.EADDRINUSE: f"{_holder(address.port)} has the port; stop it, or choose another {option} (0 lets the "
+        "system choose)",
         errno.EADDRNOTAVAIL: f"{address.host} is not an address of this machine; give --host one that it has "
         "(`ip addr` lists them), or 0.0.0.0 for all of IPv4, or :: for all",
         errno.EAFNOSUPPORT: "this machine has no IPv6; give --host an IPv4 address, or 0.0.0.0 for all of them"
         if ":" in address.host
         else "this machine has no IPv4; give --host an IPv6 address, or :: for all of them",
-        errno.EACCES: f"ports below {_first_free_to_all()} need privileges; choose another --port, such as 8970",
-        errno.EPERM: "this machine's rules forbid it (a firewall, or a container's profile); choose another --port",
+        errno.EACCES: f"ports below {_first_free_to_all()} need privileges; choose another {option}, such as 8970",
+        errno.EPERM: f"this machine's rules forbid it (a firewall, or a container's profile); choose another {option}",
     }
-    why = reasons.get(error.errno or 0, f"{error.strerror or error}; choose another --host or --port")
+    why = reasons.get(error.errno or 0, f"{error.strerror or error}; choose another --host or {option}")
     return TransportError(f"cannot listen on {address}: {why}")
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS
+from fedepth_wire.tls import Insecure
 from fedepth_wire.v1 import federation_pb2
 from fedepth_wire.v1.federation_pb2_grpc import add_FederationServicer_to_server
+from fedepth_wire.v1.trust_pb2_grpc import add_CertificatesServicer_to_server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -25,6 +27,9 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.listening import NoServer, Server, listen
 from coordinator.model_worker.client import Models
+from coordinator.security.certificates import Certificates
+from coordinator.security.enrolling import CertificatesService
+from coordinator.security.serving import Secured
 from coordinator.service import FederationService
 from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
 from coordinator.store.records import Store
@@ -49,6 +54,10 @@ class ServeOptions:
     """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which.
 
     `database` and `files` are those of `Store.open`; `accept_changes` that of `fedepth.job_changes`.
+
+    Attributes:
+        certificates: of the coordinator and of everybody who may call; INSECURE: plain text, and no questions asked.
+        enroll_port: where devices without a certificate get one; None: nowhere.
     """
 
     state: Path
@@ -59,6 +68,16 @@ class ServeOptions:
     database: str = ""
     files: str = ""
     accept_changes: bool = False
+    certificates: Certificates | Insecure = field(kw_only=True)
+    enroll_port: int | None = None
+
+
+@dataclass(frozen=True)
+class _Listening:
+    """Where a coordinator listens, and where it enrols devices."""
+
+    address: Address
+    enrollment: Address | None = None
 
 
 async def serve(
@@ -88,15 +107,17 @@ async def serve(
         return
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="files"))
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    secured = None if isinstance(options.certificates, Insecure) else Secured(options.certificates)
+    interceptors = [secured.guard] if secured else []
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
     # In threads, also before there is anybody to serve: a signal has to be heard.
-    store, address = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing)
+    store, listening = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing, secured)
     try:
         if stop.is_set():
             return
         job = await _prepared_job(config, store, models, stop)
         if job is not None:
-            await _serve_job(job, server, address, options, stop)
+            await _serve_job(job, server, listening, options, stop, secured)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
@@ -110,7 +131,8 @@ def _opened(
     server: Server,
     found: Findings,
     missing: Sequence[FedepthError] = (),
-) -> tuple[Store, Address]:
+    secured: Secured | None = None,
+) -> tuple[Store, _Listening]:
     """The job's state, with what its file changes taken over, and where it listens.
 
     Raises:
@@ -119,7 +141,7 @@ def _opened(
     """
     found.tell()
     errors: list[FedepthError] = [*missing, *map(StartError, found.problems)]
-    address, wrong = _listening(options, server)
+    listening, wrong = _listen(options, server, secured)
     errors += wrong
     try:
         settings = settings_of(config)
@@ -150,23 +172,36 @@ def _opened(
         raise
     for change in changed:
         _log.info("setting changed", change=str(change), from_round=first)
-    assert address is not None
-    return store, address
+    assert listening is not None
+    return store, listening
 
 
-def _listening(options: ServeOptions, server: Server) -> tuple[Address | None, list[FedepthError]]:
+def _listen(
+    options: ServeOptions, server: Server, secured: Secured | None = None
+) -> tuple[_Listening | None, list[FedepthError]]:
     errors: list[FedepthError] = []
     if options.port_file is not None:
         errors += map(StartError, writable("--port-file", options.port_file))
+    credentials = for_enrollment = None
+    if secured is not None:
+        try:
+            credentials, for_enrollment = secured.open()
+        except FedepthError as error:
+            errors.append(error)
     try:
-        return listen(server, options.host, options.port), errors
+        address = listen(server, options.host, options.port, credentials)
+        if secured is None or for_enrollment is None or options.enroll_port is None:
+            return _Listening(address), errors
+        port = options.enroll_port
+        enrollment = listen(secured.enrollment, options.host, port, for_enrollment, "--enroll-port")
     except FedepthError as error:
         return None, [*errors, error]
+    return _Listening(address, enrollment), errors
 
 
 def refused(error: ConfigError, options: ServeOptions) -> FedepthError:
     """What keeps a job from being served whose file cannot be used: that, and what can be known without it."""
-    return together([error, *_listening(options, NoServer())[1]])
+    return together([error, *_listen(options, NoServer())[1]])
 
 
 def _disk(config: JobConfig, store: Store) -> Findings:
@@ -194,7 +229,12 @@ async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: a
 
 
 async def _serve_job(
-    job: Job, server: grpc.aio.Server, address: Address, options: ServeOptions, stop: asyncio.Event
+    job: Job,
+    server: grpc.aio.Server,
+    listening: _Listening,
+    options: ServeOptions,
+    stop: asyncio.Event,
+    secured: Secured | None,
 ) -> None:
     health = HealthServicer()
     add_FederationServicer_to_server(FederationService(job), server)
@@ -203,22 +243,41 @@ async def _serve_job(
         (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
         server,
     )
+    if secured is not None:
+        await _secure(job, server, listening, secured)
     await server.start()
     for name in ("", _SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     if options.port_file is not None:
-        await asyncio.to_thread(_write_port, options.port_file, address.port)
-    _log.info("serving", address=str(address), job=job.config.job.name, state=str(options.state))
-    running = asyncio.ensure_future(_run(job, options.exit_when_done))
+        await asyncio.to_thread(_write_port, options.port_file, listening.address.port)
+    enrollment = {} if listening.enrollment is None else {"enrollment": str(listening.enrollment)}
+    address = str(listening.address)
+    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state), **enrollment)
+    if secured is None:
+        _log.warning("plain text: whoever reaches this address can read, forge and take part", address=address)
+    running = asyncio.ensure_future(_run(job, options.exit_when_done, secured))
     try:
         await _first(running, stop)
     finally:
         await health.enter_graceful_shutdown()
         job.events.close()
+        if secured is not None:
+            await secured.enrollment.stop(0)
         await server.stop(GRACE_S)
         await job.finish_work()
         job.plans.close()
-        _log.info("stopped", address=str(address), round=job.state.round, phase=job.state.phase.value)
+        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
+
+
+async def _secure(job: Job, server: grpc.aio.Server, listening: _Listening, secured: Secured) -> None:
+    """Renews certificates and enrols from now on, and tells the guard whose a task is."""
+    certificates = secured.certificates
+    add_CertificatesServicer_to_server(CertificatesService(certificates), server)
+    secured.guard.owner_of = job.owner_of
+    await secured.guard.look()
+    if listening.enrollment is not None:
+        await secured.enrollment.start()
+        await asyncio.to_thread(certificates.note_enrollment, str(listening.enrollment))
 
 
 def _write_port(path: Path, port: int) -> None:
@@ -226,8 +285,22 @@ def _write_port(path: Path, port: int) -> None:
         write_atomically(path, f"{port}\n".encode())
 
 
-async def _run(job: Job, exit_when_done: bool) -> None:
+async def _run(job: Job, exit_when_done: bool, secured: Secured | None) -> None:
     """Ends when the job is done and every live device knows; without `exit_when_done` only by an error."""
+    work = {asyncio.ensure_future(_course(job, exit_when_done))}
+    if secured is not None:
+        work.add(asyncio.ensure_future(secured.keep_up()))
+    try:
+        done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            each.result()
+    finally:
+        for each in work:
+            each.cancel()
+        await asyncio.wait(work)
+
+
+async def _course(job: Job, exit_when_done: bool) -> None:
     if not exit_when_done:
         await job.run()
     elif not await _first(asyncio.ensure_future(job.run()), job.finished):

@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -17,6 +18,7 @@ import structlog
 from fedepth_wire.bounds import check_message
 from fedepth_wire.chunks import checked_chunks
 from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.tls import caller_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
@@ -45,6 +47,9 @@ class FederationService(FederationServicer):
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         async with _answering(context):
             report = from_message(request.device, DeviceReport)
+            caller = caller_of(context.auth_context())
+            if caller is not None:  # by the name that the operator gave it, whatever it calls itself
+                report = replace(report, name=caller.name)
             try:
                 return await self._next_task(report, request.wait_ms, context.peer())
             except UnavailableError as error:

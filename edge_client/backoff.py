@@ -10,7 +10,7 @@ import time
 import structlog
 
 from edge_client.config import RetryConfig
-from edge_client.transport import BusyError, UnreachableError
+from edge_client.transport import BusyError, UnreachableError, UntrustedError
 from fedepth.errors import DiskError, FedepthError
 
 DISK_PAUSE_S = 30.0
@@ -132,6 +132,8 @@ class DiskWait:
 def _what_is_wrong(error: FedepthError) -> str:
     if isinstance(error, BusyError):
         return "coordinator is busy; retrying until it is not"
+    if isinstance(error, UntrustedError):
+        return "coordinator and this device do not accept each other's certificates; retrying until they do"
     if isinstance(error, UnreachableError):
         return "coordinator cannot be reached; retrying until it answers"
     return "coordinator answers with an error; retrying until it does not"

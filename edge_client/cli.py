@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from fedepth_wire.tokens import parse_token
 from msgspec.structs import replace
 from rich.table import Table
 
 from edge_client import config as settings
+from edge_client.certificate.client import bundle_of, day
 from edge_client.daemon import Start
 from edge_client.measure.calibration import Calibrated, cache_dir, calibrated
 from edge_client.measure.capability import (
@@ -28,6 +30,7 @@ from edge_client.measure.trial import MOST_SAMPLES
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
+from fedepth.address import parse_address
 from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples, picture_maker
@@ -61,9 +64,13 @@ def run(
     threads: _Threads = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit when the job is finished.")] = False,
     json_logs: JsonLogsOption = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain text, without certificates: for tests on one machine.")
+    ] = False,
 ) -> None:
     """Take part in a job: wait for tasks, train, and deliver updates. Runs until stopped."""
     overrides = {
+        "insecure": insecure or None,
         "coordinator": coordinator,
         "data": str(data) if data else None,
         "state": str(state) if state else None,
@@ -79,6 +86,55 @@ def run(
     # takes its place: same process id, same streams.
     argv = [*module_argv("edge_client.daemon"), msgspec.json.encode(started).decode()]
     hand_over(argv)
+
+
+@app.command(
+    epilog=examples(
+        "fedepth-client enroll 192.168.1.10:8971 --token TOKEN",
+        "fedepth-client enroll --bundle kitchen.pem",
+    )
+)
+def enroll(
+    address: Annotated[
+        str | None,
+        typer.Argument(metavar="HOST:PORT", show_default=False, help="Where the coordinator enrols devices."),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FEDEPTH_TOKEN", show_default=False, help="What fedepth-coordinator enroll printed for this device."
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            show_default=False, help="What fedepth-coordinator certs issue made, instead of address and token."
+        ),
+    ] = None,
+    config: _ConfigFile = None,
+    state: _State = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Get this device's certificate, once. A running agent takes it over within a minute.
+
+    With a token, this device makes its own key, which never leaves it.
+    """
+    from edge_client.enroll import enroll_with_bundle, enroll_with_token
+
+    chosen = settings.load(config, _given({"state": str(state) if state else None}))
+    if bundle is not None and not address and not token:
+        facts = enroll_with_bundle(bundle, chosen.state_dir)
+    elif address and token and bundle is None:
+        facts = enroll_with_token(parse_address(address), parse_token(token), chosen.state_dir)
+    else:
+        raise ConfigError(
+            "give HOST:PORT and --token TOKEN, as fedepth-coordinator enroll prints them, or --bundle FILE"
+        )
+    path = bundle_of(chosen.state_dir)
+    if as_json:
+        print_json({"name": facts.name, "id": facts.uri, "not_after": int(facts.not_after), "bundle": str(path)})
+        return
+    print(f"this device is {printable(facts.name)} until {day(facts.not_after)}, and renews its certificate before")
 
 
 @app.command(epilog=examples("fedepth-client probe --json"))

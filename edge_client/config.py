@@ -3,7 +3,8 @@
 coordinator = "192.168.1.10:8970"
 data = "/srv/fedepth/data"
 state = "/var/lib/fedepth"
-name = "kitchen"
+name = "kitchen"      # a certificate's name goes before it
+insecure = false      # true: plain text, without a certificate; the coordinator must do the same
 most_damaged = 0.05   # share of image files or rows that may be damaged; they are left out
 [memory]
 cap = "300MiB"        # what training may add; 0 for no cap
@@ -111,6 +112,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str = ""
     state: str = ""
     name: str = ""
+    insecure: bool = False
     most_damaged: float = MOST_DAMAGED
     memory: MemoryConfig = MemoryConfig()
     trainer: TrainerConfig = TrainerConfig()

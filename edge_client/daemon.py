@@ -12,9 +12,11 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from fedepth_wire.tls import INSECURE
 from msgspec.structs import replace
 
 from edge_client.agent import Agent, Surroundings
+from edge_client.certificate.client import CertificateKeeper, device_identity
 from edge_client.config import Config
 from edge_client.identity import StateLock, device_id
 from edge_client.measure.calibration import cache_dir, calibrated
@@ -88,8 +90,12 @@ def _surroundings(json_logs: bool) -> Surroundings:
 
 
 async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: Surroundings) -> None:
-    transport = GrpcTransport(config.coordinator, state)
+    credentials = INSECURE if config.insecure else device_identity(state)
+    transport = GrpcTransport(config.coordinator, state, credentials)
     identity = device_id(state)
+    keeper = None if config.insecure else CertificateKeeper(state, identity, transport, remind_s=config.retry.remind_s)
+    if keeper is None:
+        structlog.get_logger().warning("plain text: whoever is on the way can read and forge", to=config.coordinator)
 
     async def work() -> None:
         samples = Samples(config)
@@ -114,7 +120,21 @@ async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: 
         )
         await agent.run()
 
-    task = asyncio.ensure_future(work())
+    async def kept_up() -> None:
+        if keeper is None:
+            await work()
+            return
+        working, keeping = asyncio.ensure_future(work()), asyncio.ensure_future(keeper.run())
+        try:
+            done, _ = await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            for each in (working, keeping):
+                each.cancel()
+            await asyncio.wait({working, keeping})
+
+    task = asyncio.ensure_future(kept_up())
     stop_on_signals(task.cancel)
     try:
         await task

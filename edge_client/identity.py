@@ -76,6 +76,25 @@ def device_id(state: Path) -> str:
         raise StateError(message) from None
 
 
+def adopt_id(state: Path, identifier: str) -> None:
+    """Makes this device the one with an id that others know it by.
+
+    Raises:
+        StateError: it is another one already.
+        OSError: it cannot be written.
+    """
+    path = state / "device-id"
+    if os.path.lexists(path):
+        own = device_id(state)
+        if own != identifier:
+            raise StateError(
+                f"this device is {own} already ({path}), and the bundle is for {identifier}; have one made for it: "
+                f"fedepth-coordinator certs issue DEVICE --id {own}"
+            )
+        return
+    write_atomically(path, f"{identifier}\n".encode())
+
+
 def remember(path: Path, value: object) -> None:
     """Keeps a small value as JSON.
 

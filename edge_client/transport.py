@@ -21,8 +21,11 @@ from fedepth_wire import channel as wire_channel
 from fedepth_wire.bounds import MOST_LONG_TEXT
 from fedepth_wire.chunks import file_chunks, receive_file
 from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.tls import Identity, Insecure
 from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1 import trust_pb2
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
+from fedepth_wire.v1.trust_pb2_grpc import CertificatesStub
 
 from edge_client.outbox import Entry
 from edge_client.timeouts import within
@@ -34,6 +37,7 @@ from fedepth.printable import printable
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
 
 STALL_S = 60.0
+LONGEST_CALL_S = 3600.0  # of calls that go on over a channel whose certificate is replaced
 COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
 _KEPT_FILES = 2
 _AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
@@ -60,6 +64,10 @@ class TemporaryError(TransportError):
 
 class UnreachableError(TemporaryError):
     """The coordinator cannot be reached now."""
+
+
+class UntrustedError(UnreachableError):
+    """One side does not accept the other's certificate. Somebody may give one of them another one."""
 
 
 class BusyError(TemporaryError):
@@ -162,19 +170,39 @@ class GrpcTransport:
 
     Attributes:
         moved_bytes: bytes of files that were sent and received since the start.
+        note: what is known to be wrong with this device's certificate; "" if nothing is.
     """
 
-    def __init__(self, address: str, state: Path, stall_s: float = STALL_S) -> None:
+    def __init__(self, address: str, state: Path, identity: Identity | Insecure, stall_s: float = STALL_S) -> None:
         self.address = address
         self.moved_bytes = 0
+        self.note = ""
         self._weights = state / "weights"
         self._graphs = state / "graphs"
         self._stall_s = stall_s
-        self._channel = wire_channel.open_channel(address)
+        self._identity = identity
+        self._channel = wire_channel.open_channel(address, identity)
         self._stub = FederationStub(self._channel)
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        for leaving in self._leaving:
+            leaving.cancel()
         await self._channel.close(None)
+
+    async def use(self, identity: Identity) -> None:
+        """Makes all calls from now on with another certificate; those that are going on end as they are."""
+        before, self._identity = self._channel, identity
+        self._channel = wire_channel.open_channel(self.address, identity)
+        self._stub = FederationStub(self._channel)
+        leaving = asyncio.create_task(before.close(LONGEST_CALL_S))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+    async def renew(self, request: bytes) -> bytes:
+        """Has the coordinator sign a certificate request; the certificate."""
+        call = CertificatesStub(self._channel).Renew(trust_pb2.RenewRequest(request=request), timeout=self._stall_s)
+        return (await self._call(call)).certificate
 
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
         """Asks for work; the coordinator may hold the call for `wait_s`."""
@@ -353,6 +381,10 @@ class GrpcTransport:
             return BusyError(f"{self.address}: {details}", float(come_back[1]) if come_back else None)
         if wire_channel.unresolved(details):
             return UnreachableError(f"{self.address}: this machine cannot resolve that name ({details})")
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return UntrustedError(f"{self.address}: {details}")
+        if why := wire_channel.broken_handshake(details, self._identity):
+            return UntrustedError(f"{self.address}: {self.note or why} ({details})")
         kind = UnreachableError if code in _AWAY else ServerError if code in _SERVERS_OWN else TransportError
         return kind(f"{self.address}: {code.name}: {details}")
 

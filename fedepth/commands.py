@@ -136,6 +136,17 @@ def command_line(name: str, about: str) -> typer.Typer:
     return app
 
 
+def command_group(about: str) -> typer.Typer:
+    """Commands below a program's, such as `certs init`; to be added to it."""
+    return _Program(
+        help=about,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": _WIDTH},
+    )
+
+
 def version_line(name: str) -> str:
     """The versions of the program and of what it stands on; nothing heavy is loaded for it."""
     found = [f"{name} {__version__}", f"Python {platform.python_version()}"]

@@ -11,6 +11,7 @@
     ├── DivergedError      the loss or the weights of a training are not finite any more
     ├── ChildError         a child process ended or answered badly
     ├── TransportError     the other side cannot be reached or refused the call
+    ├── TrustError         a certificate or token is missing, damaged, expired, revoked, or not for this
     ├── ProtocolError      a message breaks the protocol (size, digest, order)
     ├── UpdateError        an update was refused; carries the reason's short name
     ├── StartError         a job cannot be served as it is; says all that is wrong
@@ -117,6 +118,10 @@ class ChildError(FedepthError):
 
 class TransportError(FedepthError):
     """The other side cannot be reached, or refused the call."""
+
+
+class TrustError(FedepthError):
+    """A certificate, a key or a token is missing, damaged, expired, revoked, or not good for its use."""
 
 
 class ProtocolError(FedepthError):

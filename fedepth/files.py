@@ -94,18 +94,21 @@ def check_text(path: Path) -> None:
         ) from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Puts `data` into `path`, durably: a crash leaves there either what it held before, or all of `data`.
+
+    Args:
+        mode: of the file, before the umask. It has it from the start: a key is never there for others to read.
 
     Raises:
         OSError: the disk is full, or the folder is missing or read-only; it names `path`, which is as it was.
     """
-    with replacing(path) as file:
+    with replacing(path, mode) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path`, durably, once the block has ended without an error.
 
     What is written goes to `.NAME.RANDOM.tmp` in the same folder. An error removes that file and leaves
@@ -113,7 +116,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

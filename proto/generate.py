@@ -21,6 +21,7 @@ def generate(output: Path) -> int:
                 f"--mypy_out={output}",
                 f"--mypy_grpc_out={output}",
                 "fedepth_wire/v1/federation.proto",
+                "fedepth_wire/v1/trust.proto",
             ]
         )
     )

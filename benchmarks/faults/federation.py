@@ -19,9 +19,11 @@ from typing import Any
 import grpc
 import msgspec
 import psutil
+from fedepth_wire.tls import COORDINATOR_NAME, channel_credentials
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
+from benchmarks.certificates import LabCertificates
 from benchmarks.faults.injection import Action, Calls, Control, Rule, environment
 from benchmarks.faults.outside import Outside
 from benchmarks.faults.workplace import JOB, Workplace, free_port
@@ -107,7 +109,12 @@ class Federation:
         self._stop = threading.Event()
         self._lock = threading.RLock()
         self._links: set[tuple[int, int]] = set()
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", options=[("grpc.enable_http_proxy", 0)])
+        self.certificates = LabCertificates(folder / "certificates")
+        self._channel = grpc.secure_channel(
+            f"127.0.0.1:{self.port}",
+            channel_credentials(self.certificates.operator),
+            options=[("grpc.enable_http_proxy", 0), ("grpc.ssl_target_name_override", COORDINATOR_NAME)],
+        )
         self._stub = FederationStub(self._channel)
         self._add("coordinator", [program("fedepth-coordinator"), *self._serve()], "")
         for number in range(devices):
@@ -124,7 +131,8 @@ class Federation:
         argv = [
             *(program("fedepth-client"), "run", "--coordinator", f"127.0.0.1:{self.port}"),
             *("--config", str(self.folder / "agent.toml"), "--data", str(self.place.shards[shard])),
-            *("--state", str(self.folder / name), "--name", name, "--json-logs", "--exit-when-done"),
+            *("--state", str(self.certificates.enroll(name, self.folder / name)), "--name", name),
+            *("--json-logs", "--exit-when-done"),
         ]
         self._add(name, argv, "" if self.real_trainers else FAKE_TRAINER)
 
@@ -132,6 +140,7 @@ class Federation:
         return [
             *("serve", "--config", str(self.job), "--state", str(self.state), "--port", str(self.port)),
             *("--port-file", str(self.folder / "port"), "--json-logs", "--exit-when-done"),
+            *self.certificates.serve_options(),
             *(("--database", self.outside.database) if self.outside.database else ()),
             *(("--files", self.outside.files) if self.outside.files else ()),
         ]

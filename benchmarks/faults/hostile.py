@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from fedepth_wire.channel import open_channel
 from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from benchmarks.faults.evidence import entries
 from benchmarks.faults.scenario import Kind, Scene, recover
@@ -231,13 +232,13 @@ def _play(attack: Attack) -> Callable[[Scene], None]:
 
 async def _attacked(scene: Scene, attack: Attack) -> tuple[float, int]:
     """The longest time that a question for the status took meanwhile, and the largest size of the spools."""
-    address = f"127.0.0.1:{scene.federation.port}"
+    address, certificates = f"127.0.0.1:{scene.federation.port}", scene.federation.certificates
     slowest, largest = 0.0, 0
 
     async def watch() -> None:
         nonlocal slowest, largest
-        async with open_channel(address) as channel:
-            stub = SimulatedDevice(channel, "watcher").stub
+        async with open_channel(address, certificates.operator) as channel:
+            stub = FederationStub(channel)
             while True:
                 begun = time.monotonic()
                 await _try(stub.JobStatus(pb.JobStatusRequest(), timeout=60))
@@ -246,8 +247,9 @@ async def _attacked(scene: Scene, attack: Attack) -> tuple[float, int]:
                 await asyncio.sleep(0.1)
 
     watching = asyncio.create_task(watch())
-    async with open_channel(address) as channel:
-        device = SimulatedDevice(channel, f"hostile-{scene.seed}")
+    device_id, identity = certificates.device(f"hostile-{scene.seed}")
+    async with open_channel(address, identity) as channel:
+        device = SimulatedDevice(channel, device_id)
         try:
             await attack(scene, device)
         except grpc.aio.AioRpcError as error:

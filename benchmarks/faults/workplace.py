@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.certificates import LabCertificates
 from benchmarks.faults.injection import compile_shim
 from benchmarks.lab import program
 from coordinator.cli import read_record
@@ -113,6 +114,7 @@ def _write_calibration(folder: Path) -> None:
 def _prepare(job: Path, state: Path, folder: Path) -> None:
     port_file, log = folder / "template.port", folder / "template.log"
     argv = [program("fedepth-coordinator"), "serve", "--config", str(job), "--state", str(state), "--port", "0"]
+    argv += LabCertificates(folder / "certificates").serve_options()
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [*argv, "--port-file", str(port_file)],

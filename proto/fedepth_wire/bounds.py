@@ -60,6 +60,8 @@ _BYTES = Bound(length=CHUNK_BYTES)
 _COUNT = Bound(most=MOST_COUNT)
 _LONG_TEXT = Bound(length=MOST_LONG_TEXT)
 _DIGEST = Bound(length=64)  # a sha256 in hex
+_REQUEST = Bound(length=2048)  # for a certificate, with a key on P-256: some 200 bytes
+_CERTIFICATE = Bound(length=8192)
 _NOT_NEGATIVE = Bound(least_float=0.0)
 # Of memory: a resource limit may be any number, and a bound that is none counts for nothing.
 _ANY_SIZE = Bound(most=(1 << 63) - 1)
@@ -137,6 +139,10 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
     "Rejected": {"message": _LONG_TEXT},
     "Refused": {"message": _LONG_TEXT},
     "Chunk": {"data": _BYTES},
+    "EnrollRequest": {"secret": Bound(length=16), "request": _REQUEST},
+    "EnrollReply": {"certificate": _CERTIFICATE, "authority": _CERTIFICATE},
+    "RenewRequest": {"request": _REQUEST},
+    "RenewReply": {"certificate": _CERTIFICATE},
     "JobStatusReply": {"accuracy": Bound(least_float=-1.0), "onnx_path": _LONG_TEXT},
     "Event": {"json": Bound(length=CHUNK_BYTES)},
 }

@@ -9,6 +9,7 @@ import grpc
 
 from fedepth.address import Address, parse_address
 from fedepth_wire.bounds import CHUNK_BYTES
+from fedepth_wire.tls import COORDINATOR_NAME, Identity, Insecure, channel_credentials
 
 # From a device, the largest is a chunk in its envelope: reports and results have less than half of that. From the
 # coordinator, a task, with the names of all classes and the mean of every channel.
@@ -43,13 +44,21 @@ SERVER_OPTIONS = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A plain-text channel to `address` (fedepth.address). Names are looked up as the system does, again and again.
+def open_channel(address: str, identity: Identity | Insecure) -> grpc.aio.Channel:
+    """A channel to `address` (fedepth.address). Names are looked up as the system does, again and again.
+
+    Args:
+        identity: who calls; whoever answers must be the coordinator of the same authority. INSECURE: plain text, to
+            whoever answers.
 
     Raises:
         ConfigError: it is no address.
     """
-    return grpc.aio.insecure_channel(target(parse_address(address)), options=CLIENT_OPTIONS)
+    where = target(parse_address(address))
+    if isinstance(identity, Insecure):
+        return grpc.aio.insecure_channel(where, options=CLIENT_OPTIONS)
+    options = [*CLIENT_OPTIONS, ("grpc.ssl_target_name_override", COORDINATOR_NAME)]
+    return grpc.aio.secure_channel(where, channel_credentials(identity), options=options)
 
 
 def target(address: Address) -> str:
@@ -65,3 +74,35 @@ def target(address: Address) -> str:
 def unresolved(details: str) -> bool:
     """Whether a call's details say that the name of the other side could not be looked up."""
     return "hostname lookup error" in details or "DNS resolution failed" in details
+
+
+def broken_handshake(details: str, identity: Identity | Insecure) -> str:
+    """What is wrong between the two ends, and what to do, from a call's details; "" if it may be the network.
+
+    TLS says little of it: a server that refuses a certificate closes the connection, as a broken network does.
+    """
+    if "WRONG_VERSION_NUMBER" in details:
+        return (
+            "it speaks plain text, and this side wants TLS; start it without --insecure, or this side with it (on one "
+            "machine only)"
+        )
+    if "CERTIFICATE_VERIFY_FAILED: certificate has expired" in details:
+        return (
+            "its certificate has expired, or the clock here is ahead; look at both clocks, and restart the coordinator"
+        )
+    if "CERTIFICATE_VERIFY_FAILED: certificate is not yet valid" in details:
+        return "its certificate is not valid yet: the clock of this machine, or of the coordinator's, is wrong"
+    if any(sign in details for sign in ("CERTIFICATE_VERIFY_FAILED", "BAD_SIGNATURE", "Hostname Verification")):
+        return (
+            "who answers is not the coordinator that this side's certificate is for: another machine, or a coordinator "
+            "whose certificates were made anew; then get a new certificate from it (fedepth-coordinator enroll)"
+        )
+    if "Socket closed" in details and "failed to connect" in details:
+        return (
+            "the connection was closed at once, by a broken network or by a coordinator that wants TLS; if it does, "
+            "leave out --insecure"
+            if isinstance(identity, Insecure)
+            else "the connection was closed at once, by a broken network or by a coordinator that does not accept this "
+            "side's certificate: it has expired by its clock, or is of another authority"
+        )
+    return ""

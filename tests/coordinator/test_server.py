@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fedepth_wire.channel import open_channel
 from fedepth_wire.convert import to_message
+from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,7 +33,7 @@ async def address_in(port_file: Path, serving: asyncio.Task[None]) -> str:
 
 
 def start(folder: Path, config: Any, models: Any, **options: Any) -> asyncio.Task[None]:
-    made = ServeOptions(folder / "state", port=0, port_file=folder / "port", **options)
+    made = ServeOptions(folder / "state", port=0, port_file=folder / "port", certificates=INSECURE, **options)
     return asyncio.create_task(serve(config, made, models))
 
 
@@ -40,7 +41,7 @@ def test_it_serves_health_and_reflection_until_sigterm(tmp_path: Path, kit: Any)
     async def scene() -> None:
         models = kit.models()
         serving = start(tmp_path, kit.config(), models)
-        async with open_channel(await address_in(tmp_path / "port", serving)) as channel:
+        async with open_channel(await address_in(tmp_path / "port", serving), INSECURE) as channel:
             for name in ("", "fedepth_wire.v1.Federation"):
                 request = health_pb2.HealthCheckRequest(service=name)
                 reply = await health_pb2_grpc.HealthStub(channel).Check(request)
@@ -92,7 +93,7 @@ def test_without_exit_when_done_devices_are_told_that_it_is_finished(tmp_path: P
     async def scene() -> None:
         store_finished_job(tmp_path / "state", kit)
         serving = start(tmp_path, kit.config(), kit.models())
-        async with open_channel(await address_in(tmp_path / "port", serving)) as channel:
+        async with open_channel(await address_in(tmp_path / "port", serving), INSECURE) as channel:
             report = to_message(kit.report("a"), pb.DeviceReport)
             request = pb.NextTaskRequest(device=report, wait_ms=10_000)
             reply = await FederationStub(channel).NextTask(request)
@@ -111,7 +112,7 @@ def test_a_port_in_use_is_told_with_what_to_do(tmp_path: Path, kit: Any) -> None
         port = taken.getsockname()[1]
         models = kit.models()
         with pytest.raises(TransportError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--port"):
-            asyncio.run(serve(kit.config(), ServeOptions(tmp_path, port=port), models))
+            asyncio.run(serve(kit.config(), ServeOptions(tmp_path, port=port, certificates=INSECURE), models))
         assert models.asked == []
 
 

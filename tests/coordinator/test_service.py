@@ -14,6 +14,7 @@ import pytest
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
 from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from msgspec import structs
@@ -96,7 +97,7 @@ def play(kit: Any, run_job: Any) -> Play:
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             try:
-                async with open_channel(f"127.0.0.1:{port}") as channel:
+                async with open_channel(f"127.0.0.1:{port}", INSECURE) as channel:
                     yield Rig(running.job, FederationStub(channel), kit, running.task)
             finally:
                 running.job.events.close()

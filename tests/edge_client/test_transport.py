@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 from fedepth_wire.chunks import CHUNK_BYTES, file_chunks
 from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
 
@@ -120,7 +121,7 @@ def against(
         add_FederationServicer_to_server(server, running)
         port = running.add_insecure_port("127.0.0.1:0")
         await running.start()
-        transport = GrpcTransport(f"127.0.0.1:{port}", state, stall_s)
+        transport = GrpcTransport(f"127.0.0.1:{port}", state, INSECURE, stall_s)
         try:
             await scene(transport)
         finally:
@@ -367,7 +368,7 @@ def test_failure_and_progress_are_told(server: Server, tmp_path: Path) -> None:
 
 def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
     async def play() -> None:
-        transport = GrpcTransport("127.0.0.1:1", tmp_path)
+        transport = GrpcTransport("127.0.0.1:1", tmp_path, INSECURE)
         with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: UNAVAILABLE"):
             await transport.next_task(REPORT, 1)
         await transport.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from fedepth_wire.channel import open_channel, target
+from fedepth_wire.tls import INSECURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -150,7 +151,7 @@ def test_every_program_takes_addresses_through_the_one_parser(tmp_path: Path) ->
         result = CliRunner().invoke(coordinator.cli.app, [command, "--coordinator", "localhost:84507"])
         assert "the port must be 1 to 65535" in str(result.exception)
     with pytest.raises(ConfigError, match="is 84507"):
-        open_channel("localhost:84507")
+        open_channel("localhost:84507", INSECURE)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_a_coordinator_is_reached_where_it_listens(host: str, reached_at: list[s
         port = listening.listen(server, host, 0).port
         await server.start()
         for name in reached_at:
-            async with open_channel(f"{name}:{port}") as channel:
+            async with open_channel(f"{name}:{port}", INSECURE) as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await channel.unary_unary("/nobody/answers")(b"", timeout=10)
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, caught.value.details()
@@ -336,8 +337,9 @@ import asyncio, sys
 import edge_client
 import grpc
 from fedepth_wire.channel import open_channel
+from fedepth_wire.tls import INSECURE
 async def ask(address):
-    async with open_channel(address) as channel:
+    async with open_channel(address, INSECURE) as channel:
         try:
             await channel.unary_unary("/a/b")(b"", timeout=10)
         except grpc.aio.AioRpcError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from fedepth_wire.tls import INSECURE
 from PIL import Image
 
 from coordinator import start_checks
@@ -298,9 +299,9 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        options = ServeOptions(state, port=port, port_file=tmp_path / "none" / "port")
+        options = ServeOptions(state, port=port, certificates=INSECURE, port_file=tmp_path / "none" / "port")
         error = start(changed, options, Findings(("[test] data: it is not there",)))
-        alone = start(config, ServeOptions(state, port=port))
+        alone = start(config, ServeOptions(state, port=port, certificates=INSECURE))
     assert isinstance(error, StartError)
     text = str(error)
     assert text.startswith("the job cannot start, for 4 reasons: (1) [test] data: it is not there; (2) --port-file: ")
@@ -314,7 +315,7 @@ def test_what_is_missing_is_told_with_the_rest(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(JOB.replace("[1, 8, 8]", '[1, 8, 8]\nweights = "none.pt"'), encoding="utf-8")
     config, missing = read_job(tmp_path / "job.toml")
     assert (config.test, config.model.weights) == (None, "")
-    options = ServeOptions(tmp_path / "state", port=0, port_file=tmp_path / "none" / "port")
+    options = ServeOptions(tmp_path / "state", port=0, certificates=INSECURE, port_file=tmp_path / "none" / "port")
     with pytest.raises(StartError, match="the job cannot start, for 3 reasons: ") as caught:
         asyncio.run(serve(config, options, NoModels(), missing=missing))
     for part in (f"[test] data: {tmp_path / 'data'} does not exist", "[model] weights: ", "--port-file: "):
@@ -326,7 +327,7 @@ def test_a_start_that_is_refused_takes_nothing_over(tmp_path: Path) -> None:
     state = tmp_path / "state"
     begun(state, config)
     more = msgspec.structs.replace(config, job=msgspec.structs.replace(config.job, rounds=99))
-    start(more, ServeOptions(state, port=0), Findings(("no",)))
+    start(more, ServeOptions(state, port=0, certificates=INSECURE), Findings(("no",)))
     store = Store.read(state)
     assert store.changes() == []
     store.close()
@@ -337,11 +338,11 @@ def test_another_learning_rate_is_asked_about_once_a_task_has_been_handed_out(tm
     state = tmp_path / "state"
     begun(state, config)
     slower = msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, learning_rate=0.01))
-    assert str(start(slower, ServeOptions(state, port=0), Findings(("no",)))) == "no"
+    assert str(start(slower, ServeOptions(state, port=0, certificates=INSECURE), Findings(("no",)))) == "no"
     store = Store.open(state, config.job.name, model_spec(config))
     store.record_task(TaskRecord("a", 1, "device", 1, "given", Plan((), (), Policy.AUTO, 0), 1))
     store.close()
-    error = start(slower, ServeOptions(state, port=0))
+    error = start(slower, ServeOptions(state, port=0, certificates=INSECURE))
     assert isinstance(error, StateError)
     assert "learning_rate from 0.05 to 0.01" in str(error)
     assert "add --accept-changes" in str(error)
@@ -350,7 +351,7 @@ def test_another_learning_rate_is_asked_about_once_a_task_has_been_handed_out(tm
 def test_a_full_disk_is_told_before_the_model_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=MIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    error = start(config_of(tmp_path), ServeOptions(tmp_path / "state", port=0))
+    error = start(config_of(tmp_path), ServeOptions(tmp_path / "state", port=0, certificates=INSECURE))
     assert "has 1.0 MiB left, the first round needs 64.0 MiB" in str(error)
 
 

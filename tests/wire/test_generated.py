@@ -1,4 +1,4 @@
-"""The checked-in protobuf code is what the generator makes of the .proto file."""
+"""The checked-in protobuf code is what the generator makes of the .proto files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ pytest.importorskip("grpc_tools", reason="needs the extra fedepth[dev]")
 
 PROTO = Path(__file__).parents[2] / "proto"
 CHECKED_IN = PROTO / "fedepth_wire" / "v1"
+NAMES = ("federation", "trust")
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
@@ -25,11 +26,11 @@ def test_the_generated_code_is_current(tmp_path: Path) -> None:
         env={**os.environ, "PATH": path},
     )
     fresh = {file.name: file.read_text() for file in (tmp_path / "fedepth_wire" / "v1").iterdir()}
-    assert sorted(fresh) == sorted(f"federation{suffix}" for suffix in SUFFIXES)
+    assert sorted(fresh) == sorted(f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES)
     stale = [name for name, text in fresh.items() if (CHECKED_IN / name).read_text() != text]
     assert not stale, f"{', '.join(stale)} differ: run `python proto/generate.py` and commit the result"
 
 
 def test_no_generated_code_is_left_over() -> None:
     generated = {file.name for file in CHECKED_IN.iterdir() if "_pb2" in file.name}
-    assert generated == {f"federation{suffix}" for suffix in SUFFIXES}
+    assert generated == {f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES}

@@ -1,0 +1,267 @@
+"""The folder of an authority: its key, the coordinator's and the operator's bundles, and the record of all it issued.
+
+    authority.pem     key and certificate of the authority
+    coordinator.pem   bundle (fedepth_wire.tls) of the coordinators that serve with this folder
+    operator.pem      bundle of the operator who made the folder
+    enrollment.pem    key and certificate of the enrolment server
+    enrollment        where the last coordinator that was started enrols devices: HOST:PORT
+    record.sqlite     what was issued and revoked, and which tokens are out
+
+Whoever can read authority.pem can be anybody. All files are the user's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from fedepth_wire.tls import Identity, Role, fingerprint, read_identity, write_identity
+from fedepth_wire.tokens import SECRET_BYTES, Token
+
+from coordinator.security.authority import (
+    Authority,
+    Subject,
+    key_pem,
+    make_authority,
+    make_enrollment,
+    new_key,
+    public_key_digest,
+    read_authority,
+    requested_key,
+    write_authority,
+)
+from coordinator.security.registry import Registry
+from fedepth.errors import LockedError, TrustError
+from fedepth.files import disk_errors, lock_file, read_regular, user_folder, write_atomically
+from fedepth.printable import printable, quoted
+
+DEVICE_DAYS = 365
+COORDINATOR_DAYS = 90
+TOKEN_S = 86400
+RENEWED_WITH = 1 / 3  # of its life left
+MOST_DAYS = 3650
+MOST_NAME = 64  # characters of a common name (RFC 5280, ub-common-name)
+
+_OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_MOST_ADDRESS_BYTES = 1024
+
+
+def default_folder() -> Path:
+    """Where certificates are kept unless somebody says otherwise: one folder for all jobs of a user.
+
+    Raises:
+        StateError: there is no home directory.
+    """
+    base = user_folder("XDG_STATE_HOME", ".local/state", "give --certs DIR, or set HOME")
+    return base / "fedepth-coordinator" / "certificates"
+
+
+def check_name(name: str) -> str:
+    """A name that a certificate may hold.
+
+    Raises:
+        TrustError: it is none.
+    """
+    if not name or len(name) > MOST_NAME or printable(name) != name or name != name.strip():
+        raise TrustError(
+            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME} characters, which can be shown"
+        )
+    return name
+
+
+def is_due(not_before: float, not_after: float, now: float) -> bool:
+    """Whether a certificate should be renewed: a third of its life is left, or less."""
+    return now >= not_after - (not_after - not_before) * RENEWED_WITH
+
+
+class Certificates:
+    """One authority in its folder. Methods touch the disk, and may be called in any thread."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        """Opens nothing yet; see `check`."""
+        self.folder = folder
+        self._clock = clock
+        self.registry = Registry(folder / "record.sqlite", clock)
+
+    def check(self) -> None:
+        """Sees that the folder holds an authority that only its user can read.
+
+        Raises:
+            TrustError: it does not. Says what to run.
+        """
+        shown = printable(str(self.folder))
+        try:
+            facts = self.folder.stat()
+            complete = all((self.folder / name).exists() for name in ("authority.pem", "coordinator.pem"))
+            complete = complete and (self.folder / "record.sqlite").exists()
+        except FileNotFoundError:
+            facts, complete = None, False
+        except OSError as error:
+            raise TrustError(f"{shown} cannot be read: {error.strerror or error}") from None
+        if facts is None or not complete:
+            raise TrustError(
+                f"there are no certificates in {shown} yet; make them once: fedepth-coordinator certs init. Or use "
+                "--insecure: plain text, for tests on one machine"
+            )
+        for path in (self.folder, self.folder / "authority.pem"):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & 0o077:
+                raise TrustError(
+                    f"{printable(str(path))} can be read or changed by others (mode {mode:04o}), who could be anybody "
+                    f"then; make it yours alone: chmod go= {printable(str(path))}"
+                )
+
+    def init(self) -> bool:
+        """Makes what is missing of an authority; False if nothing was.
+
+        Raises:
+            TrustError: another command is making it now, or others may read what is there.
+            DiskError: it cannot be written.
+        """
+        with disk_errors("the certificates cannot be made", self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                lock = lock_file(self.folder / "lock")
+            except LockedError as error:
+                raise TrustError(f"another command (process {error.holder}) is making these certificates") from None
+            with contextlib.closing(lock):
+                made = self._init()
+        self.check()
+        return made
+
+    def _init(self) -> bool:
+        wanted = ("authority.pem", "record.sqlite", "enrollment.pem", "coordinator.pem", "operator.pem")
+        missing = [name for name in wanted if not (self.folder / name).exists()]
+        if "authority.pem" in missing:
+            write_authority(self.folder / "authority.pem", make_authority(self._clock()))
+        if "record.sqlite" in missing:
+            self.registry.create()
+        if "enrollment.pem" in missing:
+            write_identity(self.folder / "enrollment.pem", make_enrollment(self._clock()))
+        self.coordinator()
+        self.operator()
+        return bool(missing)
+
+    # --- for others
+
+    def issue(self, role: Role, name: str, days: float, device_id: str = "") -> Identity:
+        """A new key with a certificate, recorded.
+
+        Args:
+            device_id: of a device that has one; a new one otherwise.
+
+        Raises:
+            TrustError: the name cannot be one, the id is no UUID or another device's, or the authority is missing.
+        """
+        check_name(name)
+        if role is Role.OPERATOR and not _OPERATOR.fullmatch(name):
+            raise TrustError(f"{quoted(name)} is not an operator's name: letters, digits, '.', '_' and '-'")
+        identifier = name if role is Role.OPERATOR else ""
+        if role is Role.DEVICE:
+            identifier = _uuid(device_id) if device_id else str(uuid.uuid4())
+        authority, key = self._authority(), new_key()
+        issued = authority.issue(Subject(role, identifier, name), key.public_key(), days, self._clock())
+        self.registry.add(issued, "issued")
+        return Identity(key_pem(key), issued.certificate, authority.pem)
+
+    def make_token(self, name: str, lifetime_s: float) -> tuple[Token, int]:
+        """A token with which a device of this name gets its certificate once, and when it expires."""
+        check_name(name)
+        enrollment = self.enrollment()
+        token = Token(secrets.token_bytes(SECRET_BYTES), bytes.fromhex(fingerprint(enrollment.certificate)))
+        return token, self.registry.add_token(token.secret, name, lifetime_s)
+
+    def enroll(self, secret: bytes, request: bytes, device_id: str, days: float) -> tuple[bytes, bytes]:
+        """Trades a token's secret for a certificate; that, and the authority's.
+
+        Raises:
+            TrustError: no. Says why.
+        """
+        key, authority = requested_key(request), self._authority()
+        issued = self.registry.enroll(
+            secret,
+            _uuid(device_id),
+            public_key_digest(key),
+            lambda subject: authority.issue(subject, key, days, self._clock()),
+        )
+        return issued.certificate, authority.pem
+
+    def renew(self, certificate: str, request: bytes) -> bytes:
+        """A new certificate for whoever has the one with fingerprint `certificate`, for as long as that was made for.
+
+        Raises:
+            TrustError: there is none such, it was revoked, or has too long to go.
+            UnavailableError: not so often.
+        """
+        key, authority = requested_key(request), self._authority()
+        entry, now = self.registry.find(certificate), self._clock()
+        if entry is None or entry.state(now) != "valid":
+            raise TrustError("a certificate that is not valid cannot be renewed")
+        before = entry.issued
+        if not is_due(before.not_before, before.not_after, now):
+            raise TrustError(f"the certificate of {printable(before.subject.name)} is not to be renewed yet")
+        days = (before.not_after - before.not_before) / 86400 - 1  # without the day before it was made
+        digest = public_key_digest(key)
+        return self.registry.renew(
+            before.subject, digest, lambda: authority.issue(before.subject, key, max(1, days), now)
+        ).certificate
+
+    # --- the coordinator's own
+
+    def coordinator(self) -> Identity:
+        """The coordinator's bundle, made anew first if it is due.
+
+        Raises:
+            TrustError: it, or the authority, is missing or damaged.
+            DiskError: it cannot be written.
+        """
+        return self._own("coordinator.pem", Role.COORDINATOR, "coordinator", COORDINATOR_DAYS)
+
+    def operator(self) -> Identity:
+        """The same of the operator's."""
+        return self._own("operator.pem", Role.OPERATOR, "operator", DEVICE_DAYS)
+
+    def _own(self, file: str, role: Role, name: str, days: float) -> Identity:
+        path = self.folder / file
+        if os.path.lexists(path):
+            identity = read_identity(path)
+            entry = self.registry.find(fingerprint(identity.certificate))
+            if entry is not None and not is_due(entry.issued.not_before, entry.issued.not_after, self._clock()):
+                return identity
+        with disk_errors(f"{file} cannot be made", self.folder):
+            identity = self.issue(role, name, days)
+            write_identity(path, identity)
+        return identity
+
+    def enrollment(self) -> Identity:
+        """Key and certificate of the enrolment server."""
+        return read_identity(self.folder / "enrollment.pem")
+
+    def note_enrollment(self, address: str) -> None:
+        """Keeps where devices are enrolled, for the commands that tell operators."""
+        with disk_errors("the address cannot be written", self.folder):
+            write_atomically(self.folder / "enrollment", f"{address}\n".encode(), 0o600)
+
+    def enrollment_address(self) -> str:
+        """What `note_enrollment` kept; "" if nothing was."""
+        try:
+            return read_regular(self.folder / "enrollment", _MOST_ADDRESS_BYTES).decode("ascii", "replace").strip()
+        except OSError:
+            return ""
+
+    def _authority(self) -> Authority:
+        return read_authority(self.folder / "authority.pem")
+
+
+def _uuid(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise TrustError(f"{quoted(text)} is not a device's id, which is a UUID") from None

@@ -1,0 +1,232 @@
+"""The one door of the mTLS port: every call of every service goes through it, before any code of ours reads a request.
+
+A method without a row in `rules.RULES` is refused. Who calls is what the certificate of its connection says; whether
+that still holds is looked up at every call, and every second for calls that last: a device whose certificate was
+revoked may have had its connection for weeks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import structlog
+from fedepth_wire.tls import Caller, Role, caller_of
+
+from coordinator.security.registry import Entry, Registry
+from coordinator.security.rules import RULES, Rule
+from fedepth.errors import FedepthError, TrustError
+from fedepth.printable import printable
+
+LOOK_S = 1.0
+_MOST_CACHED = 20_000
+_BUSY_S = 20
+_KINDS = {Role.DEVICE: "a device", Role.OPERATOR: "an operator", Role.COORDINATOR: "a coordinator"}
+
+if TYPE_CHECKING:  # generic in the stubs only
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_log = structlog.get_logger()
+
+
+class _Call:
+    """A call that is going on. `refused` is why it was ended before its time."""
+
+    def __init__(self, caller: Caller, task: asyncio.Task[Any]) -> None:
+        self.caller = caller
+        self.task = task
+        self.refused = ""
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Refuses calls that `rules.RULES` does not allow, and ends those whose certificate is not valid any more.
+
+    Attributes:
+        owner_of: the device that a task was given to, "" if nobody knows the task.
+    """
+
+    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time) -> None:
+        self.owner_of: Callable[[str], str] = lambda task_id: ""
+        self._registry = registry
+        self._clock = clock
+        self._entries: dict[str, Entry] = {}
+        self._revoked: frozenset[str] = frozenset()
+        self._calls: set[_Call] = set()
+        self._trouble = ""
+
+    async def look(self) -> None:
+        """Learns what was revoked by now, and ends the calls of those that may not call any more."""
+        try:
+            self._revoked = await asyncio.to_thread(self._registry.revoked)
+            self._trouble = ""
+        except FedepthError as error:  # what was revoked stays revoked, and expiry needs no record
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                _log.error("what was revoked cannot be read; going on with what is known", error=self._trouble)
+        for call in list(self._calls):
+            entry = self._entries.get(call.caller.fingerprint)
+            if not call.refused and entry is not None and (why := self._refusal(entry)):
+                call.refused = why
+                call.task.cancel()
+
+    async def watch(self) -> None:
+        """Looks every LOOK_S, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler: Handler | None = await continuation(handler_call_details)
+        if handler is None:
+            return handler  # type: ignore[return-value]  # gRPC answers UNIMPLEMENTED
+        return self._guarded(handler, str(handler_call_details.method))
+
+    def _guarded(self, handler: Handler, method: str) -> Handler:
+        rule = RULES.get(method, Rule(frozenset()))
+        inner, make = _parts(handler)
+        streams_in, streams_out = bool(handler.request_streaming), bool(handler.response_streaming)
+
+        async def served(request: Any, context: Context) -> Any:
+            async with self._admitted(rule, method, context) as caller:
+                if streams_in:
+                    request = self._checked(request, rule, caller, context)
+                else:
+                    await self._check(request, rule, caller, context)
+                if not streams_out:
+                    return await inner(request, context)
+                if not inspect.isasyncgenfunction(inner):
+                    return await inner(request, context)  # it writes by itself
+                async with contextlib.aclosing(inner(request, context)) as replies:
+                    async for reply in replies:
+                        await context.write(reply)
+                return None
+
+        return make(
+            served,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, rule: Rule, method: str, context: Context) -> AsyncIterator[Caller]:
+        """Lets a call in while its certificate is valid."""
+        caller = await self._caller(rule, method, context)
+        task = asyncio.current_task()
+        assert task is not None
+        call = _Call(caller, task)
+        self._calls.add(call)
+        try:
+            yield caller
+        except asyncio.CancelledError:
+            if not call.refused:
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()
+            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, call.refused)
+        finally:
+            self._calls.discard(call)
+
+    async def _caller(self, rule: Rule, method: str, context: Context) -> Caller:
+        try:
+            caller = caller_of(context.auth_context())
+            if caller is None:
+                raise TrustError("this coordinator takes calls with a certificate only")
+            refusal = await self._refused(caller)
+        except TrustError as error:
+            refusal = str(error)
+        except FedepthError as error:
+            await _abort(
+                context,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"busy: the record of certificates cannot be read: {error}; come back in {_BUSY_S} s",
+            )
+        if refusal or caller is None:
+            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, refusal)
+        if caller.role not in rule.roles:
+            allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
+            await _abort(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{method.rpartition('/')[2]} is for {allowed}, and {printable(caller.name)} is {_KINDS[caller.role]}",
+            )
+        return caller
+
+    async def _refused(self, caller: Caller) -> str:
+        entry = self._entries.get(caller.fingerprint)
+        if entry is None:
+            entry = await asyncio.to_thread(self._registry.find, caller.fingerprint)
+            if entry is None:
+                return (
+                    f"the certificate of {printable(caller.name)} is not in this coordinator's record, such as after "
+                    f"that was restored from a copy; {_again(caller)}"
+                )
+            if len(self._entries) >= _MOST_CACHED:
+                self._entries.clear()  # those of calls that go on are looked up again at the next
+            self._entries[caller.fingerprint] = entry
+        return self._refusal(entry)
+
+    def _refusal(self, entry: Entry) -> str:
+        """Why a certificate is not valid now; "" if it is."""
+        issued = entry.issued
+        name = printable(issued.subject.name)
+        what = f"for a new one: fedepth-coordinator enroll {name}"
+        if entry.revoked_at is not None or issued.fingerprint in self._revoked:
+            return f"the certificate of {name} was revoked; {what}"
+        if self._clock() >= issued.not_after:
+            return f"the certificate of {name} has expired; {what}"
+        return ""
+
+    async def _check(self, request: Any, rule: Rule, caller: Caller, context: Context) -> None:
+        if rule.device_id is not None:
+            claimed = rule.device_id(request)
+            if claimed and claimed != caller.id:
+                await _abort(
+                    context,
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    f"{printable(caller.name)} is the device {caller.id} and speaks for {printable(claimed[:64])}; its "
+                    "device-id is not the one that its certificate is for",
+                )
+        if rule.task_id is not None:
+            owner = self.owner_of(rule.task_id(request))
+            if owner and owner != caller.id:
+                await _abort(
+                    context, grpc.StatusCode.PERMISSION_DENIED, f"this task is not one of {printable(caller.name)}"
+                )
+
+    async def _checked(
+        self, requests: AsyncIterator[Any], rule: Rule, caller: Caller, context: Context
+    ) -> AsyncIterator[Any]:
+        async for request in requests:
+            await self._check(request, rule, caller, context)
+            yield request
+
+
+def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]]:
+    """What a handler calls, and how to make another of its kind."""
+    if handler.request_streaming:
+        if handler.response_streaming:
+            return handler.stream_stream, grpc.stream_stream_rpc_method_handler  # type: ignore[return-value]
+        return handler.stream_unary, grpc.stream_unary_rpc_method_handler  # type: ignore[return-value]
+    if handler.response_streaming:
+        return handler.unary_stream, grpc.unary_stream_rpc_method_handler  # type: ignore[return-value]
+    return handler.unary_unary, grpc.unary_unary_rpc_method_handler  # type: ignore[return-value]
+
+
+def _again(caller: Caller) -> str:
+    return f"for a new one: fedepth-coordinator enroll {printable(caller.name)}"
+
+
+async def _abort(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
+    await context.abort(code, why)
+    raise TrustError(why)  # not reached: abort raises

@@ -1,0 +1,1 @@
+"""The device's certificate: a child of the agent makes keys and reads certificates, for which it holds a library."""
