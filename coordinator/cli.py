@@ -107,9 +107,10 @@ def serve_command(
     insecure: InsecureOption = False,
 ) -> None:
     """Serve a job to devices. To resume after a stop or a crash, run it again with the same --state."""
+    from coordinator.front import ServeOptions
     from coordinator.model_worker.client import ModelWorker
     from coordinator.observe.logs import renderer
-    from coordinator.server import ServeOptions, refused, serve
+    from coordinator.server import refused, serve
     from coordinator.start_checks import examine
     from fedepth.heap import share_one_arena
     from fedepth.job import read_job
@@ -422,6 +423,7 @@ async def _export(
     from coordinator.store.files import LABELS
     from coordinator.store.records import Store
     from fedepth.job_changes import refusal, settings_of
+    from fedepth.job_rows import with_statistics
 
     store = Store.read(state, database=database, files=files)
     models = ModelWorker()
@@ -433,6 +435,7 @@ async def _export(
         refused = refusal(changed, str(store.directory), accept=True)
         if refused:
             raise StateError(refused)
+        config = with_statistics(config, store.statistics())
         wanted = kept[-1] if round_number is None else store.kept_round(round_number)
         if output.is_dir() or not output.name or output.name == Path(LABELS).name:
             raise ConfigError(f"--output: {printable(str(output))} is not the name of an ONNX file; write MODEL.onnx")

@@ -8,76 +8,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS
 from fedepth_wire.tls import Insecure
-from fedepth_wire.v1 import federation_pb2
-from fedepth_wire.v1.federation_pb2_grpc import add_FederationServicer_to_server
-from fedepth_wire.v1.trust_pb2_grpc import add_CertificatesServicer_to_server
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
+from coordinator.front import Front, Listening, ServeOptions
 from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.listening import NoServer, Server, listen
 from coordinator.model_worker.client import Models
-from coordinator.security.certificates import Certificates
-from coordinator.security.enrolling import CertificatesService
 from coordinator.security.serving import Secured
-from coordinator.service import FederationService
 from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
+from coordinator.store.entries import Prepared
 from coordinator.store.records import Store
-from fedepth.address import DEFAULT_PORT, Address
+from coordinator.survey import Survey
 from fedepth.errors import ConfigError, FedepthError, StartError, StateError
-from fedepth.files import disk_errors, write_atomically
 from fedepth.job import model_spec
 from fedepth.job_changes import refusal, settings_of
+from fedepth.job_rows import lacks_statistics, with_statistics
 from fedepth.job_sections import JobConfig
 from fedepth.program import stop_on_signals
 
-GRACE_S = 2.0
 FAREWELL_S = 10.0
 THREADS = 32  # for files and buckets: one that hangs must not hold up those that work
 
-_SERVICE = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """Where and how to serve. Port 0 lets the system choose one; `port_file` then tells which.
-
-    `database` and `files` are those of `Store.open`; `accept_changes` that of `fedepth.job_changes`.
-
-    Attributes:
-        certificates: of the coordinator and of everybody who may call; INSECURE: plain text, and no questions asked.
-        enroll_port: where devices without a certificate get one; None: nowhere.
-    """
-
-    state: Path
-    host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
-    port_file: Path | None = None
-    exit_when_done: bool = False
-    database: str = ""
-    files: str = ""
-    accept_changes: bool = False
-    certificates: Certificates | Insecure = field(kw_only=True)
-    enroll_port: int | None = None
-
-
-@dataclass(frozen=True)
-class _Listening:
-    """Where a coordinator listens, and where it enrols devices."""
-
-    address: Address
-    enrollment: Address | None = None
 
 
 async def serve(
@@ -115,9 +73,14 @@ async def serve(
     try:
         if stop.is_set():
             return
-        job = await _prepared_job(config, store, models, stop)
-        if job is not None:
-            await _serve_job(job, server, listening, options, stop, secured)
+        prepared = await _prepared(config, store, models, stop)
+        if prepared is None:
+            return
+        front = Front(server, listening, options, secured)
+        surveyed = await _surveyed(config, store, front, stop)
+        if surveyed is not None:
+            job = await asyncio.to_thread(Job, surveyed, store, models, prepared)
+            await _serve_job(job, front, stop)
     finally:
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
@@ -132,7 +95,7 @@ def _opened(
     found: Findings,
     missing: Sequence[FedepthError] = (),
     secured: Secured | None = None,
-) -> tuple[Store, _Listening]:
+) -> tuple[Store, Listening]:
     """The job's state, with what its file changes taken over, and where it listens.
 
     Raises:
@@ -178,7 +141,7 @@ def _opened(
 
 def _listen(
     options: ServeOptions, server: Server, secured: Secured | None = None
-) -> tuple[_Listening | None, list[FedepthError]]:
+) -> tuple[Listening | None, list[FedepthError]]:
     errors: list[FedepthError] = []
     if options.port_file is not None:
         errors += map(StartError, writable("--port-file", options.port_file))
@@ -191,12 +154,12 @@ def _listen(
     try:
         address = listen(server, options.host, options.port, credentials)
         if secured is None or for_enrollment is None or options.enroll_port is None:
-            return _Listening(address), errors
+            return Listening(address), errors
         port = options.enroll_port
         enrollment = listen(secured.enrollment, options.host, port, for_enrollment, "--enroll-port")
     except FedepthError as error:
         return None, [*errors, error]
-    return _Listening(address, enrollment), errors
+    return Listening(address, enrollment), errors
 
 
 def refused(error: ConfigError, options: ServeOptions) -> FedepthError:
@@ -216,7 +179,7 @@ def _has_begun(store: Store) -> bool:
     return latest is not None and (latest.round > 0 or bool(store.tasks_of(1)))
 
 
-async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Job | None:
+async def _prepared(config: JobConfig, store: Store, models: Models, stop: asyncio.Event) -> Prepared | None:
     """None if a signal came while the model was being prepared."""
     preparing = asyncio.ensure_future(prepare(config, store, models))
     if not await _first(preparing, stop):
@@ -225,82 +188,49 @@ async def _prepared_job(config: JobConfig, store: Store, models: Models, stop: a
     disk.tell()
     if disk.problems:
         raise StartError(disk.problems[0])
-    return await asyncio.to_thread(Job, config, store, models, preparing.result())
+    return preparing.result()
 
 
-async def _serve_job(
-    job: Job,
-    server: grpc.aio.Server,
-    listening: _Listening,
-    options: ServeOptions,
-    stop: asyncio.Event,
-    secured: Secured | None,
-) -> None:
-    health = HealthServicer()
-    add_FederationServicer_to_server(FederationService(job), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection(
-        (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-        server,
-    )
-    if secured is not None:
-        await _secure(job, server, listening, secured)
-    await server.start()
-    for name in ("", _SERVICE):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    if options.port_file is not None:
-        await asyncio.to_thread(_write_port, options.port_file, listening.address.port)
-    enrollment = {} if listening.enrollment is None else {"enrollment": str(listening.enrollment)}
-    address = str(listening.address)
-    _log.info("serving", address=address, job=job.config.job.name, state=str(options.state), **enrollment)
-    if secured is None:
-        _log.warning("plain text: whoever reaches this address can read, forge and take part", address=address)
-    running = asyncio.ensure_future(_run(job, options.exit_when_done, secured))
+async def _surveyed(config: JobConfig, store: Store, front: Front, stop: asyncio.Event) -> JobConfig | None:
+    """The job with what its devices have in the columns of its table; None if a signal came meanwhile."""
+    if not lacks_statistics(config):
+        return config
+    found = await store.short(store.statistics)
+    if found is None:
+        survey = await asyncio.to_thread(Survey, config, store)
+        front.service.ask(survey)
+        await front.open(config.job.name)
+        asking = asyncio.ensure_future(front.beside(survey.statistics()))
+        try:
+            if not await _first(asking, stop):
+                await front.close()
+                return None
+        except BaseException:
+            await front.close()
+            raise
+        found = asking.result()
+    return with_statistics(config, found)
+
+
+async def _serve_job(job: Job, front: Front, stop: asyncio.Event) -> None:
+    if front.secured is not None:
+        front.secured.guard.owner_of = job.owner_of
+    front.service.serve(job)
+    await front.open(job.config.job.name)
+    running = asyncio.ensure_future(front.beside(_course(job, front.exit_when_done)))
     try:
         await _first(running, stop)
     finally:
-        await health.enter_graceful_shutdown()
+        await front.announce_end()
         job.events.close()
-        if secured is not None:
-            await secured.enrollment.stop(0)
-        await server.stop(GRACE_S)
+        await front.close()
         await job.finish_work()
         job.plans.close()
-        _log.info("stopped", address=address, round=job.state.round, phase=job.state.phase.value)
-
-
-async def _secure(job: Job, server: grpc.aio.Server, listening: _Listening, secured: Secured) -> None:
-    """Renews certificates and enrols from now on, and tells the guard whose a task is."""
-    certificates = secured.certificates
-    add_CertificatesServicer_to_server(CertificatesService(certificates), server)
-    secured.guard.owner_of = job.owner_of
-    await secured.guard.look()
-    if listening.enrollment is not None:
-        await secured.enrollment.start()
-        await asyncio.to_thread(certificates.note_enrollment, str(listening.enrollment))
-
-
-def _write_port(path: Path, port: int) -> None:
-    with disk_errors("the port cannot be written to --port-file", path.parent):
-        write_atomically(path, f"{port}\n".encode())
-
-
-async def _run(job: Job, exit_when_done: bool, secured: Secured | None) -> None:
-    """Ends when the job is done and every live device knows; without `exit_when_done` only by an error."""
-    work = {asyncio.ensure_future(_course(job, exit_when_done))}
-    if secured is not None:
-        work.add(asyncio.ensure_future(secured.keep_up()))
-    try:
-        done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-        for each in done:
-            each.result()
-    finally:
-        for each in work:
-            each.cancel()
-        await asyncio.wait(work)
+        _log.info("stopped", address=front.address, round=job.state.round, phase=job.state.phase.value)
 
 
 async def _course(job: Job, exit_when_done: bool) -> None:
+    """Ends when the job is done and every live device knows; without `exit_when_done` only by an error."""
     if not exit_when_done:
         await job.run()
     elif not await _first(asyncio.ensure_future(job.run()), job.finished):

@@ -24,6 +24,7 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
 from coordinator.admission import check_report, check_settings, counted_for
 from coordinator.job import Job
+from coordinator.survey import Survey
 from coordinator.uploads import PartHeader
 from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
 from fedepth.job import training_spec
@@ -39,10 +40,25 @@ _log = structlog.get_logger()
 
 
 class FederationService(FederationServicer):
-    """Serves one job."""
+    """Serves one job, once there is one; before, what has to be asked of devices (coordinator.survey)."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job | None = None) -> None:
+        self._serving = job
+        self._survey: Survey | None = None
+
+    def ask(self, survey: Survey) -> None:
+        """Answers devices as this survey does, until there is a job."""
+        self._survey = survey
+
+    def serve(self, job: Job) -> None:
+        """Answers devices as this job does."""
+        self._serving, self._survey = job, None
+
+    @property
+    def _job(self) -> Job:
+        if self._serving is None:
+            raise UnavailableError("the job has not begun yet")
+        return self._serving
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         async with _answering(context):
@@ -56,6 +72,8 @@ class FederationService(FederationServicer):
                 return _retry(BUSY_RETRY_MS, f"busy: {error}")
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
+        if self._survey is not None:
+            return self._survey.answer(report)
         job = self._job
         report = counted_for(report, job.model.classes)
         problem = check_report(report, job.model.classes, job.config.limits, job.model.first_label)
@@ -175,6 +193,8 @@ class FederationService(FederationServicer):
 
     async def JobStatus(self, request: pb.JobStatusRequest, context: Context) -> pb.JobStatusReply:
         async with _answering(context):
+            if self._survey is not None:
+                return pb.JobStatusReply(**self._survey.status())
             return pb.JobStatusReply(**await self._job.status())
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:

@@ -31,6 +31,7 @@ from edge_client.transport import (
     Finished,
     Rejected,
     RetryLater,
+    Survey,
     Transport,
 )
 from fedepth import __version__
@@ -47,6 +48,7 @@ LOOK_S = 60.0  # how often data is looked at while the coordinator rejects it
 AFTER_FAILURE_S = 10.0  # a device that declines is not asked again in the same breath
 LONGEST_AFTER_FAILURE_S = 3600.0
 FINISHED_POLL_S = 60.0
+SURVEY_PAUSE_S = 30.0  # before what cannot be counted is tried again
 LEAST_ROOM_BYTES = 64 << 20
 _SHORTEST_PAUSE_S = 0.1
 # The same task would end the same way again: whether it is worth another attempt is for the coordinator to say.
@@ -175,6 +177,8 @@ class Agent:
             if answer.reason and self._nothing_to_do.due(answer.reason):
                 _log.info("nothing to do now", reason=answer.reason)
             await self._around.clock.sleep(max(_SHORTEST_PAUSE_S, answer.after_s))
+        elif isinstance(answer, Survey):
+            await self._look_at_columns(answer)
         elif isinstance(answer, Finished):
             if not self._told_finished:
                 _log.info("job finished", job=answer.job, rounds=answer.rounds)
@@ -185,6 +189,18 @@ class Agent:
         else:
             await self._rejected(answer)
         return True
+
+    async def _look_at_columns(self, survey: Survey) -> None:
+        """Goes through the rows for a job that has not begun; the next report has what is in its columns."""
+        try:
+            await self._samples.for_survey(survey.model)
+        except (DataError, DiskError, ChildError) as error:
+            if self._uncounted.due(str(error)):
+                _log.error("the job asks for columns that cannot be counted", job=survey.job, error=str(error))
+            await self._pause_unless_data_changes(SURVEY_PAUSE_S, self._samples.summary)
+        else:
+            self._uncounted.over()
+            _log.info("the job has asked what is in its columns", job=survey.job)
 
     async def _rejected(self, answer: Rejected) -> None:
         pause = max(1.0, answer.after_s)
@@ -332,4 +348,5 @@ class Agent:
             settings=SETTINGS,
             folder_names=tuple(folders),
             folder_counts=tuple(folders.values()),
+            columns=self._samples.columns,
         )

@@ -12,6 +12,7 @@ import structlog
 from edge_client.config import Config
 from edge_client.data_check.client import check_files, check_rows
 from edge_client.data_check.protocol import CheckRequest, RowRequest
+from fedepth.data.column_sums import ColumnSums
 from fedepth.data.damage import Damage, RowCheck, check_share, load_damage, load_row_check
 from fedepth.data.folders import LeftOut
 from fedepth.data.idx_sets import find_idx
@@ -36,6 +37,7 @@ class Samples:
     Attributes:
         summary: of the last look.
         damage: the files that were left out at it.
+        columns: what rows have in the columns of a table, while a job asks for it before its first task.
     """
 
     def __init__(self, config: Config, check: CheckFiles = check_files, check_rows: CheckRows = check_rows) -> None:
@@ -52,6 +54,7 @@ class Samples:
         self._told_of_job: tuple[str, tuple[int, ...]] = ("", ())
         self.summary = DataSummary(0, (), "", ())
         self.damage = Damage()
+        self.columns: ColumnSums | None = None
 
     @property
     def count(self) -> int:
@@ -125,6 +128,24 @@ class Samples:
     def forget_job(self) -> None:
         """The next look is as the first was: another job may run there by now, which has other classes."""
         self._model = None
+        self.columns = None
+
+    async def for_survey(self, spec: ModelSpec) -> None:
+        """Goes through the rows for a job that has not begun; `columns` has what came of it.
+
+        Raises:
+            DataError: there are no rows with these columns.
+            ChildError: the check of rows failed.
+        """
+        await self._look_for_rows(spec)
+        self.columns = self._rows.sums if self._rows is not None else None
+
+    async def _look_for_rows(self, spec: ModelSpec) -> None:
+        assert spec.columns is not None, "only rows have columns"
+        if not await asyncio.to_thread(any_row_files, self._directory):
+            raise DataError(_wants_rows(spec.columns, self._directory))
+        self._model = spec
+        await self._look_at_rows()
 
     async def for_task(self, task: Task) -> DataSummary:
         """The samples by class of the job. Says once which classes this device lacks.
@@ -134,11 +155,9 @@ class Samples:
             ChildError: the check of rows failed.
         """
         spec = task.model
+        self.columns = None
         if spec.columns is not None:
-            if not await asyncio.to_thread(any_row_files, self._directory):
-                raise DataError(_wants_rows(spec.columns, self._directory))
-            self._model = spec
-            await self._look_at_rows()
+            await self._look_for_rows(spec)
             summary = self.summary
         else:
             self._model = spec
@@ -174,6 +193,8 @@ class Samples:
         found = await self._checked_rows()
         self._looked = True
         self.damage = Damage(dict(enumerate(found.examples)))
+        if self.columns is not None:
+            self.columns = found.sums  # of what is there by now
         self.summary = DataSummary(
             found.count,
             found.class_counts,
@@ -193,7 +214,9 @@ class Samples:
         record = self._record
         now = await asyncio.to_thread(self._fingerprint_of_rows)
         for known in (self._rows, load_row_check(record)):
-            if known is not None and (known.fingerprint, known.asked) == (now, asked_of(self._model)):
+            if known is None or (known.fingerprint, known.asked) != (now, asked_of(self._model)):
+                continue
+            if known.sums is not None or self._model is None or self._model.table is None:
                 self._rows = known
                 return known
 

@@ -34,7 +34,7 @@ from fedepth.files import disk_errors, file_digest
 from fedepth.models.graph import MOST_BYTES
 from fedepth.plan import Plan
 from fedepth.printable import printable
-from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
+from fedepth.task import DeviceReport, Failure, ModelSpec, PartInfo, Progress, Task
 
 STALL_S = 60.0
 LONGEST_CALL_S = 3600.0  # of calls that go on over a channel whose certificate is replaced
@@ -138,7 +138,15 @@ class Refused:
     message: str
 
 
-Answer = Task | RetryLater | Finished | Rejected
+@dataclass(frozen=True)
+class Survey:
+    """Before the first task: the next report should say what rows have in the columns of this model's table."""
+
+    job: str
+    model: ModelSpec
+
+
+Answer = Task | RetryLater | Finished | Rejected | Survey
 
 
 class Transport(Protocol):
@@ -217,6 +225,8 @@ class GrpcTransport:
             return Finished(reply.finished.job, reply.finished.rounds)
         if kind == "rejected":
             return Rejected(reply.rejected.message, reply.rejected.retry_after_ms / 1000, reply.rejected.reason)
+        if kind == "survey":
+            return Survey(reply.survey.job, from_message(reply.survey.model, ModelSpec))
         raise ProtocolError(f"{self.address} answered NextTask with no outcome; is it a newer version?")
 
     async def fetch_weights(self, task: Task) -> Path:

@@ -11,6 +11,7 @@ from enum import Enum
 
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
+from fedepth.data.column_sums import ColumnSums
 from fedepth.layout import ITEM_BYTES
 from fedepth.plan import CacheType, Plan, Policy
 
@@ -77,6 +78,7 @@ class DeviceReport:
             of images, as `fedepth.data.splits.images_by_class` takes them. They replace `sample_count`, `class_counts`
             and `class_names`. Empty elsewhere.
         folder_counts: of the images in each.
+        columns: what the rows have in the numeric columns of a table that the coordinator has asked about.
     """
 
     device_id: str
@@ -95,6 +97,7 @@ class DeviceReport:
     settings: tuple[str, ...] = ()
     folder_names: tuple[str, ...] = ()
     folder_counts: tuple[int, ...] = ()
+    columns: ColumnSums | None = None
 
 
 @dataclass(frozen=True)

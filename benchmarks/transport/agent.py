@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from fedepth_wire.tls import INSECURE
+
 from edge_client import config as settings
 from edge_client.agent import Agent, Surroundings
+from edge_client.certificate.client import device_identity
 from edge_client.identity import StateLock, device_id
 from edge_client.samples import Samples
 from edge_client.transport import GrpcTransport
@@ -33,10 +36,11 @@ def _serve() -> None:
 
 
 async def _run(config: settings.Config) -> None:
+    state = config.state_dir
     agent = Agent(
         config,
-        device_id(config.state_dir),
-        GrpcTransport(config.coordinator, config.state_dir),
+        device_id(state),
+        GrpcTransport(config.coordinator, config.state_dir, INSECURE if config.insecure else device_identity(state)),
         Calibration(),
         samples=Samples(config),
         surroundings=Surroundings(trainer_argv=module_argv("benchmarks.transport.trainer")),

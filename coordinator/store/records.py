@@ -38,6 +38,7 @@ from coordinator.store.round_store import RoundStore, new_run_id
 from coordinator.store.storage import Directory, Storage
 from coordinator.store.tables import changes, job
 from coordinator.store.task_store import TaskStore
+from fedepth.data.column_sums import Statistics
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import NOT_JSON, real_folder
 from fedepth.job_changes import Change, Kind, Settings, differences, recorded_settings
@@ -176,6 +177,7 @@ class Store(RoundStore, TaskStore):
                 "model": to_json(model),
                 "prepared": "",
                 "settings": "" if settings is None else to_json(settings),
+                "statistics": "",
                 "created_at": time.time(),
             }
             self._database.write(job.insert().values(values))
@@ -297,6 +299,22 @@ class Store(RoundStore, TaskStore):
         """Records what was found out about the model. The graph lies in its place."""
         self.files.storage.keep(GRAPH)
         self._database.write(job.update().values(prepared=to_json(prepared)))
+
+    def statistics(self) -> Statistics | None:
+        """What devices have in the columns of the job's table; None if they were not asked yet.
+
+        Raises:
+            StateError: the record is damaged.
+        """
+        text = self._job()["statistics"]
+        try:
+            return msgspec.json.decode(text, type=Statistics) if text else None
+        except NOT_JSON as error:
+            raise StateError(f"{self.directory}: the statistics of the job's columns are damaged: {error}") from None
+
+    def record_statistics(self, found: Statistics) -> None:
+        """Records them for good: every model of the job is trained on numbers that are scaled by them."""
+        self._database.write(job.update().values(statistics=to_json(found)))
 
     def backup(self, target: Path) -> Backup:
         """Copies what the job needs to go on to an empty folder, also while a coordinator runs.

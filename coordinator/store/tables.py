@@ -18,6 +18,8 @@ job = sa.Table(
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("prepared", sa.Text, nullable=False),
     sa.Column("settings", sa.Text, nullable=False),  # JSON; "" if a version that did not record them made it
+    # Of a table's columns, where devices were asked for them (JSON); "" as long as they were not.
+    sa.Column("statistics", sa.Text, nullable=False, server_default=""),
     sa.Column("created_at", sa.Double, nullable=False),
 )
 # Who had the lock last, of those that may write: one row. It tells one that lost the lock whether another took it.

@@ -22,12 +22,13 @@ import numpy.typing as npt
 from fedepth.data.damage import RowError
 from fedepth.data.labels import as_whole, normalised
 from fedepth.data.records import as_text
+from fedepth.job_sections import MOST_FLOAT
 from fedepth.printable import quoted
 from fedepth.task import TableSpec
 
 # What stands for a number that is not there, whatever its case.
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
-MOST_NUMBER = 1e18  # as in a job file: a difference or a quotient of two is finite in float32
+MOST_NUMBER = MOST_FLOAT  # a difference or a quotient of two is finite in float32
 _VALUE_SHOWN = 40
 _COMMA = re.compile(r"[-+]?\d+,\d+")
 _GROUPED = re.compile(r"[-+]?\d{1,3}([,. '\u00a0\u202f]\d{3})+([.,]\d+)?")

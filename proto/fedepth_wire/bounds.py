@@ -86,6 +86,12 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "folder_names": Bound(length=MOST_LONG_TEXT, elements=2 * MOST_CLASSES),
         "folder_counts": Bound(most=MOST_COUNT, elements=2 * MOST_CLASSES),
     },
+    "ColumnSums": {
+        "asked": _DIGEST,
+        "counts": Bound(most=MOST_COUNT, elements=MOST_COLUMNS),
+        "means": Bound(elements=MOST_COLUMNS),
+        "squares": Bound(elements=MOST_COLUMNS, least_float=0.0),
+    },
     "Calibration": {
         "kept": _NOT_NEGATIVE,
         "kernel_share": _NOT_NEGATIVE,

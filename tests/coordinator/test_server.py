@@ -21,7 +21,8 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from coordinator.server import ServeOptions, serve
+from coordinator.front import ServeOptions
+from coordinator.server import serve
 from fedepth.errors import TransportError
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from coordinator import start_checks
 from coordinator.evaluation_data import Answer, Request, look
-from coordinator.server import ServeOptions, serve
+from coordinator.front import ServeOptions
+from coordinator.server import serve
 from coordinator.start_checks import Findings, disk_findings, examine, examine_test_data, missing_libraries, writable
 from coordinator.store.entries import TaskRecord
 from coordinator.store.records import RoundRecord, Store

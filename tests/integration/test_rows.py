@@ -40,6 +40,7 @@ TABLE = HEAD + (
     '\n[table]\nlabel = "topic"\nnumeric = ["goals", "price"]\nmean = [2.0, 50.0]\nstd = [2.0, 40.0]\n'
     'categorical = { place = ["stadium", "market"] }\n[export]\npreprocessing = true\n'
 )
+ASKED = TABLE.replace("mean = [2.0, 50.0]\nstd = [2.0, 40.0]\n", "")
 WORDS = {"sport": ["match", "goal", "team", "won"], "trade": ["price", "shares", "bank", "sold"]}
 
 
@@ -64,7 +65,8 @@ def table_rows(rng: np.random.Generator, count: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "job", "make"), [("text-transformer", TEXT, text_rows), ("table-resnet", TABLE, table_rows)]
+    ("model", "job", "make"),
+    [("text-transformer", TEXT, text_rows), ("table-resnet", TABLE, table_rows), ("table-mlp", ASKED, table_rows)],
 )
 def test_two_devices_learn_from_rows_and_the_model_says_so_of_others(rig: Any, model: str, job: str, make: Any) -> None:
     rng = np.random.default_rng(4)
@@ -87,6 +89,9 @@ def test_two_devices_learn_from_rows_and_the_model_says_so_of_others(rig: Any, m
     assert "line 82: has 1 field" in rig.event("device-0", "damaged")["row"] or model == "text-transformer"
     seen = rig.event("coordinator", "round_closed", round=2)
     assert seen["samples"] == 160
+    if job == ASKED:
+        assert rig.event("coordinator", "statistics of columns")["devices"] == 2
+        assert rig.event("device-1", "the job has asked what is in its columns")["job"] == "rows"
 
     rows = rig.folder / "others.csv"
     rows.write_text(make(rng, 40).replace("topic", "unknown"))

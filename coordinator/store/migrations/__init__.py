@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 
 from fedepth.errors import StateError
 
-NEWEST = "0005"
+NEWEST = "0006"
 
 _FIRST = "0001"
 _FIRST_TABLES = {"job", "rounds", "devices", "tasks", "updates", "failures"}

@@ -243,6 +243,7 @@ class DeviceReport(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     FOLDER_NAMES_FIELD_NUMBER: _builtins.int
     FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -273,6 +274,10 @@ class DeviceReport(_message.Message):
 
     @_builtins.property
     def folder_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def columns(self) -> Global___ColumnSums:
+        """after a Survey only"""
+
     def __init__(
         self,
         *,
@@ -292,14 +297,49 @@ class DeviceReport(_message.Message):
         settings: _abc.Iterable[_builtins.str] | None = ...,
         folder_names: _abc.Iterable[_builtins.str] | None = ...,
         folder_counts: _abc.Iterable[_builtins.int] | None = ...,
+        columns: Global___ColumnSums | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration", "columns", b"columns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "columns", b"columns", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceReport: _TypeAlias = DeviceReport  # noqa: Y015
+
+@_typing.final
+class ColumnSums(_message.Message):
+    """What a device has in the numeric columns of a table (fedepth/data/column_sums.py)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASKED_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    MEANS_FIELD_NUMBER: _builtins.int
+    SQUARES_FIELD_NUMBER: _builtins.int
+    asked: _builtins.str
+    """sha256 (hex) of the columns and classes that rows were gone through for"""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def means(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def squares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        asked: _builtins.str = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        means: _abc.Iterable[_builtins.float] | None = ...,
+        squares: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "counts", b"counts", "means", b"means", "squares", b"squares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnSums: _TypeAlias = ColumnSums  # noqa: Y015
 
 @_typing.final
 class Calibration(_message.Message):
@@ -1026,6 +1066,7 @@ class NextTaskReply(_message.Message):
     RETRY_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
+    SURVEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> Global___Task: ...
     @_builtins.property
@@ -1034,6 +1075,8 @@ class NextTaskReply(_message.Message):
     def finished(self) -> Global___JobFinished: ...
     @_builtins.property
     def rejected(self) -> Global___Rejected: ...
+    @_builtins.property
+    def survey(self) -> Global___Survey: ...
     def __init__(
         self,
         *,
@@ -1041,16 +1084,44 @@ class NextTaskReply(_message.Message):
         retry: Global___RetryLater | None = ...,
         finished: Global___JobFinished | None = ...,
         rejected: Global___Rejected | None = ...,
+        survey: Global___Survey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected", "survey"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___NextTaskReply: _TypeAlias = NextTaskReply  # noqa: Y015
+
+@_typing.final
+class Survey(_message.Message):
+    """Before the first task: the coordinator has to know mean and deviation of the columns of this model's table. The device
+    should go through its rows, and say in its next report what is in these columns.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    @_builtins.property
+    def model(self) -> Global___ModelSpec: ...
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        model: Global___ModelSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Survey: _TypeAlias = Survey  # noqa: Y015
 
 @_typing.final
 class RetryLater(_message.Message):
