@@ -19,6 +19,7 @@ import grpc
 import structlog
 from fedepth_wire.tls import Caller, Role, caller_of
 
+from coordinator.security.authority import Subject
 from coordinator.security.registry import Entry, Registry
 from coordinator.security.rules import RULES, Rule
 from fedepth.errors import FedepthError, TrustError
@@ -179,8 +180,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
     def _refusal(self, entry: Entry) -> str:
         """Why a certificate is not valid now; "" if it is."""
         issued = entry.issued
-        name = printable(issued.subject.name)
-        what = f"for a new one: fedepth-coordinator enroll {name}"
+        name, what = printable(issued.subject.name), _again(issued.subject)
         if entry.revoked_at is not None or issued.fingerprint in self._revoked:
             return f"the certificate of {name} was revoked; {what}"
         if self._clock() >= issued.not_after:
@@ -223,8 +223,9 @@ def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]
     return handler.unary_unary, grpc.unary_unary_rpc_method_handler  # type: ignore[return-value]
 
 
-def _again(caller: Caller) -> str:
-    return f"for a new one: fedepth-coordinator enroll {printable(caller.name)}"
+def _again(who: Caller | Subject) -> str:
+    how = "enroll {}" if who.role is Role.DEVICE else "certs issue {} --operator"
+    return f"for a new one: fedepth-coordinator {how.format(printable(who.name))}"
 
 
 async def _abort(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
