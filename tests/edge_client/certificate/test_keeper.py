@@ -16,7 +16,15 @@ from fedepth_wire.tls import Identity, Role, fingerprint, read_identity, write_i
 from coordinator.security.certificates import Certificates
 from edge_client.backoff import Clock
 from edge_client.certificate import client
-from edge_client.certificate.client import AGAIN_S, DAY_S, CertificateKeeper, bundle_of, device_identity, trouble
+from edge_client.certificate.client import (
+    AGAIN_S,
+    DAY_S,
+    LOOK_S,
+    CertificateKeeper,
+    bundle_of,
+    device_identity,
+    trouble,
+)
 from edge_client.certificate.protocol import Facts, Failed, Inspect, Prepare
 from edge_client.enroll import enroll_with_bundle
 from edge_client.identity import device_id
@@ -146,7 +154,7 @@ def test_a_bundle_that_was_replaced_by_hand_is_taken_over(device: Callable[[floa
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(kitchen.keeper(clock=Hand()).run())
     assert kitchen.transport.used == [kitchen.bundle]
-    assert slept[0] == pytest.approx(60, abs=1)
+    assert slept[0] == pytest.approx(LOOK_S, abs=1)
 
 
 @pytest.mark.parametrize(
