@@ -190,7 +190,9 @@ def test_nobody_speaks_in_anothers_name_or_of_anothers_task(made: Made) -> None:
             if method in IN_A_NAME:
                 code, why = await rig.call(device, method, request(OTHER, MINE))
                 assert code is DENIED, method
-                assert f"kitchen is the device {DEVICE} and speaks for {OTHER}" in why
+                assert f"kitchen is the device {DEVICE} and speaks for '{OTHER}'" in why
+                code, why = await rig.call(device, method, request("", MINE))  # of nobody
+                assert code is DENIED and "speaks for ''" in why, method
             if method in ABOUT_A_TASK:
                 code, why = await rig.call(device, method, request(DEVICE, ANOTHERS))
                 assert (code, why) == (DENIED, "this task is not one of kitchen"), method
