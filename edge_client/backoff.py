@@ -14,6 +14,7 @@ from edge_client.transport import BusyError, UnreachableError, UntrustedError
 from fedepth.errors import DiskError, FedepthError
 
 DISK_PAUSE_S = 30.0
+UNTRUSTED_PAUSE_S = 60.0  # at the longest: whoever has just given this device a certificate waits for it to come back
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _log = structlog.get_logger()
 
@@ -78,7 +79,10 @@ class Backoff:
         if isinstance(error, BusyError) and error.after_s is not None:
             pause = error.after_s * (1.0 + 0.5 * self._random.random())
         else:
-            pause = min(self._config.longest_s, self._config.first_s * 2.0 ** min(self._tries - 1, 30))
+            longest = self._config.longest_s
+            if isinstance(error, UntrustedError):
+                longest = min(longest, UNTRUSTED_PAUSE_S)
+            pause = min(longest, self._config.first_s * 2.0 ** min(self._tries - 1, 30))
             pause *= 0.5 + self._random.random()
         if self._tries == 1:
             self._since = now

@@ -115,7 +115,7 @@ def enroll(
     state: _State = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Get this device's certificate, once. A running agent takes it over within a minute.
+    """Get this device's certificate, once. A running agent takes it over.
 
     With a token, this device makes its own key, which never leaves it.
     """

@@ -5,9 +5,14 @@ It loads no library for command lines: with typer and what typer brings, an idle
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    # structlog loads rich if it finds it, for traces in colour, which an agent never shows. That is 4.5 MiB for months.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+
 import asyncio
 import contextlib
-import sys
 from pathlib import Path
 
 import msgspec
@@ -82,6 +87,7 @@ def _surroundings(json_logs: bool) -> Surroundings:
     if json_logs or sys.stderr is None or not sys.stderr.isatty():
         configure_logs(renderer(json_logs))
         return Surroundings()
+    sys.modules.pop("rich", None)
     from edge_client.display import Bar  # loads rich, which only a terminal needs
 
     bar = Bar()

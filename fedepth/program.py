@@ -298,7 +298,7 @@ def bug_report(name: str, error: BaseException) -> str:
     """What a developer wants to know: versions, the command line and the trace, without passwords."""
     from importlib.metadata import PackageNotFoundError, version
 
-    lines = [f"program: {name}", f"arguments: {sys.argv[1:]}"]
+    lines = [f"program: {name}", f"arguments: {_without_values_of_secrets(sys.argv[1:])}"]
     lines += [f"fedepth: {__version__}", f"python: {sys.version.split()[0]} ({platform.python_implementation()})"]
     lines.append(f"platform: {platform.platform()}")
     for each in _VERSIONS:
@@ -306,6 +306,15 @@ def bug_report(name: str, error: BaseException) -> str:
             lines.append(f"{each}: {version(each)}")
     lines += ["", *"".join(traceback.format_exception(error)).rstrip().splitlines()]
     return without_secrets("\n".join(map(printable, lines)) + "\n")
+
+
+def _without_values_of_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line without what follows --token, or stands behind it."""
+    shown, hidden = [], False
+    for argument in arguments:
+        shown.append("***" if hidden else argument)
+        hidden = argument == "--token"
+    return shown
 
 
 def _kept(report: str, folder: Path | None) -> Path | None:

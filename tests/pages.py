@@ -74,6 +74,9 @@ def parse(command: Typed) -> dict[str, Any]:
     if subcommands := getattr(found, "commands", None):
         assert arguments and arguments[0] in subcommands, command.line
         found = subcommands[arguments.pop(0)]
+        if below := getattr(found, "commands", None):  # such as certs init
+            assert arguments and arguments[0] in below, command.line
+            found = below[arguments.pop(0)]
     values: dict[str, Any] = found.make_context(command.program, arguments).params
     return values
 

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -168,7 +168,7 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
         parsed = x509.load_der_x509_csr(request)
         valid = parsed.is_signature_valid
         key = parsed.public_key()
-    except (ValueError, InvalidSignature, x509.InvalidVersion, NotImplementedError) as error:
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise TrustError(f"the certificate request cannot be read: {printable(str(error)[:200])}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("the certificate request is for a key that is not on the curve P-256")
@@ -188,7 +188,7 @@ def read_authority(path: Path) -> Authority:
         key, certificate = load_pem_private_key(text, None), x509.load_pem_x509_certificate(text)
     except OSError as error:
         raise TrustError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise TrustError(
             f"{printable(str(path))} does not hold the authority's key and certificate "
             f"({printable(str(error)[:200])}); restore it from a copy"

@@ -216,7 +216,7 @@ class Certificates:
     # --- the coordinator's own
 
     def coordinator(self) -> Identity:
-        """The coordinator's bundle, made anew first if it is due.
+        """The coordinator's bundle, made anew first if it is due, revoked, or in no record.
 
         Raises:
             TrustError: it, or the authority, is missing or damaged.
@@ -233,7 +233,12 @@ class Certificates:
         if os.path.lexists(path):
             identity = read_identity(path)
             entry = self.registry.find(fingerprint(identity.certificate))
-            if entry is not None and not is_due(entry.issued.not_before, entry.issued.not_after, self._clock()):
+            now = self._clock()
+            if (
+                entry
+                and entry.state(now) == "valid"
+                and not is_due(entry.issued.not_before, entry.issued.not_after, now)
+            ):
                 return identity
         with disk_errors(f"{file} cannot be made", self.folder):
             identity = self.issue(role, name, days)

@@ -19,10 +19,11 @@ import grpc
 import structlog
 from fedepth_wire.tls import Caller, Role, caller_of
 
+from coordinator.security.authority import Subject
 from coordinator.security.registry import Entry, Registry
 from coordinator.security.rules import RULES, Rule
 from fedepth.errors import FedepthError, TrustError
-from fedepth.printable import printable
+from fedepth.printable import printable, quoted
 
 LOOK_S = 1.0
 _MOST_CACHED = 20_000
@@ -39,8 +40,8 @@ _log = structlog.get_logger()
 class _Call:
     """A call that is going on. `refused` is why it was ended before its time."""
 
-    def __init__(self, caller: Caller, task: asyncio.Task[Any]) -> None:
-        self.caller = caller
+    def __init__(self, entry: Entry, task: asyncio.Task[Any]) -> None:
+        self.entry = entry
         self.task = task
         self.refused = ""
 
@@ -71,8 +72,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 self._trouble = str(error)
                 _log.error("what was revoked cannot be read; going on with what is known", error=self._trouble)
         for call in list(self._calls):
-            entry = self._entries.get(call.caller.fingerprint)
-            if not call.refused and entry is not None and (why := self._refusal(entry)):
+            if not call.refused and (why := self._refusal(call.entry)):
                 call.refused = why
                 call.task.cancel()
 
@@ -121,10 +121,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
     @contextlib.asynccontextmanager
     async def _admitted(self, rule: Rule, method: str, context: Context) -> AsyncIterator[Caller]:
         """Lets a call in while its certificate is valid."""
-        caller = await self._caller(rule, method, context)
+        caller, entry = await self._caller(rule, method, context)
         task = asyncio.current_task()
         assert task is not None
-        call = _Call(caller, task)
+        call = _Call(entry, task)
         self._calls.add(call)
         try:
             yield caller
@@ -137,22 +137,22 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         finally:
             self._calls.discard(call)
 
-    async def _caller(self, rule: Rule, method: str, context: Context) -> Caller:
+    async def _caller(self, rule: Rule, method: str, context: Context) -> tuple[Caller, Entry]:
         try:
             caller = caller_of(context.auth_context())
             if caller is None:
                 raise TrustError("this coordinator takes calls with a certificate only")
-            refusal = await self._refused(caller)
+            entry = await self._entry(caller)
+            if why := self._refusal(entry):
+                raise TrustError(why)
         except TrustError as error:
-            refusal = str(error)
+            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
         except FedepthError as error:
             await _abort(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"busy: the record of certificates cannot be read: {error}; come back in {_BUSY_S} s",
             )
-        if refusal or caller is None:
-            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, refusal)
         if caller.role not in rule.roles:
             allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
             await _abort(
@@ -160,27 +160,31 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{method.rpartition('/')[2]} is for {allowed}, and {printable(caller.name)} is {_KINDS[caller.role]}",
             )
-        return caller
+        return caller, entry
 
-    async def _refused(self, caller: Caller) -> str:
+    async def _entry(self, caller: Caller) -> Entry:
+        """What is recorded of the caller's certificate.
+
+        Raises:
+            TrustError: nothing is.
+        """
         entry = self._entries.get(caller.fingerprint)
         if entry is None:
             entry = await asyncio.to_thread(self._registry.find, caller.fingerprint)
             if entry is None:
-                return (
+                raise TrustError(
                     f"the certificate of {printable(caller.name)} is not in this coordinator's record, such as after "
                     f"that was restored from a copy; {_again(caller)}"
                 )
             if len(self._entries) >= _MOST_CACHED:
-                self._entries.clear()  # those of calls that go on are looked up again at the next
+                self._entries.clear()
             self._entries[caller.fingerprint] = entry
-        return self._refusal(entry)
+        return entry
 
     def _refusal(self, entry: Entry) -> str:
         """Why a certificate is not valid now; "" if it is."""
         issued = entry.issued
-        name = printable(issued.subject.name)
-        what = f"for a new one: fedepth-coordinator enroll {name}"
+        name, what = printable(issued.subject.name), _again(issued.subject)
         if entry.revoked_at is not None or issued.fingerprint in self._revoked:
             return f"the certificate of {name} was revoked; {what}"
         if self._clock() >= issued.not_after:
@@ -190,15 +194,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
     async def _check(self, request: Any, rule: Rule, caller: Caller, context: Context) -> None:
         if rule.device_id is not None:
             claimed = rule.device_id(request)
-            if claimed and claimed != caller.id:
+            if claimed is not None and claimed != caller.id:
                 await _abort(
                     context,
                     grpc.StatusCode.PERMISSION_DENIED,
-                    f"{printable(caller.name)} is the device {caller.id} and speaks for {printable(claimed[:64])}; its "
+                    f"{printable(caller.name)} is the device {caller.id} and speaks for {quoted(claimed)}; its "
                     "device-id is not the one that its certificate is for",
                 )
         if rule.task_id is not None:
-            owner = self.owner_of(rule.task_id(request))
+            task_id = rule.task_id(request)
+            owner = "" if task_id is None else self.owner_of(task_id)
             if owner and owner != caller.id:
                 await _abort(
                     context, grpc.StatusCode.PERMISSION_DENIED, f"this task is not one of {printable(caller.name)}"
@@ -223,8 +228,9 @@ def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]
     return handler.unary_unary, grpc.unary_unary_rpc_method_handler  # type: ignore[return-value]
 
 
-def _again(caller: Caller) -> str:
-    return f"for a new one: fedepth-coordinator enroll {printable(caller.name)}"
+def _again(who: Caller | Subject) -> str:
+    how = "enroll {}" if who.role is Role.DEVICE else "certs issue {} --operator"
+    return f"for a new one: fedepth-coordinator {how.format(printable(who.name))}"
 
 
 async def _abort(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:

@@ -19,14 +19,14 @@ class Rule:
 
     Attributes:
         roles: of the caller's certificate.
-        device_id: the device that a request speaks for, "" if it does not say; it must be the caller. Of a stream it is
-            asked for every message.
-        task_id: the task that a request is about, "" if none; it must be the caller's.
+        device_id: the device that a request speaks for, which must be the caller; None for a message of a stream that
+            speaks for nobody.
+        task_id: the task that a request is about, in the same way. It must not be another device's.
     """
 
     roles: frozenset[Role]
-    device_id: Callable[[Any], str] | None = None
-    task_id: Callable[[Any], str] | None = None
+    device_id: Callable[[Any], str | None] | None = None
+    task_id: Callable[[Any], str | None] | None = None
 
 
 RULES = {
@@ -35,8 +35,8 @@ RULES = {
     f"{_FEDERATION}UploadOffset": Rule(_DEVICE, task_id=lambda request: request.task_id),
     f"{_FEDERATION}UploadPart": Rule(
         _DEVICE,
-        device_id=lambda request: request.header.device_id if request.HasField("header") else "",
-        task_id=lambda request: request.header.task_id if request.HasField("header") else "",
+        device_id=lambda request: request.header.device_id if request.HasField("header") else None,
+        task_id=lambda request: request.header.task_id if request.HasField("header") else None,
     ),
     f"{_FEDERATION}CommitUpdate": Rule(
         _DEVICE, device_id=lambda request: request.result.device_id, task_id=lambda request: request.result.task_id

@@ -46,10 +46,19 @@ class Secured:
             enrollment_credentials(self.certificates.enrollment()),
         )
 
+    async def look(self) -> None:
+        """Renews the coordinator's certificate if it is due."""
+        assert self._served is not None
+        await self._served.look()
+
     async def keep_up(self) -> None:
         """Looks for what was revoked, and renews the coordinator's certificate in time, until it is cancelled."""
-        assert self._served is not None
-        await asyncio.gather(self.guard.watch(), self._served.watch())
+        await asyncio.gather(self.guard.watch(), self._renew())
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self.look()
 
 
 class _Served:
@@ -75,8 +84,3 @@ class _Served:
         if found != self.identity:
             self.identity = self._next = found
             _log.info("the coordinator's certificate is renewed")
-
-    async def watch(self) -> None:
-        while True:
-            await asyncio.sleep(RENEW_S)
-            await self.look()

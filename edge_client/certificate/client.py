@@ -25,7 +25,7 @@ from fedepth.printable import printable
 
 BUNDLE = "identity.pem"
 CHILD_ARGV = tuple(module_argv("edge_client.certificate.process"))
-LOOK_S = 60.0  # whether the bundle is another file by now
+LOOK_S = 10.0  # whether the bundle is another file by now
 DAY_S = 86400.0
 AGAIN_S = 3600.0  # after a renewal that failed
 _log = structlog.get_logger()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -24,6 +24,17 @@ from fedepth.files import disk_errors, open_regular, write_atomically
 from fedepth.printable import printable
 
 _MOST_KEY_BYTES = 8192
+# What the library raises for what is damaged.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def facts_of(identity: Identity) -> Facts:
@@ -42,7 +53,7 @@ def facts_of(identity: Identity) -> Facts:
         assert isinstance(named, x509.SubjectAlternativeName)
         (uri,) = named.get_values_for_type(x509.UniformResourceIdentifier)
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+    except _UNREADABLE as error:
         raise TrustError(
             f"the certificate is not one of its authority, or is damaged ({printable(str(error)[:200]) or 'signature'})"
         ) from None
@@ -72,7 +83,7 @@ def pending_key(path: Path) -> ec.EllipticCurvePrivateKey:
             text = file.read(_MOST_KEY_BYTES)
     try:
         found = load_pem_private_key(text, None)
-    except (ValueError, TypeError):
+    except _UNREADABLE:
         found = None
     if not isinstance(found, ec.EllipticCurvePrivateKey):
         raise TrustError(f"{printable(str(path))} does not hold a key; delete it and try again")

@@ -61,7 +61,7 @@ def test_errors_are_one_message_and_status_1(tmp_path: Path) -> None:
 
 
 def test_status_of_nobody_says_where_it_looked() -> None:
-    told = run("status", "--coordinator", "127.0.0.1:1")
+    told = run("status", "--coordinator", "127.0.0.1:1", "--insecure")
     assert told.returncode == 1
     assert "no answer from a coordinator at 127.0.0.1:1" in told.stderr
     assert "Traceback" not in told.stderr

@@ -29,8 +29,11 @@ This page is made of the programs: `python -m tests.field.command_pages > docs/c
 
 
 def commands(program: str) -> dict[str, Any]:
-    """The commands of a program by their names."""
-    found: dict[str, Any] = dict(typer.main.get_command(PROGRAMS[program]).commands)  # type: ignore[attr-defined]
+    """The commands of a program by their names, such as "serve" and "certs init"."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(PROGRAMS[program]).commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", None)
+        found |= {f"{name} {each}": one for each, one in below.items()} if below else {name: command}
     return found
 
 

@@ -23,9 +23,9 @@ Tensors = dict[str, Any]
 GIB = 1 << 30
 
 
-def report(number: int) -> DeviceReport:
+def report(device_id: str) -> DeviceReport:
     budget = Budget(8 * GIB, 8 * GIB, (), 0, 0, 1.0, 0, GIB)
-    return DeviceReport(f"liar-{number}", f"liar-{number}", budget, 96, (*(10,) * 9, 6))
+    return DeviceReport(device_id, "", budget, 96, (*(10,) * 9, 6))
 
 
 def result_for(task: Task, device: DeviceReport, part: Path) -> Result:
@@ -40,12 +40,14 @@ def result_for(task: Task, device: DeviceReport, part: Path) -> Result:
 
 
 async def offer(
-    address: str, folder: Path, number: int, change: Callable[[Tensors], Tensors], *, lie: bool = False
+    rig: Any, number: int, change: Callable[[Tensors], Tensors], *, lie: bool = False
 ) -> Accepted | Refused:
     """Takes a task as a new device and delivers the global weights, changed by `change`, as its update."""
-    transport = GrpcTransport(address, folder / f"liar-{number}")
+    folder: Path = rig.folder
+    device_id, identity = rig.lab.certificates.device(f"liar-{number}")
+    transport = GrpcTransport(rig.lab.address, folder / f"liar-{number}", identity)
     try:
-        device = report(number)
+        device = report(device_id)
         task = await transport.next_task(device, 30)
         assert isinstance(task, Task)
         tensors = load_numpy(await transport.fetch_weights(task))
@@ -81,13 +83,13 @@ def plus_one(tensors: Tensors) -> Tensors:
 
 
 def test_damaged_updates_are_refused_and_only_the_good_one_is_averaged(rig: Any) -> None:
-    address = rig.start_coordinator(rig.job(devices=1, quorum=1))
+    rig.start_coordinator(rig.job(devices=1, quorum=1))
     cases = (("missing_tensor", without_first), ("not_finite", with_nan), ("shape", reshaped))
     for number, (reason, change) in enumerate(cases):
-        answer = asyncio.run(offer(address, rig.folder, number, change))
+        answer = asyncio.run(offer(rig, number, change))
         assert isinstance(answer, Refused) and answer.reason == reason
         assert rig.event("coordinator", "update_refused", device=f"liar-{number}")["reason"] == reason
-    good = asyncio.run(offer(address, rig.folder, 9, plus_one))
+    good = asyncio.run(offer(rig, 9, plus_one))
     assert good == Accepted(1)
     rig.event("coordinator", "round_closed", round=1)
     folder = rig.lab.coordinator_state / "weights"
@@ -97,8 +99,8 @@ def test_damaged_updates_are_refused_and_only_the_good_one_is_averaged(rig: Any)
 
 
 def test_a_wrong_digest_never_reaches_the_average(rig: Any) -> None:
-    address = rig.start_coordinator(rig.job(devices=1, quorum=1))
+    rig.start_coordinator(rig.job(devices=1, quorum=1))
     with pytest.raises(FedepthError, match="sha256"):
-        asyncio.run(offer(address, rig.folder, 0, plus_one, lie=True))
-    good = asyncio.run(offer(address, rig.folder, 0, plus_one))
+        asyncio.run(offer(rig, 0, plus_one, lie=True))
+    good = asyncio.run(offer(rig, 0, plus_one))
     assert good == Accepted(1)

@@ -212,10 +212,9 @@ def test_a_data_directory_that_is_missing_or_empty_is_told(rig: Any, missing: bo
     data = rig.folder / "nothing"
     if not missing:
         data.mkdir()
+    state = rig.lab.certificates.enroll("device", rig.folder / "state")
     argv = [program("fedepth-client"), "run", "--coordinator", "127.0.0.1:1", "--data", str(data)]
-    ended = subprocess.run(
-        [*argv, "--state", str(rig.folder / "state")], capture_output=True, text=True, timeout=300, check=False
-    )
+    ended = subprocess.run([*argv, "--state", str(state)], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
     assert str(data) in ended.stderr and "Traceback" not in ended.stderr
 
@@ -236,7 +235,7 @@ def test_an_unreachable_coordinator_is_told_at_once_and_retried(rig: Any) -> Non
 def test_a_port_in_use_is_told(rig: Any) -> None:
     address = rig.start_coordinator(rig.job())
     port = address.rpartition(":")[2]
-    argv = [program("fedepth-coordinator"), "serve", "--config", str(rig.job()), "--port", port]
+    argv = [program("fedepth-coordinator"), "serve", "--config", str(rig.job()), "--port", port, "--insecure"]
     ended = subprocess.run(
         [*argv, "--state", str(rig.folder / "other")],
         capture_output=True,

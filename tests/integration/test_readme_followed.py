@@ -33,6 +33,7 @@ CHANGES = (
     ("/usr/share/datasets/fashion-mnist", "fashion-mnist"),
     ("127.0.0.1:8970", "127.0.0.1:{port}"),
     ("fedepth-coordinator serve", "fedepth-coordinator serve --port 0 --port-file port"),
+    ("127.0.0.1:8971 --token TOKEN", "{enrollment}"),
     ("rounds = 20", "rounds = 2"),
     ("batch = 128", "batch = 16"),
     ("rollback --state runs/fashion --round 3", "rollback --state runs/fashion --round 1"),
@@ -54,6 +55,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = ""
+        self.enrollment = ""  # what the last enroll printed for a device to type, behind its program
         self.changed: set[str] = set()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -62,7 +64,9 @@ class Reader:
         for there, instead in CHANGES:
             if there in text:
                 self.changed.add(there)
-                text = text.replace(there, instead.replace("{port}", self.port))
+                text = text.replace(
+                    there, instead.replace("{port}", self.port).replace("{enrollment}", self.enrollment)
+                )
         return text
 
     def argv(self, line: str) -> list[str]:
@@ -108,6 +112,11 @@ class Reader:
         self.waits(terminal, (self.folder / "port").exists)
         self.port = (self.folder / "port").read_text().strip()
 
+    def enrolls(self, here: str, there: str, *options: str) -> None:
+        """Both commands that enrol a device."""
+        self.enrollment = self.types(here).strip().splitlines()[-1].partition("fedepth-client enroll ")[2]
+        assert "until" in self.types(" ".join((there, *options)))
+
     def stops(self, terminal: str, number: signal.Signals, status: int = 0) -> None:
         process = self.running.pop(terminal)
         process.send_signal(number)
@@ -118,7 +127,7 @@ class Reader:
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("XDG_STATE_HOME", "FEDEPTH_DATABASE", "FEDEPTH_FILES"):
+    for name in ("XDG_STATE_HOME", "FEDEPTH_DATABASE", "FEDEPTH_FILES", "FEDEPTH_CERTS", "FEDEPTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     made = Reader(tmp_path)
@@ -174,7 +183,7 @@ def said(pattern: str) -> str:
 def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> None:
     console = [block.text.splitlines() for block in blocks(README) if block.kind == "console"]
     ours = [[line for line in lines if line.split()[0] not in NOT_TYPED] for lines in console]
-    fashion, cifar, inspect, deploy, plan, report, simulation = (lines for lines in ours if lines)
+    (init,), fashion, cifar, inspect, deploy, plan, report, simulation = (lines for lines in ours if lines)
     # Rows of files have a federation of their own (test_rows.py); that their block loads, tests/test_readme.py sees.
     fashion_job, cifar_sections, _ = (block.text for block in blocks(README) if block.kind == "toml")
 
@@ -183,11 +192,15 @@ def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> 
     job = reader.folder / said(r"`(fashion\.toml)`:")
     job.write_text(reader.here(fashion_job), encoding="utf-8")
     classes = model_spec(load_config(job)).classes
-    serve, run = fashion
+    serve, enroll, enroll_here, run = fashion
+    assert "certificates: made" in reader.types(init)
     reader.serves("coordinator", serve)
     port = reader.port
+    reader.enrolls(enroll, enroll_here)
     reader.starts("device", run)
-    reader.starts("device-2", f"{run} {said(r'state directory of its own: `(--state [^ `]+)`')}")
+    own = said(r"state directory of its own: `(--state [^ `]+)`")
+    reader.enrolls(enroll.replace("kitchen", "hall"), enroll_here, own)
+    reader.starts("device-2", f"{run} {own}")
 
     # Inspecting a run, while it runs.
     probe, status, watch, record, export, backup, rollback = inspect
@@ -205,6 +218,7 @@ def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> 
     write_class_folders(reader.folder / "cifar10", model_spec(load_config(job)).classes)
     reader.serves("other-coordinator", serve)
     # The device of before is still running, and an agent has its state directory for itself.
+    reader.enrolls(enroll.replace("kitchen", "attic"), enroll_here, "--state runs/other-device")
     reader.starts("other-device", f"{run} --state runs/other-device")
     reader.reads("other-coordinator", r"round 1: accuracy \d+\.\d\d%")
     reader.stops("other-device", signal.SIGINT)
@@ -251,4 +265,6 @@ def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> 
     assert re.search(r"fashion +1 +2 ", reader.types(compare))
 
     assert {there for there, _ in CHANGES} == reader.changed
-    assert [path.name for path in reader.folder.glob("home/.local/state/*")] == ["fedepth-client"]  # of the first
+    # Of the first device, and the certificates.
+    kept = sorted(path.name for path in reader.folder.glob("home/.local/state/*"))
+    assert kept == ["fedepth-client", "fedepth-coordinator"]

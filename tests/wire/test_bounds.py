@@ -18,6 +18,7 @@ from fedepth_wire.channel import (
 )
 from fedepth_wire.convert import from_message
 from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1 import trust_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
@@ -94,9 +95,12 @@ def test_every_repeated_field_has_a_length(kind: type[Message], field: FieldDesc
         check_message(message)
 
 
+MESSAGES = {**pb.DESCRIPTOR.message_types_by_name, **trust_pb2.DESCRIPTOR.message_types_by_name}
+
+
 def test_the_table_names_only_what_there_is() -> None:
     for message, named in BOUNDS.items():
-        known = {field.name for field in pb.DESCRIPTOR.message_types_by_name[message].fields}
+        known = {field.name for field in MESSAGES[message].fields}
         assert set(named) <= known, message
         assert all(bound != DEFAULT for bound in named.values()), message
 

@@ -1,0 +1,89 @@
+"""`fedepth-coordinator certs …` and `enroll` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedepth_wire.tls import read_identity
+from fedepth_wire.tokens import parse_token
+from typer.testing import CliRunner
+
+from coordinator.cli import app
+from coordinator.security.certificates import Certificates
+from coordinator.security.reach import reachable
+from fedepth.errors import ConfigError, TrustError
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDEPTH_CERTS", "certificates")
+
+    def run(*arguments: str) -> str:
+        told = CliRunner().invoke(app, list(arguments), prog_name="fedepth-coordinator")
+        if told.exception is not None and not isinstance(told.exception, SystemExit):
+            raise told.exception
+        assert told.exit_code == 0, told.output
+        return told.stdout
+
+    run("certs", "init")
+    return run
+
+
+def test_who_has_a_certificate_is_listed(typed: Any) -> None:
+    typed("certs", "issue", "kitchen", "--days", "30")
+    typed("certs", "issue", "ann", "--operator", "--output", "bundle.pem")
+    assert read_identity(Path("kitchen.pem")).certificate
+    typed("certs", "revoke", "kitchen")
+    rows = json.loads(typed("certs", "list", "--json"))
+    assert [(row["name"], row["role"], row["state"]) for row in rows] == [
+        ("coordinator", "coordinator", "valid"),
+        ("kitchen", "device", "revoked"),
+        ("ann", "operator", "valid"),
+        ("operator", "operator", "valid"),
+    ]
+    assert "revoked" in typed("certs", "list")
+
+
+def test_a_bundle_is_not_written_over(typed: Any) -> None:
+    typed("certs", "issue", "kitchen")
+    before = Path("kitchen.pem").read_bytes()
+    with pytest.raises(ConfigError, match=r"--output: kitchen\.pem is there already"):
+        typed("certs", "issue", "kitchen")
+    assert Path("kitchen.pem").read_bytes() == before
+    assert len(json.loads(typed("certs", "list", "--json"))) == 3  # nothing was issued for it
+
+
+def test_enroll_prints_what_the_device_types(typed: Any) -> None:
+    Certificates(Path("certificates")).note_enrollment("127.0.0.1:4711")
+    line = typed("enroll", "kitchen").splitlines()[-1]
+    assert line.startswith("fedepth-client enroll 127.0.0.1:4711 --token ")
+    parse_token(line.split()[-1])
+    line = typed("enroll", "kitchen", "--address", "desk.local:9000").splitlines()[-1]
+    assert line.startswith("fedepth-client enroll desk.local:9000 --token ")
+    told = json.loads(typed("enroll", "kitchen", "--json"))
+    assert told["command"].endswith(told["token"])
+    with pytest.raises(TrustError, match="is not a name for a certificate"):
+        typed("enroll", "")
+
+
+@pytest.mark.parametrize(
+    ("listening", "dialled"),
+    [
+        ("", "127.0.0.1:8971"),
+        ("127.0.0.1:9", "127.0.0.1:9"),
+        ("[::1]:9", "[::1]:9"),
+        ("desk.local:9", "desk.local:9"),
+    ],
+)
+def test_where_a_device_reaches_us(listening: str, dialled: str) -> None:
+    assert reachable(listening) == dialled
+
+
+@pytest.mark.parametrize("listening", ["0.0.0.0:9", "[::]:9"])
+def test_all_addresses_stand_for_one_of_ours(listening: str) -> None:
+    host, _, port = reachable(listening).rpartition(":")
+    assert port == "9" and host not in ("0.0.0.0", "[::]")

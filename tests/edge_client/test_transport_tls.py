@@ -1,0 +1,119 @@
+"""The transport over mutual TLS: certificates that change under it, and ends that do not fit together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fedepth_wire.tls import INSECURE, Identity, Insecure, caller_of, server_credentials
+from fedepth_wire.v1 import federation_pb2 as pb
+from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
+
+from benchmarks.certificates import LabCertificates
+from coordinator.security.certificates import Certificates
+from edge_client.transport import GrpcTransport, UntrustedError
+from fedepth.task import Failure, Outcome, Progress
+
+
+class Named(FederationServicer):
+    """Notes with which certificate each call was made; an upload waits for leave to end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.begun, self.leave = asyncio.Event(), asyncio.Event()
+
+    def _note(self, context: Any) -> None:
+        caller = caller_of(context.auth_context())
+        assert caller is not None
+        self.names.append(caller.name)
+
+    async def ReportFailure(self, request: pb.Failure, context: Any) -> pb.Ack:
+        self._note(context)
+        self.begun.set()
+        await self.leave.wait()
+        return pb.Ack(wanted=True)
+
+    async def ReportProgress(self, request: pb.Progress, context: Any) -> pb.Ack:
+        self._note(context)
+        return pb.Ack(wanted=True)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> LabCertificates:
+    return LabCertificates(tmp_path / "certificates")
+
+
+def over_tls(lab: LabCertificates, server: FederationServicer, scene: Callable[[str], Awaitable[None]]) -> None:
+    async def play() -> None:
+        lab.serve_options()
+        running = grpc.aio.server()
+        add_FederationServicer_to_server(server, running)
+        credentials = server_credentials(Certificates(lab.folder).coordinator(), lambda: None)
+        port = running.add_secure_port("127.0.0.1:0", credentials)
+        await running.start()
+        try:
+            await scene(f"127.0.0.1:{port}")
+        finally:
+            await running.stop(None)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+FAILURE = Failure("t", 1, "d", Outcome.ERROR, "no")
+
+
+def test_a_new_certificate_does_not_end_what_is_under_way(tmp_path: Path, lab: LabCertificates) -> None:
+    server = Named()
+
+    async def scene(address: str) -> None:
+        transport = GrpcTransport(address, tmp_path, lab.device("before")[1])
+        under_way = asyncio.ensure_future(transport.report_failure(FAILURE))
+        await server.begun.wait()
+        await transport.use(lab.device("after")[1])
+        assert await transport.report_progress(Progress("t", 1, "d", "training"))
+        assert not under_way.done()
+        server.leave.set()
+        assert await under_way
+        assert server.names == ["before", "after"]
+        await transport.close()
+
+    over_tls(lab, server, scene)
+
+
+def test_ends_that_do_not_fit_are_told_apart(tmp_path: Path, lab: LabCertificates) -> None:
+    others = LabCertificates(tmp_path / "others")
+
+    async def told(address: str, identity: Identity | Insecure) -> str:
+        transport = GrpcTransport(address, tmp_path, identity)
+        transport.note = "its certificate expired" if identity is not INSECURE else ""
+        try:
+            with pytest.raises(UntrustedError) as caught:
+                await transport.report_failure(FAILURE)
+        finally:
+            await transport.close()
+        return str(caught.value)
+
+    async def scene(address: str) -> None:
+        assert "by a coordinator that wants TLS; if it does, leave out --insecure" in await told(address, INSECURE)
+        theirs = others.device("a")[1]
+        assert "its certificate expired" in await told(address, theirs)
+        mixed = Identity(theirs.key, theirs.certificate, lab.operator.authority)
+        assert "its certificate expired" in await told(address, mixed)
+
+    over_tls(lab, Named(), scene)
+
+    async def plain() -> None:
+        running = grpc.aio.server()
+        port = running.add_insecure_port("127.0.0.1:0")
+        await running.start()
+        transport = GrpcTransport(f"127.0.0.1:{port}", tmp_path, lab.device("a")[1])
+        with pytest.raises(UntrustedError, match="it speaks plain text, and this side wants TLS"):
+            await transport.report_failure(FAILURE)
+        await transport.close()
+        await running.stop(None)
+
+    asyncio.run(plain())
