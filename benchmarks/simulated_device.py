@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import msgspec
 import numpy as np
-from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
@@ -90,14 +90,14 @@ class SimulatedDevice:
     async def model(self, task: Task) -> TracedModel:
         """The task's graph and costs."""
         if task.graph_digest not in self.fetched.graphs:
-            data = await self._fetch(task.graph_digest)
+            data = await self._fetch(task.graph_digest, task.graph_bytes)
             self.fetched.graphs[task.graph_digest] = msgspec.json.decode(data, type=TracedModel)
         return self.fetched.graphs[task.graph_digest]
 
     async def weights(self, task: Task) -> dict[str, Any]:
         """The task's global weights."""
         if task.weights_digest not in self.fetched.weights:
-            data = await self._fetch(task.weights_digest)
+            data = await self._fetch(task.weights_digest, task.weights_bytes)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "weights.safetensors"
                 path.write_bytes(data)
@@ -151,10 +151,8 @@ class SimulatedDevice:
             "attempt": task.attempt,
             "device_id": self.device_id,
             "part": content.number,
-            "offset": 0,
             "size_bytes": info.size_bytes,
             "digest": info.digest,
-            "plan_digest": plan_digest(task.plan),
         }
         header = pb.UploadHeader(**{**fields, **changes})
 
@@ -164,15 +162,20 @@ class SimulatedDevice:
                 data = content.data[begin : begin + CHUNK_BYTES]
                 yield pb.UploadPartRequest(chunk=pb.Chunk(offset=begin, data=data))
 
-        return await self.stub.UploadPart(requests(), timeout=CALL_S)
+        replies = [reply async for reply in self.stub.UploadPart(requests(), timeout=CALL_S)]
+        return replies[-1]
 
     async def commit(self, result: Result) -> pb.CommitUpdateReply:
         request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
         return await self.stub.CommitUpdate(request, timeout=CALL_S)
 
-    async def _fetch(self, digest: str) -> bytes:
-        chunks = [chunk.data async for chunk in self.stub.FetchFile(pb.FetchFileRequest(digest=digest), timeout=CALL_S)]
-        return b"".join(chunks)
+    async def _fetch(self, digest: str, size_bytes: int) -> bytes:
+        wanted = pb.FetchFileRequest(digest=digest, ranges=[pb.Range(begin=0, end=size_bytes)], credit_bytes=size_bytes)
+
+        async def requests() -> AsyncIterator[pb.FetchFileRequest]:
+            yield wanted
+
+        return b"".join([chunk.data async for chunk in self.stub.FetchFile(requests(), timeout=CALL_S)])
 
 
 def encoded(tensors: dict[str, Any]) -> bytes:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
+
+from fedepth_wire.chunks import Source
 
 from coordinator.course import Course
 from coordinator.fleet import Fleet
@@ -359,12 +360,14 @@ class Job:
                 self.events.send("task_failed", device=self.fleet.name(failure.device_id), **vars(failure))
             return False
 
-    async def file_of(self, digest: str) -> tuple[Path, int] | None:
-        """The file with this digest that devices may fetch, and its size: weights of a round, or the graph."""
+    async def file_of(self, digest: str) -> Source | None:
+        """The file with this digest that devices may fetch: weights of a round, or the graph."""
         if digest == self._prepared.graph_digest:
-            return self.store.files.graph(), self._prepared.graph_bytes
+            return Source(self.store.files.graph(), self._prepared.graph_bytes, digest)
         record = await self.store.short(self.store.find_weights, digest)
-        return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
+        if record is None:
+            return None
+        return Source(self.store.files.weights(record.round, digest), record.size_bytes, digest)
 
     def suspect(self, digest: str) -> None:
         """Notes that the file with this digest could not be sent."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 import structlog
-from fedepth_wire.bounds import check_message
-from fedepth_wire.chunks import checked_chunks
+from fedepth_wire.bounds import CHUNK_BYTES, check_message
+from fedepth_wire.chunks import Pieces
 from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
@@ -27,11 +28,10 @@ from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportErro
 from fedepth.job import training_spec
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
-LONGEST_WAIT_MS = 60_000
 SPREAD_MS = 1_000  # reconnects of many devices are spread over this
-REJECTED_RETRY_MS = 30_000
-BUSY_RETRY_MS = 20_000
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 _log = structlog.get_logger()
 
@@ -39,8 +39,9 @@ _log = structlog.get_logger()
 class FederationService(FederationServicer):
     """Serves one job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, stall_s: float = STALL_S) -> None:
         self._job = job
+        self._stall_s = stall_s
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         async with _answering(context):
@@ -48,7 +49,7 @@ class FederationService(FederationServicer):
             try:
                 return await self._next_task(report, request.wait_ms, context.peer())
             except UnavailableError as error:
-                return _retry(BUSY_RETRY_MS, f"busy: {error}")
+                return _retry(int(BUSY_RETRY_S * 1000), f"busy: {error}")
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
         job = self._job
@@ -70,7 +71,7 @@ class FederationService(FederationServicer):
             return self._finished(report.device_id)
         answer = await job.start_waiting(report, plan)
         try:
-            await asyncio.wait({answer}, timeout=min(max(wait_ms, 0), LONGEST_WAIT_MS) / 1000)
+            await asyncio.wait({answer}, timeout=min(max(wait_ms, 0) / 1000, LONGEST_POLL_S))
         finally:  # also when the device hangs up
             job.stop_waiting(report.device_id, answer)
         task = answer.result() if answer.done() else None
@@ -82,7 +83,7 @@ class FederationService(FederationServicer):
 
     def _rejected(self, report: DeviceReport, message: str, reason: str = "") -> pb.NextTaskReply:
         self._job.rejected(report, message, reason)
-        rejected = pb.Rejected(message=message, retry_after_ms=REJECTED_RETRY_MS, reason=reason)
+        rejected = pb.Rejected(message=message, retry_after_ms=int(REJECTED_RETRY_S * 1000), reason=reason)
         return pb.NextTaskReply(rejected=rejected)
 
     def _finished(self, device_id: str) -> pb.NextTaskReply:
@@ -90,62 +91,103 @@ class FederationService(FederationServicer):
         section = self._job.config.job
         return pb.NextTaskReply(finished=pb.JobFinished(job=section.name, rounds=section.rounds))
 
-    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+    async def FetchFile(  # type: ignore[override]  # the stubs know handlers that yield, and this one must not wait for ever
+        self, request_iterator: AsyncIterator[pb.FetchFileRequest], context: Context
+    ) -> None:
         async with _answering(context):
-            check_message(request)
-            found = await self._job.file_of(request.digest)
-            if found is None:
-                missing = ProtocolError(f"no file with sha256 {request.digest[:12]!r} here; ask for a new task")
+            asked = await self._asked(context)
+            if asked is None:
+                raise ProtocolError("a fetch begins with what is wanted")
+            source = await self._job.file_of(asked.digest)
+            if source is None:
+                missing = ProtocolError(f"no file with sha256 {asked.digest[:12]!r} here; ask for a new task")
                 await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
-            path, size = found
-            if not 0 <= request.offset <= size:
-                beyond = ProtocolError(f"offset {request.offset} in a file of {size} bytes")
+            ranges = [(each.begin, each.end) for each in asked.ranges]
+            outside = next((each for each in ranges if not each[0] < each[1] <= source.size_bytes), None)
+            if outside is not None:
+                beyond = ProtocolError(f"bytes {outside[0]} to {outside[1]} of a file of {source.size_bytes} bytes")
                 await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
+            if asked.verify:
+                await self._read(asked.digest, source.verify)
+            pieces = await self._read(asked.digest, source.pieces, ranges)
             try:
-                async for chunk in checked_chunks(path, request.offset, request.digest):
-                    yield chunk
-            except (ProtocolError, OSError) as error:
-                self._job.suspect(request.digest)
-                raise UnavailableError(f"a file cannot be sent, and is being looked at: {error}") from error
+                await self._send(asked, pieces, sum(end - begin for begin, end in ranges), context)
+            finally:
+                await asyncio.to_thread(pieces.close)
 
-    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
-        async with _answering(context):
-            check_message(request)
-            uploads = self._job.uploads
-            held = await uploads.offset(request.task_id, request.attempt, request.part, request.digest)
-            return pb.UploadOffsetReply(offset=held)
+    async def _send(
+        self, asked: pb.FetchFileRequest | None, pieces: Pieces, total_bytes: int, context: Context
+    ) -> None:
+        """Sends pieces of a file, no faster than the device asks for them."""
+        digest, sent = asked.digest if asked else "", 0
+        while asked is not None and sent < total_bytes:
+            while sent < min(asked.credit_bytes, total_bytes):
+                most = min(asked.piece_bytes or CHUNK_BYTES, asked.credit_bytes - sent)
+                chunk = await self._read(digest, pieces.next, most)
+                await self._moving(context.write(chunk), context)
+                sent += len(chunk.data)
+            if sent < total_bytes:
+                asked = await self._asked(context)
 
-    async def UploadPart(
+    async def _read(self, digest: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Reads the file with this digest, in a thread.
+
+        Raises:
+            UnavailableError: that is not possible, or it is another file. The job looks at it.
+        """
+        try:
+            return await asyncio.to_thread(read, *args, **kwargs)
+        except (ProtocolError, OSError) as error:
+            self._job.suspect(digest)
+            raise UnavailableError(f"a file cannot be sent, and is being looked at: {error}") from error
+
+    async def _asked(self, context: Context) -> pb.FetchFileRequest | None:
+        """What a device says next of what it wants; None if it wants no more."""
+        request = await self._moving(context.read(), context)
+        if not isinstance(request, pb.FetchFileRequest):  # grpc.aio.EOF
+            return None
+        check_message(request)
+        return request
+
+    async def UploadPart(  # type: ignore[override]  # see FetchFile
         self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
-    ) -> pb.UploadPartReply:
+    ) -> None:
+        async def acknowledge(held_bytes: int) -> None:
+            await self._moving(context.write(pb.UploadPartReply(held_bytes=held_bytes)), context)
+
         async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
-            first = await anext(request_iterator, None)
-            if first is None or first.WhichOneof("content") != "header":
+            first = await self._moving(context.read(), context)
+            if not isinstance(first, pb.UploadPartRequest) or first.WhichOneof("content") != "header":
                 raise ProtocolError("an upload begins with its header")
             check_message(first)
             sent = first.header
-            header = PartHeader(
-                sent.task_id,
-                sent.attempt,
-                sent.device_id,
-                sent.part,
-                sent.offset,
-                sent.size_bytes,
-                sent.digest,
-            )
+            header = PartHeader(sent.task_id, sent.attempt, sent.device_id, sent.part, sent.size_bytes, sent.digest)
             try:
-                held = await self._job.uploads.receive(header, self._chunks(request_iterator, header.task_id))
+                await self._job.uploads.receive(header, self._chunks(context, header.task_id), acknowledge)
             except UpdateError as error:
                 await self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
-                return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
-            return pb.UploadPartReply(held_bytes=held)
+                reply = pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
+            else:
+                reply = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
+            await self._moving(context.write(reply), context)
 
-    async def _chunks(self, requests: AsyncIterator[pb.UploadPartRequest], task_id: str) -> AsyncIterator[pb.Chunk]:
-        async for request in requests:
+    async def _chunks(self, context: Context, task_id: str) -> AsyncIterator[pb.Chunk]:
+        while True:
+            request = await self._moving(context.read(), context)
+            if not isinstance(request, pb.UploadPartRequest):  # grpc.aio.EOF
+                return
             if request.WhichOneof("content") != "chunk":
                 raise ProtocolError("only the first message of an upload is a header")
             await self._job.touch(task_id)
             yield request.chunk
+
+    async def _moving(self, step: Awaitable[T], context: Context) -> T:
+        """One step of a transfer; ends one in which nothing moves."""
+        try:
+            return await within(self._stall_s, step)
+        except asyncio.TimeoutError:
+            stalled = TransportError(f"nothing moved for {self._stall_s:g} s")
+            await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, stalled)
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
         async with _answering(context):
@@ -194,7 +236,7 @@ async def _answering(
     except ProtocolError as error:
         await _abort(context, unreadable, error)
     except (UnavailableError, OSError) as error:
-        busy = UnavailableError(f"busy: {error}; come back in {BUSY_RETRY_MS // 1000} s")
+        busy = UnavailableError(f"busy: {error}; come back in {BUSY_RETRY_S:g} s")
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, busy)
     except TransportError as error:
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)

@@ -129,9 +129,8 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
     },
     "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT, "weights_digest": _DIGEST},
     "PartInfo": {"digest": _DIGEST},
-    "FetchFileRequest": {"digest": _DIGEST},
-    "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST, "plan_digest": _DIGEST},
-    "UploadOffsetRequest": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
+    "FetchFileRequest": {"digest": _DIGEST, "piece_bytes": Bound(most=CHUNK_BYTES)},
+    "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
     "Failure": {"message": _LONG_TEXT},
     "Progress": {"loss": _ANY_FLOAT},  # of a run that diverged, which must still be told
     "Rejected": {"message": _LONG_TEXT},

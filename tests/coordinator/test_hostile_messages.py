@@ -110,6 +110,6 @@ def test_a_header_out_of_bounds_is_refused(play: Play) -> None:
         yield pb.UploadPartRequest(header=pb.UploadHeader(task_id="t" * 1000))
 
     async def scene(stub: Any) -> None:
-        assert "UploadHeader.task_id has 1000 characters" in (await status(stub.UploadPart(requests())))[1]
+        assert "UploadHeader.task_id has 1000 characters" in (await status(stub.UploadPart(requests()).read()))[1]
 
     play(scene)

@@ -1129,25 +1129,66 @@ Global___Rejected: _TypeAlias = Rejected  # noqa: Y015
 
 @_typing.final
 class FetchFileRequest(_message.Message):
+    """What is wanted of a file, in the first message; `credit_bytes` and `piece_bytes` in all."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    offset: _builtins.int
+    credit_bytes: _builtins.int
+    """of all ranges together, so much may have been sent by now; it only ever grows"""
+    piece_bytes: _builtins.int
+    """the largest chunk; 0 for the largest that is allowed"""
+    verify: _builtins.bool
+    """The file came whole and was another one: the coordinator should look at its own before it sends anything."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Range]:
+        """in the order in which they are to come"""
+
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
-        offset: _builtins.int = ...,
+        ranges: _abc.Iterable[Global___Range] | None = ...,
+        credit_bytes: _builtins.int = ...,
+        piece_bytes: _builtins.int = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "digest", b"digest", "piece_bytes", b"piece_bytes", "ranges", b"ranges", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchFileRequest: _TypeAlias = FetchFileRequest  # noqa: Y015
+
+@_typing.final
+class Range(_message.Message):
+    """Bytes of a file, from `begin` to before `end`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Range: _TypeAlias = Range  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -1181,18 +1222,14 @@ class UploadHeader(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    PLAN_DIGEST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     device_id: _builtins.str
     part: _builtins.int
-    offset: _builtins.int
     size_bytes: _builtins.int
     digest: _builtins.str
-    plan_digest: _builtins.str
     def __init__(
         self,
         *,
@@ -1200,14 +1237,12 @@ class UploadHeader(_message.Message):
         attempt: _builtins.int = ...,
         device_id: _builtins.str = ...,
         part: _builtins.int = ...,
-        offset: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
-        plan_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "device_id", b"device_id", "digest", b"digest", "offset", b"offset", "part", b"part", "plan_digest", b"plan_digest", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "device_id", b"device_id", "digest", b"digest", "part", b"part", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1245,71 +1280,49 @@ class UploadPartReply(_message.Message):
 
     HELD_BYTES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     held_bytes: _builtins.int
     @_builtins.property
     def refused(self) -> Global___Refused: ...
+    @_builtins.property
+    def sealed(self) -> Global___Sealed: ...
     def __init__(
         self,
         *,
         held_bytes: _builtins.int = ...,
         refused: Global___Refused | None = ...,
+        sealed: Global___Sealed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["held_bytes", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["held_bytes", "refused", "sealed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___UploadPartReply: _TypeAlias = UploadPartReply  # noqa: Y015
 
 @_typing.final
-class UploadOffsetRequest(_message.Message):
+class Sealed(_message.Message):
+    """All of the part is there, and durable."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    PART_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    attempt: _builtins.int
-    part: _builtins.int
-    digest: _builtins.str
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
     def __init__(
         self,
         *,
-        task_id: _builtins.str = ...,
-        attempt: _builtins.int = ...,
-        part: _builtins.int = ...,
-        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "part", b"part", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UploadOffsetRequest: _TypeAlias = UploadOffsetRequest  # noqa: Y015
-
-@_typing.final
-class UploadOffsetReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OFFSET_FIELD_NUMBER: _builtins.int
-    offset: _builtins.int
-    def __init__(
-        self,
-        *,
-        offset: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UploadOffsetReply: _TypeAlias = UploadOffsetReply  # noqa: Y015
+Global___Sealed: _TypeAlias = Sealed  # noqa: Y015
 
 @_typing.final
 class CommitUpdateRequest(_message.Message):
