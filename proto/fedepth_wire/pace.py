@@ -4,9 +4,9 @@ The device measures, in both directions: an upload is acknowledged as it is writ
 piece. What is under way and not yet answered for is the window. It is lost when the link is cut, and everything else
 on the connection waits behind it; on the other hand, a link is only used fully while the window lasts a round trip.
 
-Once a round trip, the window becomes `rate · (round trip + 1 s)`, growing to at most twice what it was. The rate is the
-largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016), and the
-round trip is that without a queue of our own. After a cut it also stays below 1/20 of what passes between two cuts, so
+Once a round trip, the window becomes `rate · (round trip + 1 s)` and a piece, growing to at most twice what it was. The
+rate is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016),
+and the round trip is that without a queue of our own. An answer that is far too late shrinks it at once. After a cut it also stays below 1/20 of what passes between two cuts, so
 that not much is sent twice on a link that is cut again and again.
 """
 
@@ -23,6 +23,7 @@ MOST_WINDOW_BYTES = 4 << 20
 LEAST_PIECE_BYTES = 1 << 10
 MOST_PIECE_BYTES = 1 << 20
 TARGET_S = 1.0
+LATE = 2.0  # times what a window should take
 LOSS = 20  # what passes between two cuts is so many times as much as what is lost in one
 _PIECES = 4  # in a window
 _SHORTEST_S = 1e-6  # of what a clock can tell
@@ -85,8 +86,11 @@ class Pace:
         while self._waiting and self._waiting[0][0] <= self._arrived:
             _, since, before = self._waiting.popleft()
             seconds = max(_SHORTEST_S, now - since)
-            self._rate = max(self._rate, (self._arrived - before) / seconds)
+            rate = (self._arrived - before) / seconds
+            self._rate = max(self._rate, rate)
             self._shortest_s = min(self._shortest_s, seconds)
+            if seconds > LATE * (self._round_trip_s + TARGET_S):
+                self._window = max(LEAST_WINDOW_BYTES, min(self._window, self._goal(rate)))
         if self._arrived >= self._round_end and self._rate:
             self._end_round()
 
@@ -109,7 +113,11 @@ class Pace:
         if self.window == LEAST_WINDOW_BYTES:  # hardly a queue of ours: it is as long as that
             self._round_trip_s = self._shortest_s
         self._round_trip_s = min(self._round_trip_s, self._shortest_s)
-        goal = int(min(self._rate * (self._round_trip_s + TARGET_S), MOST_WINDOW_BYTES))
+        goal = self._goal(self._rate)
         if goal > self._window or self._was_full:  # a transfer that had no more to send says little of its link
             self._window = max(LEAST_WINDOW_BYTES, min(goal, 2 * self.window))
         self._begin_round()
+
+    def _goal(self, rate: float) -> int:
+        """The window for a link of this rate, in bytes a second. The piece keeps a small window from standing still."""
+        return int(min(rate * (self._round_trip_s + TARGET_S) + LEAST_PIECE_BYTES, MOST_WINDOW_BYTES))
