@@ -100,8 +100,8 @@ class Streams:
                         )
                     pace.arrived(reply.held_bytes - held)
                     held = reply.held_bytes
-                    while sent < total and (not pace.under_way or pace.under_way + pace.piece <= pace.window):
-                        data = await asyncio.to_thread(file.read, pace.piece)
+                    while sent < total and (size := pace.next_piece):
+                        data = await asyncio.to_thread(file.read, size)
                         if not data or sent + len(data) > total:
                             raise ProtocolError(f"{path.name} has changed: it had {total} bytes")
                         pace.sent(len(data))

@@ -4,10 +4,11 @@ The device measures, in both directions: an upload is acknowledged as it is writ
 piece. What is under way and not yet answered for is the window. It is lost when the link is cut, and everything else
 on the connection waits behind it; on the other hand, a link is only used fully while the window lasts a round trip.
 
-Once a round trip, the window becomes `rate · (round trip + 1 s)` and a piece, growing to at most twice what it was. The
-rate is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016),
-and the round trip is that without a queue of our own. An answer that is far too late shrinks it at once. After a cut it also stays below 1/20 of what passes between two cuts, so
-that not much is sent twice on a link that is cut again and again.
+Once a round trip, the window becomes `rate · (round trip + 1 s)` and a little, growing to at most twice what it was. The
+rate is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control",
+2016), and the round trip is that without a queue of our own. An answer that is far too late shrinks the window at once.
+After a cut it also stays below 1/20 of what passes between two cuts, so that not much is sent twice on a link that is
+cut again and again.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ class Pace:
         return max(LEAST_PIECE_BYTES, min(self.window // _PIECES, MOST_PIECE_BYTES))
 
     @property
+    def next_piece(self) -> int:
+        """Bytes that should be sent now; 0 while enough is under way."""
+        room = self.window - self.under_way
+        return min(self.piece, room) if 2 * room >= self.piece else 0
+
+    @property
     def under_way(self) -> int:
         """Bytes that are sent, or asked for, and have not arrived."""
         return self._sent - self._arrived
@@ -76,7 +83,7 @@ class Pace:
         """So many bytes more are under way."""
         self._waiting.append((self._sent + size, self._clock(), self._arrived))
         self._sent += size
-        self._was_full = self._was_full or self.under_way + self.piece > self.window
+        self._was_full = self._was_full or not self.next_piece
 
     def arrived(self, size: int) -> None:
         """So many bytes, the oldest that were under way, have arrived."""
