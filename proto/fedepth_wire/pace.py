@@ -4,11 +4,11 @@ The device measures, in both directions: an upload is acknowledged as it is writ
 piece. What is under way and not yet answered for is the window. It is lost when the link is cut, and everything else
 on the connection waits behind it; on the other hand, a link is only used fully while the window lasts a round trip.
 
-Once a round trip, the window becomes `rate · (round trip + 1 s)` and a little, growing to at most twice what it was. The
-rate is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control",
-2016), and the round trip is that without a queue of our own. An answer that is far too late shrinks the window at once.
-After a cut it also stays below 1/20 of what passes between two cuts, so that not much is sent twice on a link that is
-cut again and again.
+Once a round trip, the window becomes `rate · (round trip + 1 s)` and a little, but at most twice what it was. The rate
+is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016); the
+round trip is that without a queue of our own. An answer that is far too late shrinks the window at once. It also
+stays below 1/20 of what passes between two cuts, so that not much is sent twice on a link that is cut again and again;
+before the first cut, below a quarter of what has passed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MOST_PIECE_BYTES = 1 << 20
 TARGET_S = 1.0
 LATE = 2.0  # times what a window should take
 LOSS = 20  # what passes between two cuts is so many times as much as what is lost in one
+FIRST_LOSS = 4  # what is known of a link that was never cut: so much has passed
 _PIECES = 4  # in a window
 _SHORTEST_S = 1e-6  # of what a clock can tell
 
@@ -47,10 +48,11 @@ class Pace:
     @property
     def window(self) -> int:
         """Bytes that may be under way, `LEAST_WINDOW_BYTES` to `MOST_WINDOW_BYTES`."""
-        most = MOST_WINDOW_BYTES
-        if self._between_cuts is not None:
-            most = min(most, max(self._between_cuts, self._run) // LOSS)
-        return max(LEAST_WINDOW_BYTES, min(self._window, most))
+        if self._between_cuts is None:
+            most = max(FIRST_WINDOW_BYTES, self._run // FIRST_LOSS)
+        else:
+            most = max(self._between_cuts, self._run) // LOSS
+        return max(LEAST_WINDOW_BYTES, min(self._window, most, MOST_WINDOW_BYTES))
 
     @property
     def piece(self) -> int:
@@ -97,6 +99,7 @@ class Pace:
             self._rate = max(self._rate, rate)
             self._shortest_s = min(self._shortest_s, seconds)
             if seconds > LATE * (self._round_trip_s + TARGET_S):
+                self._rate = rate
                 self._window = max(LEAST_WINDOW_BYTES, min(self._window, self._goal(rate)))
         if self._arrived >= self._round_end and self._rate:
             self._end_round()
