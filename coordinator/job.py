@@ -361,9 +361,12 @@ class Job:
             return False
 
     async def file_of(self, digest: str) -> Source | None:
-        """The file with this digest that devices may fetch: weights of a round, or the graph."""
+        """The file with this digest that devices may fetch: weights of a round or their index, or the graph."""
         if digest == self._prepared.graph_digest:
             return Source(self.store.files.graph(), self._prepared.graph_bytes, digest)
+        index = self.weights.find_index(digest)
+        if index is not None:
+            return index
         record = await self.store.short(self.store.find_weights, digest)
         if record is None:
             return None
@@ -487,7 +490,7 @@ class Job:
         One that has hung up meanwhile asks again, and is given the task once more."""
         now = self._waiters.pop(action.device_id, waiter)
         self.presence.leave(action.device_id, self._clock())
-        weights = self.weights.record
+        weights, index = self.weights.record, self.weights.index
         task = Task(
             task_id=action.task_id,
             attempt=action.attempt,
@@ -502,6 +505,8 @@ class Job:
             weights_digest=weights.digest,
             weights_bytes=weights.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
+            index_digest=index.digest if index else "",
+            index_bytes=index.size_bytes if index else 0,
         )
         if not now.answer.done():
             now.answer.set_result(task)

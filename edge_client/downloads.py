@@ -1,7 +1,12 @@
 """Files that come from the coordinator and are kept by their digest: the job's graph, and the weights of rounds.
 
-STATE/graphs/DIGEST.json, STATE/weights/DIGEST.safetensors     the newest two of each
-….partial                                                      what came so far of one that was cut
+STATE/graphs/DIGEST.json            the newest two of each
+STATE/weights/DIGEST.safetensors
+STATE/indexes/DIGEST.json           of the weights with this digest (fedepth.tensor_index)
+….partial                           what came so far of one that was cut
+
+Where a device has other weights and the new ones have an index, only the tensors that it lacks are fetched. The file
+still grows from its beginning to its end, so that what is there of it is all that a later try must know.
 """
 
 from __future__ import annotations
@@ -9,17 +14,29 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from bisect import bisect_right
 from pathlib import Path
 
 import structlog
+from fedepth_wire.bounds import CHUNK_BYTES, MOST_ELEMENTS
 from fedepth_wire.chunks import PartialFile
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 from edge_client.call_errors import CutError
 from edge_client.streams import Streams
-from fedepth.errors import ProtocolError
-from fedepth.files import disk_errors, file_digest
+from fedepth.errors import ProtocolError, StateError
+from fedepth.files import disk_errors, file_digest, open_regular, read_regular
 from fedepth.task import Task
+from fedepth.tensor_index import (
+    MOST_INDEX_BYTES,
+    Segment,
+    TensorIndex,
+    decode_index,
+    index_of,
+    known_segments,
+    missing_ranges,
+    spans_of,
+)
 
 _KEPT_FILES = 2
 _log = structlog.get_logger()
@@ -30,22 +47,55 @@ class Downloads:
 
     def __init__(self, state: Path, streams: Streams) -> None:
         self._weights = state / "weights"
+        self._indexes = state / "indexes"
         self._graphs = state / "graphs"
         self._streams = streams
         self._doubted: set[str] = set()  # digests of files that came whole and were others
-        self._growing: PartialFile | None = None
+        self._growing: dict[Path, PartialFile] = {}  # one in each folder
 
     async def weights(self, task: Task) -> Path:
         """The task's global weights; see `_fetch`."""
-        return await self._fetch(
-            self._weights, f"{task.weights_digest}.safetensors", task.weights_digest, task.weights_bytes
-        )
+        digest, size = task.weights_digest, task.weights_bytes
+        name = f"{digest}.safetensors"
+        with disk_errors("weights cannot be fetched and kept", self._weights):
+            others = [path for path in self._weights.glob("*.safetensors") if path.name != name]
+            new = not (self._weights / name).exists()
+        assembly = None
+        if task.index_digest and others and new and digest not in self._doubted:
+            found = await self._fetch(self._indexes, f"{digest}.json", task.index_digest, task.index_bytes)
+            with disk_errors("weights that are here cannot be read", self._weights):
+                assembly = await asyncio.to_thread(self._assembly, found, size, others)
+        return await self._fetch(self._weights, name, digest, size, assembly)
 
     async def graph(self, task: Task) -> Path:
         """The traced model of the task's job; see `_fetch`."""
         return await self._fetch(self._graphs, f"{task.graph_digest}.json", task.graph_digest, task.graph_bytes)
 
-    async def _fetch(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
+    def _assembly(self, index: Path, size_bytes: int, others: list[Path]) -> _Assembly:
+        """What of the weights with this index is in other files."""
+        wanted = decode_index(read_regular(index, MOST_INDEX_BYTES), size_bytes)
+        indexes = []
+        for path in others:
+            try:
+                indexes.append((path, self._index(path)))
+            except StateError as error:
+                _log.warning("weights that are here cannot be used for the next", error=str(error))
+        return _Assembly(wanted, known_segments(indexes))
+
+    def _index(self, weights: Path) -> TensorIndex:
+        """Of weights that are here: as it came with them, or made now."""
+        kept = self._indexes / f"{weights.stem}.json"
+        try:
+            return decode_index(read_regular(kept, MOST_INDEX_BYTES), weights.stat().st_size)
+        except FileNotFoundError:
+            return index_of(weights)
+        except ProtocolError as error:
+            _log.warning("an index that was kept is damaged; it is made anew", error=str(error))
+            return index_of(weights)
+
+    async def _fetch(
+        self, folder: Path, name: str, digest: str, size_bytes: int, assembly: _Assembly | None = None
+    ) -> Path:
         """A file of the coordinator, from disk if it is there, resumed if a part of it is.
 
         Raises:
@@ -55,9 +105,11 @@ class Downloads:
         if size_bytes <= 0:
             raise ProtocolError(f"{name}: a file of {size_bytes} bytes was announced")
         with disk_errors(f"{name} cannot be fetched and kept", folder):
-            return await self._fetch_into(folder, name, digest, size_bytes)
+            return await self._fetch_into(folder, name, digest, size_bytes, assembly)
 
-    async def _fetch_into(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
+    async def _fetch_into(
+        self, folder: Path, name: str, digest: str, size_bytes: int, assembly: _Assembly | None
+    ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         final, partial = folder / name, folder / f"{name}.partial"
         for path in (final, partial):
@@ -72,31 +124,73 @@ class Downloads:
         for other in folder.glob("*.partial"):
             if other != partial:
                 other.unlink()
-        growing = self._growing
-        if growing is None or growing.path != partial or growing.size_bytes != size_bytes:
-            growing = self._growing = PartialFile(partial, size_bytes, digest)
+        growing = self._growing.get(folder)
+        if growing is None or (growing.path, growing.size_bytes, growing.digest) != (partial, size_bytes, digest):
+            growing = self._growing[folder] = PartialFile(partial, size_bytes, digest)
         await asyncio.to_thread(growing.resume)
-        await self._fill(growing)
+        await self._fill(growing, assembly)
         try:
             await asyncio.to_thread(growing.seal, final)
         except ProtocolError:
             self._doubted.add(digest)
             raise
         self._doubted.discard(digest)
-        self._growing = None
+        del self._growing[folder]
         _forget_old(final)
         return final
 
-    async def _fill(self, growing: PartialFile) -> None:
+    async def _fill(self, growing: PartialFile, assembly: _Assembly | None) -> None:
         def take(chunk: Chunk) -> None:
             growing.append(chunk.offset, chunk.data)
+            if assembly is not None:
+                assembly.copy_into(growing)
 
+        if assembly is not None:
+            await asyncio.to_thread(assembly.copy_into, growing)
         while growing.held_bytes < growing.size_bytes:
             missing = [(growing.held_bytes, growing.size_bytes)]
+            if assembly is not None:
+                missing = assembly.missing(growing.held_bytes)[:MOST_ELEMENTS]
             try:
                 await self._streams.fetch(growing.digest, missing, take, verify=growing.digest in self._doubted)
             except CutError as error:
                 _log.debug("a download was cut; going on", file=growing.path.name, error=str(error))
+
+
+class _Assembly:
+    """A file some of whose segments lie in other files."""
+
+    def __init__(self, index: TensorIndex, known: dict[Segment, tuple[Path, int]]) -> None:
+        self._index = index
+        self._known = known
+        self._spans = spans_of(index)
+        self._begins = [begin for _, begin in self._spans]
+
+    def missing(self, held_bytes: int) -> list[tuple[int, int]]:
+        """What has to be fetched, from `held_bytes` on."""
+        return missing_ranges(self._index, held_bytes, self._known)
+
+    def copy_into(self, growing: PartialFile) -> None:
+        """Adds what follows, as far as it is in other files.
+
+        Raises:
+            ProtocolError: one of them has become shorter.
+            OSError: one cannot be read, or the file not be written.
+        """
+        while growing.held_bytes < growing.size_bytes:
+            segment, begin = self._spans[bisect_right(self._begins, growing.held_bytes) - 1]
+            source = self._known.get(segment)
+            if source is None:
+                return
+            path, place = source
+            end = begin + segment[0]
+            with open_regular(path) as file:
+                file.seek(place + growing.held_bytes - begin)
+                while growing.held_bytes < end:
+                    data = file.read(min(CHUNK_BYTES, end - growing.held_bytes))
+                    if not data:
+                        raise ProtocolError(f"{path} has become shorter")
+                    growing.append(growing.held_bytes, data)
 
 
 def _forget_old(current: Path) -> None:

@@ -31,6 +31,7 @@ from fedepth.models.graph import MOST_BYTES
 from fedepth.plan import Plan
 from fedepth.printable import printable
 from fedepth.task import DeviceReport, Failure, PartInfo, Progress, Task
+from fedepth.tensor_index import MOST_INDEX_BYTES
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -235,6 +236,8 @@ def _checked(task: Task) -> Task:
             f"task {task.task_id}: attempt {task.attempt}, {task.weights_bytes} bytes of weights, "
             f"{len(task.plan.stages)} stages cannot be"
         )
+    if task.index_digest and not (_DIGEST.fullmatch(task.index_digest) and 0 < task.index_bytes <= MOST_INDEX_BYTES):
+        raise ProtocolError(f"task {task.task_id}: an index {task.index_digest[:80]!r} of {task.index_bytes} bytes")
     if not 0 < task.graph_bytes <= MOST_BYTES:
         raise ProtocolError(f"task {task.task_id}: a graph of {task.graph_bytes} bytes; at most {MOST_BYTES} are read")
     odd = [s.block for s in task.plan.stages if not 0 <= s.first <= s.last or min(s.micro_batch, s.build_batch) < 1]

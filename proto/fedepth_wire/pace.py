@@ -5,8 +5,8 @@ piece. What is under way and not yet answered for is the window. It is lost when
 on the connection waits behind it; on the other hand, a link is only used fully while the window lasts a round trip.
 
 Once a round trip, the window becomes `rate · (round trip + 1 s)` and a little, but at most twice what it was. The rate
-is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016); the
-round trip is that without a queue of our own. An answer that is far too late shrinks the window at once. It also
+is the largest of the last round trip, as in BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016).
+The round trip is that without a queue of our own. An answer that is far too late shrinks the window at once. It also
 stays below 1/20 of what passes between two cuts, so that not much is sent twice on a link that is cut again and again;
 before the first cut, below a quarter of what has passed.
 """
