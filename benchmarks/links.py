@@ -12,16 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import signal
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
+import structlog
 import typer
 from fedepth_wire.times import within
 from rich.console import Console
@@ -45,6 +47,7 @@ STALL_S = 5.0  # of the device in these scenarios; what is frozen is frozen for 
 LIMIT_S = 300.0  # for one scenario
 CLOSE_S = 20.0  # until the last round is closed
 SAMPLES = 64
+SMALL = "benchmarks.links:small_model"
 KB = 1000
 _GIB = 1 << 30
 JOB = """\
@@ -80,11 +83,13 @@ class Scenario:
 
     Attributes:
         killed: "coordinator" or "device", each time another third of the files has moved; "" for nobody.
+        model: of a link on which a large one would take hours, a small one.
     """
 
     name: str
     faults: Faults
     killed: str = ""
+    model: str = "digits-cnn"
 
 
 SCENARIOS = (
@@ -97,7 +102,8 @@ SCENARIOS = (
     Scenario("half-closed every 80 kB", Faults(half_close_after=80 * KB)),
     Scenario("the device is killed", Faults(bytes_per_s=100 * KB), "device"),
     Scenario("the coordinator is killed", Faults(bytes_per_s=100 * KB), "coordinator"),
-    Scenario("2 kB/s", Faults(bytes_per_s=2 * KB)),
+    Scenario("2 kB/s", Faults(bytes_per_s=2 * KB), model=SMALL),
+    Scenario("2 kB/s, cut every 40 kB", Faults(bytes_per_s=2 * KB, cut_after=40 * KB), model=SMALL),
 )
 QUICK = ("cut every 40 kB", "half-closed every 80 kB", "the device is killed")
 
@@ -123,6 +129,17 @@ class Outcome:
         """What passed beyond the files themselves, framing included."""
         files = self.files_down + self.files_up
         return (self.down + self.up) / files - 1 if files else 0.0
+
+
+def small_model() -> Any:
+    """A classifier of the same pictures as the other scenarios' model, with a tenth of its parameters."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10),
+    )  # fmt: skip
 
 
 class Device:
@@ -268,7 +285,7 @@ async def _disturbed(
         working.cancel()
 
 
-async def run(running: Lab, job: Path, scenarios: tuple[Scenario, ...], console: Console) -> list[Outcome]:
+async def run(running: Lab, job: Path, scenarios: Sequence[Scenario], console: Console) -> list[Outcome]:
     """All of these, one after the other, against one coordinator."""
 
     def restarted() -> int:
@@ -291,15 +308,23 @@ async def run(running: Lab, job: Path, scenarios: tuple[Scenario, ...], console:
     return outcomes
 
 
-def played(folder: Path, names: tuple[str, ...] = (), console: Console | None = None) -> list[Outcome]:
+def played(folder: Path, names: Sequence[str] = (), console: Console | None = None) -> list[Outcome]:
     """These scenarios, or all of them, with what the coordinator's record has lost of what was acknowledged."""
-    scenarios = tuple(each for each in SCENARIOS if not names or each.name in names)
-    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for number, model in enumerate(dict.fromkeys(each.model for each in SCENARIOS)):
+        chosen = [each for each in SCENARIOS if each.model == model and (not names or each.name in names)]
+        if chosen:
+            outcomes += _played(folder / f"job-{number}", model, chosen, console or Console(quiet=True))
+    return outcomes
+
+
+def _played(folder: Path, model: str, scenarios: Sequence[Scenario], console: Console) -> list[Outcome]:
+    folder.mkdir(parents=True)
     job = folder / "job.toml"
-    job.write_text(JOB.format(rounds=len(scenarios) + 1, model="digits-cnn", shape=[1, 32, 32]))
+    job.write_text(JOB.format(rounds=len(scenarios) + 1, model=model, shape=[1, 32, 32]))
     with lab(folder) as running:
         running.start_coordinator(job)
-        outcomes = asyncio.run(run(running, job, scenarios, console or Console(quiet=True)))
+        outcomes = asyncio.run(run(running, job, scenarios, console))
         end = time.monotonic() + CLOSE_S
         while len(closed := _closed(running)) < len(outcomes) and time.monotonic() < end:
             time.sleep(RETRY_S)
@@ -319,6 +344,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option("--only", help="Only the scenarios with these names.")] = None,
 ) -> None:
     console = Console()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = played(Path(folder), tuple(only or ()), console)
     files = sum(each.files_down + each.files_up for each in outcomes)

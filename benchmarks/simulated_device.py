@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import msgspec
 import numpy as np
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import to_message
+from fedepth_wire.task_messages import task_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
@@ -46,6 +47,7 @@ class Part:
 class Fetched:
     """Files by their digest; may be shared among devices. Only the newest weights are kept."""
 
+    models: dict[str, bytes] = field(default_factory=dict)
     graphs: dict[str, TracedModel] = field(default_factory=dict)
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -81,11 +83,15 @@ class SimulatedDevice:
 
     async def next_task(self, wait_s: float = 20.0) -> Task | None:
         """The task that it is given; None for any other answer."""
-        return self.task_in(await self.ask(wait_s=wait_s))
+        return await self.task_in(await self.ask(wait_s=wait_s))
 
-    @staticmethod
-    def task_in(reply: pb.NextTaskReply) -> Task | None:
-        return from_message(reply.task, Task) if reply.WhichOneof("outcome") == "task" else None
+    async def task_in(self, reply: pb.NextTaskReply) -> Task | None:
+        if reply.WhichOneof("outcome") != "task":
+            return None
+        digest = reply.task.model_digest
+        if digest not in self.fetched.models:
+            self.fetched.models[digest] = await self._fetch(digest, reply.task.model_bytes)
+        return task_of(reply.task, self.fetched.models[digest])
 
     async def model(self, task: Task) -> TracedModel:
         """The task's graph and costs."""

@@ -103,7 +103,7 @@ class GlobalModel:
         self._evaluations = Evaluations(config, store, models, events, self.long_work)
         self._closing = Closing(config, store, events, self._evaluations, parameters, self.long_work)
         self.record = self._latest()
-        self._indexes: dict[str, Source] = {}  # of the weights in force and of those before, by their digests
+        self._indexes: dict[str, Source | None] = {}  # of the weights in force and of those before, by their digests
         self._learn_index(self.record)
 
     @property
@@ -113,23 +113,26 @@ class GlobalModel:
 
     def find_index(self, digest: str) -> Source | None:
         """The index with this digest of its own."""
-        return next((index for index in self._indexes.values() if index.digest == digest), None)
+        return next((index for index in self._indexes.values() if index is not None and index.digest == digest), None)
 
     def _learn_index(self, record: RoundRecord) -> None:
         """Makes the index of these weights. It follows from them, so that after a restart it is the same."""
-        if record.digest in self._indexes:
-            return
+        if record.digest not in self._indexes:
+            before = {digest: index for digest, index in self._indexes.items() if digest == self.record.digest}
+            self._indexes = {**before, record.digest: self._index_of(record)}
+
+    def _index_of(self, record: RoundRecord) -> Source | None:
         found = self._store.find_weights(record.digest)
         if found is None:
-            return
+            return None
         try:
             data = encode_index(index_of(self._store.files.weights(found.round, found.digest)))
         except (StateError, OSError) as error:
             _log.warning("the weights have no index; devices fetch all of them", error=str(error))
-            return
-        if SMALL * len(data) <= record.size_bytes:
-            source = Source(data, len(data), hashlib.sha256(data).hexdigest())
-            self._indexes = {**dict([*self._indexes.items()][-1:]), record.digest: source}
+            return None
+        if SMALL * len(data) > record.size_bytes:
+            return None
+        return Source(data, len(data), hashlib.sha256(data).hexdigest())
 
     async def _take_over(self, record: RoundRecord) -> None:
         await asyncio.to_thread(self._learn_index, record)

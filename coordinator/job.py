@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fedepth_wire.chunks import Source
+from fedepth_wire.task_messages import model_source
 
 from coordinator.course import Course
 from coordinator.fleet import Fleet
@@ -101,6 +102,7 @@ class Job:
         store.answer_promptly()
         self.events = Events()
         self.model = model_spec(config)
+        self.model_source = model_source(self.model)
         self.fleet = Fleet(store, self.events, config.limits.devices, clock, self.model)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
@@ -361,12 +363,13 @@ class Job:
             return False
 
     async def file_of(self, digest: str) -> Source | None:
-        """The file with this digest that devices may fetch: weights of a round or their index, or the graph."""
+        """The file with this digest that devices may fetch: weights of a round or their index, the graph,
+        or the model."""
         if digest == self._prepared.graph_digest:
             return Source(self.store.files.graph(), self._prepared.graph_bytes, digest)
-        index = self.weights.find_index(digest)
-        if index is not None:
-            return index
+        for source in (self.model_source, self.weights.find_index(digest)):
+            if source is not None and source.digest == digest:
+                return source
         record = await self.store.short(self.store.find_weights, digest)
         if record is None:
             return None

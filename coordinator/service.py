@@ -16,7 +16,8 @@ import grpc
 import structlog
 from fedepth_wire.bounds import CHUNK_BYTES, check_message
 from fedepth_wire.chunks import Pieces
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import from_message
+from fedepth_wire.task_messages import task_message
 from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
@@ -44,6 +45,7 @@ class FederationService(FederationServicer):
         self._stall_s = stall_s
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
+        context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
             report = from_message(request.device, DeviceReport)
             try:
@@ -76,7 +78,7 @@ class FederationService(FederationServicer):
             job.stop_waiting(report.device_id, answer)
         task = answer.result() if answer.done() else None
         if task is not None:
-            return pb.NextTaskReply(task=to_message(task, pb.Task))
+            return pb.NextTaskReply(task=task_message(task, job.model_source))
         if job.finished.is_set():
             return self._finished(report.device_id)
         return _retry(random.randrange(SPREAD_MS), job.why_wait())

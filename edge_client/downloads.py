@@ -1,6 +1,7 @@
-"""Files that come from the coordinator and are kept by their digest: the job's graph, and the weights of rounds.
+"""Files that come from the coordinator and are kept by their digest: model and graph of the job, weights of rounds.
 
 STATE/graphs/DIGEST.json            the newest two of each
+STATE/models/DIGEST.spec            what the job says of its model (fedepth_wire.task_messages)
 STATE/weights/DIGEST.safetensors
 STATE/indexes/DIGEST.json           of the weights with this digest (fedepth.tensor_index)
 ….partial                           what came so far of one that was cut
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import stat
 from bisect import bisect_right
 from pathlib import Path
@@ -20,7 +22,8 @@ from pathlib import Path
 import structlog
 from fedepth_wire.bounds import CHUNK_BYTES, MOST_ELEMENTS
 from fedepth_wire.chunks import PartialFile
-from fedepth_wire.v1.federation_pb2 import Chunk
+from fedepth_wire.task_messages import MOST_MODEL_BYTES
+from fedepth_wire.v1 import federation_pb2 as pb
 
 from edge_client.call_errors import CutError
 from edge_client.streams import Streams
@@ -39,6 +42,7 @@ from fedepth.tensor_index import (
 )
 
 _KEPT_FILES = 2
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _log = structlog.get_logger()
 
 
@@ -49,6 +53,7 @@ class Downloads:
         self._weights = state / "weights"
         self._indexes = state / "indexes"
         self._graphs = state / "graphs"
+        self._models = state / "models"
         self._streams = streams
         self._doubted: set[str] = set()  # digests of files that came whole and were others
         self._growing: dict[Path, PartialFile] = {}  # one in each folder
@@ -70,6 +75,15 @@ class Downloads:
     async def graph(self, task: Task) -> Path:
         """The traced model of the task's job; see `_fetch`."""
         return await self._fetch(self._graphs, f"{task.graph_digest}.json", task.graph_digest, task.graph_bytes)
+
+    async def model(self, task: pb.Task) -> bytes:
+        """The model that a task's message names (fedepth_wire.task_messages); see `_fetch`."""
+        digest, size = task.model_digest, task.model_bytes
+        if not _DIGEST.fullmatch(digest) or not 0 < size <= MOST_MODEL_BYTES:
+            raise ProtocolError(f"a task names the model {digest[:80]!r} of {size} bytes")
+        path = await self._fetch(self._models, f"{digest}.spec", digest, size)
+        with disk_errors("a job's model cannot be read", self._models):
+            return await asyncio.to_thread(read_regular, path, MOST_MODEL_BYTES)
 
     def _assembly(self, index: Path, size_bytes: int, others: list[Path]) -> _Assembly:
         """What of the weights with this index is in other files."""
@@ -140,7 +154,7 @@ class Downloads:
         return final
 
     async def _fill(self, growing: PartialFile, assembly: _Assembly | None) -> None:
-        def take(chunk: Chunk) -> None:
+        def take(chunk: pb.Chunk) -> None:
             growing.append(chunk.offset, chunk.data)
             if assembly is not None:
                 assembly.copy_into(growing)

@@ -16,7 +16,8 @@ import grpc.aio
 import structlog
 from fedepth_wire import channel as wire_channel
 from fedepth_wire.bounds import MOST_LONG_TEXT
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import to_message
+from fedepth_wire.task_messages import task_of
 from fedepth_wire.times import CHECK_S, STALL_S
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
@@ -143,10 +144,11 @@ class GrpcTransport:
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
         """Asks for work; the coordinator may hold the call for `wait_s`."""
         request = pb.NextTaskRequest(device=to_message(report, pb.DeviceReport), wait_ms=int(wait_s * 1000))
-        reply = await self._call(self._stub.NextTask(request, timeout=wait_s + self._stall_s))
+        call = self._stub.NextTask(request, timeout=wait_s + self._stall_s, compression=grpc.Compression.Gzip)
+        reply = await self._call(call)
         kind = reply.WhichOneof("outcome")
         if kind == "task":
-            return _checked(from_message(reply.task, Task))
+            return _checked(task_of(reply.task, await self._downloads.model(reply.task)))
         if kind == "retry":
             return RetryLater(reply.retry.retry_after_ms / 1000, reply.retry.reason)
         if kind == "finished":
@@ -172,7 +174,9 @@ class GrpcTransport:
             if refused:
                 return refused
         request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
-        reply = await self._call(self._stub.CommitUpdate(request, timeout=max(CHECK_S, self._stall_s)))
+        patience = max(CHECK_S, self._stall_s)
+        call = self._stub.CommitUpdate(request, timeout=patience, compression=grpc.Compression.Gzip)
+        reply = await self._call(call)
         kind = reply.WhichOneof("outcome")
         if kind == "accepted":
             return Accepted(reply.accepted.round)

@@ -129,7 +129,7 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
     },
     "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT, "weights_digest": _DIGEST},
     "PartInfo": {"digest": _DIGEST},
-    "Task": {"index_digest": _DIGEST},
+    "Task": {"index_digest": _DIGEST, "model_digest": _DIGEST},
     "FetchFileRequest": {"digest": _DIGEST, "piece_bytes": Bound(most=CHUNK_BYTES)},
     "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
     "Failure": {"message": _LONG_TEXT},

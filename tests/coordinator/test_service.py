@@ -13,7 +13,8 @@ import grpc
 import pytest
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import to_message
+from fedepth_wire.task_messages import task_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from msgspec import structs
@@ -48,7 +49,8 @@ class Rig:
     async def task(self, device: str) -> Task:
         reply = await self.ask(device)
         assert reply.WhichOneof("outcome") == "task", reply
-        return from_message(reply.task, Task)
+        assert not reply.task.HasField("model")
+        return task_of(reply.task, self.job.model_source.content)
 
     def header(self, task: Task, device: str, data: bytes = PART, digest: str = "") -> pb.UploadHeader:
         return pb.UploadHeader(

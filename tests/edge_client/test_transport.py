@@ -13,8 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 from fedepth_wire.chunks import Source
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import from_message
 from fedepth_wire.pace import FIRST_WINDOW_BYTES, LEAST_WINDOW_BYTES
+from fedepth_wire.task_messages import model_source, task_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
 
@@ -42,9 +43,17 @@ class Server(FederationServicer):
     upload_reply: pb.UploadPartReply | None = None
     held: dict[int, bytes] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
+    models: dict[str, bytes] = field(default_factory=dict)
     credits: list[int] = field(default_factory=list)
     cut_after: int | None = None
     silent: bool = False
+
+    def task(self, task: Task) -> pb.NextTaskReply:
+        """The reply that hands it out. Its model can be fetched from now on."""
+        model = model_source(task.model)
+        assert isinstance(model.content, bytes)
+        self.models[model.digest] = model.content
+        return pb.NextTaskReply(task=task_message(task, model))
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
         self.asked.append(request)
@@ -57,9 +66,8 @@ class Server(FederationServicer):
             if pieces is None:
                 self.asked.append(request)
                 total = sum(each.end - each.begin for each in request.ranges)
-                pieces = Source(self.weights.read_bytes(), 0, "").pieces(
-                    [(each.begin, each.end) for each in request.ranges]
-                )
+                content = self.models.get(request.digest) or self.weights.read_bytes()
+                pieces = Source(content, 0, "").pieces([(each.begin, each.end) for each in request.ranges])
             self.credits.append(request.credit_bytes)
             while sent < min(total, request.credit_bytes):
                 if self.cut_after is not None and sent >= self.cut_after:
@@ -143,7 +151,7 @@ def against(
 def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Task) -> None:
     async def scene(transport: GrpcTransport) -> None:
         for reply, expected in (
-            (pb.NextTaskReply(task=to_message(big_task, pb.Task)), big_task),
+            (server.task(big_task), big_task),
             (
                 pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500, reason="waiting")),
                 RetryLater(1.5, "waiting"),
@@ -164,6 +172,59 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     against(server, tmp_path, scene)
     assert server.asked[0].wait_ms == 30_000
     assert from_message(server.asked[0].device, DeviceReport) == REPORT
+
+
+def test_what_all_tasks_of_a_job_have_in_common_is_fetched_once(server: Server, tmp_path: Path, big_task: Task) -> None:
+    """The names of many classes have more bytes than a bad link passes in one go."""
+    names = tuple(f"class number {number}" for number in range(10_000))
+    task = replace(big_task, model=replace(big_task.model, classes=names))
+    server.task_reply = server.task(task)
+    server.cut_after = 40_000
+
+    async def scene(transport: GrpcTransport) -> None:
+        for _ in range(2):
+            assert await transport.next_task(REPORT, 30) == task
+
+    against(server, tmp_path, scene)
+    assert server.task_reply.ByteSize() < 2_000
+    fetched = [ranges_of(request)[0][0] for request in server.asked if isinstance(request, pb.FetchFileRequest)]
+    assert fetched[0] == 0 and fetched == sorted(set(fetched)) and len(fetched) > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_digest": "../x"}, r"names the model '\.\./x' of"),
+        ({"model_bytes": 0}, "of 0 bytes"),
+        ({"model_bytes": (4 << 20) + 1}, "of 4194305 bytes"),
+    ],
+)
+def test_a_model_that_is_named_as_none_can_be_is_refused(
+    server: Server, tmp_path: Path, big_task: Task, changes: dict[str, Any], said: str
+) -> None:
+    server.task_reply = server.task(big_task)
+    server.task_reply.task.MergeFrom(pb.Task(**changes))
+    if changes.get("model_bytes") == 0:
+        server.task_reply.task.model_bytes = 0
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match=said):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+
+
+def test_a_model_that_cannot_be_read_is_refused(server: Server, tmp_path: Path, big_task: Task) -> None:
+    server.task_reply = server.task(big_task)
+    content = b"\xff" * 10
+    server.models[digest := hashlib.sha256(content).hexdigest()] = content
+    server.task_reply.task.model_digest, server.task_reply.task.model_bytes = digest, len(content)
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match="the model of task 't1' cannot be read"):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
 
 
 def with_stage(task: Task, **changes: Any) -> Task:
@@ -191,7 +252,7 @@ def with_rate(learning_rate: float) -> Callable[[Task], Task]:
 def test_a_task_that_cannot_be_trained_is_refused(
     server: Server, tmp_path: Path, big_task: Task, change: Callable[[Task], Task], message: str
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(change(big_task), pb.Task))
+    server.task_reply = server.task(change(big_task))
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError, match=message):
@@ -213,7 +274,7 @@ def test_a_task_that_cannot_be_trained_is_refused(
 def test_names_that_would_leave_the_state_directory_are_refused(
     server: Server, tmp_path: Path, big_task: Task, bad: dict[str, str]
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, **bad), pb.Task))  # type: ignore[arg-type]
+    server.task_reply = server.task(replace(big_task, **bad))  # type: ignore[arg-type]
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError):
@@ -303,7 +364,7 @@ def test_the_graph_is_fetched_once_and_kept_apart(server: Server, tmp_path: Path
 def test_a_graph_of_a_size_that_no_model_has_is_refused(
     server: Server, tmp_path: Path, big_task: Task, size: int
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, graph_bytes=size), pb.Task))
+    server.task_reply = server.task(replace(big_task, graph_bytes=size))
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError, match="graph"):

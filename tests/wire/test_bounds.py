@@ -12,11 +12,11 @@ from fedepth_wire import bounds
 from fedepth_wire.bounds import BOUNDS, DEFAULT, bound_of, check_message
 from fedepth_wire.channel import (
     CLIENT_OPTIONS,
-    COORDINATOR_MESSAGE_LIMIT_BYTES,
-    DEVICE_MESSAGE_LIMIT_BYTES,
+    MESSAGE_LIMIT_BYTES,
     SERVER_OPTIONS,
 )
 from fedepth_wire.convert import from_message
+from fedepth_wire.task_messages import MOST_MODEL_BYTES
 from fedepth_wire.v1 import federation_pb2 as pb
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -175,7 +175,7 @@ def test_messages_that_lie_too_deep_are_refused(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_million_elements_are_refused_without_converting_them(data: bytes, kind: type[Message], core: type) -> None:
-    assert len(data) <= DEVICE_MESSAGE_LIMIT_BYTES
+    assert len(data) <= MESSAGE_LIMIT_BYTES
     message = kind.FromString(data)
     tracemalloc.start()
     try:
@@ -206,15 +206,15 @@ def test_the_largest_messages_that_are_within_bounds_can_be_received() -> None:
     chunk = pb.UploadPartRequest(chunk=pb.Chunk(offset=1 << 50, data=bytes(1 << 20)))
     for message in (result, report, chunk):
         check_message(message)
-        assert message.ByteSize() < DEVICE_MESSAGE_LIMIT_BYTES
+        assert message.ByteSize() < MESSAGE_LIMIT_BYTES
     channels = [0.5] * MOST_CHANNELS
     model = pb.ModelSpec(classes=["123456789" * 3] * MOST_CLASSES, mean=channels, std=channels)
     check_message(model)
-    assert model.ByteSize() < COORDINATOR_MESSAGE_LIMIT_BYTES
+    assert model.ByteSize() < MOST_MODEL_BYTES  # which is a file
 
 
 def test_each_side_sends_no_more_than_the_other_receives() -> None:
     client, server = dict(CLIENT_OPTIONS), dict(SERVER_OPTIONS)
     send, receive = "grpc.max_send_message_length", "grpc.max_receive_message_length"
     assert client[send] == server[receive] == (1 << 20) + (64 << 10)
-    assert server[send] == client[receive] == 4 << 20
+    assert server[send] == client[receive] == (1 << 20) + (64 << 10)
