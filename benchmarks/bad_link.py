@@ -72,7 +72,7 @@ class BadLink:
         except OSError:
             writer.transport.abort()
             return
-        passed = _Passed()
+        passed = _Passed((writer, onward[1]))
         self._open |= {writer, onward[1]}
         both = {
             asyncio.create_task(self._forward("up", reader, onward[1], passed)),
@@ -139,6 +139,8 @@ class BadLink:
             await asyncio.sleep(passed.until - loop.time())
             if 0 < faults.cut_after <= passed.bytes:
                 self.cuts += 1
+                for end in passed.ends:
+                    end.transport.abort()
                 raise _Cut
 
 
@@ -148,6 +150,9 @@ class _Cut(Exception):
 
 @dataclass
 class _Passed:
+    """What has passed in one connection, and its two ends."""
+
+    ends: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     bytes: int = 0
     frozen: bool = False
     until: float = 0.0

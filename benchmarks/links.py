@@ -326,7 +326,7 @@ def _played(folder: Path, model: str, scenarios: Sequence[Scenario], console: Co
         running.start_coordinator(job)
         outcomes = asyncio.run(run(running, job, scenarios, console))
         end = time.monotonic() + CLOSE_S
-        while len(closed := _closed(running)) < len(outcomes) and time.monotonic() < end:
+        while max(closed := _closed(running), default=0) < len(outcomes) and time.monotonic() < end:
             time.sleep(RETRY_S)
     for number, outcome in enumerate(outcomes, 1):
         outcome.lost = int(outcome.delivered and closed.get(number) != 1)
