@@ -17,12 +17,14 @@ import structlog
 from fedepth_wire.bounds import CHUNK_BYTES, check_message
 from fedepth_wire.chunks import Pieces
 from fedepth_wire.convert import from_message
+from fedepth_wire.report_messages import put_into
 from fedepth_wire.task_messages import task_message
 from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
 from coordinator.admission import check_report, check_settings, counted_for
+from coordinator.device_data import DeviceData
 from coordinator.job import Job
 from coordinator.uploads import PartHeader
 from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
@@ -43,10 +45,17 @@ class FederationService(FederationServicer):
     def __init__(self, job: Job, stall_s: float = STALL_S) -> None:
         self._job = job
         self._stall_s = stall_s
+        self._data = DeviceData()
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
+            if request.device.data_digest:
+                check_message(request)
+                data = self._data.find(request.device.data_digest)
+                if data is None:
+                    return pb.NextTaskReply(describe=pb.Describe())
+                put_into(request.device, data)
             report = from_message(request.device, DeviceReport)
             try:
                 return await self._next_task(report, request.wait_ms, context.peer())
@@ -151,21 +160,34 @@ class FederationService(FederationServicer):
         check_message(request)
         return request
 
+    async def DescribeData(  # type: ignore[override]  # see FetchFile
+        self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
+    ) -> None:
+        async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
+            header = await self._header(context)
+
+            async def chunks() -> AsyncIterator[pb.Chunk]:
+                while (chunk := await self._chunk(context)) is not None:
+                    yield chunk
+
+            await self._data.receive(header.digest, header.size_bytes, chunks(), self._acknowledge(context))
+            sealed = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
+            await self._moving(context.write(sealed), context)
+
     async def UploadPart(  # type: ignore[override]  # see FetchFile
         self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
     ) -> None:
-        async def acknowledge(held_bytes: int) -> None:
-            await self._moving(context.write(pb.UploadPartReply(held_bytes=held_bytes)), context)
-
         async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
-            first = await self._moving(context.read(), context)
-            if not isinstance(first, pb.UploadPartRequest) or first.WhichOneof("content") != "header":
-                raise ProtocolError("an upload begins with its header")
-            check_message(first)
-            sent = first.header
+            sent = await self._header(context)
             header = PartHeader(sent.task_id, sent.attempt, sent.device_id, sent.part, sent.size_bytes, sent.digest)
+
+            async def chunks() -> AsyncIterator[pb.Chunk]:
+                while (chunk := await self._chunk(context)) is not None:
+                    await self._job.touch(header.task_id)
+                    yield chunk
+
             try:
-                await self._job.uploads.receive(header, self._chunks(context, header.task_id), acknowledge)
+                await self._job.uploads.receive(header, chunks(), self._acknowledge(context))
             except UpdateError as error:
                 await self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
                 reply = pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
@@ -173,15 +195,27 @@ class FederationService(FederationServicer):
                 reply = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
             await self._moving(context.write(reply), context)
 
-    async def _chunks(self, context: Context, task_id: str) -> AsyncIterator[pb.Chunk]:
-        while True:
-            request = await self._moving(context.read(), context)
-            if not isinstance(request, pb.UploadPartRequest):  # grpc.aio.EOF
-                return
-            if request.WhichOneof("content") != "chunk":
-                raise ProtocolError("only the first message of an upload is a header")
-            await self._job.touch(task_id)
-            yield request.chunk
+    async def _header(self, context: Context) -> pb.UploadHeader:
+        first = await self._moving(context.read(), context)
+        if not isinstance(first, pb.UploadPartRequest) or first.WhichOneof("content") != "header":
+            raise ProtocolError("an upload begins with its header")
+        check_message(first)
+        return first.header
+
+    async def _chunk(self, context: Context) -> pb.Chunk | None:
+        """What comes next of an upload; None if that was the last."""
+        request = await self._moving(context.read(), context)
+        if not isinstance(request, pb.UploadPartRequest):  # grpc.aio.EOF
+            return None
+        if request.WhichOneof("content") != "chunk":
+            raise ProtocolError("only the first message of an upload is a header")
+        return request.chunk
+
+    def _acknowledge(self, context: Context) -> Callable[[int], Awaitable[None]]:
+        async def acknowledge(held_bytes: int) -> None:
+            await self._moving(context.write(pb.UploadPartReply(held_bytes=held_bytes)), context)
+
+        return acknowledge
 
     async def _moving(self, step: Awaitable[T], context: Context) -> T:
         """One step of a transfer; ends one in which nothing moves."""

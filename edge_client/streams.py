@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 import grpc.aio
@@ -18,7 +17,6 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from edge_client.call_errors import CutError, UnreachableError, as_error
 from fedepth.errors import ProtocolError
-from fedepth.files import open_regular
 
 
 class Streams:
@@ -74,15 +72,22 @@ class Streams:
                 pace.arrived(size)
                 self.moved_bytes += size
 
-    async def send(self, header: pb.UploadHeader, path: Path) -> pb.UploadPartReply:
+    async def send(
+        self, header: pb.UploadHeader, opened: Callable[[], BinaryIO], describes: bool = False
+    ) -> pb.UploadPartReply:
         """Sends what the coordinator does not hold yet of a part. The answer says `sealed` or `refused`.
+
+        Args:
+            opened: opens what is sent; in a thread.
+            describes: it is no part, but what the device says of its data.
 
         Raises:
             TransportError: the stream ended early; CutError, if it had taken something by then.
             ProtocolError: what it answers cannot be, or the part has changed.
             OSError: the part cannot be read.
         """
-        call = self._stub.UploadPart()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
+        method = self._stub.DescribeData if describes else self._stub.UploadPart
+        call = method()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
         with self._stream(self._up, call) as stream:
             pace = stream.pace
             await stream.write(pb.UploadPartRequest(header=header))
@@ -91,7 +96,7 @@ class Streams:
                 return reply
             total, held = header.size_bytes, max(0, reply.held_bytes)
             sent = held
-            with await asyncio.to_thread(open_regular, path) as file:
+            with await asyncio.to_thread(opened) as file:
                 file.seek(held)
                 while reply.WhichOneof("outcome") == "held_bytes":
                     if not held <= reply.held_bytes <= sent <= total:
@@ -103,7 +108,7 @@ class Streams:
                     while sent < total and (size := pace.next_piece):
                         data = await asyncio.to_thread(file.read, size)
                         if not data or sent + len(data) > total:
-                            raise ProtocolError(f"{path.name} has changed: it had {total} bytes")
+                            raise ProtocolError(f"a file that is sent has changed: it had {total} bytes")
                         pace.sent(len(data))
                         chunk = pb.Chunk(offset=sent, data=data)
                         if not await stream.write(pb.UploadPartRequest(chunk=chunk)):

@@ -6,10 +6,11 @@ Transfers fail on lack of progress, never on their total duration: a slow link t
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -17,6 +18,7 @@ import structlog
 from fedepth_wire import channel as wire_channel
 from fedepth_wire.bounds import MOST_LONG_TEXT
 from fedepth_wire.convert import to_message
+from fedepth_wire.report_messages import report_message
 from fedepth_wire.task_messages import task_of
 from fedepth_wire.times import CHECK_S, STALL_S
 from fedepth_wire.v1 import federation_pb2 as pb
@@ -27,7 +29,7 @@ from edge_client.downloads import Downloads
 from edge_client.outbox import Entry
 from edge_client.streams import Streams
 from fedepth.errors import ProtocolError
-from fedepth.files import disk_errors
+from fedepth.files import disk_errors, open_regular
 from fedepth.models.graph import MOST_BYTES
 from fedepth.plan import Plan
 from fedepth.printable import printable
@@ -143,9 +145,13 @@ class GrpcTransport:
 
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
         """Asks for work; the coordinator may hold the call for `wait_s`."""
-        request = pb.NextTaskRequest(device=to_message(report, pb.DeviceReport), wait_ms=int(wait_s * 1000))
-        call = self._stub.NextTask(request, timeout=wait_s + self._stall_s, compression=grpc.Compression.Gzip)
-        reply = await self._call(call)
+        device, data = report_message(report)
+        request = pb.NextTaskRequest(device=device, wait_ms=int(wait_s * 1000))
+        reply = await self._next_task(request, wait_s)
+        if reply.WhichOneof("outcome") == "describe":
+            header = pb.UploadHeader(device_id=report.device_id, size_bytes=len(data), digest=device.data_digest)
+            await self._sent(header, lambda: BytesIO(data), describes=True)
+            reply = await self._next_task(request, wait_s)
         kind = reply.WhichOneof("outcome")
         if kind == "task":
             return _checked(task_of(reply.task, await self._downloads.model(reply.task)))
@@ -156,6 +162,10 @@ class GrpcTransport:
         if kind == "rejected":
             return Rejected(reply.rejected.message, reply.rejected.retry_after_ms / 1000, reply.rejected.reason)
         raise ProtocolError(f"{self.address} answered NextTask with no outcome; is it a newer version?")
+
+    async def _next_task(self, request: pb.NextTaskRequest, wait_s: float) -> pb.NextTaskReply:
+        call = self._stub.NextTask(request, timeout=wait_s + self._stall_s, compression=grpc.Compression.Gzip)
+        return await self._call(call)
 
     async def fetch_weights(self, task: Task) -> Path:
         """The task's global weights as a file; see `Downloads`."""
@@ -200,15 +210,20 @@ class GrpcTransport:
             digest=info.digest,
         )
         with disk_errors(f"{part.path.name} cannot be read", part.path.parent):
-            while True:
-                try:
-                    reply = await self._streams.send(header, part.path)
-                    break
-                except CutError as error:
-                    _log.debug("an upload was cut; going on", part=info.part, error=str(error))
+            reply = await self._sent(header, lambda: open_regular(part.path))
         if reply.WhichOneof("outcome") == "refused":
             return Refused(reply.refused.reason, reply.refused.message)
         return None
+
+    async def _sent(
+        self, header: pb.UploadHeader, opened: Callable[[], BinaryIO], describes: bool = False
+    ) -> pb.UploadPartReply:
+        """`Streams.send`, again for as long as something moves."""
+        while True:
+            try:
+                return await self._streams.send(header, opened, describes)
+            except CutError as error:
+                _log.debug("an upload was cut; going on", part=header.part, error=str(error))
 
     async def report_failure(self, failure: Failure) -> bool:
         # A path in it may not be text, and a long one must not keep the coordinator from hearing of it.

@@ -83,6 +83,13 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "class_names": Bound(length=MOST_LONG_TEXT, elements=MOST_CLASSES),
         "folder_names": Bound(length=MOST_LONG_TEXT, elements=2 * MOST_CLASSES),
         "folder_counts": Bound(most=MOST_COUNT, elements=2 * MOST_CLASSES),
+        "data_digest": _DIGEST,
+    },
+    "DeviceData": {
+        "class_counts": Bound(most=MOST_COUNT, elements=MOST_CLASSES),
+        "class_names": Bound(length=MOST_LONG_TEXT, elements=MOST_CLASSES),
+        "folder_names": Bound(length=MOST_LONG_TEXT, elements=2 * MOST_CLASSES),
+        "folder_counts": Bound(most=MOST_COUNT, elements=2 * MOST_CLASSES),
     },
     "Calibration": {
         "kept": _NOT_NEGATIVE,

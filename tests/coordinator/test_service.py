@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
 from fedepth_wire.convert import to_message
+from fedepth_wire.report_messages import report_message
 from fedepth_wire.task_messages import task_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
@@ -252,6 +254,27 @@ def test_ranges_of_weights_and_graph_are_sent(play: Play) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await chunks(rig, request)
             assert caught.value.code() is code
+
+    play(scene)
+
+
+def test_a_device_with_many_classes_describes_its_data_once(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        names = tuple(f"class number {number}" for number in range(3000))
+        report = replace(rig.kit.report("a", classes=3000), class_names=names)
+        message, data = report_message(report)
+        request = pb.NextTaskRequest(device=message, wait_ms=0)
+        assert (await rig.stub.NextTask(request)).WhichOneof("outcome") == "describe"
+        header = pb.UploadHeader(device_id="a", size_bytes=len(data), digest=message.data_digest)
+
+        async def requests() -> AsyncIterator[pb.UploadPartRequest]:
+            yield pb.UploadPartRequest(header=header)
+            yield pb.UploadPartRequest(chunk=pb.Chunk(offset=0, data=data))
+
+        *_, reply = [reply async for reply in rig.stub.DescribeData(requests())]
+        assert reply.sealed.size_bytes == len(data)
+        refused = (await rig.stub.NextTask(request)).rejected  # the job has two classes: the names have been looked at
+        assert "class number" in refused.message
 
     play(scene)
 

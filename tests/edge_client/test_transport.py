@@ -15,6 +15,7 @@ import pytest
 from fedepth_wire.chunks import Source
 from fedepth_wire.convert import from_message
 from fedepth_wire.pace import FIRST_WINDOW_BYTES, LEAST_WINDOW_BYTES
+from fedepth_wire.report_messages import put_into
 from fedepth_wire.task_messages import model_source, task_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
@@ -225,6 +226,42 @@ def test_a_model_that_cannot_be_read_is_refused(server: Server, tmp_path: Path, 
             await transport.next_task(REPORT, 30)
 
     against(server, tmp_path, scene)
+
+
+def test_what_a_device_with_many_classes_says_of_its_data_is_sent_once(server: Server, tmp_path: Path) -> None:
+    names = tuple(f"class number {number}" for number in range(10_000))
+    report = replace(REPORT, class_names=names, class_counts=tuple(range(10_000)))
+    whole: dict[str, bytes] = {}
+    sizes: list[int] = []
+
+    class Asking(Server):
+        async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
+            self.asked.append(request)
+            sizes.append(request.ByteSize())
+            if request.device.data_digest not in whole:
+                return pb.NextTaskReply(describe=pb.Describe())
+            put_into(request.device, whole[request.device.data_digest])
+            assert from_message(request.device, DeviceReport) == report
+            return pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500))
+
+        async def DescribeData(  # type: ignore[override]
+            self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Any
+        ) -> AsyncIterator[pb.UploadPartReply]:
+            async for reply in self.UploadPart(request_iterator, context):
+                if reply.WhichOneof("outcome") == "sealed":
+                    whole[self.asked[-1].digest] = self.held[0]
+                yield reply
+
+    asking = Asking(server.weights)
+    asking.cut_after = 40_000
+
+    async def scene(transport: GrpcTransport) -> None:
+        for _ in range(2):
+            assert await transport.next_task(report, 30) == RetryLater(1.5)
+
+    against(asking, tmp_path, scene)
+    assert len(sizes) == 3 and max(sizes) < 1_000
+    assert len(asking.asked) - 3 > 3  # the file went up in several streams
 
 
 def with_stage(task: Task, **changes: Any) -> Task:

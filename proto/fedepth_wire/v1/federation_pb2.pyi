@@ -243,6 +243,7 @@ class DeviceReport(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     FOLDER_NAMES_FIELD_NUMBER: _builtins.int
     FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -252,6 +253,8 @@ class DeviceReport(_message.Message):
     fedepth_version: _builtins.str
     instance: _builtins.str
     hostname: _builtins.str
+    data_digest: _builtins.str
+    """sha256 (hex) of a DeviceData message that holds the counts and names in place of the fields above."""
     @_builtins.property
     def budget(self) -> Global___Budget: ...
     @_builtins.property
@@ -292,14 +295,47 @@ class DeviceReport(_message.Message):
         settings: _abc.Iterable[_builtins.str] | None = ...,
         folder_names: _abc.Iterable[_builtins.str] | None = ...,
         folder_counts: _abc.Iterable[_builtins.int] | None = ...,
+        data_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "data_digest", b"data_digest", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceReport: _TypeAlias = DeviceReport  # noqa: Y015
+
+@_typing.final
+class DeviceData(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASS_COUNTS_FIELD_NUMBER: _builtins.int
+    CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    FOLDER_NAMES_FIELD_NUMBER: _builtins.int
+    FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def class_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def folder_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def folder_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        class_counts: _abc.Iterable[_builtins.int] | None = ...,
+        class_names: _abc.Iterable[_builtins.str] | None = ...,
+        folder_names: _abc.Iterable[_builtins.str] | None = ...,
+        folder_counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_counts", b"class_counts", "class_names", b"class_names", "folder_counts", b"folder_counts", "folder_names", b"folder_names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceData: _TypeAlias = DeviceData  # noqa: Y015
 
 @_typing.final
 class Calibration(_message.Message):
@@ -1042,6 +1078,7 @@ class NextTaskReply(_message.Message):
     RETRY_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
+    DESCRIBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> Global___Task: ...
     @_builtins.property
@@ -1050,6 +1087,8 @@ class NextTaskReply(_message.Message):
     def finished(self) -> Global___JobFinished: ...
     @_builtins.property
     def rejected(self) -> Global___Rejected: ...
+    @_builtins.property
+    def describe(self) -> Global___Describe: ...
     def __init__(
         self,
         *,
@@ -1057,16 +1096,34 @@ class NextTaskReply(_message.Message):
         retry: Global___RetryLater | None = ...,
         finished: Global___JobFinished | None = ...,
         rejected: Global___Rejected | None = ...,
+        describe: Global___Describe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected", "describe"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___NextTaskReply: _TypeAlias = NextTaskReply  # noqa: Y015
+
+@_typing.final
+class Describe(_message.Message):
+    """The coordinator does not know the data that the report names by digest: the device should send it, and ask again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Describe: _TypeAlias = Describe  # noqa: Y015
 
 @_typing.final
 class RetryLater(_message.Message):

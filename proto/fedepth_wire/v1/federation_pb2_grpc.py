@@ -39,6 +39,11 @@ class FederationStub(object):
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.FromString,
                 _registered_method=True)
+        self.DescribeData = channel.stream_stream(
+                '/fedepth_wire.v1.Federation/DescribeData',
+                request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.SerializeToString,
+                response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.FromString,
+                _registered_method=True)
         self.FetchFile = channel.stream_stream(
                 '/fedepth_wire.v1.Federation/FetchFile',
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
@@ -82,6 +87,15 @@ class FederationServicer(object):
     def NextTask(self, request, context):
         """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
         A device should call again at once after `retry_after_ms` has passed, and not before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeData(self, request_iterator, context):
+        """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+        message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+        any time, and then asks for it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +167,11 @@ def add_FederationServicer_to_server(servicer, server):
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.SerializeToString,
             ),
+            'DescribeData': grpc.stream_stream_rpc_method_handler(
+                    servicer.DescribeData,
+                    request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.FromString,
+                    response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.SerializeToString,
+            ),
             'FetchFile': grpc.stream_stream_rpc_method_handler(
                     servicer.FetchFile,
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.FromString,
@@ -216,6 +235,33 @@ class Federation(object):
             '/fedepth_wire.v1.Federation/NextTask',
             fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.SerializeToString,
             fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeData(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fedepth_wire.v1.Federation/DescribeData',
+            fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.SerializeToString,
+            fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.FromString,
             options,
             channel_credentials,
             insecure,

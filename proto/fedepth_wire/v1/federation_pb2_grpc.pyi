@@ -42,6 +42,11 @@ class FederationStub:
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
     """
+    DescribeData: _grpc.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]
+    """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+    message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+    any time, and then asks for it again.
+    """
     FetchFile: _grpc.StreamStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]
     """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
     model. The first message says what is wanted; every message, how much may be sent by then, and in pieces of which
@@ -76,6 +81,11 @@ class FederationAsyncStub(FederationStub):
     NextTask: _aio.UnaryUnaryMultiCallable[_federation_pb2.NextTaskRequest, _federation_pb2.NextTaskReply]  # type: ignore[assignment]
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
+    """
+    DescribeData: _aio.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]  # type: ignore[assignment]
+    """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+    message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+    any time, and then asks for it again.
     """
     FetchFile: _aio.StreamStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
@@ -114,6 +124,17 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_federation_pb2.NextTaskReply, _abc.Awaitable[_federation_pb2.NextTaskReply]]:
         """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
         A device should call again at once after `retry_after_ms` has passed, and not before.
+        """
+
+    @_abc_1.abstractmethod
+    def DescribeData(
+        self,
+        request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadPartRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_federation_pb2.UploadPartReply], _abc.AsyncIterator[_federation_pb2.UploadPartReply]]:
+        """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+        message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+        any time, and then asks for it again.
         """
 
     @_abc_1.abstractmethod
