@@ -73,6 +73,7 @@ class Uploads:
         self._declared: dict[Path, dict[int, int]] = {}
         self._streams: dict[Path, object] = {}
         self._growing: dict[Path, PartialFile] = {}  # by what they will be called
+        self._sealed: dict[Path, str] = {}  # digests of whole parts: one that is trained anew is another
         self._locks: dict[str, asyncio.Lock] = {}
 
     @property
@@ -146,10 +147,7 @@ class Uploads:
         """
         path = _partial_path(whole.parent, header.part, header.digest)
         growing = self._growing.get(whole)
-        if growing is None or (growing.path, growing.size_bytes, growing.digest) != (
-            *(path, header.size_bytes),
-            header.digest,
-        ):
+        if growing is None or (growing.digest, growing.size_bytes) != (header.digest, header.size_bytes):
             growing = PartialFile(path, header.size_bytes, header.digest)
         if not await asyncio.to_thread(self._found_ready, whole, growing):
             return None
@@ -164,7 +162,10 @@ class Uploads:
     def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
         """Whether there is something to receive, and room for it."""
         if whole.exists() and whole.stat().st_size == growing.size_bytes:
-            return False
+            if whole not in self._sealed:  # by a coordinator before this one
+                self._sealed[whole] = file_digest(whole)
+            if self._sealed[whole] == growing.digest:
+                return False
         self._check_room(growing.size_bytes - growing.resume())
         return True
 
@@ -176,6 +177,7 @@ class Uploads:
     async def _seal(self, header: PartHeader, growing: PartialFile, whole: Path) -> None:
         if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
             await asyncio.to_thread(_seal, growing, whole)
+            self._sealed[whole] = header.digest
         self._growing.pop(whole, None)
 
     async def commit(self, result: Result) -> bool:
@@ -218,6 +220,7 @@ class Uploads:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
         self._growing.clear()
+        self._sealed.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
@@ -257,6 +260,7 @@ class Uploads:
             if not path.exists():
                 raise ProtocolError(f"part {part.part} is not here; send it")
             if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
+                self._sealed.pop(path, None)
                 path.unlink()  # it may have changed on this disk, and the device has it still
                 raise ProtocolError(f"part {part.part} here is not the one that the update names; send it again")
         return paths
@@ -295,6 +299,7 @@ class Uploads:
         folder = self._store.files.spool(task_id, attempt)
         self._declared.pop(folder, None)
         self._growing = {whole: each for whole, each in self._growing.items() if whole.parent != folder}
+        self._sealed = {whole: each for whole, each in self._sealed.items() if whole.parent != folder}
 
 
 def _require_same(recorded: Result, result: Result) -> None:

@@ -196,6 +196,18 @@ def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
     assert setup.commit()
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_part_that_is_trained_anew_takes_the_place_of_the_one_before(setup: Setup, restarted: bool) -> None:
+    """A plan that goes over its budget in a later stage: what the first one gave is up by then, and of the same size."""
+    other = DATA[::-1]
+    setup.send(setup.header(other), other)
+    if restarted:
+        setup.uploads = setup.new_uploads()
+    assert setup.held(other) == len(other)
+    assert setup.send(setup.header()) == [0, 500, 1000, 1500]
+    assert setup.commit()
+
+
 def test_an_upload_resumes_after_a_restart(setup: Setup) -> None:
     with pytest.raises(ProtocolError):
         setup.send(setup.header(), end=700)
