@@ -198,7 +198,7 @@ def test_an_upload_resumes_where_it_broke(setup: Setup) -> None:
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_part_that_is_trained_anew_takes_the_place_of_the_one_before(setup: Setup, restarted: bool) -> None:
-    """A plan that goes over its budget in a later stage: what the first one gave is up by then, and of the same size."""
+    """After a plan that went over its budget in a later stage: its first parts are up by then, and of the same size."""
     other = DATA[::-1]
     setup.send(setup.header(other), other)
     if restarted:
