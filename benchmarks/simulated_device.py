@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import msgspec
 import numpy as np
-from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.convert import to_message
+from fedepth_wire.task_messages import task_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
@@ -46,6 +47,7 @@ class Part:
 class Fetched:
     """Files by their digest; may be shared among devices. Only the newest weights are kept."""
 
+    models: dict[str, bytes] = field(default_factory=dict)
     graphs: dict[str, TracedModel] = field(default_factory=dict)
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -81,23 +83,27 @@ class SimulatedDevice:
 
     async def next_task(self, wait_s: float = 20.0) -> Task | None:
         """The task that it is given; None for any other answer."""
-        return self.task_in(await self.ask(wait_s=wait_s))
+        return await self.task_in(await self.ask(wait_s=wait_s))
 
-    @staticmethod
-    def task_in(reply: pb.NextTaskReply) -> Task | None:
-        return from_message(reply.task, Task) if reply.WhichOneof("outcome") == "task" else None
+    async def task_in(self, reply: pb.NextTaskReply) -> Task | None:
+        if reply.WhichOneof("outcome") != "task":
+            return None
+        digest = reply.task.model_digest
+        if digest not in self.fetched.models:
+            self.fetched.models[digest] = await self._fetch(digest, reply.task.model_bytes)
+        return task_of(reply.task, self.fetched.models[digest])
 
     async def model(self, task: Task) -> TracedModel:
         """The task's graph and costs."""
         if task.graph_digest not in self.fetched.graphs:
-            data = await self._fetch(task.graph_digest)
+            data = await self._fetch(task.graph_digest, task.graph_bytes)
             self.fetched.graphs[task.graph_digest] = msgspec.json.decode(data, type=TracedModel)
         return self.fetched.graphs[task.graph_digest]
 
     async def weights(self, task: Task) -> dict[str, Any]:
         """The task's global weights."""
         if task.weights_digest not in self.fetched.weights:
-            data = await self._fetch(task.weights_digest)
+            data = await self._fetch(task.weights_digest, task.weights_bytes)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "weights.safetensors"
                 path.write_bytes(data)
@@ -151,10 +157,8 @@ class SimulatedDevice:
             "attempt": task.attempt,
             "device_id": self.device_id,
             "part": content.number,
-            "offset": 0,
             "size_bytes": info.size_bytes,
             "digest": info.digest,
-            "plan_digest": plan_digest(task.plan),
         }
         header = pb.UploadHeader(**{**fields, **changes})
 
@@ -164,15 +168,20 @@ class SimulatedDevice:
                 data = content.data[begin : begin + CHUNK_BYTES]
                 yield pb.UploadPartRequest(chunk=pb.Chunk(offset=begin, data=data))
 
-        return await self.stub.UploadPart(requests(), timeout=CALL_S)
+        replies = [reply async for reply in self.stub.UploadPart(requests(), timeout=CALL_S)]
+        return replies[-1]
 
     async def commit(self, result: Result) -> pb.CommitUpdateReply:
         request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
         return await self.stub.CommitUpdate(request, timeout=CALL_S)
 
-    async def _fetch(self, digest: str) -> bytes:
-        chunks = [chunk.data async for chunk in self.stub.FetchFile(pb.FetchFileRequest(digest=digest), timeout=CALL_S)]
-        return b"".join(chunks)
+    async def _fetch(self, digest: str, size_bytes: int) -> bytes:
+        wanted = pb.FetchFileRequest(digest=digest, ranges=[pb.Range(begin=0, end=size_bytes)], credit_bytes=size_bytes)
+
+        async def requests() -> AsyncIterator[pb.FetchFileRequest]:
+            yield wanted
+
+        return b"".join([chunk.data async for chunk in self.stub.FetchFile(requests(), timeout=CALL_S)])
 
 
 def encoded(tensors: dict[str, Any]) -> bytes:

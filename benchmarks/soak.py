@@ -145,7 +145,7 @@ async def _work(client: SimulatedDevice, number: int) -> None:
             return
         if reply.WhichOneof("outcome") == "rejected":
             raise ChildError(f"{client.device_id} was rejected: {reply.rejected.message}")
-        task = client.task_in(reply)
+        task = await client.task_in(reply)
         if task is not None:
             await _deliver(client, task, number)
         elif reply.WhichOneof("outcome") == "retry":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import structlog
+from fedepth_wire.chunks import Source
 
 from coordinator.closing import Closing
 from coordinator.evaluations import Evaluations
@@ -25,6 +27,7 @@ from fedepth.job_sections import JobConfig
 from fedepth.layout import ModelLayout
 from fedepth.preparation import preparation
 from fedepth.task import Result, TrainingSpec
+from fedepth.tensor_index import SMALL, encode_index, index_of
 
 NO_TEST_DATA = "no [test] data: the accuracy stays unknown, and exports are compared on random inputs"
 
@@ -100,6 +103,40 @@ class GlobalModel:
         self._evaluations = Evaluations(config, store, models, events, self.long_work)
         self._closing = Closing(config, store, events, self._evaluations, parameters, self.long_work)
         self.record = self._latest()
+        self._indexes: dict[str, Source | None] = {}  # of the weights in force and of those before, by their digests
+        self._learn_index(self.record)
+
+    @property
+    def index(self) -> Source | None:
+        """Of the weights in force (fedepth.tensor_index); None where it would save nothing."""
+        return self._indexes.get(self.record.digest)
+
+    def find_index(self, digest: str) -> Source | None:
+        """The index with this digest of its own."""
+        return next((index for index in self._indexes.values() if index is not None and index.digest == digest), None)
+
+    def _learn_index(self, record: RoundRecord) -> None:
+        """Makes the index of these weights. It follows from them, so that after a restart it is the same."""
+        if record.digest not in self._indexes:
+            before = {digest: index for digest, index in self._indexes.items() if digest == self.record.digest}
+            self._indexes = {**before, record.digest: self._index_of(record)}
+
+    def _index_of(self, record: RoundRecord) -> Source | None:
+        found = self._store.find_weights(record.digest)
+        if found is None:
+            return None
+        try:
+            data = encode_index(index_of(self._store.files.weights(found.round, found.digest)))
+        except (StateError, OSError) as error:
+            _log.warning("the weights have no index; devices fetch all of them", error=str(error))
+            return None
+        if SMALL * len(data) > record.size_bytes:
+            return None
+        return Source(data, len(data), hashlib.sha256(data).hexdigest())
+
+    async def _take_over(self, record: RoundRecord) -> None:
+        await asyncio.to_thread(self._learn_index, record)
+        self.record = record
 
     def _latest(self) -> RoundRecord:
         record = self._store.latest_round()
@@ -149,14 +186,14 @@ class GlobalModel:
         before = await self._store.short(self._latest)
         if before.round >= number:
             await asyncio.to_thread(self._store.record_round, before)
-        self.record = before
+        await self._take_over(before)
         if before.round < number:
-            self.record = await self._closing.close(number, before, results, paths)
+            await self._take_over(await self._closing.close(number, before, results, paths))
 
     async def make_up(self) -> None:
         """Evaluates and exports what is missing of the rounds whose weights are kept (see `Evaluations`)."""
         await self._evaluations.make_up(self.record)
-        self.record = await self._store.short(self._latest)
+        await self._take_over(await self._store.short(self._latest))
 
     def why_paused(self) -> str:
         """Why no other round is to begin, as the record says, which is asked; empty if one may."""

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
+
+from fedepth_wire.chunks import Source
+from fedepth_wire.task_messages import model_source
 
 from coordinator.course import Course
 from coordinator.fleet import Fleet
@@ -100,6 +102,7 @@ class Job:
         store.answer_promptly()
         self.events = Events()
         self.model = model_spec(config)
+        self.model_source = model_source(self.model)
         self.fleet = Fleet(store, self.events, config.limits.devices, clock, self.model)
         self.finished = asyncio.Event()
         self.informed: set[str] = set()
@@ -359,12 +362,18 @@ class Job:
                 self.events.send("task_failed", device=self.fleet.name(failure.device_id), **vars(failure))
             return False
 
-    async def file_of(self, digest: str) -> tuple[Path, int] | None:
-        """The file with this digest that devices may fetch, and its size: weights of a round, or the graph."""
+    async def file_of(self, digest: str) -> Source | None:
+        """The file with this digest that devices may fetch: weights of a round or their index, the graph,
+        or the model."""
         if digest == self._prepared.graph_digest:
-            return self.store.files.graph(), self._prepared.graph_bytes
+            return Source(self.store.files.graph(), self._prepared.graph_bytes, digest)
+        for source in (self.model_source, self.weights.find_index(digest)):
+            if source is not None and source.digest == digest:
+                return source
         record = await self.store.short(self.store.find_weights, digest)
-        return None if record is None else (self.store.files.weights(record.round, digest), record.size_bytes)
+        if record is None:
+            return None
+        return Source(self.store.files.weights(record.round, digest), record.size_bytes, digest)
 
     def owner_of(self, task_id: str) -> str:
         """The device that a task of the round in work was given to; "" for any other."""
@@ -489,7 +498,7 @@ class Job:
         One that has hung up meanwhile asks again, and is given the task once more."""
         now = self._waiters.pop(action.device_id, waiter)
         self.presence.leave(action.device_id, self._clock())
-        weights = self.weights.record
+        weights, index = self.weights.record, self.weights.index
         task = Task(
             task_id=action.task_id,
             attempt=action.attempt,
@@ -504,6 +513,8 @@ class Job:
             weights_digest=weights.digest,
             weights_bytes=weights.size_bytes,
             deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
+            index_digest=index.digest if index else "",
+            index_bytes=index.size_bytes if index else 0,
         )
         if not now.answer.done():
             now.answer.set_result(task)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 import structlog
-from fedepth_wire.bounds import check_message
-from fedepth_wire.chunks import checked_chunks
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.bounds import CHUNK_BYTES, check_message
+from fedepth_wire.chunks import Pieces
+from fedepth_wire.convert import from_message
+from fedepth_wire.report_messages import put_into
+from fedepth_wire.task_messages import task_message
+from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
 from fedepth_wire.tls import caller_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
 from coordinator.admission import check_report, check_settings, counted_for
+from coordinator.device_data import DeviceData
 from coordinator.job import Job
 from coordinator.survey import Survey
 from coordinator.uploads import PartHeader
@@ -30,11 +34,10 @@ from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportErro
 from fedepth.job import training_spec
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
-LONGEST_WAIT_MS = 60_000
 SPREAD_MS = 1_000  # reconnects of many devices are spread over this
-REJECTED_RETRY_MS = 30_000
-BUSY_RETRY_MS = 20_000
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 _log = structlog.get_logger()
 
@@ -42,9 +45,11 @@ _log = structlog.get_logger()
 class FederationService(FederationServicer):
     """Serves one job, once there is one; before, what has to be asked of devices (coordinator.survey)."""
 
-    def __init__(self, job: Job | None = None) -> None:
+    def __init__(self, job: Job | None = None, stall_s: float = STALL_S) -> None:
         self._serving = job
         self._survey: Survey | None = None
+        self._stall_s = stall_s
+        self._data = DeviceData()
 
     def ask(self, survey: Survey) -> None:
         """Answers devices as this survey does, until there is a job."""
@@ -61,7 +66,14 @@ class FederationService(FederationServicer):
         return self._serving
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
+        context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
+            if request.device.data_digest:
+                check_message(request)
+                data = self._data.find(request.device.data_digest)
+                if data is None:
+                    return pb.NextTaskReply(describe=pb.Describe())
+                put_into(request.device, data)
             report = from_message(request.device, DeviceReport)
             caller = caller_of(context.auth_context())
             if caller is not None:  # by the name that the operator gave it, whatever it calls itself
@@ -69,7 +81,7 @@ class FederationService(FederationServicer):
             try:
                 return await self._next_task(report, request.wait_ms, context.peer())
             except UnavailableError as error:
-                return _retry(BUSY_RETRY_MS, f"busy: {error}")
+                return _retry(int(BUSY_RETRY_S * 1000), f"busy: {error}")
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
         if self._survey is not None:
@@ -93,19 +105,19 @@ class FederationService(FederationServicer):
             return self._finished(report.device_id)
         answer = await job.start_waiting(report, plan)
         try:
-            await asyncio.wait({answer}, timeout=min(max(wait_ms, 0), LONGEST_WAIT_MS) / 1000)
+            await asyncio.wait({answer}, timeout=min(max(wait_ms, 0) / 1000, LONGEST_POLL_S))
         finally:  # also when the device hangs up
             job.stop_waiting(report.device_id, answer)
         task = answer.result() if answer.done() else None
         if task is not None:
-            return pb.NextTaskReply(task=to_message(task, pb.Task))
+            return pb.NextTaskReply(task=task_message(task, job.model_source))
         if job.finished.is_set():
             return self._finished(report.device_id)
         return _retry(random.randrange(SPREAD_MS), job.why_wait())
 
     def _rejected(self, report: DeviceReport, message: str, reason: str = "") -> pb.NextTaskReply:
         self._job.rejected(report, message, reason)
-        rejected = pb.Rejected(message=message, retry_after_ms=REJECTED_RETRY_MS, reason=reason)
+        rejected = pb.Rejected(message=message, retry_after_ms=int(REJECTED_RETRY_S * 1000), reason=reason)
         return pb.NextTaskReply(rejected=rejected)
 
     def _finished(self, device_id: str) -> pb.NextTaskReply:
@@ -113,62 +125,128 @@ class FederationService(FederationServicer):
         section = self._job.config.job
         return pb.NextTaskReply(finished=pb.JobFinished(job=section.name, rounds=section.rounds))
 
-    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+    async def FetchFile(  # type: ignore[override]  # the stubs know handlers that yield, and this one must not wait for ever
+        self, request_iterator: AsyncIterator[pb.FetchFileRequest], context: Context
+    ) -> None:
         async with _answering(context):
-            check_message(request)
-            found = await self._job.file_of(request.digest)
-            if found is None:
-                missing = ProtocolError(f"no file with sha256 {request.digest[:12]!r} here; ask for a new task")
+            asked = await self._asked(context)
+            if asked is None:
+                raise ProtocolError("a fetch begins with what is wanted")
+            source = await self._job.file_of(asked.digest)
+            if source is None:
+                missing = ProtocolError(f"no file with sha256 {asked.digest[:12]!r} here; ask for a new task")
                 await _abort(context, grpc.StatusCode.NOT_FOUND, missing)
-            path, size = found
-            if not 0 <= request.offset <= size:
-                beyond = ProtocolError(f"offset {request.offset} in a file of {size} bytes")
+            ranges = [(each.begin, each.end) for each in asked.ranges]
+            outside = next((each for each in ranges if not each[0] < each[1] <= source.size_bytes), None)
+            if outside is not None:
+                beyond = ProtocolError(f"bytes {outside[0]} to {outside[1]} of a file of {source.size_bytes} bytes")
                 await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
+            if asked.verify:
+                await self._read(asked.digest, source.verify)
+            pieces = await self._read(asked.digest, source.pieces, ranges)
             try:
-                async for chunk in checked_chunks(path, request.offset, request.digest):
-                    yield chunk
-            except (ProtocolError, OSError) as error:
-                self._job.suspect(request.digest)
-                raise UnavailableError(f"a file cannot be sent, and is being looked at: {error}") from error
+                await self._send(asked, pieces, sum(end - begin for begin, end in ranges), context)
+            finally:
+                await asyncio.to_thread(pieces.close)
 
-    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Context) -> pb.UploadOffsetReply:
-        async with _answering(context):
-            check_message(request)
-            uploads = self._job.uploads
-            held = await uploads.offset(request.task_id, request.attempt, request.part, request.digest)
-            return pb.UploadOffsetReply(offset=held)
+    async def _send(
+        self, asked: pb.FetchFileRequest | None, pieces: Pieces, total_bytes: int, context: Context
+    ) -> None:
+        """Sends pieces of a file, no faster than the device asks for them."""
+        digest, sent = asked.digest if asked else "", 0
+        while asked is not None and sent < total_bytes:
+            while sent < min(asked.credit_bytes, total_bytes):
+                most = min(asked.piece_bytes or CHUNK_BYTES, asked.credit_bytes - sent)
+                chunk = await self._read(digest, pieces.next, most)
+                await self._moving(context.write(chunk), context)
+                sent += len(chunk.data)
+            if sent < total_bytes:
+                asked = await self._asked(context)
 
-    async def UploadPart(
+    async def _read(self, digest: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Reads the file with this digest, in a thread.
+
+        Raises:
+            UnavailableError: that is not possible, or it is another file. The job looks at it.
+        """
+        try:
+            return await asyncio.to_thread(read, *args, **kwargs)
+        except (ProtocolError, OSError) as error:
+            self._job.suspect(digest)
+            raise UnavailableError(f"a file cannot be sent, and is being looked at: {error}") from error
+
+    async def _asked(self, context: Context) -> pb.FetchFileRequest | None:
+        """What a device says next of what it wants; None if it wants no more."""
+        request = await self._moving(context.read(), context)
+        if not isinstance(request, pb.FetchFileRequest):  # grpc.aio.EOF
+            return None
+        check_message(request)
+        return request
+
+    async def DescribeData(  # type: ignore[override]  # see FetchFile
         self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
-    ) -> pb.UploadPartReply:
+    ) -> None:
         async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
-            first = await anext(request_iterator, None)
-            if first is None or first.WhichOneof("content") != "header":
-                raise ProtocolError("an upload begins with its header")
-            check_message(first)
-            sent = first.header
-            header = PartHeader(
-                sent.task_id,
-                sent.attempt,
-                sent.device_id,
-                sent.part,
-                sent.offset,
-                sent.size_bytes,
-                sent.digest,
-            )
+            header = await self._header(context)
+
+            async def chunks() -> AsyncIterator[pb.Chunk]:
+                while (chunk := await self._chunk(context)) is not None:
+                    yield chunk
+
+            await self._data.receive(header.digest, header.size_bytes, chunks(), self._acknowledge(context))
+            sealed = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
+            await self._moving(context.write(sealed), context)
+
+    async def UploadPart(  # type: ignore[override]  # see FetchFile
+        self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Context
+    ) -> None:
+        async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
+            sent = await self._header(context)
+            header = PartHeader(sent.task_id, sent.attempt, sent.device_id, sent.part, sent.size_bytes, sent.digest)
+
+            async def chunks() -> AsyncIterator[pb.Chunk]:
+                while (chunk := await self._chunk(context)) is not None:
+                    await self._job.touch(header.task_id)
+                    yield chunk
+
             try:
-                held = await self._job.uploads.receive(header, self._chunks(request_iterator, header.task_id))
+                await self._job.uploads.receive(header, chunks(), self._acknowledge(context))
             except UpdateError as error:
                 await self._job.refuse(sent.task_id, sent.attempt, sent.device_id, error)
-                return pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
-            return pb.UploadPartReply(held_bytes=held)
+                reply = pb.UploadPartReply(refused=pb.Refused(reason=error.reason, message=str(error)))
+            else:
+                reply = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
+            await self._moving(context.write(reply), context)
 
-    async def _chunks(self, requests: AsyncIterator[pb.UploadPartRequest], task_id: str) -> AsyncIterator[pb.Chunk]:
-        async for request in requests:
-            if request.WhichOneof("content") != "chunk":
-                raise ProtocolError("only the first message of an upload is a header")
-            await self._job.touch(task_id)
-            yield request.chunk
+    async def _header(self, context: Context) -> pb.UploadHeader:
+        first = await self._moving(context.read(), context)
+        if not isinstance(first, pb.UploadPartRequest) or first.WhichOneof("content") != "header":
+            raise ProtocolError("an upload begins with its header")
+        check_message(first)
+        return first.header
+
+    async def _chunk(self, context: Context) -> pb.Chunk | None:
+        """What comes next of an upload; None if that was the last."""
+        request = await self._moving(context.read(), context)
+        if not isinstance(request, pb.UploadPartRequest):  # grpc.aio.EOF
+            return None
+        if request.WhichOneof("content") != "chunk":
+            raise ProtocolError("only the first message of an upload is a header")
+        return request.chunk
+
+    def _acknowledge(self, context: Context) -> Callable[[int], Awaitable[None]]:
+        async def acknowledge(held_bytes: int) -> None:
+            await self._moving(context.write(pb.UploadPartReply(held_bytes=held_bytes)), context)
+
+        return acknowledge
+
+    async def _moving(self, step: Awaitable[T], context: Context) -> T:
+        """One step of a transfer; ends one in which nothing moves."""
+        try:
+            return await within(self._stall_s, step)
+        except asyncio.TimeoutError:
+            stalled = TransportError(f"nothing moved for {self._stall_s:g} s")
+            await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, stalled)
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
         async with _answering(context):
@@ -219,7 +297,7 @@ async def _answering(
     except ProtocolError as error:
         await _abort(context, unreadable, error)
     except (UnavailableError, OSError) as error:
-        busy = UnavailableError(f"busy: {error}; come back in {BUSY_RETRY_MS // 1000} s")
+        busy = UnavailableError(f"busy: {error}; come back in {BUSY_RETRY_S:g} s")
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, busy)
     except TransportError as error:
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from fedepth_wire.chunks import append_chunk
+from fedepth_wire.chunks import PartialFile
 from fedepth_wire.v1.federation_pb2 import Chunk
 
 from coordinator.store.records import Store, TaskRecord
@@ -33,13 +33,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PartHeader:
-    """Which part of which update a stream of chunks carries, and from which offset on."""
+    """Which part of which update a stream of chunks carries."""
 
     task_id: str
     attempt: int
     device_id: str
     part: int
-    offset: int
     size_bytes: int
     digest: str
 
@@ -73,6 +72,8 @@ class Uploads:
         self._learn_norms = learn_norms
         self._declared: dict[Path, dict[int, int]] = {}
         self._streams: dict[Path, object] = {}
+        self._growing: dict[Path, PartialFile] = {}  # by what they will be called
+        self._sealed: dict[Path, str] = {}  # digests of whole parts: one that is trained anew is another
         self._locks: dict[str, asyncio.Lock] = {}
 
     @property
@@ -83,60 +84,48 @@ class Uploads:
     def limit_parts(self) -> int:
         return len(self._layout.units) + 1 + SPARE_PARTS
 
-    async def offset(self, task_id: str, attempt: int, part: int, digest: str) -> int:
-        """How many bytes of this part are here; 0 for a part or a task that is not known."""
-        task = await self._store.short(self._store.task, task_id)
-        known = task is not None and 1 <= attempt <= task.attempt
-        if not known or not _DIGEST.fullmatch(digest) or not 0 <= part < self.limit_parts:
-            return 0
-        async with self._lock(task_id):  # not while a part gets its name
-            return await asyncio.to_thread(self._held_bytes, task_id, attempt, part, digest)
+    async def receive(
+        self, header: PartHeader, chunks: AsyncIterable[Chunk], acknowledge: Callable[[int], Awaitable[None]]
+    ) -> None:
+        """Takes one part, until it is whole, right and durable.
 
-    def _held_bytes(self, task_id: str, attempt: int, part: int, digest: str) -> int:
-        recorded = self._recorded_part(task_id, part, digest)
-        if recorded is not None:
-            return recorded.size_bytes
-        folder = self._store.files.spool(task_id, attempt)
-        whole = _part_path(folder, part)
-        if whole.exists() and file_digest(whole) == digest:
-            return whole.stat().st_size
-        return _size(_partial_path(folder, part, digest))
-
-    async def receive(self, header: PartHeader, chunks: AsyncIterable[Chunk]) -> int:
-        """Takes one part, from `header.offset` on, and returns how many bytes of it are here now.
+        Args:
+            chunks: what the device sends, once it was told where to begin.
+            acknowledge: tells it how many bytes are here, first of all and after every chunk but the last.
 
         Raises:
             UpdateError: the part is not wanted: "late", "device" or "size".
             UnavailableError: there is no room for it now.
-            ProtocolError: the stream cannot be used; ask for the offset and send again from there.
+            ProtocolError: the stream cannot be used; what is here of the part stays, if that is right.
         """
         recorded = self._store.short(self._recorded_part, header.task_id, header.part, header.digest)
         if await recorded is not None:
-            return header.size_bytes
+            return
         await self._check_header(header)
-        folder = self._store.files.spool(header.task_id, header.attempt)
-        whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
-        if header.offset == header.size_bytes and await asyncio.to_thread(whole.exists):
-            return header.size_bytes  # sent again after a lost answer; the commit checks its digest
-        await asyncio.to_thread(self._check_room, header.size_bytes - header.offset)
+        whole = _part_path(self._store.files.spool(header.task_id, header.attempt), header.part)
         stream = object()
         self._streams[whole] = stream
         try:
-            held = header.offset
-            if await self._undivided(header.task_id, self._begin, header, whole, partial) != held:
-                raise ProtocolError(f"part {header.part} is not at offset {held} here; ask for the offset")
-            async for chunk in chunks:
-                if not self._accepts(header.task_id):
-                    raise late(header.task_id)
-                held = await self._undivided(header.task_id, self._append, header, stream, chunk, held)
+            growing = await self._undivided(header.task_id, self._begin, header, whole)
+            if growing is None:
+                return  # sent again after a lost answer; the commit checks its digest
+            held = growing.held_bytes
+            await acknowledge(held)
+            if held < header.size_bytes:
+                async for chunk in chunks:
+                    if not self._accepts(header.task_id):
+                        raise late(header.task_id)
+                    held = await self._undivided(header.task_id, self._append, header, whole, stream, growing, chunk)
+                    if held == header.size_bytes:
+                        break
+                    await acknowledge(held)
             if held != header.size_bytes:
                 raise ProtocolError(f"part {header.part}: the stream ended at {held} of {header.size_bytes} bytes")
             # Not cancelled with its stream: a commit that follows must find the part sealed, or seal it itself.
-            await self._undivided(header.task_id, self._seal, header, partial, whole)
+            await self._undivided(header.task_id, self._seal, header, growing, whole)
         finally:
             if self._streams.get(whole) is stream:
                 del self._streams[whole]
-        return held
 
     async def _undivided(
         self, task_id: str, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
@@ -150,28 +139,46 @@ class Uploads:
 
         return await asyncio.shield(asyncio.create_task(alone()))
 
-    async def _begin(self, header: PartHeader, whole: Path, partial: Path) -> int:
-        """Makes the folder of an attempt; how many bytes of the part are in it.
+    async def _begin(self, header: PartHeader, whole: Path) -> PartialFile | None:
+        """Makes the folder of an attempt, and looks what is there of the part; None: all of it.
 
         The attempts before the last one are deleted: a device that trains a task for the third time has nothing of the
         first, and a task must not fill the disk by its attempts.
         """
+        path = _partial_path(whole.parent, header.part, header.digest)
+        growing = self._growing.get(whole)
+        if growing is None or (growing.digest, growing.size_bytes) != (header.digest, header.size_bytes):
+            growing = PartialFile(path, header.size_bytes, header.digest)
+        if not await asyncio.to_thread(self._found_ready, whole, growing):
+            return None
         if not await asyncio.to_thread(whole.parent.exists):
             for earlier in range(1, header.attempt - 1):
                 await asyncio.to_thread(self._store.files.drop_spool, header.task_id, earlier)
                 self._forget(header.task_id, earlier)
-        return await asyncio.to_thread(_made_ready, whole, partial)
+        await asyncio.to_thread(_make_ready, whole, path)
+        self._growing[whole] = growing
+        return growing
 
-    async def _append(self, header: PartHeader, stream: object, chunk: Chunk, held: int) -> int:
-        folder = self._store.files.spool(header.task_id, header.attempt)
-        whole, partial = _part_path(folder, header.part), _partial_path(folder, header.part, header.digest)
+    def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
+        """Whether there is something to receive, and room for it."""
+        if whole.exists() and whole.stat().st_size == growing.size_bytes:
+            if whole not in self._sealed:  # by a coordinator before this one
+                self._sealed[whole] = file_digest(whole)
+            if self._sealed[whole] == growing.digest:
+                return False
+        self._check_room(growing.size_bytes - growing.resume())
+        return True
+
+    async def _append(self, header: PartHeader, whole: Path, stream: object, growing: PartialFile, chunk: Chunk) -> int:
         if self._streams.get(whole) is not stream:
             raise ProtocolError(f"part {header.part} of {header.task_id} is being sent in a newer stream")
-        return await asyncio.to_thread(append_chunk, partial, chunk, held, header.size_bytes)
+        return await asyncio.to_thread(growing.append, chunk.offset, chunk.data)
 
-    async def _seal(self, header: PartHeader, partial: Path, whole: Path) -> None:
+    async def _seal(self, header: PartHeader, growing: PartialFile, whole: Path) -> None:
         if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
-            await asyncio.to_thread(_seal, partial, whole, header.digest)
+            await asyncio.to_thread(_seal, growing, whole)
+            self._sealed[whole] = header.digest
+        self._growing.pop(whole, None)
 
     async def commit(self, result: Result) -> bool:
         """Checks and records an update. True if it is new, False if it was recorded before.
@@ -212,6 +219,8 @@ class Uploads:
     def forget_round(self) -> None:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
+        self._growing.clear()
+        self._sealed.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
@@ -245,10 +254,13 @@ class Uploads:
             partial = _partial_path(path.parent, part.part, part.digest)
             if partial.exists() and partial.stat().st_size == part.size_bytes:
                 # All bytes came, but the stream or the coordinator ended before the part got its name.
-                _seal(partial, path, part.digest)
+                growing = PartialFile(partial, part.size_bytes, part.digest)
+                growing.resume()
+                _seal(growing, path)
             if not path.exists():
                 raise ProtocolError(f"part {part.part} is not here; send it")
             if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
+                self._sealed.pop(path, None)
                 path.unlink()  # it may have changed on this disk, and the device has it still
                 raise ProtocolError(f"part {part.part} here is not the one that the update names; send it again")
         return paths
@@ -265,8 +277,8 @@ class Uploads:
             raise UpdateError("size", f"part number {header.part}, allowed are 0 to {self.limit_parts - 1}")
         if not _DIGEST.fullmatch(header.digest):
             raise ProtocolError(f"{header.digest[:80]!r} is not a sha256 in hex")
-        if header.size_bytes <= 0 or not 0 <= header.offset <= header.size_bytes:
-            raise ProtocolError(f"offset {header.offset} in a part of {header.size_bytes} bytes")
+        if header.size_bytes <= 0:
+            raise ProtocolError(f"a part of {header.size_bytes} bytes")
         folder = self._store.files.spool(header.task_id, header.attempt)
         held = {} if folder in self._declared else await asyncio.to_thread(_sizes, folder)
         declared = self._declared.setdefault(folder, held)
@@ -284,7 +296,10 @@ class Uploads:
         return self._locks.setdefault(task_id, asyncio.Lock())
 
     def _forget(self, task_id: str, attempt: int) -> None:
-        self._declared.pop(self._store.files.spool(task_id, attempt), None)
+        folder = self._store.files.spool(task_id, attempt)
+        self._declared.pop(folder, None)
+        self._growing = {whole: each for whole, each in self._growing.items() if whole.parent != folder}
+        self._sealed = {whole: each for whole, each in self._sealed.items() if whole.parent != folder}
 
 
 def _require_same(recorded: Result, result: Result) -> None:
@@ -297,8 +312,8 @@ def _require_same(recorded: Result, result: Result) -> None:
         )
 
 
-def _made_ready(whole: Path, partial: Path) -> int:
-    """How many bytes of a part are in the folder of its attempt, which is made if need be."""
+def _make_ready(whole: Path, partial: Path) -> None:
+    """Makes the folder of an attempt, if need be."""
     folder = whole.parent
     if not folder.exists():
         folder.mkdir()
@@ -306,23 +321,11 @@ def _made_ready(whole: Path, partial: Path) -> int:
     if not partial.exists():  # those of other digests: what is sent anew takes the room of what it was before
         for other in folder.glob(f"{whole.stem}.*.partial"):
             other.unlink()
-    return _size(partial)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _seal(partial: Path, whole: Path, digest: str) -> None:
-    if not partial.exists():  # a stream that ran beside this one was faster
-        return
-    got = file_digest(partial)
-    if got != digest:
-        partial.unlink()
-        raise ProtocolError(f"{whole.name}: sha256 is {got[:12]}…, expected {digest[:12]}…; send it again")
-    make_durable(partial)
-    partial.replace(whole)
-    make_durable(whole)
+def _seal(growing: PartialFile, whole: Path) -> None:
+    if growing.path.exists():  # or a stream that ran beside this one was faster
+        growing.seal(whole)
 
 
 def _sizes(folder: Path) -> dict[int, int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
+from fedepth_wire.times import POLL_S
 
 from edge_client.backoff import Backoff, Clock, DiskWait, Reminder
 from edge_client.config import Config
@@ -43,7 +44,6 @@ from fedepth.plan import MOST_MODELS
 from fedepth.sizes import format_size
 from fedepth.task import SETTINGS, DeviceReport, Failure, Outcome, Progress, Result, Task
 
-POLL_S = 30.0
 LOOK_S = 60.0  # how often data is looked at while the coordinator rejects it
 AFTER_FAILURE_S = 10.0  # a device that declines is not asked again in the same breath
 LONGEST_AFTER_FAILURE_S = 3600.0

@@ -9,8 +9,8 @@ import time
 
 import structlog
 
+from edge_client.call_errors import BusyError, UnreachableError, UntrustedError
 from edge_client.config import RetryConfig
-from edge_client.transport import BusyError, UnreachableError, UntrustedError
 from fedepth.errors import DiskError, FedepthError
 
 DISK_PAUSE_S = 30.0

@@ -7,9 +7,10 @@ import asyncio
 import structlog
 
 from edge_client.backoff import Backoff
+from edge_client.call_errors import BusyError, ServerError, UnreachableError
 from edge_client.lease import Lease
 from edge_client.outbox import Entry, Outbox
-from edge_client.transport import Accepted, BusyError, Refused, ServerError, Transport, UnreachableError
+from edge_client.transport import Accepted, Refused, Transport
 from fedepth.errors import DiskError, FedepthError, ProtocolError, TransportError
 from fedepth.task import Failure, Outcome, Progress
 

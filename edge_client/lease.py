@@ -8,13 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import structlog
+from fedepth_wire.times import BEAT_S, within
 
-from edge_client.timeouts import within
 from edge_client.transport import Transport
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.task import Progress
 
-BEAT_S = 5.0
 _log = structlog.get_logger()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from edge_client.backoff import Backoff, DiskWait
+from edge_client.call_errors import TemporaryError
 from edge_client.config import Config
 from edge_client.early_upload import EarlyUpload
 from edge_client.memory.budget import Budgets
@@ -21,7 +22,7 @@ from edge_client.progress import ProgressReporter
 from edge_client.samples import Samples
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from edge_client.trainer.protocol import RESULT, Done, Failed, Measure, Rehearsing, StageDone, TrainRequest
-from edge_client.transport import TemporaryError, Transport
+from edge_client.transport import Transport
 from fedepth.budget import Budget
 from fedepth.costs import Calibration, ModelCosts
 from fedepth.errors import (

@@ -6,84 +6,46 @@ Transfers fail on lack of progress, never on their total duration: a slow link t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import re
-import stat
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 import grpc
 import grpc.aio
+import structlog
 from fedepth_wire import channel as wire_channel
 from fedepth_wire.bounds import MOST_LONG_TEXT
-from fedepth_wire.chunks import file_chunks, receive_file
-from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.report_messages import report_message
+from fedepth_wire.task_messages import task_of
+from fedepth_wire.times import CHECK_S, STALL_S
 from fedepth_wire.tls import Identity, Insecure
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1 import trust_pb2
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from fedepth_wire.v1.trust_pb2_grpc import CertificatesStub
 
+from edge_client.call_errors import CutError, as_error
+from edge_client.downloads import Downloads
 from edge_client.outbox import Entry
-from edge_client.timeouts import within
+from edge_client.streams import Streams
 from fedepth.errors import ProtocolError, TransportError
-from fedepth.files import disk_errors, file_digest
+from fedepth.files import disk_errors, open_regular
 from fedepth.models.graph import MOST_BYTES
 from fedepth.plan import Plan
 from fedepth.printable import printable
 from fedepth.task import DeviceReport, Failure, ModelSpec, PartInfo, Progress, Task
+from fedepth.tensor_index import MOST_INDEX_BYTES
 
-STALL_S = 60.0
 LONGEST_CALL_S = 3600.0  # of calls that go on over a channel whose certificate is replaced
-COMMIT_S = 300.0  # the coordinator checks every tensor before it answers
-_KEPT_FILES = 2
-_AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-_SERVERS_OWN = {
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.DATA_LOSS,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
-}
-_COME_BACK = re.compile(r"; come back in ([0-9]{1,6}(?:\.[0-9]{1,3})?) s$")
-_TOO_LARGE = "larger than max"  # what gRPC says of a message; it has the same status as a busy coordinator
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 T = TypeVar("T")
-
-if TYPE_CHECKING:  # generic in the stubs only
-    _Download = grpc.aio.UnaryStreamCall[pb.FetchFileRequest, pb.Chunk]
-
-
-class TemporaryError(TransportError):
-    """The same call may work later, without anybody doing anything here."""
-
-
-class UnreachableError(TemporaryError):
-    """The coordinator cannot be reached now."""
-
-
-class UntrustedError(UnreachableError):
-    """One side does not accept the other's certificate. Somebody may give one of them another one."""
-
-
-class BusyError(TemporaryError):
-    """The coordinator answers, and can do nothing for us now, such as for want of disk space.
-
-    Attributes:
-        after_s: when to come back, if it has said so.
-    """
-
-    def __init__(self, message: str, after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.after_s = after_s
-
-
-class ServerError(TemporaryError):
-    """The coordinator met an error of its own, or asks to begin again."""
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -154,7 +116,9 @@ class Transport(Protocol):
     DiskError."""
 
     address: str
-    moved_bytes: int
+
+    @property
+    def moved_bytes(self) -> int: ...
 
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer: ...
 
@@ -177,21 +141,24 @@ class GrpcTransport:
     """Speaks to a coordinator over one channel.
 
     Attributes:
-        moved_bytes: bytes of files that were sent and received since the start.
         note: what is known to be wrong with this device's certificate; "" if nothing is.
     """
 
     def __init__(self, address: str, state: Path, identity: Identity | Insecure, stall_s: float = STALL_S) -> None:
         self.address = address
-        self.moved_bytes = 0
         self.note = ""
-        self._weights = state / "weights"
-        self._graphs = state / "graphs"
         self._stall_s = stall_s
         self._identity = identity
         self._channel = wire_channel.open_channel(address, identity)
         self._stub = FederationStub(self._channel)
         self._leaving: set[asyncio.Task[None]] = set()
+        self._streams = Streams(lambda: self._stub, address, self._as_error, stall_s)
+        self._downloads = Downloads(state, self._streams)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of files that were sent and received since the start."""
+        return self._streams.moved_bytes
 
     async def close(self) -> None:
         for leaving in self._leaving:
@@ -214,11 +181,16 @@ class GrpcTransport:
 
     async def next_task(self, report: DeviceReport, wait_s: float) -> Answer:
         """Asks for work; the coordinator may hold the call for `wait_s`."""
-        request = pb.NextTaskRequest(device=to_message(report, pb.DeviceReport), wait_ms=int(wait_s * 1000))
-        reply = await self._call(self._stub.NextTask(request, timeout=wait_s + self._stall_s))
+        device, data = report_message(report)
+        request = pb.NextTaskRequest(device=device, wait_ms=int(wait_s * 1000))
+        reply = await self._next_task(request, wait_s)
+        if reply.WhichOneof("outcome") == "describe":
+            header = pb.UploadHeader(device_id=report.device_id, size_bytes=len(data), digest=device.data_digest)
+            await self._sent(header, lambda: BytesIO(data), describes=True)
+            reply = await self._next_task(request, wait_s)
         kind = reply.WhichOneof("outcome")
         if kind == "task":
-            return _checked(from_message(reply.task, Task))
+            return _checked(task_of(reply.task, await self._downloads.model(reply.task)))
         if kind == "retry":
             return RetryLater(reply.retry.retry_after_ms / 1000, reply.retry.reason)
         if kind == "finished":
@@ -229,54 +201,17 @@ class GrpcTransport:
             return Survey(reply.survey.job, from_message(reply.survey.model, ModelSpec))
         raise ProtocolError(f"{self.address} answered NextTask with no outcome; is it a newer version?")
 
+    async def _next_task(self, request: pb.NextTaskRequest, wait_s: float) -> pb.NextTaskReply:
+        call = self._stub.NextTask(request, timeout=wait_s + self._stall_s, compression=grpc.Compression.Gzip)
+        return await self._call(call)
+
     async def fetch_weights(self, task: Task) -> Path:
-        """The task's global weights as a file; see `_fetch`."""
-        return await self._fetch(
-            self._weights, f"{task.weights_digest}.safetensors", task.weights_digest, task.weights_bytes
-        )
+        """The task's global weights as a file; see `Downloads`."""
+        return await self._downloads.weights(task)
 
     async def fetch_graph(self, task: Task) -> Path:
-        """The traced model of the task's job as a file; see `_fetch`."""
-        return await self._fetch(self._graphs, f"{task.graph_digest}.json", task.graph_digest, task.graph_bytes)
-
-    async def _fetch(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
-        """A file of the coordinator, from disk if it is there, resumed if a part of it is.
-
-        Raises:
-            ProtocolError: the file came whole but is another one, or its stream ended early.
-            DiskError: it cannot be kept.
-        """
-        with disk_errors(f"{name} cannot be fetched and kept", folder):
-            return await self._fetch_into(folder, name, digest, size_bytes)
-
-    async def _fetch_into(self, folder: Path, name: str, digest: str, size_bytes: int) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        final = folder / name
-        for path in (final, folder / f"{name}.partial"):
-            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-                path.unlink()  # such as a FIFO, at which a reader and a writer would wait for ever
-        if final.exists():
-            if await asyncio.to_thread(file_digest, final) == digest:
-                final.touch()
-                _forget_old(final)
-                return final
-            final.unlink()
-        partial = folder / f"{name}.partial"
-        for other in folder.glob("*.partial"):
-            if other != partial:
-                other.unlink()
-        offset = partial.stat().st_size if partial.exists() else 0
-        if offset > size_bytes:
-            partial.unlink()
-            offset = 0
-        call = self._stub.FetchFile(pb.FetchFileRequest(digest=digest, offset=offset))
-        try:
-            await receive_file(partial, self._chunks(call), offset, size_bytes, digest)
-        finally:
-            call.cancel()
-        partial.rename(final)
-        _forget_old(final)
-        return final
+        """The traced model of the task's job as a file; see `Downloads`."""
+        return await self._downloads.graph(task)
 
     async def deliver(self, entry: Entry) -> Accepted | Refused:
         """Sends what the coordinator does not hold yet of an update, and declares it complete."""
@@ -287,7 +222,9 @@ class GrpcTransport:
             if refused:
                 return refused
         request = pb.CommitUpdateRequest(result=to_message(result, pb.Result))
-        reply = await self._call(self._stub.CommitUpdate(request, timeout=max(COMMIT_S, self._stall_s)))
+        patience = max(CHECK_S, self._stall_s)
+        call = self._stub.CommitUpdate(request, timeout=patience, compression=grpc.Compression.Gzip)
+        reply = await self._call(call)
         kind = reply.WhichOneof("outcome")
         if kind == "accepted":
             return Accepted(reply.accepted.round)
@@ -302,31 +239,29 @@ class GrpcTransport:
             DiskError: the part cannot be read.
         """
         info = part.info
-        request = pb.UploadOffsetRequest(task_id=part.task_id, attempt=part.attempt, part=info.part, digest=info.digest)
-        offset = (await self._call(self._stub.UploadOffset(request, timeout=self._stall_s))).offset
-        if not 0 <= offset <= info.size_bytes:
-            raise ProtocolError(f"{self.address} claims to hold {offset} of {info.size_bytes} bytes")
-        if offset == info.size_bytes:
-            return None
         header = pb.UploadHeader(
             task_id=part.task_id,
             attempt=part.attempt,
             device_id=part.device_id,
             part=info.part,
-            offset=offset,
             size_bytes=info.size_bytes,
             digest=info.digest,
-            plan_digest=plan_digest(part.plan),
         )
         with disk_errors(f"{part.path.name} cannot be read", part.path.parent):
-            reply = await self._upload(header, part.path)
+            reply = await self._sent(header, lambda: open_regular(part.path))
         if reply.WhichOneof("outcome") == "refused":
             return Refused(reply.refused.reason, reply.refused.message)
-        if reply.held_bytes != info.size_bytes:
-            raise UnreachableError(
-                f"{self.address} holds {reply.held_bytes} of {info.size_bytes} bytes of part {info.part}"
-            )
         return None
+
+    async def _sent(
+        self, header: pb.UploadHeader, opened: Callable[[], BinaryIO], describes: bool = False
+    ) -> pb.UploadPartReply:
+        """`Streams.send`, again for as long as something moves."""
+        while True:
+            try:
+                return await self._streams.send(header, opened, describes)
+            except CutError as error:
+                _log.debug("an upload was cut; going on", part=header.part, error=str(error))
 
     async def report_failure(self, failure: Failure) -> bool:
         # A path in it may not be text, and a long one must not keep the coordinator from hearing of it.
@@ -339,45 +274,6 @@ class GrpcTransport:
         call = self._stub.ReportProgress(to_message(progress, pb.Progress), timeout=self._stall_s)
         return (await self._call(call)).wanted
 
-    async def _upload(self, header: pb.UploadHeader, path: Path) -> pb.UploadPartReply:
-        call = self._stub.UploadPart()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
-        try:
-            # Once the coordinator has ended the call, writes fail for no reason of their own: the call itself
-            # then has the reply or the status.
-            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                await self._in_time(call.write(pb.UploadPartRequest(header=header)))
-                for chunk in file_chunks(path, header.offset):
-                    await self._in_time(call.write(pb.UploadPartRequest(chunk=chunk)))
-                    self.moved_bytes += len(chunk.data)
-                await self._in_time(call.done_writing())
-            return await self._in_time(call)
-        except grpc.aio.AioRpcError as error:
-            # A write that meets the end of the call makes grpc put INTERNAL over its true status
-            # (grpc/aio/_call.py, _write), so this says no more than that the upload was cut.
-            if error.code() is grpc.StatusCode.INTERNAL:
-                raise UnreachableError(f"{self.address}: the upload was cut: {error.details()}") from None
-            raise self._as_error(error) from None
-        finally:
-            call.cancel()
-
-    async def _chunks(self, call: _Download) -> AsyncIterator[pb.Chunk]:
-        while True:
-            chunk = await self._moving(call.read())
-            if not isinstance(chunk, pb.Chunk):  # grpc.aio.EOF
-                return
-            self.moved_bytes += len(chunk.data)
-            yield chunk
-
-    async def _moving(self, step: Awaitable[T]) -> T:
-        """One step of a transfer, which must come within the stall time."""
-        return await self._call(self._in_time(step))
-
-    async def _in_time(self, step: Awaitable[T]) -> T:
-        try:
-            return await within(self._stall_s, step)
-        except asyncio.TimeoutError:
-            raise UnreachableError(f"{self.address}: nothing moved for {self._stall_s:g} s") from None
-
     async def _call(self, call: Awaitable[T]) -> T:
         try:
             return await call
@@ -385,26 +281,7 @@ class GrpcTransport:
             raise self._as_error(error) from None
 
     def _as_error(self, error: grpc.aio.AioRpcError) -> TransportError:
-        code, details = error.code(), error.details() or ""
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE not in details:
-            come_back = _COME_BACK.search(details)
-            return BusyError(f"{self.address}: {details}", float(come_back[1]) if come_back else None)
-        if wire_channel.unresolved(details):
-            return UnreachableError(f"{self.address}: this machine cannot resolve that name ({details})")
-        if code is grpc.StatusCode.UNAUTHENTICATED:
-            return UntrustedError(f"{self.address}: {details}")
-        if why := wire_channel.broken_handshake(details, self._identity):
-            return UntrustedError(f"{self.address}: {self.note or why} ({details})")
-        kind = UnreachableError if code in _AWAY else ServerError if code in _SERVERS_OWN else TransportError
-        return kind(f"{self.address}: {code.name}: {details}")
-
-
-def _forget_old(current: Path) -> None:
-    """Keeps the newest of its kind."""
-    files = sorted(current.parent.glob(f"*{current.suffix}"), key=lambda path: path.stat().st_mtime_ns)
-    others = [path for path in files if path != current]
-    for path in others[: max(0, len(others) + 1 - _KEPT_FILES)]:
-        path.unlink()
+        return as_error(self.address, error, self._identity, self.note)
 
 
 def _checked(task: Task) -> Task:
@@ -419,6 +296,8 @@ def _checked(task: Task) -> Task:
             f"task {task.task_id}: attempt {task.attempt}, {task.weights_bytes} bytes of weights, "
             f"{len(task.plan.stages)} stages cannot be"
         )
+    if task.index_digest and not (_DIGEST.fullmatch(task.index_digest) and 0 < task.index_bytes <= MOST_INDEX_BYTES):
+        raise ProtocolError(f"task {task.task_id}: an index {task.index_digest[:80]!r} of {task.index_bytes} bytes")
     if not 0 < task.graph_bytes <= MOST_BYTES:
         raise ProtocolError(f"task {task.task_id}: a graph of {task.graph_bytes} bytes; at most {MOST_BYTES} are read")
     odd = [s.block for s in task.plan.stages if not 0 <= s.first <= s.last or min(s.micro_batch, s.build_batch) < 1]

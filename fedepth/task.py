@@ -275,6 +275,8 @@ class Task:
         graph_digest: sha256 (hex) of the job's traced model, which a device fetches once (fedepth.models.traced).
         weights_digest: sha256 (hex) of the global weights' safetensors file.
         deadline_ms: milliseconds from now until the round may close without this update.
+        index_digest: sha256 (hex) of the weights' index (fedepth.tensor_index), by which a device that has other
+            weights fetches only the tensors that it lacks; "" where there is none.
     """
 
     task_id: str
@@ -290,6 +292,8 @@ class Task:
     weights_digest: str
     weights_bytes: int
     deadline_ms: int
+    index_digest: str = ""
+    index_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ async def foreign_tasks(scene: Scene, device: SimulatedDevice) -> None:
             device.stub.ReportFailure(pb.Failure(task_id=name, attempt=1, device_id=device.device_id), timeout=20)
         )
         await _try(device.stub.ReportProgress(pb.Progress(task_id=name, device_id=device.device_id), timeout=20))
-    request = pb.UploadOffsetRequest(task_id="../../x", attempt=-1, part=2**62, digest="../../../etc/passwd")
-    await _try(device.stub.UploadOffset(request, timeout=20))
+    wrong = {"task_id": "../../x", "attempt": -1, "part": 2**62, "digest": "../../../etc/passwd"}
+    await _try(device.upload(task, part, **wrong))
 
 
 async def odd_numbers(scene: Scene, device: SimulatedDevice) -> None:
@@ -135,7 +135,7 @@ async def odd_numbers(scene: Scene, device: SimulatedDevice) -> None:
     task = await _must_have(device)
     part = await device.update(task, task.plan, 1e-3, scene.seed)
     await _try(device.upload(task, part, size_bytes=2**62))
-    await _try(device.upload(task, part, offset=-1))
+    await _try(device.upload(task, part, size_bytes=-1))
     await _try(device.upload(task, part, attempt=2**62))
     await _try(device.upload(task, part, part=2**62))
     result = device.result(task, task.plan, [part])

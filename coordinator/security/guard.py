@@ -13,7 +13,7 @@ import inspect
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 import structlog
@@ -100,7 +100,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         async def served(request: Any, context: Context) -> Any:
             async with self._admitted(rule, method, context) as caller:
                 if streams_in:
-                    request = self._checked(request, rule, caller, context)
+                    read = _Read(context, lambda message: self._check(message, rule, caller, context))
+                    request, context = aiter(read), cast(Context, read)
                 else:
                     await self._check(request, rule, caller, context)
                 if not streams_out:
@@ -209,12 +210,26 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                     context, grpc.StatusCode.PERMISSION_DENIED, f"this task is not one of {printable(caller.name)}"
                 )
 
-    async def _checked(
-        self, requests: AsyncIterator[Any], rule: Rule, caller: Caller, context: Context
-    ) -> AsyncIterator[Any]:
-        async for request in requests:
-            await self._check(request, rule, caller, context)
+
+class _Read:
+    """A context whose messages are checked as they are read, by whichever of grpc's two ways a handler reads them."""
+
+    def __init__(self, context: Context, check: Callable[[Any], Awaitable[None]]) -> None:
+        self._context = context
+        self._check = check
+
+    async def read(self) -> Any:
+        request = await self._context.read()
+        if request is not grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
+            await self._check(request)
+        return request
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (request := await self.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
             yield request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
 
 
 def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]]:

@@ -32,11 +32,13 @@ class Rule:
 RULES = {
     f"{_FEDERATION}NextTask": Rule(_DEVICE, device_id=lambda request: request.device.device_id),
     f"{_FEDERATION}FetchFile": Rule(_DEVICE),
-    f"{_FEDERATION}UploadOffset": Rule(_DEVICE, task_id=lambda request: request.task_id),
     f"{_FEDERATION}UploadPart": Rule(
         _DEVICE,
         device_id=lambda request: request.header.device_id if request.HasField("header") else None,
         task_id=lambda request: request.header.task_id if request.HasField("header") else None,
+    ),
+    f"{_FEDERATION}DescribeData": Rule(
+        _DEVICE, device_id=lambda request: request.header.device_id if request.HasField("header") else None
     ),
     f"{_FEDERATION}CommitUpdate": Rule(
         _DEVICE, device_id=lambda request: request.result.device_id, task_id=lambda request: request.result.task_id

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from fedepth_wire.times import within
 
 from edge_client.config import TrainerConfig
 from edge_client.memory.probe import anonymous_bytes
-from edge_client.timeouts import within
 from edge_client.trainer.protocol import Done, Event, Failed, Measure, Ready, TrainRequest
 from fedepth.budget import Budget
 from fedepth.child import Child, module_argv

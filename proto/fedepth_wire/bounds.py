@@ -85,6 +85,13 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
         "class_names": Bound(length=MOST_LONG_TEXT, elements=MOST_CLASSES),
         "folder_names": Bound(length=MOST_LONG_TEXT, elements=2 * MOST_CLASSES),
         "folder_counts": Bound(most=MOST_COUNT, elements=2 * MOST_CLASSES),
+        "data_digest": _DIGEST,
+    },
+    "DeviceData": {
+        "class_counts": Bound(most=MOST_COUNT, elements=MOST_CLASSES),
+        "class_names": Bound(length=MOST_LONG_TEXT, elements=MOST_CLASSES),
+        "folder_names": Bound(length=MOST_LONG_TEXT, elements=2 * MOST_CLASSES),
+        "folder_counts": Bound(most=MOST_COUNT, elements=2 * MOST_CLASSES),
     },
     "ColumnSums": {
         "asked": _DIGEST,
@@ -137,9 +144,9 @@ BOUNDS: Mapping[str, Mapping[str, Bound]] = {
     },
     "Result": {"sample_count": _COUNT, "seconds": _ANY_FLOAT, "weights_digest": _DIGEST},
     "PartInfo": {"digest": _DIGEST},
-    "FetchFileRequest": {"digest": _DIGEST},
-    "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST, "plan_digest": _DIGEST},
-    "UploadOffsetRequest": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
+    "Task": {"index_digest": _DIGEST, "model_digest": _DIGEST},
+    "FetchFileRequest": {"digest": _DIGEST, "piece_bytes": Bound(most=CHUNK_BYTES)},
+    "UploadHeader": {"attempt": _COUNT, "part": _COUNT, "digest": _DIGEST},
     "Failure": {"message": _LONG_TEXT},
     "Progress": {"loss": _ANY_FLOAT},  # of a run that diverged, which must still be told
     "Rejected": {"message": _LONG_TEXT},

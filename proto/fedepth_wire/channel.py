@@ -9,24 +9,23 @@ import grpc
 
 from fedepth.address import Address, parse_address
 from fedepth_wire.bounds import CHUNK_BYTES
+from fedepth_wire.times import KEEPALIVE_ANSWER_S, KEEPALIVE_S
 from fedepth_wire.tls import COORDINATOR_NAME, Identity, Insecure, channel_credentials
 
-# From a device, the largest is a chunk in its envelope: reports and results have less than half of that. From the
-# coordinator, a task, with the names of all classes and the mean of every channel.
-DEVICE_MESSAGE_LIMIT_BYTES = CHUNK_BYTES + (64 << 10)
-COORDINATOR_MESSAGE_LIMIT_BYTES = 4 << 20
+# From either side, the largest is a chunk in its envelope: reports, tasks and results have less than half of that.
+MESSAGE_LIMIT_BYTES = CHUNK_BYTES + (64 << 10)
 
-# A device behind NAT must keep its path open: a ping every 30 s, dead after 20 s without an answer.
+# A device behind NAT must keep its path open: it is asked now and then whether it is there.
 _COMMON: list[tuple[str, int]] = [
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_ANSWER_S * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 CLIENT_OPTIONS = [
     *_COMMON,
-    ("grpc.max_send_message_length", DEVICE_MESSAGE_LIMIT_BYTES),
-    ("grpc.max_receive_message_length", COORDINATOR_MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 10_000),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),  # a coordinator that has moved is found at the next try
@@ -36,9 +35,9 @@ CLIENT_OPTIONS = [
 ]
 SERVER_OPTIONS = [
     *_COMMON,
-    ("grpc.max_receive_message_length", DEVICE_MESSAGE_LIMIT_BYTES),
-    ("grpc.max_send_message_length", COORDINATOR_MESSAGE_LIMIT_BYTES),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 1000) // 3),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first
 ]

@@ -6,7 +6,6 @@ types: a field out of bounds or of the wrong type raises ProtocolError.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any, TypeVar
 
@@ -16,7 +15,6 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from fedepth.errors import ProtocolError
-from fedepth.plan import Plan
 from fedepth_wire.bounds import check_message
 
 M = TypeVar("M", bound=Message)
@@ -42,11 +40,6 @@ def from_message(message: Message, kind: type[T]) -> T:
         return msgspec.convert(_with_enum_names(fields, message.DESCRIPTOR, to_wire=False), kind, strict=False)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"{message.DESCRIPTOR.name} cannot be read as {kind.__name__}: {error}") from None
-
-
-def plan_digest(plan: Plan) -> str:
-    """sha256 (hex) that both sides compute alike from a plan."""
-    return hashlib.sha256(msgspec.json.encode(plan, order="deterministic")).hexdigest()
 
 
 def _with_enum_names(value: Any, descriptor: Any, *, to_wire: bool) -> Any:

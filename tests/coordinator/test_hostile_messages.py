@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fedepth_wire.channel import DEVICE_MESSAGE_LIMIT_BYTES, SERVER_OPTIONS
+from fedepth_wire.channel import MESSAGE_LIMIT_BYTES, SERVER_OPTIONS
 from fedepth_wire.convert import to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
@@ -57,7 +57,7 @@ def test_a_message_larger_than_a_chunk_is_not_received(play: Play) -> None:
         report = pb.DeviceReport(class_counts=[1] * (4 << 20))
         code, said = await status(stub.NextTask(pb.NextTaskRequest(device=report)))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert str(DEVICE_MESSAGE_LIMIT_BYTES) in said
+        assert str(MESSAGE_LIMIT_BYTES) in said
 
     play(scene)
 
@@ -110,6 +110,6 @@ def test_a_header_out_of_bounds_is_refused(play: Play) -> None:
         yield pb.UploadPartRequest(header=pb.UploadHeader(task_id="t" * 1000))
 
     async def scene(stub: Any) -> None:
-        assert "UploadHeader.task_id has 1000 characters" in (await status(stub.UploadPart(requests())))[1]
+        assert "UploadHeader.task_id has 1000 characters" in (await status(stub.UploadPart(requests()).read()))[1]
 
     play(scene)

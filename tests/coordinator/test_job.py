@@ -41,12 +41,15 @@ class Rig:
         return task
 
     async def upload(self, task: Task, device: str) -> None:
-        header = PartHeader(task.task_id, task.attempt, device, 0, 0, len(PART), self.kit.sha256(PART))
+        header = PartHeader(task.task_id, task.attempt, device, 0, len(PART), self.kit.sha256(PART))
 
         async def chunks() -> AsyncIterator[Chunk]:
             yield Chunk(offset=0, data=PART)
 
-        await self.job.uploads.receive(header, chunks())
+        async def acknowledge(held: int) -> None:
+            assert held == 0
+
+        await self.job.uploads.receive(header, chunks(), acknowledge)
 
     async def commit(self, task: Task, device: str) -> int:
         record = self.job.store.task(task.task_id)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import grpc
 import pytest
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
-from fedepth_wire.convert import from_message, to_message
+from fedepth_wire.convert import to_message
+from fedepth_wire.report_messages import report_message
+from fedepth_wire.task_messages import task_of
 from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
@@ -28,13 +31,15 @@ from fedepth.task import Distil, Failure, Heads, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"
 PART = b"trained tensors"
+PIECE = pb.UploadPartRequest(chunk=pb.Chunk(offset=0, data=PART[:5]))
 
 
 class Rig:
     """A served job, and a device's view of it."""
 
-    def __init__(self, job: Job, stub: Any, kit: Any, running: asyncio.Future[None]) -> None:
-        self.job = job
+    def __init__(self, service: FederationService, stub: Any, kit: Any, running: asyncio.Future[None]) -> None:
+        self.service = service
+        self.job: Job = service._job
         self.stub = stub
         self.kit = kit
         self.running = running
@@ -47,10 +52,11 @@ class Rig:
     async def task(self, device: str) -> Task:
         reply = await self.ask(device)
         assert reply.WhichOneof("outcome") == "task", reply
-        return from_message(reply.task, Task)
+        assert not reply.task.HasField("model")
+        return task_of(reply.task, self.job.model_source.content)
 
-    async def upload(self, task: Task, device: str, data: bytes = PART, digest: str = "") -> pb.UploadPartReply:
-        header = pb.UploadHeader(
+    def header(self, task: Task, device: str, data: bytes = PART, digest: str = "") -> pb.UploadHeader:
+        return pb.UploadHeader(
             task_id=task.task_id,
             attempt=task.attempt,
             device_id=device,
@@ -59,11 +65,14 @@ class Rig:
             digest=digest or self.kit.sha256(data),
         )
 
+    async def upload(self, task: Task, device: str, digest: str = "", begin: int = 0) -> pb.UploadPartReply:
+        header = self.header(task, device, PART, digest)
+
         async def requests() -> AsyncIterator[pb.UploadPartRequest]:
             yield pb.UploadPartRequest(header=header)
-            yield pb.UploadPartRequest(chunk=pb.Chunk(offset=0, data=data))
+            yield pb.UploadPartRequest(chunk=pb.Chunk(offset=begin, data=PART[begin:]))
 
-        reply: pb.UploadPartReply = await self.stub.UploadPart(requests())
+        *_, reply = [reply async for reply in self.stub.UploadPart(requests())]
         return reply
 
     def result(self, task: Task, device: str, **changes: Any) -> Result:
@@ -76,8 +85,8 @@ class Rig:
         reply: pb.CommitUpdateReply = await self.stub.CommitUpdate(request)
         return reply
 
-    async def deliver(self, task: Task, device: str) -> None:
-        await self.upload(task, device)
+    async def deliver(self, task: Task, device: str, begin: int = 0) -> None:
+        await self.upload(task, device, begin=begin)
         assert (await self.commit(self.result(task, device))).WhichOneof("outcome") == "accepted"
 
 
@@ -93,12 +102,13 @@ def play(kit: Any, run_job: Any) -> Play:
     async def served(**section: Any) -> AsyncIterator[Rig]:
         async with run_job(**section) as running:
             server = grpc.aio.server(options=SERVER_OPTIONS)
-            add_FederationServicer_to_server(FederationService(running.job), server)
+            service = FederationService(running.job)
+            add_FederationServicer_to_server(service, server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             try:
                 async with open_channel(f"127.0.0.1:{port}", INSECURE) as channel:
-                    yield Rig(running.job, FederationStub(channel), kit, running.task)
+                    yield Rig(service, FederationStub(channel), kit, running.task)
             finally:
                 running.job.events.close()
                 await server.stop(0)
@@ -228,26 +238,105 @@ def test_devices_that_cannot_take_part_are_told_why(play: Play) -> None:
     play(scene)
 
 
-def test_weights_and_graph_stream_from_an_offset(play: Play) -> None:
+def test_ranges_of_weights_and_graph_are_sent(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         digest = rig.kit.sha256(WEIGHTS)
         for content in (WEIGHTS, rig.kit.graph):
-            request = pb.FetchFileRequest(digest=rig.kit.sha256(content), offset=8)
-            got = [chunk async for chunk in rig.stub.FetchFile(request)]
-            assert [(chunk.offset, chunk.data) for chunk in got] == [(8, content[8:])]
+            wanted = [pb.Range(begin=8, end=len(content)), pb.Range(begin=0, end=3)]
+            size = len(content) - 5
+            request = pb.FetchFileRequest(digest=rig.kit.sha256(content), ranges=wanted, credit_bytes=size)
+            got = [(chunk.offset, chunk.data) for chunk in await chunks(rig, request)]
+            assert got == [(8, content[8:]), (0, content[:3])]
         for request, code in (
             (pb.FetchFileRequest(digest="0" * 64), grpc.StatusCode.NOT_FOUND),
-            (pb.FetchFileRequest(digest=digest, offset=99), grpc.StatusCode.OUT_OF_RANGE),
+            (pb.FetchFileRequest(digest=digest, ranges=[pb.Range(end=99)]), grpc.StatusCode.OUT_OF_RANGE),
+            (pb.FetchFileRequest(digest=digest, ranges=[pb.Range(begin=3, end=3)]), grpc.StatusCode.OUT_OF_RANGE),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                [chunk async for chunk in rig.stub.FetchFile(request)]
+                await chunks(rig, request)
             assert caught.value.code() is code
 
     play(scene)
 
 
-async def fetch(rig: Rig, digest: str) -> bytes:
-    return b"".join([chunk.data async for chunk in rig.stub.FetchFile(pb.FetchFileRequest(digest=digest))])
+def test_a_device_with_many_classes_describes_its_data_once(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        names = tuple(f"class number {number}" for number in range(3000))
+        report = replace(rig.kit.report("a", classes=3000), class_names=names)
+        message, data = report_message(report)
+        request = pb.NextTaskRequest(device=message, wait_ms=0)
+        assert (await rig.stub.NextTask(request)).WhichOneof("outcome") == "describe"
+        header = pb.UploadHeader(device_id="a", size_bytes=len(data), digest=message.data_digest)
+
+        async def requests() -> AsyncIterator[pb.UploadPartRequest]:
+            yield pb.UploadPartRequest(header=header)
+            yield pb.UploadPartRequest(chunk=pb.Chunk(offset=0, data=data))
+
+        *_, reply = [reply async for reply in rig.stub.DescribeData(requests())]
+        assert reply.sealed.size_bytes == len(data)
+        refused = (await rig.stub.NextTask(request)).rejected  # the job has two classes: the names have been looked at
+        assert "class number" in refused.message
+
+    play(scene)
+
+
+def test_no_more_of_a_file_is_sent_than_was_asked_for_by_then(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        call = rig.stub.FetchFile()
+        digest, wanted = rig.kit.sha256(WEIGHTS), [pb.Range(begin=0, end=len(WEIGHTS))]
+        await call.write(pb.FetchFileRequest(digest=digest, ranges=wanted, credit_bytes=5, piece_bytes=3))
+        got = [await call.read(), await call.read()]
+        for credit, piece in ((6, 0), (6, 2), (9, 2), (len(WEIGHTS) + 5, 4)):
+            await call.write(pb.FetchFileRequest(credit_bytes=credit, piece_bytes=piece))
+        got += [await call.read() for _ in range(5)]
+        assert await call.read() is grpc.aio.EOF
+        assert [len(chunk.data) for chunk in got] == [3, 2, 1, 2, 1, 4, 2]
+        assert b"".join(chunk.data for chunk in got) == WEIGHTS
+
+    play(scene)
+
+
+def test_streams_on_which_nothing_moves_are_ended(play: Play) -> None:
+    """Each of them is a connection, an open file, or a place in line."""
+
+    async def scene(rig: Rig) -> None:
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        wanted = [pb.Range(begin=0, end=task.weights_bytes)]
+        fetching = pb.FetchFileRequest(digest=task.weights_digest, ranges=wanted, credit_bytes=5)
+        header = rig.header(task, "a", PART)
+        rig.service._stall_s = 0.05
+        for method, messages in (
+            (rig.stub.FetchFile, []),
+            (rig.stub.FetchFile, [fetching]),
+            (rig.stub.UploadPart, []),
+            (rig.stub.UploadPart, [pb.UploadPartRequest(header=header)]),
+            (rig.stub.UploadPart, [pb.UploadPartRequest(header=header), PIECE]),
+        ):
+            call = method()
+            for message in messages:
+                await call.write(message)
+            with pytest.raises(grpc.aio.AioRpcError, match=r"nothing moved for 0\.05 s") as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        rig.service._stall_s = 60.0
+        await rig.deliver(task, "a", begin=5)  # what came before the silence is there
+
+    play(scene)
+
+
+async def chunks(rig: Rig, request: pb.FetchFileRequest) -> list[pb.Chunk]:
+    async def requests() -> AsyncIterator[pb.FetchFileRequest]:
+        yield request
+
+    return [chunk async for chunk in rig.stub.FetchFile(requests())]
+
+
+async def fetch(rig: Rig, digest: str, size: int, *, verify: bool = True) -> bytes:
+    """As a device does after a file that came whole and was another one, if `verify`."""
+    wanted = [pb.Range(begin=0, end=size)]
+    request = pb.FetchFileRequest(digest=digest, ranges=wanted, credit_bytes=size, verify=verify)
+    return b"".join([chunk.data for chunk in await chunks(rig, request)])
 
 
 def test_a_call_that_meets_a_state_that_cannot_be_used_is_logged_in_a_sentence(
@@ -293,9 +382,9 @@ def test_a_file_that_rots_while_it_is_served_ends_the_job_with_a_sentence(
         digest = task.weights_digest if what == "weights" else task.graph_digest
         found = await rig.job.file_of(digest)
         assert found is not None
-        damage(found[0])
+        damage(found.content)
         with pytest.raises(grpc.aio.AioRpcError, match=r"busy: .*; come back in 20 s") as caught:
-            await fetch(rig, digest)
+            await fetch(rig, digest, found.size_bytes)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # the device waits, and keeps its task
 
     with pytest.raises(StateError, match=said):
@@ -317,9 +406,9 @@ def test_a_file_that_rots_is_fetched_again_from_where_there_is_another_copy(
         task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
         rot(rig.job.weights.path())
         with pytest.raises(grpc.aio.AioRpcError, match="busy"):
-            await fetch(rig, task.weights_digest)
+            await fetch(rig, task.weights_digest, task.weights_bytes)
         await until(rig, lambda: rig.job.weights.path().read_bytes() == WEIGHTS)
-        assert await fetch(rig, task.weights_digest) == WEIGHTS
+        assert await fetch(rig, task.weights_digest, task.weights_bytes) == WEIGHTS
         await rig.deliver(task, "a")
 
     rig_folder = Path()
@@ -333,7 +422,7 @@ def test_weights_of_the_past_that_rot_do_not_end_the_job(play: Play) -> None:
         await until(rig, lambda: rig.job.state.round == 2)
         rig.job.store.files.weights(0, rig.kit.sha256(WEIGHTS)).unlink()
         with pytest.raises(grpc.aio.AioRpcError, match="busy"):
-            await fetch(rig, rig.kit.sha256(WEIGHTS))
+            await fetch(rig, rig.kit.sha256(WEIGHTS), len(WEIGHTS))
         for task, device in zip(await asyncio.gather(rig.task("a"), rig.task("b")), "ab", strict=True):
             await rig.deliver(task, device)
         await rig.job.finished.wait()
@@ -347,10 +436,8 @@ def test_a_broken_upload_can_be_tried_again(play: Play) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await rig.upload(task, "a", digest="0" * 64)
         assert caught.value.code() is grpc.StatusCode.ABORTED
-        assert (await rig.upload(task, "a")).held_bytes == len(PART)
-        digest = rig.kit.sha256(PART)
-        request = pb.UploadOffsetRequest(task_id=task.task_id, attempt=1, part=0, digest=digest)
-        assert (await rig.stub.UploadOffset(request)).offset == len(PART)
+        for _ in range(2):  # the answer may have been lost
+            assert (await rig.upload(task, "a")).sealed.size_bytes == len(PART)
 
     play(scene)
 
@@ -389,17 +476,19 @@ def test_a_failure_ends_the_task_and_progress_is_no_longer_wanted(play: Play) ->
     ("method", "request_", "said"),
     [
         ("FetchFile", pb.FetchFileRequest(digest="f" * 900_000), "FetchFileRequest.digest has 900000 characters"),
-        ("FetchFile", pb.FetchFileRequest(digest="f" * 64, offset=-1), "FetchFileRequest.offset is -1"),
-        ("UploadOffset", pb.UploadOffsetRequest(task_id="t" * 900_000), "UploadOffsetRequest.task_id has 900000"),
-        ("UploadOffset", pb.UploadOffsetRequest(digest="f" * 65), "UploadOffsetRequest.digest has 65 characters"),
+        ("FetchFile", pb.FetchFileRequest(digest="f" * 64, credit_bytes=-1), "FetchFileRequest.credit_bytes is -1"),
+        ("UploadPart", pb.UploadPartRequest(header=pb.UploadHeader(task_id="t" * 900_000)), "task_id has 900000"),
+        ("UploadPart", pb.UploadPartRequest(header=pb.UploadHeader(digest="f" * 65)), "digest has 65 characters"),
     ],
 )
 def test_what_is_asked_of_files_and_parts_is_bounded(play: Play, method: str, request_: Any, said: str) -> None:
     async def scene(rig: Rig) -> None:
-        call = getattr(rig.stub, method)(request_)
+        call = getattr(rig.stub, method)()
+        await call.write(request_)
         with pytest.raises(grpc.aio.AioRpcError, match=said) as caught:
-            await (call.read() if method == "FetchFile" else call)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            await call.read()
+        expected = {"FetchFile": grpc.StatusCode.INVALID_ARGUMENT, "UploadPart": grpc.StatusCode.ABORTED}
+        assert caught.value.code() is expected[method]
 
     play(scene)
 

@@ -13,17 +13,11 @@ from structlog.testing import capture_logs
 
 from edge_client.agent import Agent, Surroundings
 from edge_client.backoff import Clock
+from edge_client.call_errors import UnreachableError
 from edge_client.config import Config, load
 from edge_client.memory.probe import Memory
 from edge_client.outbox import Entry
-from edge_client.transport import (
-    Accepted,
-    Answer,
-    Finished,
-    Part,
-    Refused,
-    UnreachableError,
-)
+from edge_client.transport import Accepted, Answer, Finished, Part, Refused
 from fedepth.budget import MemoryLimit
 from fedepth.plan import Plan
 from fedepth.task import DeviceReport, Failure, Progress, Result, Task

@@ -14,17 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from edge_client.agent import AFTER_FAILURE_S, FINISHED_POLL_S, Agent, Surroundings
+from edge_client.call_errors import UnreachableError
 from edge_client.memory.probe import Memory
 from edge_client.outbox import Outbox
-from edge_client.transport import (
-    Accepted,
-    Answer,
-    Finished,
-    Refused,
-    Rejected,
-    RetryLater,
-    UnreachableError,
-)
+from edge_client.transport import Accepted, Answer, Finished, Refused, Rejected, RetryLater
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
 from fedepth.estimate.peak import needed_bytes

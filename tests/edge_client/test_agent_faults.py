@@ -16,18 +16,11 @@ from structlog.testing import capture_logs
 
 from edge_client.agent import LEAST_ROOM_BYTES
 from edge_client.backoff import DISK_PAUSE_S
+from edge_client.call_errors import BusyError, ServerError, UnreachableError
 from edge_client.delivery import DELIVERY_TRIES
 from edge_client.outbox import Entry, Outbox
 from edge_client.task_run import DISK_WAITS
-from edge_client.transport import (
-    Answer,
-    BusyError,
-    Refused,
-    Rejected,
-    RetryLater,
-    ServerError,
-    UnreachableError,
-)
+from edge_client.transport import Answer, Refused, Rejected, RetryLater
 from fedepth.errors import DiskError, FedepthError, TransportError
 from fedepth.task import DeviceReport, Failure, Outcome, Result, Task
 from tests.edge_client.bench import OK, Bench, FakeTransport, Insisting, MakeTask

@@ -1,12 +1,12 @@
 import asyncio
 
 import pytest
+from fedepth_wire.times import within
 from structlog.testing import capture_logs
 
 from edge_client.backoff import Backoff, Clock, Reminder
+from edge_client.call_errors import BusyError, ServerError, UnreachableError
 from edge_client.config import RetryConfig
-from edge_client.timeouts import within
-from edge_client.transport import BusyError, ServerError, UnreachableError
 from fedepth.errors import TransportError
 
 

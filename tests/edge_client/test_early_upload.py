@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from structlog.testing import capture_logs
 
+from edge_client.call_errors import UnreachableError
 from edge_client.early_upload import EarlyUpload
-from edge_client.transport import Part, Refused, Transport, UnreachableError
+from edge_client.transport import Part, Refused, Transport
 from fedepth.task import PartInfo, Task
 
 Answer = Refused | Exception | None

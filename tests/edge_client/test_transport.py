@@ -12,25 +12,18 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from fedepth_wire.chunks import CHUNK_BYTES, file_chunks
-from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.chunks import Source
+from fedepth_wire.convert import from_message
+from fedepth_wire.pace import FIRST_WINDOW_BYTES, LEAST_WINDOW_BYTES
+from fedepth_wire.report_messages import put_into
+from fedepth_wire.task_messages import model_source, task_message
 from fedepth_wire.tls import INSECURE
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_FederationServicer_to_server
 
+from edge_client.call_errors import BusyError, ServerError, TemporaryError, UnreachableError
 from edge_client.outbox import Outbox
-from edge_client.transport import (
-    Accepted,
-    BusyError,
-    Finished,
-    GrpcTransport,
-    Refused,
-    Rejected,
-    RetryLater,
-    ServerError,
-    TemporaryError,
-    UnreachableError,
-)
+from edge_client.transport import Accepted, Finished, GrpcTransport, Refused, Rejected, RetryLater
 from fedepth.budget import Budget
 from fedepth.errors import DiskError, ProtocolError, TransportError
 from fedepth.models.graph import MOST_BYTES
@@ -39,7 +32,8 @@ from fedepth.task import DeviceReport, Failure, Outcome, Progress, Result, Task
 REPORT = DeviceReport(
     "device", "kitchen", Budget(9, 8, (), 1, 1, 0.9, 0, 6), 6, (4, 2), instance="0123456789abcdef", hostname="board-7"
 )
-BIG = bytes(range(256)) * 4 * 2500  # 2.56 MB: three chunks
+BIG = bytes(range(256)) * 3000  # 768 kB
+BIG_MORE = len(BIG) + 1
 
 
 @dataclass
@@ -51,42 +45,67 @@ class Server(FederationServicer):
     upload_reply: pb.UploadPartReply | None = None
     held: dict[int, bytes] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
-    cut_after_chunks: int | None = None
+    models: dict[str, bytes] = field(default_factory=dict)
+    credits: list[int] = field(default_factory=list)
+    cut_after: int | None = None
     silent: bool = False
+
+    def task(self, task: Task) -> pb.NextTaskReply:
+        """The reply that hands it out. Its model can be fetched from now on."""
+        model = model_source(task.model)
+        assert isinstance(model.content, bytes)
+        self.models[model.digest] = model.content
+        return pb.NextTaskReply(task=task_message(task, model))
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
         self.asked.append(request)
         return self.task_reply
 
-    async def FetchFile(self, request: pb.FetchFileRequest, context: Any) -> AsyncIterator[pb.Chunk]:
-        self.asked.append(request)
-        for number, chunk in enumerate(file_chunks(self.weights, request.offset)):
-            if number == self.cut_after_chunks:
-                if self.silent:
-                    await asyncio.Event().wait()
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
-            yield chunk
+    async def FetchFile(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.Chunk]:  # type: ignore[override]
+        """Sends what it is asked for; `cut_after` counts the bytes of one stream."""
+        sent, pieces = 0, None
+        async for request in request_iterator:
+            if pieces is None:
+                self.asked.append(request)
+                total = sum(each.end - each.begin for each in request.ranges)
+                content = self.models.get(request.digest) or self.weights.read_bytes()
+                pieces = Source(content, 0, "").pieces([(each.begin, each.end) for each in request.ranges])
+            self.credits.append(request.credit_bytes)
+            while sent < min(total, request.credit_bytes):
+                if self.cut_after is not None and sent >= self.cut_after:
+                    if self.silent:
+                        await asyncio.Event().wait()
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                chunk = pieces.next(min(request.piece_bytes, request.credit_bytes - sent))
+                sent += len(chunk.data)
+                yield chunk
+            if sent == total:
+                return
 
-    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Any) -> pb.UploadOffsetReply:
-        return pb.UploadOffsetReply(offset=len(self.held.get(request.part, b"")))
-
-    async def UploadPart(
+    async def UploadPart(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Any
-    ) -> pb.UploadPartReply:
+    ) -> AsyncIterator[pb.UploadPartReply]:
         if self.silent:
             await asyncio.Event().wait()
+        received = 0
         async for request in request_iterator:
             if request.WhichOneof("content") == "header":
-                self.asked.append(request.header)
-                part = request.header.part
+                header = request.header
+                self.asked.append(header)
                 if self.upload_reply:
-                    return self.upload_reply
+                    yield self.upload_reply
+                    return
+                held = self.held.setdefault(header.part, b"")
             else:
-                assert request.chunk.offset == len(self.held.get(part, b""))
-                self.held[part] = self.held.get(part, b"") + request.chunk.data
-                if self.cut_after_chunks is not None:
+                assert request.chunk.offset == len(held)
+                if self.cut_after is not None and received >= self.cut_after:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
-        return pb.UploadPartReply(held_bytes=len(self.held[part]))
+                held = self.held[header.part] = held + request.chunk.data
+                received += len(request.chunk.data)
+            if len(held) == header.size_bytes:
+                yield pb.UploadPartReply(sealed=pb.Sealed(size_bytes=len(held)))
+                return
+            yield pb.UploadPartReply(held_bytes=len(held))
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Any) -> pb.CommitUpdateReply:
         self.asked.append(request)
@@ -134,7 +153,7 @@ def against(
 def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Task) -> None:
     async def scene(transport: GrpcTransport) -> None:
         for reply, expected in (
-            (pb.NextTaskReply(task=to_message(big_task, pb.Task)), big_task),
+            (server.task(big_task), big_task),
             (
                 pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500, reason="waiting")),
                 RetryLater(1.5, "waiting"),
@@ -155,6 +174,95 @@ def test_every_answer_to_next_task(server: Server, tmp_path: Path, big_task: Tas
     against(server, tmp_path, scene)
     assert server.asked[0].wait_ms == 30_000
     assert from_message(server.asked[0].device, DeviceReport) == REPORT
+
+
+def test_what_all_tasks_of_a_job_have_in_common_is_fetched_once(server: Server, tmp_path: Path, big_task: Task) -> None:
+    """The names of many classes have more bytes than a bad link passes in one go."""
+    names = tuple(f"class number {number}" for number in range(10_000))
+    task = replace(big_task, model=replace(big_task.model, classes=names))
+    server.task_reply = server.task(task)
+    server.cut_after = 40_000
+
+    async def scene(transport: GrpcTransport) -> None:
+        for _ in range(2):
+            assert await transport.next_task(REPORT, 30) == task
+
+    against(server, tmp_path, scene)
+    assert server.task_reply.ByteSize() < 2_000
+    fetched = [ranges_of(request)[0][0] for request in server.asked if isinstance(request, pb.FetchFileRequest)]
+    assert fetched[0] == 0 and fetched == sorted(set(fetched)) and len(fetched) > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_digest": "../x"}, r"names the model '\.\./x' of"),
+        ({"model_bytes": 0}, "of 0 bytes"),
+        ({"model_bytes": (4 << 20) + 1}, "of 4194305 bytes"),
+    ],
+)
+def test_a_model_that_is_named_as_none_can_be_is_refused(
+    server: Server, tmp_path: Path, big_task: Task, changes: dict[str, Any], said: str
+) -> None:
+    server.task_reply = server.task(big_task)
+    server.task_reply.task.MergeFrom(pb.Task(**changes))
+    if changes.get("model_bytes") == 0:
+        server.task_reply.task.model_bytes = 0
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match=said):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+
+
+def test_a_model_that_cannot_be_read_is_refused(server: Server, tmp_path: Path, big_task: Task) -> None:
+    server.task_reply = server.task(big_task)
+    content = b"\xff" * 10
+    server.models[digest := hashlib.sha256(content).hexdigest()] = content
+    server.task_reply.task.model_digest, server.task_reply.task.model_bytes = digest, len(content)
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match="the model of task 't1' cannot be read"):
+            await transport.next_task(REPORT, 30)
+
+    against(server, tmp_path, scene)
+
+
+def test_what_a_device_with_many_classes_says_of_its_data_is_sent_once(server: Server, tmp_path: Path) -> None:
+    names = tuple(f"class number {number}" for number in range(10_000))
+    report = replace(REPORT, class_names=names, class_counts=tuple(range(10_000)))
+    whole: dict[str, bytes] = {}
+    sizes: list[int] = []
+
+    class Asking(Server):
+        async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.NextTaskReply:
+            self.asked.append(request)
+            sizes.append(request.ByteSize())
+            if request.device.data_digest not in whole:
+                return pb.NextTaskReply(describe=pb.Describe())
+            put_into(request.device, whole[request.device.data_digest])
+            assert from_message(request.device, DeviceReport) == report
+            return pb.NextTaskReply(retry=pb.RetryLater(retry_after_ms=1500))
+
+        async def DescribeData(  # type: ignore[override]
+            self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Any
+        ) -> AsyncIterator[pb.UploadPartReply]:
+            async for reply in self.UploadPart(request_iterator, context):
+                if reply.WhichOneof("outcome") == "sealed":
+                    whole[self.asked[-1].digest] = self.held[0]
+                yield reply
+
+    asking = Asking(server.weights)
+    asking.cut_after = 40_000
+
+    async def scene(transport: GrpcTransport) -> None:
+        for _ in range(2):
+            assert await transport.next_task(report, 30) == RetryLater(1.5)
+
+    against(asking, tmp_path, scene)
+    assert len(sizes) == 3 and max(sizes) < 1_000
+    assert len(asking.asked) - 3 > 3  # the file went up in several streams
 
 
 def with_stage(task: Task, **changes: Any) -> Task:
@@ -182,7 +290,7 @@ def with_rate(learning_rate: float) -> Callable[[Task], Task]:
 def test_a_task_that_cannot_be_trained_is_refused(
     server: Server, tmp_path: Path, big_task: Task, change: Callable[[Task], Task], message: str
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(change(big_task), pb.Task))
+    server.task_reply = server.task(change(big_task))
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError, match=message):
@@ -204,7 +312,7 @@ def test_a_task_that_cannot_be_trained_is_refused(
 def test_names_that_would_leave_the_state_directory_are_refused(
     server: Server, tmp_path: Path, big_task: Task, bad: dict[str, str]
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, **bad), pb.Task))  # type: ignore[arg-type]
+    server.task_reply = server.task(replace(big_task, **bad))  # type: ignore[arg-type]
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError):
@@ -213,19 +321,43 @@ def test_names_that_would_leave_the_state_directory_are_refused(
     against(server, tmp_path, scene)
 
 
-def test_a_download_resumes_where_it_was_cut(server: Server, tmp_path: Path, big_task: Task) -> None:
+def ranges_of(request: pb.FetchFileRequest) -> list[tuple[int, int]]:
+    return [(each.begin, each.end) for each in request.ranges]
+
+
+def test_a_download_that_is_cut_goes_on_at_the_byte(server: Server, tmp_path: Path, big_task: Task) -> None:
     async def scene(transport: GrpcTransport) -> None:
-        server.cut_after_chunks = 1
-        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):
-            await transport.fetch_weights(big_task)
-        server.cut_after_chunks = None
+        server.cut_after = 100_000
         path = await transport.fetch_weights(big_task)
         assert path.read_bytes() == BIG
         assert await transport.fetch_weights(big_task) == path  # from disk
         assert transport.moved_bytes == len(BIG)  # no byte twice
 
     against(server, tmp_path, scene)
-    assert [request.offset for request in server.asked] == [0, CHUNK_BYTES]
+    begins = [ranges_of(request)[0][0] for request in server.asked]
+    assert begins[0] == 0 and begins == sorted(begins) and len(begins) >= len(BIG) // 100_000
+    assert all(ranges_of(request)[0][1] == len(BIG) for request in server.asked)
+    assert server.credits[0] == FIRST_WINDOW_BYTES
+
+
+def test_a_download_goes_on_at_the_byte_in_the_next_run_of_the_agent(
+    server: Server, tmp_path: Path, big_task: Task
+) -> None:
+    partial = tmp_path / "weights" / f"{big_task.weights_digest}.safetensors.partial"
+
+    async def away(transport: GrpcTransport) -> None:
+        server.cut_after = 0
+        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):  # nothing moved: it is for the agent to wait
+            await transport.fetch_weights(big_task)
+        partial.write_bytes(BIG[:1001])
+
+    async def back(transport: GrpcTransport) -> None:
+        server.cut_after = None
+        assert (await transport.fetch_weights(big_task)).read_bytes() == BIG
+
+    against(server, tmp_path, away)
+    against(server, tmp_path, back)
+    assert [ranges_of(request) for request in server.asked] == [[(0, len(BIG))], [(1001, len(BIG))]]
 
 
 def test_weights_with_another_digest_are_not_kept(server: Server, tmp_path: Path, big_task: Task) -> None:
@@ -238,6 +370,7 @@ def test_weights_with_another_digest_are_not_kept(server: Server, tmp_path: Path
         assert (await transport.fetch_weights(big_task)).read_bytes() == BIG
 
     against(server, tmp_path, scene)
+    assert [request.verify for request in server.asked] == [False, True]  # the coordinator should look at its own
 
 
 def test_weights_damaged_on_disk_are_fetched_again(server: Server, tmp_path: Path, big_task: Task) -> None:
@@ -253,10 +386,7 @@ def test_the_graph_is_fetched_once_and_kept_apart(server: Server, tmp_path: Path
     task = replace(big_task, graph_digest=big_task.weights_digest, graph_bytes=big_task.weights_bytes)
 
     async def scene(transport: GrpcTransport) -> None:
-        server.cut_after_chunks = 1
-        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):
-            await transport.fetch_graph(task)
-        server.cut_after_chunks = None
+        server.cut_after = 300_000
         path = await transport.fetch_graph(task)
         assert path == tmp_path / "graphs" / f"{task.graph_digest}.json"
         assert path.read_bytes() == BIG
@@ -265,14 +395,14 @@ def test_the_graph_is_fetched_once_and_kept_apart(server: Server, tmp_path: Path
         assert (await transport.fetch_graph(task)).read_bytes() == BIG
 
     against(server, tmp_path, scene)
-    assert [request.offset for request in server.asked] == [0, CHUNK_BYTES, 0]
+    assert [ranges_of(request)[0][0] for request in server.asked].count(0) == 2
 
 
 @pytest.mark.parametrize("size", [0, -1, MOST_BYTES + 1])
 def test_a_graph_of_a_size_that_no_model_has_is_refused(
     server: Server, tmp_path: Path, big_task: Task, size: int
 ) -> None:
-    server.task_reply = pb.NextTaskReply(task=to_message(replace(big_task, graph_bytes=size), pb.Task))
+    server.task_reply = server.task(replace(big_task, graph_bytes=size))
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(ProtocolError, match="graph"):
@@ -294,7 +424,7 @@ def test_only_the_newest_two_weights_are_kept(server: Server, tmp_path: Path, bi
 
 
 def test_a_download_fails_when_nothing_moves(server: Server, tmp_path: Path, big_task: Task) -> None:
-    server.cut_after_chunks, server.silent = 1, True
+    server.cut_after, server.silent = 0, True
 
     async def scene(transport: GrpcTransport) -> None:
         with pytest.raises(UnreachableError, match=r"nothing moved for 0\.2 s"):
@@ -316,26 +446,74 @@ def test_an_upload_fails_when_nothing_moves(
     against(server, tmp_path, scene, stall_s=0.2)
 
 
-def test_an_upload_resumes_and_is_committed(
+def test_an_upload_that_is_cut_goes_on_at_the_byte_and_is_committed(
     server: Server, tmp_path: Path, make_result: Callable[..., tuple[Result, Path]]
 ) -> None:
     result, parts = make_result("t1", BIG, b"small")
     entry = Outbox(tmp_path).put(result, parts)
 
     async def scene(transport: GrpcTransport) -> None:
-        server.cut_after_chunks = 0
+        server.cut_after = 0
         with pytest.raises(UnreachableError):
             await transport.deliver(entry)
-        server.cut_after_chunks = None
+        server.cut_after = 100_000
         assert await transport.deliver(entry) == Accepted(3)
+        assert transport.moved_bytes < 1.2 * len(BIG)  # the first cut teaches
 
     against(server, tmp_path, scene)
     assert server.held == {0: BIG, 1: b"small"}
     *headers, commit = server.asked
-    assert [(header.part, header.offset) for header in headers] == [(0, 0), (0, CHUNK_BYTES), (1, 0)]
-    assert headers[0].plan_digest == plan_digest(result.plan)
+    assert len(headers) > len(BIG) // 200_000 and headers[-1].part == 1
     assert headers[0].digest == result.parts[0].digest
     assert from_message(commit.result, Result) == result
+
+
+@pytest.mark.parametrize("claims", [[-1], [BIG_MORE], [0, 5]])
+def test_a_coordinator_that_claims_to_hold_what_was_not_sent_is_not_believed(
+    server: Server, tmp_path: Path, make_result: Callable[..., tuple[Result, Path]], claims: list[int]
+) -> None:
+    class Claiming(Server):
+        async def UploadPart(  # type: ignore[override]
+            self, request_iterator: Any, context: Any
+        ) -> AsyncIterator[pb.UploadPartReply]:
+            for held in claims:
+                yield pb.UploadPartReply(held_bytes=held)
+            await asyncio.Event().wait()
+
+    entry = Outbox(tmp_path).put(*make_result("t1", b"x"))
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match=rf"claims to hold {claims[-1]} of 1 bytes"):
+            await transport.deliver(entry)
+
+    against(Claiming(server.weights), tmp_path, scene)
+
+
+def test_a_coordinator_that_sends_more_than_was_asked_for_is_not_believed(
+    server: Server, tmp_path: Path, big_task: Task
+) -> None:
+    class Pushing(Server):
+        async def FetchFile(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.Chunk]:  # type: ignore[override]
+            yield pb.Chunk(offset=0, data=BIG[: 1 << 18])
+            await asyncio.Event().wait()
+
+    async def scene(transport: GrpcTransport) -> None:
+        with pytest.raises(ProtocolError, match="sent 262144 bytes, asked for were 4096"):
+            await transport.fetch_weights(big_task)
+        assert sum(path.stat().st_size for path in (tmp_path / "weights").iterdir()) == 0
+
+    against(Pushing(server.weights), tmp_path, scene)
+
+
+def test_what_is_under_way_stays_small_on_a_link_that_is_cut_often(
+    server: Server, tmp_path: Path, big_task: Task
+) -> None:
+    async def scene(transport: GrpcTransport) -> None:
+        server.cut_after = 20_000
+        await transport.fetch_weights(replace(big_task, weights_bytes=len(BIG)))
+
+    against(server, tmp_path, scene)
+    assert max(server.credits[-5:]) <= 20_000 + LEAST_WINDOW_BYTES
 
 
 def test_a_refusal_in_the_middle_of_an_upload_is_told(
@@ -401,9 +579,11 @@ class Aborting(Server):
         await context.abort(self.code, self.details)
         raise AssertionError
 
-    async def UploadOffset(self, request: pb.UploadOffsetRequest, context: Any) -> pb.UploadOffsetReply:
+    async def UploadPart(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.UploadPartRequest], context: Any
+    ) -> AsyncIterator[pb.UploadPartReply]:
         await context.abort(self.code, self.details)
-        raise AssertionError
+        yield pb.UploadPartReply()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedepth_wire.chunks import append_chunk, file_chunks
-from fedepth_wire.v1.federation_pb2 import Chunk
+from fedepth_wire.chunks import Source, append
 
 from edge_client.config import load
 from edge_client.identity import device_id, recall
@@ -52,7 +51,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "file_digest": file_digest,
     "a weights file": open_weights,
     "a graph": read_costs,
-    "chunks to send": lambda path: list(file_chunks(path)),
+    "chunks to send": lambda path: Source(path, 1, "").pieces([(0, 1)]),
     "--calibration": _calibration,
     "a settings file": lambda path: read_settings(path, path.name),
     "the job file": load_config,
@@ -117,7 +116,7 @@ def test_nothing_is_written_in_its_place(tmp_path: Path, kind: Callable[[Path], 
 def test_a_chunk_does_not_wait_for_a_reader(tmp_path: Path) -> None:
     fifo(tmp_path / "part.partial")
     with pytest.raises(OSError, match=r"part\.partial"):
-        append_chunk(tmp_path / "part.partial", Chunk(offset=0, data=b"x"), 0, 1)
+        append(tmp_path / "part.partial", 0, b"x", 0, 1)
 
 
 def test_a_file_may_be_a_link_where_people_put_it(tmp_path: Path) -> None:

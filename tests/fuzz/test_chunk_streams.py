@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedepth_wire.chunks import append_chunk
-from fedepth_wire.v1.federation_pb2 import Chunk
+from fedepth_wire.chunks import append
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +29,7 @@ def test_any_sequence_of_chunks(
         if honest:
             offset, data = held, DATA[held : held + len(data)]
         try:
-            held = append_chunk(path, Chunk(offset=offset, data=data), held, total)
+            held = append(path, offset, data, held, total)
         except ProtocolError as error:
             assert path.read_bytes() == before
             assert len(str(error)) < 300

@@ -51,7 +51,7 @@ GOOD = {
     name: to_message(value, getattr(pb, name)).SerializeToString() for name, value in zip(CORE, VALUES, strict=True)
 }
 REQUESTS = [
-    *(pb.NextTaskRequest, pb.FetchFileRequest, pb.UploadOffsetRequest, pb.UploadPartRequest, pb.CommitUpdateRequest),
+    *(pb.NextTaskRequest, pb.FetchFileRequest, pb.UploadPartRequest, pb.CommitUpdateRequest),
     *(pb.Failure, pb.Progress, pb.NextTaskReply, pb.CommitUpdateReply, pb.UploadPartReply, pb.Chunk, pb.Event),
 ]
 LAYOUT = ModelLayout(tuple(UnitLayout(f"u{n}", (TensorInfo(f"w{n}", (1,), "F32"),)) for n in range(3)), ())

@@ -12,11 +12,11 @@ from fedepth_wire import bounds
 from fedepth_wire.bounds import BOUNDS, DEFAULT, bound_of, check_message
 from fedepth_wire.channel import (
     CLIENT_OPTIONS,
-    COORDINATOR_MESSAGE_LIMIT_BYTES,
-    DEVICE_MESSAGE_LIMIT_BYTES,
+    MESSAGE_LIMIT_BYTES,
     SERVER_OPTIONS,
 )
 from fedepth_wire.convert import from_message
+from fedepth_wire.task_messages import MOST_MODEL_BYTES
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1 import trust_pb2
 from google.protobuf.descriptor import FieldDescriptor
@@ -113,14 +113,25 @@ def test_the_table_names_only_what_there_is() -> None:
         (pb.Result(task_id="x" * 257), "Result.task_id has 257 characters, allowed are 256"),
         (pb.Chunk(data=bytes((1 << 20) + 1)), "Chunk.data has 1048577 bytes, allowed are 1048576"),
         (pb.FetchFileRequest(digest="f" * 65), "FetchFileRequest.digest has 65 characters, allowed are 64"),
-        (pb.FetchFileRequest(offset=-1), "FetchFileRequest.offset is -1, allowed are 0 to 1125899906842624"),
-        (pb.UploadOffsetRequest(digest="f" * 65), "UploadOffsetRequest.digest has 65 characters, allowed are 64"),
-        (pb.UploadOffsetRequest(part=-1), "UploadOffsetRequest.part is -1, allowed are 0 to 1099511627776"),
         (
-            pb.UploadOffsetRequest(attempt=(1 << 40) + 1),
-            "UploadOffsetRequest.attempt is 1099511627777, allowed are 0 to 1099511627776",
+            pb.FetchFileRequest(credit_bytes=-1),
+            "FetchFileRequest.credit_bytes is -1, allowed are 0 to 1125899906842624",
         ),
-        (pb.UploadHeader(plan_digest="f" * 65), "UploadHeader.plan_digest has 65 characters, allowed are 64"),
+        (
+            pb.FetchFileRequest(piece_bytes=(1 << 20) + 1),
+            "FetchFileRequest.piece_bytes is 1048577, allowed are 0 to 1048576",
+        ),
+        (pb.FetchFileRequest(ranges=[pb.Range(begin=-1)]), "Range.begin is -1, allowed are 0 to 1125899906842624"),
+        (
+            pb.FetchFileRequest(ranges=[pb.Range()] * 1025),
+            "FetchFileRequest.ranges has 1025 elements, allowed are 1024",
+        ),
+        (pb.UploadHeader(digest="f" * 65), "UploadHeader.digest has 65 characters, allowed are 64"),
+        (pb.UploadHeader(part=-1), "UploadHeader.part is -1, allowed are 0 to 1099511627776"),
+        (
+            pb.UploadHeader(attempt=(1 << 40) + 1),
+            "UploadHeader.attempt is 1099511627777, allowed are 0 to 1099511627776",
+        ),
         (pb.Plan(stages=[pb.Stage()] * 1025), "Plan.stages has 1025 elements, allowed are 1024"),
         (pb.Calibration(kept=math.inf), "Calibration.kept is inf, allowed are finite numbers"),
         (pb.Calibration(kept=-0.5), "Calibration.kept is -0.5, allowed are numbers from 0 on"),
@@ -168,7 +179,7 @@ def test_messages_that_lie_too_deep_are_refused(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_million_elements_are_refused_without_converting_them(data: bytes, kind: type[Message], core: type) -> None:
-    assert len(data) <= DEVICE_MESSAGE_LIMIT_BYTES
+    assert len(data) <= MESSAGE_LIMIT_BYTES
     message = kind.FromString(data)
     tracemalloc.start()
     try:
@@ -199,15 +210,15 @@ def test_the_largest_messages_that_are_within_bounds_can_be_received() -> None:
     chunk = pb.UploadPartRequest(chunk=pb.Chunk(offset=1 << 50, data=bytes(1 << 20)))
     for message in (result, report, chunk):
         check_message(message)
-        assert message.ByteSize() < DEVICE_MESSAGE_LIMIT_BYTES
+        assert message.ByteSize() < MESSAGE_LIMIT_BYTES
     channels = [0.5] * MOST_CHANNELS
     model = pb.ModelSpec(classes=["123456789" * 3] * MOST_CLASSES, mean=channels, std=channels)
     check_message(model)
-    assert model.ByteSize() < COORDINATOR_MESSAGE_LIMIT_BYTES
+    assert model.ByteSize() < MOST_MODEL_BYTES  # which is a file
 
 
 def test_each_side_sends_no_more_than_the_other_receives() -> None:
     client, server = dict(CLIENT_OPTIONS), dict(SERVER_OPTIONS)
     send, receive = "grpc.max_send_message_length", "grpc.max_receive_message_length"
     assert client[send] == server[receive] == (1 << 20) + (64 << 10)
-    assert server[send] == client[receive] == 4 << 20
+    assert server[send] == client[receive] == (1 << 20) + (64 << 10)

@@ -1,15 +1,17 @@
-"""Chunk streams: any cut, any resumption, and what is refused."""
+"""Files that are sent in pieces and grow by them: any cut, any resumption, and what is refused."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fedepth_wire.chunks import CHUNK_BYTES, append_chunk, checked_chunks, file_chunks, receive_file
+from fedepth_wire import chunks as chunks_module
+from fedepth_wire.bounds import CHUNK_BYTES
+from fedepth_wire.chunks import PartialFile, Source, append
+from fedepth_wire.times import SYNC_S
 from fedepth_wire.v1.federation_pb2 import Chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,90 +19,175 @@ from hypothesis import strategies as st
 from fedepth.errors import ProtocolError
 
 
-async def stream(chunks: Iterable[Chunk]) -> AsyncIterator[Chunk]:
-    for chunk in chunks:
-        yield chunk
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def receive(path: Path, chunks: Iterable[Chunk], offset: int, data: bytes) -> int:
-    digest = hashlib.sha256(data).hexdigest()
-    return asyncio.run(receive_file(path, stream(chunks), offset, len(data), digest))
+def sent(source: Path | bytes, ranges: Sequence[tuple[int, int]], size: int) -> list[Chunk]:
+    """All of these ranges, in pieces of `size`."""
+    pieces = Source(source, 1 << 40, "").pieces(ranges)
+    found = []
+    left = sum(end - begin for begin, end in ranges)
+    while left:
+        found.append(pieces.next(size))
+        left -= len(found[-1].data)
+    pieces.close()
+    return found
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(data=st.binary(min_size=1, max_size=200), size=st.integers(1, 250), cut=st.integers(0, 200))
-def test_a_file_arrives_whole_from_any_offset_in_any_pieces(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int, cut: int
+@given(
+    data=st.binary(min_size=1, max_size=200),
+    size=st.integers(1, 250),
+    cuts=st.lists(st.tuples(st.integers(0, 10), st.booleans()), max_size=5),
+)
+def test_a_file_arrives_whole_in_any_pieces_with_any_cuts(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int, cuts: list[tuple[int, bool]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    held = min(cut, len(data))
-    (folder / "source").write_bytes(data)
-    (folder / "target").write_bytes(data[:held])
-    received = receive(folder / "target", file_chunks(folder / "source", held, size), held, data)
-    assert received == len(data) - held
-    assert (folder / "target").read_bytes() == data
+    source, path, final = folder / "source", folder / "target.partial", folder / "target"
+    source.write_bytes(data)
+    path.unlink(missing_ok=True)
+    growing = PartialFile(path, len(data), sha256(data))
+    received = 0
+    for pieces, restarted in [*cuts, (1000, False)]:
+        if restarted:
+            growing = PartialFile(path, len(data), sha256(data))
+        begin = growing.resume()
+        for chunk in sent(source, [(begin, len(data))], size)[:pieces] if begin < len(data) else []:
+            received += growing.append(chunk.offset, chunk.data) - chunk.offset
+    growing.seal(final)
+    assert received == len(data)  # no byte twice
+    assert final.read_bytes() == data and not path.exists()
 
 
-def test_a_file_is_cut_into_pieces_of_one_mebibyte_with_their_offsets(tmp_path: Path) -> None:
-    data = os.urandom(2 * CHUNK_BYTES + 5)
-    (tmp_path / "source").write_bytes(data)
-    chunks = list(file_chunks(tmp_path / "source", 3))
-    assert [(chunk.offset, len(chunk.data)) for chunk in chunks] == [
-        (3, 1 << 20),
-        (3 + (1 << 20), 1 << 20),
-        (3 + (2 << 20), 2),
-    ]
-    assert b"".join(chunk.data for chunk in chunks) == data[3:]
-
-
-def test_a_stream_that_breaks_off_keeps_what_came_and_can_resume(tmp_path: Path) -> None:
+def test_ranges_are_cut_into_pieces_with_their_offsets_and_none_spans_two(tmp_path: Path) -> None:
     data = bytes(range(100))
     (tmp_path / "source").write_bytes(data)
-    chunks = list(file_chunks(tmp_path / "source", 0, 30))
-    with pytest.raises(ProtocolError, match="ended at 60 of 100"):
-        receive(tmp_path / "target", chunks[:2], 0, data)
-    assert (tmp_path / "target").read_bytes() == data[:60]
-    assert receive(tmp_path / "target", chunks[2:], 60, data) == 40
-    assert (tmp_path / "target").read_bytes() == data
+    for source in (tmp_path / "source", data):
+        found = [(chunk.offset, chunk.data) for chunk in sent(source, [(3, 20), (90, 100), (0, 2)], 10)]
+        assert found == [(3, data[3:13]), (13, data[13:20]), (90, data[90:]), (0, data[:2])]
 
 
-def test_a_file_with_another_digest_is_deleted(tmp_path: Path) -> None:
+def test_a_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    pieces = Source(tmp_path / "source", 5, "").pieces([(0, 5)])
+    assert pieces.next(10).data == b"abc"
+    with pytest.raises(ProtocolError, match=r"source ends at 3; its bytes up to 5 are wanted"):
+        pieces.next(10)
+    pieces.close()
+
+
+def test_what_is_sent_is_looked_at_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes(b"abc")
+    Source(path, 3, sha256(b"abc")).verify()
+    with pytest.raises(ProtocolError, match=f"{path} is damaged: its sha256 is {sha256(b'abc')[:12]}…"):
+        Source(path, 3, sha256(b"abd")).verify()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_file_with_another_digest_is_deleted(tmp_path: Path, restarted: bool) -> None:
+    path = tmp_path / "target.partial"
+    growing = PartialFile(path, 5, sha256(b"right"))
+    growing.append(0, b"other")
+    if restarted:
+        growing = PartialFile(path, 5, sha256(b"right"))
+        assert growing.resume() == 5
     with pytest.raises(ProtocolError, match="sha256"):
-        receive(tmp_path / "target", [Chunk(offset=0, data=b"other")], 0, b"right")
-    assert not (tmp_path / "target").exists()
+        growing.seal(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+    assert growing.resume() == 0
+    growing.append(0, b"right")
+    growing.seal(tmp_path / "target")
 
 
-def test_a_received_file_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_whole_gets_no_name(tmp_path: Path) -> None:
+    growing = PartialFile(tmp_path / "target.partial", 5, sha256(b"right"))
+    growing.append(0, b"rig")
+    with pytest.raises(ProtocolError, match="target: the stream ended at 3 of 5 bytes"):
+        growing.seal(tmp_path / "target")
+    assert (tmp_path / "target.partial").read_bytes() == b"rig"
+
+
+def test_what_another_has_written_meanwhile_is_hashed_anew(tmp_path: Path) -> None:
+    path = tmp_path / "target.partial"
+    growing = PartialFile(path, 5, sha256(b"right"))
+    growing.append(0, b"xx")
+    path.write_bytes(b"rig")
+    assert growing.resume() == 3
+    growing.append(3, b"ht")
+    growing.seal(tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"right"
+
+
+def test_more_than_the_whole_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "target.partial"
+    path.write_bytes(b"too long")
+    assert PartialFile(path, 5, sha256(b"right")).resume() == 0
+    assert not path.exists()
+
+
+def test_a_whole_file_is_read_again_only_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "target.partial", []
+    monkeypatch.setattr(chunks_module, "file_digest", lambda path: read.append(path) or sha256(b"right"))
+    growing = PartialFile(path, 5, sha256(b"right"))
+    growing.append(0, b"rig")
+    growing.resume()
+    growing.append(3, b"ht")
+    growing.seal(tmp_path / "target")
+    assert read == []
+    path.write_bytes(b"rig")
+    growing = PartialFile(path, 5, sha256(b"right"))
+    growing.resume()
+    growing.append(3, b"ht")
+    growing.seal(tmp_path / "target")
+    assert read == [path]
+
+
+def test_it_is_durable_when_it_is_whole_and_now_and_then_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
-    receive(tmp_path / "target", [Chunk(offset=0, data=b"data")], 0, b"data")
-    assert tmp_path / "target" in synced
+    now = 0.0
+    path = tmp_path / "target.partial"
+    growing = PartialFile(path, 5, sha256(b"right"), lambda: now)
+    growing.append(0, b"r")
+    assert synced == []
+    now += SYNC_S
+    growing.append(1, b"i")
+    growing.append(2, b"g")
+    assert synced == [path]
+    growing.append(3, b"ht")
+    growing.seal(tmp_path / "target")
+    assert synced == [path, path, tmp_path]
 
 
 @pytest.mark.parametrize(
-    ("chunk", "total", "message"),
+    ("offset", "data", "total", "message"),
     [
-        pytest.param(Chunk(offset=2, data=b"x"), 10, "offset 2, expected 3", id="repeated"),
-        pytest.param(Chunk(offset=4, data=b"x"), 10, "offset 4, expected 3", id="gap"),
-        pytest.param(Chunk(offset=-1, data=b"x"), 10, "offset -1", id="negative offset"),
-        pytest.param(Chunk(offset=3, data=b""), 10, "chunk of 0 bytes", id="empty"),
-        pytest.param(Chunk(offset=3, data=bytes(CHUNK_BYTES + 1)), 4 << 20, "chunk of 1048577 bytes", id="oversize"),
-        pytest.param(Chunk(offset=3, data=b"xyz"), 5, "ends at 6, the file has 5 bytes", id="too long"),
+        pytest.param(2, b"x", 10, "offset 2, expected 3", id="repeated"),
+        pytest.param(4, b"x", 10, "offset 4, expected 3", id="gap"),
+        pytest.param(-1, b"x", 10, "offset -1", id="negative offset"),
+        pytest.param(3, b"", 10, "chunk of 0 bytes", id="empty"),
+        pytest.param(3, bytes(CHUNK_BYTES + 1), 4 << 20, "chunk of 1048577 bytes", id="oversize"),
+        pytest.param(3, b"xyz", 5, "ends at 6, the file has 5 bytes", id="too long"),
     ],
 )
 def test_a_wrong_chunk_is_refused_and_nothing_is_written(
-    tmp_path: Path, chunk: Chunk, total: int, message: str
+    tmp_path: Path, offset: int, data: bytes, total: int, message: str
 ) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"abc")
     with pytest.raises(ProtocolError, match=message):
-        append_chunk(target, chunk, 3, total)
+        append(target, offset, data, 3, total)
     assert target.read_bytes() == b"abc"
 
 
 def test_a_chunk_of_the_largest_size_that_fills_the_file_is_accepted(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    assert append_chunk(target, Chunk(offset=0, data=bytes(CHUNK_BYTES)), 0, CHUNK_BYTES) == CHUNK_BYTES
+    assert append(target, 0, bytes(CHUNK_BYTES), 0, CHUNK_BYTES) == CHUNK_BYTES
     assert target.stat().st_size == CHUNK_BYTES
 
 
@@ -109,34 +196,5 @@ def test_a_file_that_does_not_end_at_the_offset_is_not_appended_to(tmp_path: Pat
     target = tmp_path / "target"
     target.write_bytes(held)
     with pytest.raises(ProtocolError, match=f"holds {len(held)} bytes, expected 3"):
-        append_chunk(target, Chunk(offset=3, data=b"x"), 3, 10)
+        append(target, 3, b"x", 3, 10)
     assert target.read_bytes() == held
-
-
-def test_a_refused_chunk_in_a_stream_keeps_those_before(tmp_path: Path) -> None:
-    chunks = [Chunk(offset=0, data=b"abc"), Chunk(offset=2, data=b"cde")]
-    with pytest.raises(ProtocolError, match="offset 2, expected 3"):
-        receive(tmp_path / "target", chunks, 0, b"abcde")
-    assert (tmp_path / "target").read_bytes() == b"abc"
-
-
-@pytest.mark.parametrize("offset", [0, 5, CHUNK_BYTES, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 9])
-@pytest.mark.parametrize("flipped", [None, 3, CHUNK_BYTES + 3, 2 * CHUNK_BYTES + 3])
-def test_the_end_of_a_file_is_sent_only_if_all_of_it_is_right(tmp_path: Path, offset: int, flipped: int | None) -> None:
-    path, data = tmp_path / "file", bytearray(os.urandom(2 * CHUNK_BYTES + 9))
-    digest, got = hashlib.sha256(data).hexdigest(), bytearray()
-    if flipped is not None:
-        data[flipped] ^= 1
-    path.write_bytes(data)
-
-    async def send() -> None:
-        async for chunk in checked_chunks(path, offset, digest):
-            got.extend(chunk.data)
-
-    if flipped is None:
-        asyncio.run(send())
-        assert got == data[offset:]
-        return
-    with pytest.raises(ProtocolError, match=f"{path} is damaged"):
-        asyncio.run(send())
-    assert offset + len(got) < len(data) or offset == len(data)

@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 import pytest
-from fedepth_wire.convert import from_message, plan_digest, to_message
+from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.v1 import federation_pb2 as pb
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -152,14 +152,6 @@ def test_a_field_from_a_newer_side_is_ignored_at_any_depth() -> None:
     newer = pb.Plan.FromString(data)
     assert from_message(newer, plan.Plan) == PLAN
     assert from_message(pb.Result(plan=newer).plan, plan.Plan) == PLAN
-
-
-def test_the_digest_of_a_plan_survives_the_wire_and_tells_plans_apart() -> None:
-    there = pb.Plan.FromString(to_message(PLAN, pb.Plan).SerializeToString())
-    assert plan_digest(from_message(there, plan.Plan)) == plan_digest(PLAN)
-    others = [dataclasses.replace(PLAN, budget_bytes=6), dataclasses.replace(PLAN, untrained=(0,))]
-    assert len({plan_digest(plan) for plan in [PLAN, *others]}) == 3
-    assert len(plan_digest(PLAN)) == 64
 
 
 def test_what_an_older_side_does_not_say_means_one_model() -> None:

@@ -244,6 +244,7 @@ class DeviceReport(_message.Message):
     FOLDER_NAMES_FIELD_NUMBER: _builtins.int
     FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     sample_count: _builtins.int
@@ -253,6 +254,8 @@ class DeviceReport(_message.Message):
     fedepth_version: _builtins.str
     instance: _builtins.str
     hostname: _builtins.str
+    data_digest: _builtins.str
+    """sha256 (hex) of a DeviceData message that holds the counts and names in place of the fields above."""
     @_builtins.property
     def budget(self) -> Global___Budget: ...
     @_builtins.property
@@ -298,10 +301,11 @@ class DeviceReport(_message.Message):
         folder_names: _abc.Iterable[_builtins.str] | None = ...,
         folder_counts: _abc.Iterable[_builtins.int] | None = ...,
         columns: Global___ColumnSums | None = ...,
+        data_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "calibration", b"calibration", "columns", b"columns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "columns", b"columns", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "budget", b"budget", "calibration", b"calibration", "class_counts", b"class_counts", "class_names", b"class_names", "columns", b"columns", "data_digest", b"data_digest", "device_id", b"device_id", "fedepth_version", b"fedepth_version", "folder_counts", b"folder_counts", "folder_names", b"folder_names", "hardware", b"hardware", "hostname", b"hostname", "instance", b"instance", "name", b"name", "sample_count", b"sample_count", "settings", b"settings", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +344,38 @@ class ColumnSums(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ColumnSums: _TypeAlias = ColumnSums  # noqa: Y015
+
+@_typing.final
+class DeviceData(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASS_COUNTS_FIELD_NUMBER: _builtins.int
+    CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    FOLDER_NAMES_FIELD_NUMBER: _builtins.int
+    FOLDER_COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def class_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def folder_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def folder_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        class_counts: _abc.Iterable[_builtins.int] | None = ...,
+        class_names: _abc.Iterable[_builtins.str] | None = ...,
+        folder_names: _abc.Iterable[_builtins.str] | None = ...,
+        folder_counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_counts", b"class_counts", "class_names", b"class_names", "folder_counts", b"folder_counts", "folder_names", b"folder_names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceData: _TypeAlias = DeviceData  # noqa: Y015
 
 @_typing.final
 class Calibration(_message.Message):
@@ -759,6 +795,10 @@ class Task(_message.Message):
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    INDEX_DIGEST_FIELD_NUMBER: _builtins.int
+    INDEX_BYTES_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    MODEL_BYTES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     job: _builtins.str
@@ -769,8 +809,16 @@ class Task(_message.Message):
     weights_digest: _builtins.str
     weights_bytes: _builtins.int
     deadline_ms: _builtins.int
+    index_digest: _builtins.str
+    """of the index of the weights (fedepth.tensor_index); empty where there is none"""
+    index_bytes: _builtins.int
+    model_digest: _builtins.str
+    """of a file that holds a ModelSpec, which all tasks of a job have in common"""
+    model_bytes: _builtins.int
     @_builtins.property
-    def model(self) -> Global___ModelSpec: ...
+    def model(self) -> Global___ModelSpec:
+        """not sent: the device puts it in, from the file that is named below"""
+
     @_builtins.property
     def training(self) -> Global___TrainingSpec: ...
     @_builtins.property
@@ -791,10 +839,14 @@ class Task(_message.Message):
         weights_digest: _builtins.str = ...,
         weights_bytes: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
+        index_digest: _builtins.str = ...,
+        index_bytes: _builtins.int = ...,
+        model_digest: _builtins.str = ...,
+        model_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "graph_bytes", b"graph_bytes", "graph_digest", b"graph_digest", "job", b"job", "model", b"model", "plan", b"plan", "policy", b"policy", "round", b"round", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "graph_bytes", b"graph_bytes", "graph_digest", b"graph_digest", "index_bytes", b"index_bytes", "index_digest", b"index_digest", "job", b"job", "model", b"model", "model_bytes", b"model_bytes", "model_digest", b"model_digest", "plan", b"plan", "policy", b"policy", "round", b"round", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1067,6 +1119,7 @@ class NextTaskReply(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     SURVEY_FIELD_NUMBER: _builtins.int
+    DESCRIBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> Global___Task: ...
     @_builtins.property
@@ -1077,6 +1130,8 @@ class NextTaskReply(_message.Message):
     def rejected(self) -> Global___Rejected: ...
     @_builtins.property
     def survey(self) -> Global___Survey: ...
+    @_builtins.property
+    def describe(self) -> Global___Describe: ...
     def __init__(
         self,
         *,
@@ -1085,12 +1140,13 @@ class NextTaskReply(_message.Message):
         finished: Global___JobFinished | None = ...,
         rejected: Global___Rejected | None = ...,
         survey: Global___Survey | None = ...,
+        describe: Global___Describe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "finished", b"finished", "outcome", b"outcome", "rejected", b"rejected", "retry", b"retry", "survey", b"survey", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected", "survey"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["task", "retry", "finished", "rejected", "survey", "describe"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -1122,6 +1178,23 @@ class Survey(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Survey: _TypeAlias = Survey  # noqa: Y015
+
+@_typing.final
+class Describe(_message.Message):
+    """The coordinator does not know the data that the report names by digest: the device should send it, and ask again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Describe: _TypeAlias = Describe  # noqa: Y015
 
 @_typing.final
 class RetryLater(_message.Message):
@@ -1200,25 +1273,66 @@ Global___Rejected: _TypeAlias = Rejected  # noqa: Y015
 
 @_typing.final
 class FetchFileRequest(_message.Message):
+    """What is wanted of a file, in the first message; `credit_bytes` and `piece_bytes` in all."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    offset: _builtins.int
+    credit_bytes: _builtins.int
+    """of all ranges together, so much may have been sent by now; it only ever grows"""
+    piece_bytes: _builtins.int
+    """the largest chunk; 0 for the largest that is allowed"""
+    verify: _builtins.bool
+    """The file came whole and was another one: the coordinator should look at its own before it sends anything."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Range]:
+        """in the order in which they are to come"""
+
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
-        offset: _builtins.int = ...,
+        ranges: _abc.Iterable[Global___Range] | None = ...,
+        credit_bytes: _builtins.int = ...,
+        piece_bytes: _builtins.int = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "digest", b"digest", "piece_bytes", b"piece_bytes", "ranges", b"ranges", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchFileRequest: _TypeAlias = FetchFileRequest  # noqa: Y015
+
+@_typing.final
+class Range(_message.Message):
+    """Bytes of a file, from `begin` to before `end`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Range: _TypeAlias = Range  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -1252,18 +1366,14 @@ class UploadHeader(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    PLAN_DIGEST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     device_id: _builtins.str
     part: _builtins.int
-    offset: _builtins.int
     size_bytes: _builtins.int
     digest: _builtins.str
-    plan_digest: _builtins.str
     def __init__(
         self,
         *,
@@ -1271,14 +1381,12 @@ class UploadHeader(_message.Message):
         attempt: _builtins.int = ...,
         device_id: _builtins.str = ...,
         part: _builtins.int = ...,
-        offset: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
-        plan_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "device_id", b"device_id", "digest", b"digest", "offset", b"offset", "part", b"part", "plan_digest", b"plan_digest", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "device_id", b"device_id", "digest", b"digest", "part", b"part", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1316,71 +1424,49 @@ class UploadPartReply(_message.Message):
 
     HELD_BYTES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     held_bytes: _builtins.int
     @_builtins.property
     def refused(self) -> Global___Refused: ...
+    @_builtins.property
+    def sealed(self) -> Global___Sealed: ...
     def __init__(
         self,
         *,
         held_bytes: _builtins.int = ...,
         refused: Global___Refused | None = ...,
+        sealed: Global___Sealed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "outcome", b"outcome", "refused", b"refused", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["held_bytes", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["held_bytes", "refused", "sealed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___UploadPartReply: _TypeAlias = UploadPartReply  # noqa: Y015
 
 @_typing.final
-class UploadOffsetRequest(_message.Message):
+class Sealed(_message.Message):
+    """All of the part is there, and durable."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    PART_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    attempt: _builtins.int
-    part: _builtins.int
-    digest: _builtins.str
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
     def __init__(
         self,
         *,
-        task_id: _builtins.str = ...,
-        attempt: _builtins.int = ...,
-        part: _builtins.int = ...,
-        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "part", b"part", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UploadOffsetRequest: _TypeAlias = UploadOffsetRequest  # noqa: Y015
-
-@_typing.final
-class UploadOffsetReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OFFSET_FIELD_NUMBER: _builtins.int
-    offset: _builtins.int
-    def __init__(
-        self,
-        *,
-        offset: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UploadOffsetReply: _TypeAlias = UploadOffsetReply  # noqa: Y015
+Global___Sealed: _TypeAlias = Sealed  # noqa: Y015
 
 @_typing.final
 class CommitUpdateRequest(_message.Message):

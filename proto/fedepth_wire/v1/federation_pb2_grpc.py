@@ -39,17 +39,17 @@ class FederationStub(object):
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.FromString,
                 _registered_method=True)
-        self.FetchFile = channel.unary_stream(
+        self.DescribeData = channel.stream_stream(
+                '/fedepth_wire.v1.Federation/DescribeData',
+                request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.SerializeToString,
+                response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.FromString,
+                _registered_method=True)
+        self.FetchFile = channel.stream_stream(
                 '/fedepth_wire.v1.Federation/FetchFile',
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.Chunk.FromString,
                 _registered_method=True)
-        self.UploadOffset = channel.unary_unary(
-                '/fedepth_wire.v1.Federation/UploadOffset',
-                request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetRequest.SerializeToString,
-                response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetReply.FromString,
-                _registered_method=True)
-        self.UploadPart = channel.stream_unary(
+        self.UploadPart = channel.stream_stream(
                 '/fedepth_wire.v1.Federation/UploadPart',
                 request_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.SerializeToString,
                 response_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.FromString,
@@ -92,24 +92,30 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def FetchFile(self, request, context):
-        """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
-        must compare the digest of the whole file before it uses any of it.
+    def DescribeData(self, request_iterator, context):
+        """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+        message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+        any time, and then asks for it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def UploadOffset(self, request, context):
-        """Says how much of a part the coordinator already holds, so that an upload can resume there.
+    def FetchFile(self, request_iterator, context):
+        """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
+        model. The first message says what is wanted; every message, how much may be sent by then, and in pieces of which
+        size. The device so sets the pace, and knows how much can be under way. It must compare the digest of the whole file
+        before it uses any of it. The stream ends with the last byte of the last range, or when nothing moves on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadPart(self, request_iterator, context):
-        """Sends one part of an update. The first message carries `header`, all others only data. A part is immutable: the
-        same (task, attempt, part) always has the same digest.
+        """Sends one part of an update. The first message carries `header`; the answer is how many bytes the coordinator holds.
+        The device sends from there, and every chunk is answered with what is held then, so that it knows what is under way.
+        The last answer is `sealed` (all of the part is there, and right) or `refused`. A part is immutable: the same (task,
+        attempt, part) always has the same digest. A newer stream of a part takes the place of an older one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,17 +167,17 @@ def add_FederationServicer_to_server(servicer, server):
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.NextTaskReply.SerializeToString,
             ),
-            'FetchFile': grpc.unary_stream_rpc_method_handler(
+            'DescribeData': grpc.stream_stream_rpc_method_handler(
+                    servicer.DescribeData,
+                    request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.FromString,
+                    response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.SerializeToString,
+            ),
+            'FetchFile': grpc.stream_stream_rpc_method_handler(
                     servicer.FetchFile,
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.Chunk.SerializeToString,
             ),
-            'UploadOffset': grpc.unary_unary_rpc_method_handler(
-                    servicer.UploadOffset,
-                    request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetRequest.FromString,
-                    response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetReply.SerializeToString,
-            ),
-            'UploadPart': grpc.stream_unary_rpc_method_handler(
+            'UploadPart': grpc.stream_stream_rpc_method_handler(
                     servicer.UploadPart,
                     request_deserializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.FromString,
                     response_serializer=fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.SerializeToString,
@@ -240,7 +246,7 @@ class Federation(object):
             _registered_method=True)
 
     @staticmethod
-    def FetchFile(request,
+    def DescribeData(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -250,12 +256,12 @@ class Federation(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/fedepth_wire.v1.Federation/FetchFile',
-            fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
-            fedepth__wire_dot_v1_dot_federation__pb2.Chunk.FromString,
+            '/fedepth_wire.v1.Federation/DescribeData',
+            fedepth__wire_dot_v1_dot_federation__pb2.UploadPartRequest.SerializeToString,
+            fedepth__wire_dot_v1_dot_federation__pb2.UploadPartReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -267,7 +273,7 @@ class Federation(object):
             _registered_method=True)
 
     @staticmethod
-    def UploadOffset(request,
+    def FetchFile(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -277,12 +283,12 @@ class Federation(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/fedepth_wire.v1.Federation/UploadOffset',
-            fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetRequest.SerializeToString,
-            fedepth__wire_dot_v1_dot_federation__pb2.UploadOffsetReply.FromString,
+            '/fedepth_wire.v1.Federation/FetchFile',
+            fedepth__wire_dot_v1_dot_federation__pb2.FetchFileRequest.SerializeToString,
+            fedepth__wire_dot_v1_dot_federation__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -304,7 +310,7 @@ class Federation(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/fedepth_wire.v1.Federation/UploadPart',

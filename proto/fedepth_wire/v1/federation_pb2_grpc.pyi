@@ -42,15 +42,22 @@ class FederationStub:
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
     """
-    FetchFile: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]
-    """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
-    must compare the digest of the whole file before it uses any of it.
+    DescribeData: _grpc.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]
+    """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+    message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+    any time, and then asks for it again.
     """
-    UploadOffset: _grpc.UnaryUnaryMultiCallable[_federation_pb2.UploadOffsetRequest, _federation_pb2.UploadOffsetReply]
-    """Says how much of a part the coordinator already holds, so that an upload can resume there."""
-    UploadPart: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]
-    """Sends one part of an update. The first message carries `header`, all others only data. A part is immutable: the
-    same (task, attempt, part) always has the same digest.
+    FetchFile: _grpc.StreamStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]
+    """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
+    model. The first message says what is wanted; every message, how much may be sent by then, and in pieces of which
+    size. The device so sets the pace, and knows how much can be under way. It must compare the digest of the whole file
+    before it uses any of it. The stream ends with the last byte of the last range, or when nothing moves on it.
+    """
+    UploadPart: _grpc.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]
+    """Sends one part of an update. The first message carries `header`; the answer is how many bytes the coordinator holds.
+    The device sends from there, and every chunk is answered with what is held then, so that it knows what is under way.
+    The last answer is `sealed` (all of the part is there, and right) or `refused`. A part is immutable: the same (task,
+    attempt, part) always has the same digest. A newer stream of a part takes the place of an older one.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CommitUpdateRequest, _federation_pb2.CommitUpdateReply]
     """Declares an update complete. After `accepted` it survives a crash of either side; until then the device must keep
@@ -75,15 +82,22 @@ class FederationAsyncStub(FederationStub):
     """Asks for work and waits for it: the coordinator holds the call open for up to `wait_ms`.
     A device should call again at once after `retry_after_ms` has passed, and not before.
     """
-    FetchFile: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
-    """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
-    must compare the digest of the whole file before it uses any of it.
+    DescribeData: _aio.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]  # type: ignore[assignment]
+    """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+    message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+    any time, and then asks for it again.
     """
-    UploadOffset: _aio.UnaryUnaryMultiCallable[_federation_pb2.UploadOffsetRequest, _federation_pb2.UploadOffsetReply]  # type: ignore[assignment]
-    """Says how much of a part the coordinator already holds, so that an upload can resume there."""
-    UploadPart: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]  # type: ignore[assignment]
-    """Sends one part of an update. The first message carries `header`, all others only data. A part is immutable: the
-    same (task, attempt, part) always has the same digest.
+    FetchFile: _aio.StreamStreamMultiCallable[_federation_pb2.FetchFileRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
+    """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
+    model. The first message says what is wanted; every message, how much may be sent by then, and in pieces of which
+    size. The device so sets the pace, and knows how much can be under way. It must compare the digest of the whole file
+    before it uses any of it. The stream ends with the last byte of the last range, or when nothing moves on it.
+    """
+    UploadPart: _aio.StreamStreamMultiCallable[_federation_pb2.UploadPartRequest, _federation_pb2.UploadPartReply]  # type: ignore[assignment]
+    """Sends one part of an update. The first message carries `header`; the answer is how many bytes the coordinator holds.
+    The device sends from there, and every chunk is answered with what is held then, so that it knows what is under way.
+    The last answer is `sealed` (all of the part is there, and right) or `refused`. A part is immutable: the same (task,
+    attempt, part) always has the same digest. A newer stream of a part takes the place of an older one.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_federation_pb2.CommitUpdateRequest, _federation_pb2.CommitUpdateReply]  # type: ignore[assignment]
     """Declares an update complete. After `accepted` it survives a crash of either side; until then the device must keep
@@ -113,31 +127,38 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def FetchFile(
+    def DescribeData(
         self,
-        request: _federation_pb2.FetchFileRequest,
+        request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadPartRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_federation_pb2.Chunk], _abc.AsyncIterator[_federation_pb2.Chunk]]:
-        """Streams the file with this digest, from `offset` on: the global weights of a round, or the job's graph. The device
-        must compare the digest of the whole file before it uses any of it.
+    ) -> _typing.Union[_abc.Iterator[_federation_pb2.UploadPartReply], _abc.AsyncIterator[_federation_pb2.UploadPartReply]]:
+        """Takes what a device says of its data where that is too much for a message (DeviceReport.data_digest): a DeviceData
+        message as a file. As UploadPart, with a header of a device, a size and a digest only. The coordinator may forget it at
+        any time, and then asks for it again.
         """
 
     @_abc_1.abstractmethod
-    def UploadOffset(
+    def FetchFile(
         self,
-        request: _federation_pb2.UploadOffsetRequest,
+        request_iterator: _MaybeAsyncIterator[_federation_pb2.FetchFileRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_federation_pb2.UploadOffsetReply, _abc.Awaitable[_federation_pb2.UploadOffsetReply]]:
-        """Says how much of a part the coordinator already holds, so that an upload can resume there."""
+    ) -> _typing.Union[_abc.Iterator[_federation_pb2.Chunk], _abc.AsyncIterator[_federation_pb2.Chunk]]:
+        """Sends ranges of the file with this digest: the global weights of a round or their index, the job's graph, or its
+        model. The first message says what is wanted; every message, how much may be sent by then, and in pieces of which
+        size. The device so sets the pace, and knows how much can be under way. It must compare the digest of the whole file
+        before it uses any of it. The stream ends with the last byte of the last range, or when nothing moves on it.
+        """
 
     @_abc_1.abstractmethod
     def UploadPart(
         self,
         request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadPartRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_federation_pb2.UploadPartReply, _abc.Awaitable[_federation_pb2.UploadPartReply]]:
-        """Sends one part of an update. The first message carries `header`, all others only data. A part is immutable: the
-        same (task, attempt, part) always has the same digest.
+    ) -> _typing.Union[_abc.Iterator[_federation_pb2.UploadPartReply], _abc.AsyncIterator[_federation_pb2.UploadPartReply]]:
+        """Sends one part of an update. The first message carries `header`; the answer is how many bytes the coordinator holds.
+        The device sends from there, and every chunk is answered with what is held then, so that it knows what is under way.
+        The last answer is `sealed` (all of the part is there, and right) or `refused`. A part is immutable: the same (task,
+        attempt, part) always has the same digest. A newer stream of a part takes the place of an older one.
         """
 
     @_abc_1.abstractmethod

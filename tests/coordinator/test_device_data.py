@@ -1,0 +1,94 @@
+"""What devices with many classes say of their data: taken by digest, in pieces, within a bound of all together."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fedepth_wire.convert import from_message
+from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
+from fedepth_wire.v1 import federation_pb2 as pb
+
+from coordinator.device_data import DeviceData
+from fedepth.errors import ProtocolError
+from fedepth.task import DeviceReport
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def send(
+    held: DeviceData, data: bytes, end: int | None = None, digest: str = "", begin: int | None = None
+) -> list[int]:
+    """Sends from where it is told to, a hundred bytes at a time; returns what it is told."""
+    told: list[int] = []
+
+    async def acknowledge(held_bytes: int) -> None:
+        told.append(held_bytes)
+
+    async def chunks() -> AsyncIterator[pb.Chunk]:
+        for offset in range(told[0] if begin is None else begin, len(data) if end is None else end, 100):
+            yield pb.Chunk(offset=offset, data=data[offset : offset + 100])
+
+    asyncio.run(held.receive(digest or sha256(data), len(data), chunks(), acknowledge))
+    return told
+
+
+def test_a_file_goes_on_where_it_was_cut(kit: Any) -> None:
+    held, data = DeviceData(), bytes(range(250)) * 2
+    with pytest.raises(ProtocolError, match="the stream ended at 200 of 500 bytes"):
+        send(held, data, 200)
+    assert held.find(sha256(data)) is None
+    assert send(held, data) == [200, 300, 400]
+    assert held.find(sha256(data)) == data
+    assert send(held, data) == []
+
+
+def test_a_file_of_another_digest_is_dropped() -> None:
+    held = DeviceData()
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="has the sha256"):
+            send(held, b"x" * 300, digest="0" * 64)
+    assert held.find("0" * 64) is None
+
+
+def test_a_gap_and_too_much_are_refused() -> None:
+    held = DeviceData()
+    with pytest.raises(ProtocolError, match="bytes 100 to 200 came, 0 of 300 are here"):
+        send(held, b"x" * 300, begin=100)
+    with pytest.raises(ProtocolError, match="at most 4194304 are taken"):
+        send(held, bytes((4 << 20) + 1))
+
+
+def test_all_together_are_bounded_and_what_was_used_last_stays() -> None:
+    held = DeviceData(most_bytes=1000)
+    files = [bytes([number]) * 300 for number in range(4)]
+    for data in files[:3]:
+        send(held, data)
+    assert held.find(sha256(files[0])) is not None
+    send(held, files[3])
+    assert [held.find(sha256(data)) is not None for data in files] == [True, False, True, True]
+    for number in range(20):  # a hundred bytes of each, and then nothing more
+        with pytest.raises(ProtocolError, match="ended"):
+            send(held, bytes([100 + number]) * 400, 100)
+    assert sum(map(len, held._growing.values())) + sum(map(len, held._whole.values())) <= 1000
+    assert held.find(sha256(files[3])) is not None  # whole ones are not driven out by those
+
+
+def test_a_large_report_travels_by_digest_and_a_small_one_whole(kit: Any) -> None:
+    small = kit.report("a")
+    message, data = report_message(small)
+    assert data == b"" and from_message(message, DeviceReport) == small
+    large = replace(small, class_counts=(7,) * 10_000, class_names=tuple(f"class {n}" for n in range(10_000)))
+    message, data = report_message(large)
+    assert len(data) > INLINE_BYTES and message.ByteSize() < 500 and message.data_digest == sha256(data)
+    message.class_counts.append(3)  # both: the file counts
+    put_into(message, data)
+    assert from_message(message, DeviceReport) == replace(large)
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        put_into(message, b"\xff\xff")
