@@ -50,7 +50,9 @@ def test_only_what_a_round_has_changed_is_fetched(rig: Any, tmp_path: Path) -> N
                     weights = await device.transport.fetch_weights(task)
                     moved.append(device.transport.moved_bytes - before)
                     (folder := tmp_path / f"round-{number}").mkdir()
-                    entry = await asyncio.to_thread(one_unit, update(task, weights, folder, device.report.device_id), task, graph)
+                    entry = await asyncio.to_thread(
+                        one_unit, update(task, weights, folder, device.report.device_id), task, graph
+                    )
                     assert isinstance(await device.transport.deliver(entry), Accepted)
             finally:
                 await device.transport.close()

@@ -29,7 +29,7 @@ OK, DENIED, UNKNOWN = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED, grp
 REQUESTS: dict[str, Callable[[str, str], Any]] = {
     "NextTask": lambda device, task: pb.NextTaskRequest(device=pb.DeviceReport(device_id=device)),
     "FetchFile": lambda device, task: pb.FetchFileRequest(digest="0" * 64),
-    "UploadOffset": lambda device, task: pb.UploadOffsetRequest(task_id=task),
+    "DescribeData": lambda device, task: pb.UploadPartRequest(header=pb.UploadHeader(device_id=device)),
     "UploadPart": lambda device, task: pb.UploadPartRequest(header=pb.UploadHeader(task_id=task, device_id=device)),
     "CommitUpdate": lambda device, task: pb.CommitUpdateRequest(result=pb.Result(task_id=task, device_id=device)),
     "ReportFailure": lambda device, task: pb.Failure(task_id=task, device_id=device),
@@ -39,8 +39,9 @@ REQUESTS: dict[str, Callable[[str, str], Any]] = {
     "Renew": lambda device, task: trust_pb2.RenewRequest(),
 }
 OF_OPERATORS = {"JobStatus", "Watch"}
-IN_A_NAME = {"NextTask", "UploadPart", "CommitUpdate", "ReportFailure", "ReportProgress"}
-ABOUT_A_TASK = {"UploadOffset", "UploadPart", "CommitUpdate", "ReportFailure", "ReportProgress"}
+STREAMS = {"FetchFile", "DescribeData", "UploadPart"}
+IN_A_NAME = {"NextTask", "DescribeData", "UploadPart", "CommitUpdate", "ReportFailure", "ReportProgress"}
+ABOUT_A_TASK = {"UploadPart", "CommitUpdate", "ReportFailure", "ReportProgress"}
 
 
 class Reached(FederationServicer, CertificatesServicer):
@@ -57,20 +58,22 @@ class Reached(FederationServicer, CertificatesServicer):
             await asyncio.Event().wait()
         return pb.NextTaskReply()
 
-    async def FetchFile(self, request: Any, context: Any) -> AsyncIterator[pb.Chunk]:
+    # Streams are read in both of grpc's ways: through the context, as the coordinator does, and as an iterator.
+    async def FetchFile(self, request_iterator: Any, context: Any) -> None:
+        request = await context.read()
         self.methods.append("FetchFile")
-        yield pb.Chunk(data=b"x")
-        if request.offset:
+        await context.write(pb.Chunk(data=b"x"))
+        if request.verify:
             await asyncio.Event().wait()
 
-    async def UploadOffset(self, request: Any, context: Any) -> pb.UploadOffsetReply:
-        self.methods.append("UploadOffset")
-        return pb.UploadOffsetReply()
-
-    async def UploadPart(self, request_iterator: Any, context: Any) -> pb.UploadPartReply:
-        async for _ in request_iterator:
+    async def UploadPart(self, request_iterator: Any, context: Any) -> None:
+        while await context.read() is not grpc.aio.EOF:
             self.methods.append("UploadPart")
-        return pb.UploadPartReply()
+
+    async def DescribeData(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.UploadPartReply]:
+        async for _ in request_iterator:
+            self.methods.append("DescribeData")
+            yield pb.UploadPartReply()
 
     async def CommitUpdate(self, request: Any, context: Any) -> pb.CommitUpdateReply:
         self.methods.append("CommitUpdate")
@@ -112,13 +115,13 @@ class Rig:
 def started(channel: Any, method: str, *requests: Any) -> Any:
     if method == "Renew":
         return CertificatesStub(channel).Renew(*requests)
-    if method == "UploadPart":
+    if method in STREAMS:
 
         async def each() -> AsyncIterator[Any]:
             for request in requests:
                 yield request
 
-        return FederationStub(channel).UploadPart(each())
+        return getattr(FederationStub(channel), method)(each())
     return getattr(FederationStub(channel), method)(*requests)
 
 
@@ -205,10 +208,11 @@ def test_nobody_speaks_in_anothers_name_or_of_anothers_task(made: Made) -> None:
 
 def test_a_second_header_of_a_stream_is_looked_at_as_well(made: Made) -> None:
     async def scene(rig: Rig) -> None:
-        request = REQUESTS["UploadPart"]
-        code, _ = await rig.call(made.device(), "UploadPart", request(DEVICE, MINE), request(OTHER, MINE))
-        assert code is DENIED
-        assert rig.servicer.methods == ["UploadPart"]
+        for method in ("UploadPart", "DescribeData"):
+            request = REQUESTS[method]
+            code, _ = await rig.call(made.device(), method, request(DEVICE, MINE), request(OTHER, MINE))
+            assert code is DENIED
+        assert rig.servicer.methods == ["UploadPart", "DescribeData"]
 
     play(made, scene)
 
@@ -255,7 +259,7 @@ def test_calls_that_last_end_when_their_certificate_does(made: Made, method: str
     async def scene(rig: Rig) -> None:
         endless = {
             "NextTask": pb.NextTaskRequest(device=pb.DeviceReport(device_id=DEVICE), wait_ms=1),
-            "FetchFile": pb.FetchFileRequest(offset=1),
+            "FetchFile": pb.FetchFileRequest(verify=True),
         }
         async with open_channel(rig.address, made.device()) as channel:
             call = started(channel, method, endless[method])
