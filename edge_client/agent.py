@@ -39,6 +39,7 @@ from fedepth.costs import Calibration
 from fedepth.data.scan import DataSummary
 from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
 from fedepth.plan import MOST_MODELS
+from fedepth.residuals import Residuals
 from fedepth.sizes import format_size
 from fedepth.task import SETTINGS, DeviceReport, Failure, Outcome, Progress, Result, Task
 
@@ -97,7 +98,8 @@ class Agent:
             Reminder(around.clock, config.retry.remind_s) for _ in range(3)
         )
         self._lease = Lease(transport, around.on_progress, device_id)
-        self._delivery = Delivery(device_id, self._outbox, transport, self._backoff, self._lease)
+        residuals = Residuals(config.state_dir)
+        self._delivery = Delivery(device_id, self._outbox, residuals, transport, self._backoff, self._lease)
         self._samples = samples or Samples(config, around.check_files, around.check_rows)
         self._runner = TaskRunner(
             config,
@@ -107,6 +109,7 @@ class Agent:
             self._keeper,
             self._budgets,
             self._outbox,
+            residuals,
             self._backoff,
             self._disk,
             self._lease.note,
