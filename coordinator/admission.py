@@ -419,7 +419,7 @@ def _check_info(reader: Reader, tensor: TensorInfo) -> None:
     if dtype != tensor.dtype:
         encoded = "F16" in (dtype, tensor.dtype) or "I8" in (dtype, tensor.dtype)
         hint = f"; {_OTHER_ENCODING}" if encoded else ""
-        raise UpdateError("dtype", f"tensor {tensor.name} is of type {dtype}, the job's of {tensor.dtype}{hint}")
+        raise UpdateError("dtype", f"tensor {tensor.name} is of type {dtype}, the model's of {tensor.dtype}{hint}")
     if shape != tensor.shape:
         raise UpdateError("shape", f"tensor {tensor.name} has the shape {shape}, the model's {tensor.shape}")
 
