@@ -38,6 +38,7 @@ from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.scan import DataSummary
 from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
+from fedepth.layout import Encoding
 from fedepth.plan import MOST_MODELS
 from fedepth.residuals import Residuals
 from fedepth.sizes import format_size
@@ -172,7 +173,7 @@ class Agent:
             self._told_finished = False
             self._nothing_to_do.over()
             await self._take_on(answer)
-            models = min(max(1, answer.training.mutual), MOST_MODELS)
+            models = min(max(1, answer.training.mutual), MOST_MODELS) + (answer.training.encoding is Encoding.INT8)
             self._room_bytes = max(LEAST_ROOM_BYTES, models * answer.weights_bytes, self._runner.room_bytes)
         elif isinstance(answer, RetryLater):
             if answer.reason and self._nothing_to_do.due(answer.reason):

@@ -244,11 +244,14 @@ class TaskRunner:
 
     def _keep_own(self, folder: Path) -> None:
         """What stays of a task, after its update is kept. What the disk does not take now, `recover` takes over."""
-        try:
-            self._peers.keep(_peers(folder))
-            self._residuals.keep(_residuals(folder))
-        except DiskError as error:
-            _log.warning("peers or residuals cannot be kept yet", error=str(error))
+        for what, keep, left in (
+            ("peers", self._peers.keep, _peers(folder)),
+            ("residuals", self._residuals.keep, _residuals(folder)),
+        ):
+            try:
+                keep(left)
+            except DiskError as error:
+                _log.warning(f"{what} cannot be kept yet", error=str(error))
 
     async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
         """Retries while the coordinator is away or busy; what has arrived so far is kept."""

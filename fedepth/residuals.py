@@ -3,8 +3,8 @@
 residuals/JOB/ROUND-TASK-ATTEMPT/N-DIGEST.safetensors                    as that task has left them
 work/TASK-ATTEMPT/residuals/JOB/ROUND-TASK-ATTEMPT/N-DIGEST.safetensors  what a trainer leaves, until its update is kept
 
-There is one folder at most, no larger than the model. It replaces the one before when its update is kept, in one
-rename, since that update holds what was left out before. What an update has left out lives as long as the update
+There is one folder at most, no larger than the model. It replaces the one before when its update is kept, since that
+update holds what was left out before. What an update has left out lives as long as the update
 counts: if the coordinator refuses it, or it is lost and its task is given again, the next one begins without. Nor is
 anything taken over from another job or model, another encoding, or a round that is no more. A file that is missing or
 damaged is left out: of its tensors no more is lost than one rounding.
@@ -75,13 +75,12 @@ class Residuals:
                 for found in entries(job):
                     target = self._folder / job.name / found.name
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    delete(target)
+                    # First, so that there are never two: the update, which holds what they hold, is kept by now.
+                    for other in entries(target.parent):
+                        delete(other)
                     found.rename(target)
                     for folder in (target.parent, *target.parents[1:3]):
                         sync_folder(folder)
-                    for other in entries(target.parent):
-                        if other != target:
-                            delete(other)
                     self._log.info("residual kept", of=target.name)
         shutil.rmtree(left, ignore_errors=True)
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 from fedepth.errors import OverBudgetError, StateError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import file_digest
+from fedepth.kept_files import number_and_digest
 from fedepth.memory.meter import Meter
 from fedepth.models.fixed_statistics import with_fixed_statistics
 from fedepth.models.run import Model
-from fedepth.kept_files import number_and_digest
 from fedepth.plan import CachePlace, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.task import ModelSpec, TrainingSpec
