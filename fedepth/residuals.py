@@ -77,7 +77,7 @@ class Residuals:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     # First, so that there are never two: the update, which holds what they hold, is kept by now.
                     for other in entries(target.parent):
-                        delete(other)
+                        shutil.rmtree(other)
                     found.rename(target)
                     for folder in (target.parent, *target.parents[1:3]):
                         sync_folder(folder)
