@@ -213,10 +213,8 @@ class Run:
         played = await Round(rules, number, now, durations, self._simulation.trace, train, judge).play()
         self._reporter.trained()
         if self._keeps_residuals:
-            last = {given.task_id: given.client for given in played.given}
-            counted = {result.task_id for result in played.updates}
-            for client in {last[task] for task in last.keys() - counted - played.ends.keys()}:
-                self._residuals(client).clear("its update came too late")
+            for given in played.late:
+                self._residuals(given.client).clear("its update came too late")
         return played
 
     def _residuals(self, client: str) -> Residuals:
