@@ -34,11 +34,12 @@ def test_int8_over_rounds_a_killed_agent_and_a_killed_coordinator(rig: Any) -> N
         rig.agent(number, "--exit-when-done")
     rig.event("device-0", "residual kept")
     rig.event("coordinator", "task_given", device="device-0", round=2)
+    port = rig.lab.address.rpartition(":")[2]
     for name in ("device-0", "coordinator"):
         victim = rig.lab.processes[name]
         os.kill(victim.pid, signal.SIGKILL)
         victim.wait()
-    rig.lab.start_coordinator(job, "--exit-when-done")
+    rig.lab.start_coordinator(job, "--port", port, "--exit-when-done")
     rig.agent(0, "--exit-when-done")
     assert [rig.end(name) for name in ("coordinator", "device-0", "device-1")] == [0, 0, 0]
 
