@@ -10,7 +10,7 @@ from fedepth.cli import main
 from fedepth.residuals import Residuals
 
 
-def forget(residuals: Residuals, left: Path) -> None:
+def forget(self: Residuals, left: Path) -> None:
     """In place of `Residuals.keep`."""
     shutil.rmtree(left, ignore_errors=True)
 

@@ -89,7 +89,7 @@ def largest_by_scale(slices: Iterable[tuple[int, Array]], shape: tuple[int, ...]
     return largest.reshape(scales_shape(shape))
 
 
-class Part:
+class DecodedPart:
     """A part of an update, as tensors of the model: read as new weights, or as changes of the weights before.
 
     Within `with old:` those are kept open.
@@ -186,7 +186,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Trained:
+class EncodedPart:
     """What training has made of some tensors, to be written as a part.
 
     Attributes:
@@ -235,7 +235,7 @@ class Trained:
 
     def write_left_out(self, path: Path, part: Path) -> str:
         """Writes what a part of these tensors has left out of them; returns the sha256 (hex) of the file."""
-        sent = Part(self.old, part)
+        sent = DecodedPart(self.old, part)
         infos = {tensor.name: tensor for tensor in self.tensors if tensor.as_sent(self.encoding) != (tensor,)}
 
         def pieces(name: str) -> Iterator[Array]:

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedepth.encoding import LARGEST_FLOAT16, SLICE_ELEMENTS, STEPS, Part, Trained, quantised, runs, scales_of
+from fedepth.encoding import (
+    LARGEST_FLOAT16,
+    SLICE_ELEMENTS,
+    STEPS,
+    DecodedPart,
+    EncodedPart,
+    quantised,
+    runs,
+    scales_of,
+)
 from fedepth.errors import StateError
 from fedepth.layout import LARGEST_SCALE, SCALES, Encoding, ModelLayout, TensorInfo, UnitLayout, is_encoded
 from fedepth.weights import Array, load_numpy, open_weights, save
@@ -34,14 +43,14 @@ class Round:
         self.old = open_weights(folder / "old")
         self.part = folder / "part"
 
-    def write(self, new: dict[str, Array], left_out: Path | None = None, *, checked: bool = True) -> Part:
+    def write(self, new: dict[str, Array], left_out: Path | None = None, *, checked: bool = True) -> DecodedPart:
         held = open_weights(left_out) if left_out else None
         residuals = dict.fromkeys(held.names, held) if held else {}
-        trained = Trained(self.old, self.infos, self.encoding, new.__getitem__, residuals, checked)
+        trained = EncodedPart(self.old, self.infos, self.encoding, new.__getitem__, residuals, checked)
         trained.write(self.part)
         if self.encoding is Encoding.INT8:
             trained.write_left_out(self.folder / "left", self.part)
-        return Part(self.old, self.part)
+        return DecodedPart(self.old, self.part)
 
     @property
     def left(self) -> Array:
@@ -96,7 +105,7 @@ def test_int8_by_hand(tmp_path: Path) -> None:
     assert not held["w"][2:].any()
     assert held["w" + SCALES].tolist() == [1 / 128, 2, 0, 0]
     assert held.keys() == {"w", "w" + SCALES, "b"}
-    part = Part(found.old, found.part)
+    part = DecodedPart(found.old, found.part)
     assert part.names == ("b", "w")
     assert part.read("w")[0, :4].tolist() == [10 + 127 / 128, 9.5, 10, 10 + 2 / 128]
     assert part.read_flat("w", 64, 3).tolist() == [-244, 14, 12]
@@ -268,9 +277,9 @@ def test_a_part_that_cannot_be_read_as_tensors_of_the_model_is_refused(
     save(tmp_path / "good", GOOD)
     save(tmp_path / "part", tensors)
     old = open_weights(tmp_path / "old")
-    assert Part(old, tmp_path / "good").read("w").tolist() == np.ones(SHAPE).tolist()
+    assert DecodedPart(old, tmp_path / "good").read("w").tolist() == np.ones(SHAPE).tolist()
     with pytest.raises(StateError, match="part"):
-        Part(old, tmp_path / "part")
+        DecodedPart(old, tmp_path / "part")
 
 
 def test_small_tensors_are_not_encoded_by_anybody(tmp_path: Path) -> None:
@@ -282,7 +291,7 @@ def test_small_tensors_are_not_encoded_by_anybody(tmp_path: Path) -> None:
     save(tmp_path / "old", {"b": np.zeros(64, np.float32)})
     save(tmp_path / "part", {"b": np.zeros(64, np.float16)})
     with pytest.raises(StateError, match=r"holds b as \('F16'"):
-        Part(open_weights(tmp_path / "old"), tmp_path / "part")
+        DecodedPart(open_weights(tmp_path / "old"), tmp_path / "part")
 
 
 def test_the_layout_of_what_is_sent() -> None:

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fedepth.aggregation.updates import tensor_spans
-from fedepth.encoding import Part
+from fedepth.encoding import DecodedPart
 from fedepth.weights import SLICE_BYTES, Array
 
 STACK_BYTES = 16 << 20
 SHORTEST_ROW_BYTES = 4 << 10
 
 
-def stacks(parts: Sequence[Part], name: str, limit_bytes: int = STACK_BYTES) -> Iterator[Array]:
+def stacks(parts: Sequence[DecodedPart], name: str, limit_bytes: int = STACK_BYTES) -> Iterator[Array]:
     """A tensor of all `parts` in float64 slices, shape (updates, elements). Each is overwritten by the next."""
     row_bytes = min(max(limit_bytes // len(parts), SHORTEST_ROW_BYTES), SLICE_BYTES)
     elements = min(row_bytes // 8, math.prod(parts[0].info(name)[1]))
@@ -31,7 +31,7 @@ def stacks(parts: Sequence[Part], name: str, limit_bytes: int = STACK_BYTES) -> 
         yield stack
 
 
-def trimmed_mean(parts: Sequence[Part], name: str, cut: int) -> Iterator[Array]:
+def trimmed_mean(parts: Sequence[DecodedPart], name: str, cut: int) -> Iterator[Array]:
     """Per coordinate, the mean without the `cut` smallest and the `cut` largest values, in flat slices."""
     kept = len(parts) - 2 * cut
     for stack in stacks(parts, name):
@@ -42,6 +42,6 @@ def trimmed_mean(parts: Sequence[Part], name: str, cut: int) -> Iterator[Array]:
         yield np.clip(mean, stack[cut], stack[cut + kept - 1], out=mean)
 
 
-def median(parts: Sequence[Part], name: str) -> Iterator[Array]:
+def median(parts: Sequence[DecodedPart], name: str) -> Iterator[Array]:
     """Per coordinate, the value in the middle, or the mean of the two in the middle: all but these are trimmed."""
     return trimmed_mean(parts, name, (len(parts) - 1) // 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedepth.aggregation.updates import tensor_spans
-from fedepth.encoding import Part
+from fedepth.encoding import DecodedPart
 from fedepth.weights import Array, Reader
 
 
@@ -21,7 +21,7 @@ class Term:
         scale: what its change is multiplied by before it is averaged; 1 for the update as it is.
     """
 
-    part: Part
+    part: DecodedPart
     weight: float
     scale: float = 1.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedepth.encoding import Part, spans
+from fedepth.encoding import DecodedPart, spans
 from fedepth.errors import DamagedUpdateError, StateError
 from fedepth.files import file_digest
 from fedepth.weights import SLICE_BYTES, Reader
@@ -50,7 +50,7 @@ class OpenUpdate:
 
     index: int
     update: ClientUpdate
-    tensors: Mapping[str, Part]
+    tensors: Mapping[str, DecodedPart]
 
 
 def check_digests(base: Path, base_digest: str | None, updates: Sequence[ClientUpdate]) -> None:
@@ -98,15 +98,15 @@ def open_updates(old: Reader, updates: Sequence[ClientUpdate]) -> list[OpenUpdat
     return [OpenUpdate(index, update, held_tensors(old, update.parts)) for index, update in numbered]
 
 
-def held_tensors(old: Reader, parts: Sequence[Path]) -> dict[str, Part]:
+def held_tensors(old: Reader, parts: Sequence[Path]) -> dict[str, DecodedPart]:
     """The part that holds each tensor of an update.
 
     Raises:
         StateError: a part is missing or damaged, or its tensors are not among those of `old`, once each.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, DecodedPart] = {}
     for path in parts:
-        part = Part(old, path)
+        part = DecodedPart(old, path)
         for name in part.names:
             if name in found:
                 raise StateError(f"{path} and {found[name].path} both hold the tensor {name}")
@@ -118,12 +118,12 @@ def is_floating(reader: Reader, name: str) -> bool:
     return reader.info(name)[0].startswith("F")
 
 
-def tensor_spans(reader: Reader | Part, name: str, elements: int = _ELEMENTS) -> Iterator[tuple[int, int]]:
+def tensor_spans(reader: Reader | DecodedPart, name: str, elements: int = _ELEMENTS) -> Iterator[tuple[int, int]]:
     """First element and length of each slice of a tensor."""
     return spans(math.prod(reader.info(name)[1]), elements)
 
 
-def squared_change(tensors: Mapping[str, Part], names: Sequence[str]) -> float:
+def squared_change(tensors: Mapping[str, DecodedPart], names: Sequence[str]) -> float:
     """The sum of squares of an update's change over the named tensors, in float64. Infinite where it overflows."""
     sums = []
     with np.errstate(over="ignore", invalid="ignore"):

@@ -10,7 +10,7 @@ import torch
 
 from fedepth.costs import ModelCosts
 from fedepth.data.read import Images
-from fedepth.encoding import Part
+from fedepth.encoding import DecodedPart
 from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.table_input import table_features
 from fedepth.plan import Plan
@@ -59,7 +59,7 @@ class TrainingContext:
     release_freed: bool = False
     cache_room: int = 0
     first_samples: int = 0
-    trained: Mapping[str, Reader | Part] = field(default_factory=dict)
+    trained: Mapping[str, Reader | DecodedPart] = field(default_factory=dict)
     exit: Exit = shared_head
     must_stay_finite: bool = True
     peers: tuple[Path | None, ...] = ()
@@ -74,7 +74,7 @@ class TrainingContext:
 
     def with_part(self, part: Path) -> TrainingContext:
         """The same with a block trained, whose tensors lie in `part`: later ones learn from it as it goes up."""
-        reader = Part(self.weights, part)
+        reader = DecodedPart(self.weights, part)
         return replace(self, trained={**self.trained, **dict.fromkeys(reader.names, reader)})
 
 
@@ -87,7 +87,7 @@ def load(context: TrainingContext, unit: RunnableUnit, *, trainable: bool) -> No
         unit.tensors[name] = tensor.requires_grad_() if trainable and name in unit.unit.parameters else tensor
 
 
-def read(context: TrainingContext, reader: Reader | Part, name: str) -> torch.Tensor:
+def read(context: TrainingContext, reader: Reader | DecodedPart, name: str) -> torch.Tensor:
     """A tensor of a weights file, on the device and in the model's memory format."""
     tensor = torch.from_numpy(reader.read(name)).to(context.device)
     return tensor.to(memory_format=torch.channels_last) if context.channels_last and tensor.dim() == 4 else tensor

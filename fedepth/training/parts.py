@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedepth.encoding import Trained, write_carried
+from fedepth.encoding import EncodedPart, write_carried
 from fedepth.errors import DivergedError
 from fedepth.files import disk_errors
 from fedepth.kept_files import kept_name
@@ -32,7 +32,7 @@ def write_part(
     """
     infos = _infos(context, units)
     path = context.output / f"part-{number:04d}.safetensors"
-    trained = Trained(
+    trained = EncodedPart(
         context.weights,
         infos,
         context.task.training.encoding,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedepth.encoding import Part
+from fedepth.encoding import DecodedPart
 from fedepth.errors import DivergedError, StateError
 from fedepth.files import file_digest
 from fedepth.kept_files import number_and_digest
@@ -48,7 +48,9 @@ def job(folder: Path, encoding: Encoding, *stages: Stage, before: Sequence[Path]
 
 def decoded(job: TrainingContext, trained: Trained) -> Tensors:
     return {
-        name: part.read(name) for part in (Part(job.weights, path) for path in trained.parts) for name in part.names
+        name: part.read(name)
+        for part in (DecodedPart(job.weights, path) for path in trained.parts)
+        for name in part.names
     }
 
 
@@ -99,7 +101,7 @@ def test_later_blocks_learn_from_earlier_ones_as_they_go_up(tmp_path: Path) -> N
     stages = (stage(0, 2), stage(3, UNITS - 1))
     mine = job(tmp_path / "mine", Encoding.INT8, *stages)
     trained = train(mine, Meter(), Quiet())
-    first = Part(mine.weights, trained.parts[0])
+    first = DecodedPart(mine.weights, trained.parts[0])
     again = job(tmp_path / "again", Encoding.FLOAT32, *stages)
     given = {name: torch.from_numpy(first.read(name)) for name in first.names}
     loaded = mine.with_part(trained.parts[0])
