@@ -40,6 +40,7 @@ class Residuals:
         """`log` is told what becomes of it."""
         self._folder = state / "residuals"
         self._log = log
+        self._refused = ""  # the last that was dropped, should it not be kept by then
 
     def of(self, task: Task) -> tuple[Path, ...]:
         """The files that a task begins with. What it has no use for is deleted.
@@ -73,6 +74,8 @@ class Residuals:
         with disk_errors("residuals cannot be kept", self._folder):
             for job in entries(left):
                 for found in entries(job):
+                    if found.name == self._refused:
+                        continue
                     target = self._folder / job.name / found.name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     # First, so that there are never two: the update, which holds what they hold, is kept by now.
@@ -86,7 +89,7 @@ class Residuals:
 
     def drop(self, result: Result) -> None:
         """Deletes what an update has left out that was refused."""
-        name = _name(result.round, result.task_id, result.attempt)
+        name = self._refused = _name(result.round, result.task_id, result.attempt)
         for job in entries(self._folder):
             if (job / name).exists():
                 self._delete(job / name, "its update was refused")

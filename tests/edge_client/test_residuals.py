@@ -217,6 +217,27 @@ def test_on_a_full_disk_the_update_goes_first_and_the_residual_is_kept_later(
     assert len(bench.said("residuals cannot be kept yet")) == 1
 
 
+def test_refused_before_it_could_be_kept_it_goes_all_the_same(
+    bench: Bench, transport: FakeTransport, in_round: InRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = Residuals.keep, 1
+
+    def full(residuals: Residuals, folder: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise DiskError("residuals cannot be kept: No space left on device")
+        real(residuals, folder)
+
+    monkeypatch.setattr(Residuals, "keep", full)
+    transport.answers = [in_round(1), in_round(2)]
+    transport.deliveries = [Refused("norm", "it goes too far")]
+    bench.run(transport, OK)
+    assert left < 0
+    assert begun(bench) == [0, 0]
+    assert held(bench) == {"00000002-t2-1": "t2\n"}
+
+
 def test_each_step_of_keeping_may_fail_and_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_round: InRound
 ) -> None:
