@@ -104,12 +104,16 @@ def job_text(
     )  # fmt: skip
 
 
-def simulate(job: Path, text: str, data: str, output: Path, *options: str) -> Path:
-    """One run of this job file, or what is missing of it. Returns `output`, beside which the processor time is kept."""
+def simulate(job: Path, text: str, data: str, output: Path, *options: str, module: str = "fedepth.cli") -> Path:
+    """One run of this job file, or what is missing of it. Returns `output`, beside which the processor time is kept.
+
+    Args:
+        module: the `fedepth` that is run.
+    """
     job.parent.mkdir(parents=True, exist_ok=True)
     job.write_text(text)
     command = [
-        sys.executable, "-m", "fedepth.cli", "simulate", str(job), "--data", data, "--output", str(output), *options,
+        sys.executable, "-m", module, "simulate", str(job), "--data", data, "--output", str(output), *options,
     ]  # fmt: skip
     before, began = processor_seconds(output), _children_seconds()
     try:

@@ -26,7 +26,7 @@ from fedepth.data.labels import by_class, labels_outside, lacking, listed, unkno
 from fedepth.data.splits import images_by_class
 from fedepth.errors import StateError, UpdateError
 from fedepth.job_sections import MOST_SECONDS, LimitsSection
-from fedepth.layout import ModelLayout, TensorInfo
+from fedepth.layout import LARGEST_SCALE, SCALES, Encoding, ModelLayout, TensorInfo
 from fedepth.plan import MOST_MODELS, Plan
 from fedepth.printable import printable, quoted, shortened
 from fedepth.task import FIRST_SETTINGS, MOST_DEVICE_NAME, DeviceReport, ModelSpec, Result, StageResult, TrainingSpec
@@ -47,6 +47,7 @@ _ENTRY_BYTES = 512
 _ESCAPE_BYTES = 12
 _METADATA_BYTES = 64 << 10
 _QUOTED_PLAN = 200
+_OTHER_ENCODING = "the update is in another encoding than [transfer] encoding of the job says"
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -109,15 +110,17 @@ def check_result(result: Result, task: TaskRecord, layout: ModelLayout, limit_pa
     _check_parts(result, limit_parts, len(layout.units))
 
 
-def check_origin(result: Result, weights_digest: str) -> None:
+def check_origin(result: Result, weights_digest: str, encoding: Encoding = Encoding.FLOAT32) -> None:
     """Whether an update was trained from the weights of its task.
 
     A record that was restored from a copy hands out task ids that its abandoned life has handed out with other weights.
-    An agent that does not say what it trained from is taken at its task's id.
+    An agent that does not say what it trained from is taken at its task's id; but changes mean nothing without.
 
     Raises:
         UpdateError: it was trained from others ("weights").
     """
+    if encoding is not Encoding.FLOAT32 and not result.weights_digest:
+        raise UpdateError("weights", f"the update holds changes as {encoding.value}, and does not say of which weights")
     if not result.trained_from(weights_digest):
         raise UpdateError(
             "weights",
@@ -146,7 +149,7 @@ def check_settings(report: DeviceReport, training: TrainingSpec) -> str:
     unknown = [name for name in training.asks_for if name not in (report.settings or FIRST_SETTINGS)]
     if not unknown:
         return ""
-    what = ", ".join(f"[training] {name}" for name in unknown)
+    what = ", ".join(f"[{'transfer' if name == 'encoding' else 'training'}] {name}" for name in unknown)
     return (
         f"the job sets {what}, which the agent of this device (fedepth {quoted(report.fedepth_version, 40)}) does not "
         "know, so that it would train something else; install the coordinator's version of fedepth on the device"
@@ -157,15 +160,21 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
     """Accepts an update whose parts hold exactly the tensors that its plan trains, each once: those of units, of the
     head, and of the auxiliary heads that its blocks end with.
 
+    Args:
+        layout: what updates of the job consist of (`ModelLayout.as_sent`).
+
     Raises:
         UpdateError: with the reason "plan" (trained units that the model does not have, or one twice), "size"
             (a part is missing or damaged), "unknown_tensor" (one that was not trained, or one twice),
-            "missing_tensor", "shape", "dtype", "not_finite" or "range" (a negative variance or counter, an integer
-            or float64 beyond what can be averaged, a boolean that is neither).
+            "missing_tensor", "shape", "dtype" (also of another encoding), "not_finite" or "range" (a negative
+            variance, counter or scale, an integer or float64 beyond what can be averaged, a scale beyond what can be
+            decoded, a boolean that is neither).
     """
     _check_units("trained", result.trained_units, layout)
     expected = {tensor.name: tensor for tensor in layout.trained_tensors(result.plan)}
     holders = _holders(parts, expected)
+    for name in holders:
+        _check_info(holders[name], expected[name])
     missing = [name for name in expected if name not in holders]
     if missing:
         raise UpdateError(
@@ -173,8 +182,8 @@ def check_update(parts: Sequence[Path], layout: ModelLayout, result: Result) -> 
             f"the update lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]}",
         )
     for name, tensor in expected.items():
-        _check_info(holders[name], tensor)
-    for name, tensor in expected.items():
+        if name.endswith(SCALES) and holders[name] is not holders[name.removesuffix(SCALES)]:
+            raise UpdateError("unknown_tensor", f"tensor {name} is not in the part of the tensor that it scales")
         _check_values(holders[name], tensor)
 
 
@@ -391,6 +400,8 @@ def _holders(parts: Sequence[Path], expected: dict[str, TensorInfo]) -> dict[str
         except StateError as error:
             raise UpdateError("size", str(error)) from error
         for name in reader.names:
+            if name not in expected and name.endswith(SCALES) and name.removesuffix(SCALES) in expected:
+                raise UpdateError("dtype", f"{path.name} holds int8 scales, {quoted(name, 80)}; {_OTHER_ENCODING}")
             if name not in expected:
                 raise UpdateError(
                     "unknown_tensor", f"{path.name} holds {quoted(name, 80)}, which is not in the trained units"
@@ -406,7 +417,9 @@ def _holders(parts: Sequence[Path], expected: dict[str, TensorInfo]) -> dict[str
 def _check_info(reader: Reader, tensor: TensorInfo) -> None:
     dtype, shape = reader.info(tensor.name)
     if dtype != tensor.dtype:
-        raise UpdateError("dtype", f"tensor {tensor.name} is of type {dtype}, the model's of {tensor.dtype}")
+        encoded = "F16" in (dtype, tensor.dtype) or "I8" in (dtype, tensor.dtype)
+        hint = f"; {_OTHER_ENCODING}" if encoded else ""
+        raise UpdateError("dtype", f"tensor {tensor.name} is of type {dtype}, the model's of {tensor.dtype}{hint}")
     if shape != tensor.shape:
         raise UpdateError("shape", f"tensor {tensor.name} has the shape {shape}, the model's {tensor.shape}")
 
@@ -434,8 +447,10 @@ def _check_piece(piece: Array, tensor: TensorInfo) -> None:
         bound: float = MOST_FLOAT
     else:
         bound = MOST_INTEGER
+    if name.endswith(SCALES):
+        bound = LARGEST_SCALE
     if tensor.not_negative and least < 0:
-        raise UpdateError("range", f"tensor {name} holds {least}, and no variance or counter is below 0")
+        raise UpdateError("range", f"tensor {name} holds {least}, and no variance, counter or scale is below 0")
     if not -bound <= float(least) <= float(most) <= bound:
         raise UpdateError("range", f"tensor {name} holds values from {least} to {most}, allowed are ±{bound:g}")
 

@@ -229,13 +229,13 @@ class Uploads:
         from fedepth.aggregation.norms import update_norms
 
         in_force = self._store.latest_round()
-        if in_force is not None:  # a task that may be answered is of the round after it
-            check_origin(result, in_force.digest)
         training = self._training(task.round)
+        if in_force is not None:  # a task that may be answered is of the round after it
+            check_origin(result, in_force.digest, training.encoding)
         layout = self._layout.without_statistics() if training.fixed_statistics else self._layout
         check_result(result, task, layout, self.limit_parts)
         parts = self._whole_parts(result)
-        check_update(parts, layout, result)
+        check_update(parts, layout.as_sent(training.encoding), result)
         try:
             change = update_norms(self._base(), parts, layout.parameters)
         except StateError as error:  # the parts have been looked at, so it is the base

@@ -40,7 +40,9 @@ from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.scan import DataSummary
 from fedepth.errors import ChildError, DataError, DiskError, ProtocolError, TransportError
+from fedepth.layout import Encoding
 from fedepth.plan import MOST_MODELS
+from fedepth.residuals import Residuals
 from fedepth.sizes import format_size
 from fedepth.task import SETTINGS, DeviceReport, Failure, Outcome, Progress, Result, Task
 
@@ -99,7 +101,8 @@ class Agent:
             Reminder(around.clock, config.retry.remind_s) for _ in range(3)
         )
         self._lease = Lease(transport, around.on_progress, device_id)
-        self._delivery = Delivery(device_id, self._outbox, transport, self._backoff, self._lease)
+        residuals = Residuals(config.state_dir)
+        self._delivery = Delivery(device_id, self._outbox, residuals, transport, self._backoff, self._lease)
         self._samples = samples or Samples(config, around.check_files, around.check_rows)
         self._runner = TaskRunner(
             config,
@@ -109,6 +112,7 @@ class Agent:
             self._keeper,
             self._budgets,
             self._outbox,
+            residuals,
             self._backoff,
             self._disk,
             self._lease.note,
@@ -171,7 +175,7 @@ class Agent:
             self._told_finished = False
             self._nothing_to_do.over()
             await self._take_on(answer)
-            models = min(max(1, answer.training.mutual), MOST_MODELS)
+            models = min(max(1, answer.training.mutual), MOST_MODELS) + (answer.training.encoding is Encoding.INT8)
             self._room_bytes = max(LEAST_ROOM_BYTES, models * answer.weights_bytes, self._runner.room_bytes)
         elif isinstance(answer, RetryLater):
             if answer.reason and self._nothing_to_do.due(answer.reason):

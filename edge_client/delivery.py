@@ -12,6 +12,7 @@ from edge_client.lease import Lease
 from edge_client.outbox import Entry, Outbox
 from edge_client.transport import Accepted, Refused, Transport
 from fedepth.errors import DiskError, FedepthError, ProtocolError, TransportError
+from fedepth.residuals import Residuals
 from fedepth.task import Failure, Outcome, Progress
 
 DELIVERY_TRIES = 3  # of an update that the coordinator neither takes nor refuses
@@ -21,9 +22,18 @@ _log = structlog.get_logger()
 class Delivery:
     """Sends what the outbox holds."""
 
-    def __init__(self, device_id: str, outbox: Outbox, transport: Transport, backoff: Backoff, lease: Lease) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        outbox: Outbox,
+        residuals: Residuals,
+        transport: Transport,
+        backoff: Backoff,
+        lease: Lease,
+    ) -> None:
         self._device_id = device_id
         self._outbox = outbox
+        self._residuals = residuals
         self._transport = transport
         self._backoff = backoff
         self._lease = lease
@@ -71,6 +81,7 @@ class Delivery:
             _log.error(
                 "update refused; it is dropped", task=result.task_id, reason=answer.reason, message=answer.message
             )
+            await asyncio.to_thread(self._residuals.drop, result)
         self._outbox.remove(entry)
         return answer if isinstance(answer, Refused) else None
 

@@ -37,12 +37,14 @@ from fedepth.errors import (
 )
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import disk_errors
+from fedepth.layout import Encoding
 from fedepth.models.traced import read_costs
 from fedepth.peers import Peers, peers_folder
 from fedepth.plan import Plan, Stage
 from fedepth.planning.check import check_plan
 from fedepth.planning.planner import make_plan, smallest_peak
 from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
+from fedepth.residuals import Residuals, residuals_folder
 from fedepth.sizes import format_size
 from fedepth.task import Failure, Outcome, Progress, Result, Task
 
@@ -80,6 +82,7 @@ class TaskRunner:
         keeper: TrainerKeeper,
         budgets: Budgets,
         outbox: Outbox,
+        residuals: Residuals,
         backoff: Backoff,
         disk: DiskWait,
         report: Callable[[Progress], None],
@@ -101,6 +104,7 @@ class TaskRunner:
         # The last plans that met the cap on their heap, unless they release at once.
         self._released: deque[tuple[Stage, ...]] = deque(maxlen=_PLANS_REMEMBERED)
         self._peers = Peers(config.state_dir)
+        self._residuals = residuals
         self._folder = config.state_dir / "work"
         self._left = sorted(self._folder.glob("*"))  # by an agent that was stopped or killed, or by us
 
@@ -116,8 +120,9 @@ class TaskRunner:
         while self._left:
             folder = self._left[-1]
             found |= self._outbox.recover(_output(folder))
-            if not _output(folder).exists():  # the update is kept, so its peers are the ones that count
+            if not _output(folder).exists():  # the update is kept, so what came with it counts
                 self._peers.keep(_peers(folder))
+                self._residuals.keep(_residuals(folder))
             shutil.rmtree(self._left.pop(), ignore_errors=True)
         return found
 
@@ -135,7 +140,7 @@ class TaskRunner:
             done = await self._trained_with_room(task, folder, planned_samples, reporter)
             self._keeper.rest()
             await self._store(done.result, _output(folder), reporter)
-            self._keep_peers(folder)
+            self._keep_own(folder)
         except FedepthError as error:
             return _failure(task, self._device_id, error)
         else:
@@ -143,7 +148,7 @@ class TaskRunner:
             return done.result
         finally:
             self._keeper.rest()
-            left = not _output(folder).exists() and _peers(folder).exists()
+            left = not _output(folder).exists() and (_peers(folder).exists() or _residuals(folder).exists())
             if left or self.is_storing or (_output(folder) / RESULT).exists():
                 self._left.append(folder)  # for `recover`
             else:
@@ -197,6 +202,7 @@ class TaskRunner:
             check_plan(costs, task.plan)
             weights = await self._fetched(self._transport.fetch_weights, task)
             peers = await asyncio.to_thread(self._peers.of, task)
+            left_out = await asyncio.to_thread(self._residuals.of, task)
             reporter.activity("starting the trainer")
             request = TrainRequest(
                 task=task,
@@ -214,6 +220,8 @@ class TaskRunner:
                 damage=tuple(self._samples.damage.keys),
                 peers=tuple(str(path.resolve()) if path else "" for path in peers),
                 peers_output=str(peers_folder(_peers(folder), task).resolve()),
+                left_out=tuple(str(path.resolve()) for path in left_out),
+                left_out_output=_left_out_output(folder, task),
             )
             samples = min(summary.sample_count, planned_samples)
             costs = replace(costs, calibration=self._calibration)
@@ -235,12 +243,16 @@ class TaskRunner:
                 self.is_storing = False
                 return
 
-    def _keep_peers(self, folder: Path) -> None:
-        """After the update is kept. What the disk does not take now, `recover` takes over."""
-        try:
-            self._peers.keep(_peers(folder))
-        except DiskError as error:
-            _log.warning("peers cannot be kept yet", error=str(error))
+    def _keep_own(self, folder: Path) -> None:
+        """What stays of a task, after its update is kept. What the disk does not take now, `recover` takes over."""
+        for what, keep, left in (
+            ("peers", self._peers.keep, _peers(folder)),
+            ("residuals", self._residuals.keep, _residuals(folder)),
+        ):
+            try:
+                keep(left)
+            except DiskError as error:
+                _log.warning(f"{what} cannot be kept yet", error=str(error))
 
     async def _fetched(self, fetch: Callable[[Task], Awaitable[Path]], task: Task) -> Path:
         """Retries while the coordinator is away or busy; what has arrived so far is kept."""
@@ -266,7 +278,8 @@ class TaskRunner:
         limit: int | None = None
         deaths = smaller = 0
         while True:
-            shutil.rmtree(request.peers_output, ignore_errors=True)  # first: without its output they would be kept
+            for own in filter(None, (request.peers_output, request.left_out_output)):
+                shutil.rmtree(own, ignore_errors=True)  # first: without its output they would be kept
             for folder in (request.output, request.cache):
                 shutil.rmtree(folder, ignore_errors=True)
                 Path(folder).mkdir(parents=True)
@@ -402,6 +415,18 @@ def _output(folder: Path) -> Path:
 def _peers(folder: Path) -> Path:
     """Where its peers lie until its update is kept."""
     return folder / "peers"
+
+
+def _residuals(folder: Path) -> Path:
+    """Where what it leaves out lies until its update is kept."""
+    return folder / "residuals"
+
+
+def _left_out_output(folder: Path, task: Task) -> str:
+    """Where the trainer puts what its encoding leaves out; "" where that is not kept."""
+    if task.training.encoding is not Encoding.INT8:
+        return ""
+    return str(residuals_folder(_residuals(folder), task).resolve())
 
 
 class _TrainerFailed(FedepthError):

@@ -193,6 +193,7 @@ def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:
         mutual=section.mutual,
         mutual_weight=section.mutual_weight,
         mutual_temperature=section.mutual_temperature,
+        encoding=config.transfer.encoding,
     )
 
 

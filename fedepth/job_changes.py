@@ -86,6 +86,7 @@ KINDS: Mapping[str, Kind] = {
             "training.mutual",
             "training.mutual_weight",
             "training.mutual_temperature",
+            "transfer.encoding",
             "aggregation.rule",
             "aggregation.trim",
             "aggregation.max_change",

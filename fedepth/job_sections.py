@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from fedepth.data.damage import MOST_DAMAGED
+from fedepth.layout import Encoding
 from fedepth.models.graph import MOST_UNITS
 from fedepth.plan import MOST_MODELS, CacheType
 from fedepth.task import (
@@ -175,6 +176,16 @@ class TrainingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mutual_temperature: Temperature = 1.0
 
 
+class TransferSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[transfer]: what goes between devices and coordinator.
+
+    Attributes:
+        encoding: of updates; what is not float32 is smaller and loses precision (docs/encodings.md).
+    """
+
+    encoding: Encoding = Encoding.FLOAT32
+
+
 class TuningSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[tuning]: what is trained of a model that begins with weights of its own ([model] weights).
 
@@ -330,6 +341,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: TextSection | None = None
     table: TableSection | None = None
     tuning: TuningSection = TuningSection()
+    transfer: TransferSection = TransferSection()
     folder: str = ""
     tokenizer_digest: str = ""
 

@@ -6,7 +6,9 @@ checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import Enum
 from math import prod
 
 from fedepth.plan import Plan
@@ -28,6 +30,30 @@ DTYPES = {
     "F64": "<f8",
 }
 ITEM_BYTES = {name: int(code[2:]) for name, code in DTYPES.items()}
+
+SCALES = "..scales"  # behind a tensor's name; torch lets no name of a tensor have two dots in a row
+LARGEST_SCALE = 2.0**120  # above it, changes of -128 scales, which nobody sends, would not be finite in float32
+LEAST_ENCODED = 256  # elements: what encoding smaller tensors would save is less than a header's entry
+LEAST_CHANNEL = 64  # elements: of smaller channels, one scale each would cost more than 6 %
+
+
+class Encoding(str, Enum):
+    """How updates go up (fedepth.encoding)."""
+
+    FLOAT32 = "float32"  # weights, as they are
+    FLOAT16 = "float16"  # the change against the weights that a task begins with
+    INT8 = "int8"  # the same with scales; what rounding leaves out is added to the next change
+
+
+def is_encoded(dtype: str, shape: tuple[int, ...], *, parameter: bool) -> bool:
+    """Whether a tensor is one that encodings change: biases, norms and buffers are small, and go up as they are."""
+    return parameter and dtype == "F32" and len(shape) > 1 and prod(shape) >= LEAST_ENCODED
+
+
+def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of an int8 tensor: one for every output channel, or for all of it where those are
+    small."""
+    return (shape[0],) if prod(shape[1:]) >= LEAST_CHANNEL else ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,15 @@ class TensorInfo:
     @property
     def size_bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def as_sent(self, encoding: Encoding) -> tuple[TensorInfo, ...]:
+        """The tensors that it takes in an update: itself, or its change and the scales of that."""
+        if encoding is Encoding.FLOAT32 or not is_encoded(self.dtype, self.shape, parameter=self.parameter):
+            return (self,)
+        if encoding is Encoding.FLOAT16:
+            return (replace(self, dtype="F16", not_negative=False),)
+        scales = TensorInfo(self.name + SCALES, scales_shape(self.shape), "F32", not_negative=True, parameter=False)
+        return (replace(self, dtype="I8", not_negative=False), scales)
 
 
 @dataclass(frozen=True)
@@ -108,6 +143,17 @@ class ModelLayout:
 
         units = tuple(UnitLayout(unit.name, others(unit.tensors)) for unit in self.units)
         return ModelLayout(units, others(self.head), tuple(map(others, self.auxiliary)))
+
+    def as_sent(self, encoding: Encoding) -> ModelLayout:
+        """What updates in this encoding consist of."""
+        if encoding is Encoding.FLOAT32:
+            return self
+
+        def sent(tensors: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
+            return tuple(each for tensor in tensors for each in tensor.as_sent(encoding))
+
+        units = tuple(UnitLayout(unit.name, sent(unit.tensors)) for unit in self.units)
+        return ModelLayout(units, sent(self.head), tuple(map(sent, self.auxiliary)))
 
     def trained_tensors(self, plan: Plan) -> tuple[TensorInfo, ...]:
         """The tensors of an update that a plan leads to: those of the trained units, of the auxiliary heads that blocks

@@ -12,18 +12,16 @@ anew (fedepth.training.peers).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
 
-from fedepth.files import disk_errors, file_digest, sync_folder
-from fedepth.peer_names import slot_and_digest
+from fedepth.files import disk_errors, sync_folder
+from fedepth.kept_files import damage, delete, entries, model_key, number_and_digest
 from fedepth.plan import MOST_MODELS
 from fedepth.task import Task
 
@@ -33,7 +31,7 @@ _log = structlog.get_logger()
 
 def peers_folder(folder: Path, task: Task) -> Path:
     """Where below `folder` the peers of a task belong."""
-    return folder / _job(task) / f"{task.round:08d}"
+    return folder / model_key(task) / f"{task.round:08d}"
 
 
 class Peers:
@@ -53,16 +51,16 @@ class Peers:
             DiskError: the folder cannot be read.
         """
         wanted = min(task.training.mutual, MOST_MODELS) - 1
-        job = _job(task) if wanted > 0 else ""
+        job = model_key(task) if wanted > 0 else ""
         with disk_errors("peers cannot be listed", self._folder):
-            others = [path for path in _entries(self._folder) if path.name != job]
+            others = [path for path in entries(self._folder) if path.name != job]
             known = sorted(self._known(self._folder / job), key=lambda each: -each.round) if job else []
         for path in others:
             self._log.info("peers of another job, or of another model, are deleted", folder=str(path))
-            _delete(path)
+            delete(path)
         for each in known:
             if each.slot > wanted:
-                _delete(each.path)
+                delete(each.path)
         earlier = [each for each in known if each.round < task.round]
         found = []
         for slot in range(1, wanted + 1):
@@ -80,7 +78,7 @@ class Peers:
             DiskError: it could not be kept. The same call may be made again.
         """
         with disk_errors("peers cannot be kept", self._folder):
-            for job in _entries(left):
+            for job in entries(left):
                 for found in list(self._known(job)):
                     target = self._folder / job.name / found.path.parent.name / found.path.name
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ class Peers:
         """Deletes all: the next task begins with new ones."""
         if self._folder.exists():
             self._log.warning("all peers are deleted", reason=why)
-            _delete(self._folder)
+            delete(self._folder)
 
     def _drop_others(self, job: Path, kept: _Known) -> None:
         """Of this slot: what is of its round or a later one, which came of another course of the job, and what is too
@@ -104,26 +102,22 @@ class Peers:
         earlier = sorted((each for each in others if each.round < kept.round), key=lambda each: -each.round)
         for each in others:
             if each not in earlier[: ROUNDS_KEPT - 1]:
-                _delete(each.path)
-        for folder in _entries(job):
+                delete(each.path)
+        for folder in entries(job):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where nothing is left
 
     def _is_sound(self, peer: _Known) -> bool:
-        try:
-            digest = file_digest(peer.path, follow=False)
-            problem = f"its sha256 is {digest[:12]}…, expected {peer.digest[:12]}…" if digest != peer.digest else ""
-        except OSError as error:
-            problem = error.strerror or str(error)
+        problem = damage(peer.path, peer.digest)
         if problem:
             self._log.warning("a peer is damaged; it is deleted", file=str(peer.path), problem=problem)
-            _delete(peer.path)
+            delete(peer.path)
         return not problem
 
     def _known(self, job: Path) -> Iterator[_Known]:
-        for folder in _entries(job):
-            for path in _entries(folder):
-                name = slot_and_digest(path.name)
+        for folder in entries(job):
+            for path in entries(folder):
+                name = number_and_digest(path.name)
                 if name and folder.name.isdecimal():
                     yield _Known(path, int(folder.name), *name)
 
@@ -136,24 +130,3 @@ class _Known:
     round: int
     slot: int
     digest: str
-
-
-def _job(task: Task) -> str:
-    """Names the job and its model: other classes, or another graph, make other peers."""
-    return hashlib.sha256(msgspec.json.encode((task.job, task.model, task.graph_digest))).hexdigest()[:32]
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _delete(path: Path) -> None:
-    """As far as the disk lets it go; what stays is found again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()

@@ -20,6 +20,7 @@ from fedepth.estimate.peak import effective_batch, needed_bytes
 from fedepth.estimate.timeline import Moment, timeline
 from fedepth.files import NO_WORKING_DIRECTORY, NOT_JSON, has_working_directory, read_regular
 from fedepth.job_sections import MOST_SAMPLES, TuningSection
+from fedepth.layout import Encoding
 from fedepth.models.catalog import named_spec
 from fedepth.plan import MOST_MODELS, Ending, Plan, Policy
 from fedepth.planning.explain import Alternative, Explanation, explain
@@ -129,6 +130,8 @@ def plan_command(
         f"{asked.name}, batch {training.batch}, {training.optimizer}, policy {asked.policy.value}, "
         f"budget {format_size(budget_bytes)}"
     )
+    if training.encoding is not Encoding.FLOAT32:
+        title += f", updates as {training.encoding.value}"
     with console(stderr=True).status(f"Tracing {asked.name}") as status:  # shows nothing where stderr is no terminal
         costs = replace(_trace(asked), calibration=device)
         status.update("Comparing plans")

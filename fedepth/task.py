@@ -12,7 +12,7 @@ from enum import Enum
 from fedepth.budget import Budget
 from fedepth.costs import Calibration
 from fedepth.data.column_sums import ColumnSums
-from fedepth.layout import ITEM_BYTES
+from fedepth.layout import ITEM_BYTES, Encoding
 from fedepth.plan import CacheType, Plan, Policy
 
 MOST_CLASSES = 1 << 15
@@ -229,6 +229,7 @@ class TrainingSpec:
         mutual: so many models at most, where memory is left for them (mutual knowledge distillation); 1 for none.
         mutual_weight: of what a model learns from the others, beside the loss on the labels.
         mutual_temperature: what logits are divided by for that.
+        encoding: of the updates, see fedepth.encoding.
     """
 
     batch: int
@@ -249,6 +250,7 @@ class TrainingSpec:
     mutual: int = 1
     mutual_weight: float = 1.0
     mutual_temperature: float = 1.0
+    encoding: Encoding = Encoding.FLOAT32
 
     @property
     def asks_for(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from benchmarks import federation
+from benchmarks import encodings, federation
 from benchmarks.experiments import __main__ as experiments
 from benchmarks.experiments import depth
 from benchmarks.experiments.depth import even
@@ -69,6 +70,21 @@ def test_the_figures_of_the_experiments_are_those_that_came() -> None:
         assert name in experiments.EXPERIMENTS
         missing = [line for line in lines if f"\n{line}\n" not in TEXT]
         assert not missing, f"{name}: python -m tests.experiment_tables has {missing}"
+
+
+def test_the_figures_of_encodings_are_those_that_came() -> None:
+    page = (ROOT / "docs" / "encodings.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "encodings.json").read_bytes())
+    assert not found["quick"]
+    names = {
+        **{name: name for name in encodings.RUNS},
+        "int8_without_feedback": "int8 whose devices forget what it leaves out",
+    }
+    assert found["encodings"].keys() == names.keys()
+    for name, row in found["encodings"].items():
+        accuracy = f"{row['accuracy_mean']:.1%}".removesuffix("%") + f" ± {row['accuracy_std']:.1%}".removesuffix("%")
+        assert f"| {names[name]} | {accuracy} % | {row['bytes_up'] / MIB:.1f} MiB |" in page
+        assert (row["rounds"], row["seeds"]) == (30, 2)
 
 
 @pytest.mark.parametrize("units", range(1, 30))

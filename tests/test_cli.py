@@ -122,6 +122,8 @@ batch_norm = "fixed"
 fixed_after = 2
 [tuning]
 last_units = 4
+[transfer]
+encoding = "int8"
 """
 
 
@@ -137,6 +139,8 @@ def test_a_job_file_is_planned_with_all_its_settings(tmp_path: Path) -> None:
     training = told["training"]
     assert (training["batch"], training["optimizer"], training["heads"]) == (32, "adamw", "auxiliary")
     assert (training["mutual"], training["fixed_statistics"], told["plan"]["policy"]) == (2, False, "paper")
+    assert training["encoding"] == "int8"
+    assert "budget 100.0 MiB, updates as int8" in " ".join(plan(str(job), "--budget", "100MiB").split())
     (stage,) = told["plan"]["stages"]
     changed = told_of("--round", "3", "--batch", "8", "--mutual", "1", "--policy", "auto")
     assert (changed["training"]["batch"], changed["plan"]["models"], changed["plan"]["policy"]) == (8, 1, "auto")

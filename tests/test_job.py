@@ -11,6 +11,7 @@ from fedepth.aggregation.rules import Krum, Median, NormClipping, PrivateMean, R
 from fedepth.errors import ConfigError
 from fedepth.job import aggregation_rule, learning_rate, load_config, model_spec, training_spec
 from fedepth.job_sections import MOST_DEVICES, MOST_SAMPLES, JobConfig
+from fedepth.layout import Encoding
 
 GOOD = """
 [job]
@@ -108,6 +109,7 @@ def test_every_bad_value_is_told_with_its_section_and_field(tmp_path: Path) -> N
             "batch_norm": ('"frozen"', '"fixed"'),  # without fixed_after
             "fixed_after": ("-1", "1.5", "2"),  # 2 belongs to batch_norm = "fixed"
         },
+        "transfer": {"encoding": ('"int4"', '"FLOAT16"', "8", "true")},
         "tuning": {
             "embeddings": ('"thawed"', "true"),
             "last_units": ("-1", "513", '"all"'),
@@ -367,3 +369,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, section: str, mess
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, with_section(section)))
     assert f"job.toml: {message}" in str(caught.value)
+
+
+def test_the_encoding_of_updates_is_what_the_job_says_and_float32_where_it_does_not(tmp_path: Path) -> None:
+    assert training_spec(load_config(write(tmp_path, GOOD)), 1).encoding is Encoding.FLOAT32
+    for encoding in Encoding:
+        config = load_config(write(tmp_path, f'{GOOD}\n[transfer]\nencoding = "{encoding.value}"\n'))
+        spec = training_spec(config, 1)
+        assert spec.encoding is encoding
+        assert spec.asks_for == (() if encoding is Encoding.FLOAT32 else ("encoding",))

@@ -33,6 +33,8 @@ class TrainRequest:
         damage: keys of image files to leave out (fedepth.data.damage).
         peers: paths of the device's other models (fedepth.peers), by slot; "" for one to begin anew.
         peers_output: the folder where they go, before the result; "" if nobody keeps them.
+        left_out: paths of what the encoding has left out of updates before (fedepth.residuals).
+        left_out_output: the folder where it goes, before the result; "" if nobody keeps it.
     """
 
     task: Task
@@ -51,6 +53,8 @@ class TrainRequest:
     damage: tuple[int, ...] = ()
     peers: tuple[str, ...] = ()
     peers_output: str = ""
+    left_out: tuple[str, ...] = ()
+    left_out_output: str = ""
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event"):

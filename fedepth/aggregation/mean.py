@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedepth.aggregation.updates import read_change, spans
+from fedepth.aggregation.updates import tensor_spans
+from fedepth.encoding import DecodedPart
 from fedepth.weights import Array, Reader
 
 
@@ -20,7 +21,7 @@ class Term:
         scale: what its change is multiplied by before it is averaged; 1 for the update as it is.
     """
 
-    reader: Reader
+    part: DecodedPart
     weight: float
     scale: float = 1.0
 
@@ -28,7 +29,7 @@ class Term:
 def weighted_mean(old: Reader, name: str, terms: Sequence[Term]) -> Iterator[Array]:
     """The mean of a tensor, as float64 in flat slices; summed in the order of `terms`, at least one."""
     total = math.fsum(term.weight for term in terms)
-    for first, length in spans(old, name):
+    for first, length in tensor_spans(old, name):
         mean = np.zeros(length, np.float64)
         product = np.empty(length, np.float64)
         for term in terms:
@@ -41,8 +42,8 @@ def weighted_mean(old: Reader, name: str, terms: Sequence[Term]) -> Iterator[Arr
 
 def _values(old: Reader, name: str, term: Term, first: int, length: int) -> Array:
     if term.scale == 1:
-        return term.reader.read_flat(name, first, length)
-    values = read_change(old, term.reader, name, first, length)
+        return term.part.read_flat(name, first, length)
+    values = term.part.change(name, first, length)
     values *= term.scale
     values += old.read_flat(name, first, length)
     return values

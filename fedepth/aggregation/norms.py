@@ -23,6 +23,7 @@ import numpy as np
 
 from fedepth.aggregation.rules import ENOUGH_NORMS, Kind, Norms
 from fedepth.aggregation.updates import held_tensors, is_floating, squared_change
+from fedepth.encoding import DecodedPart
 from fedepth.weights import Reader, open_weights
 
 # Above what honest updates were measured to reach. Variances follow activations, which one class alone can drive up.
@@ -75,7 +76,7 @@ def parameter_scale(old: Reader, parameters: Collection[str]) -> float:
 
 
 def change_norms(
-    old: Reader, tensors: Mapping[str, Reader], parameters: Collection[str], parameter_scale: float
+    old: Reader, tensors: Mapping[str, DecodedPart], parameters: Collection[str], parameter_scale: float
 ) -> Norms:
     """`update_norms` of an update that is open."""
     held = [name for name in tensors if is_floating(old, name)]
@@ -87,8 +88,8 @@ def change_norms(
     )
 
 
-def _change(old: Reader, tensors: Mapping[str, Reader], names: Sequence[str]) -> float:
-    return math.sqrt(squared_change(old, tensors, names) / max(_elements(old, names), 1))
+def _change(old: Reader, tensors: Mapping[str, DecodedPart], names: Sequence[str]) -> float:
+    return math.sqrt(squared_change(tensors, names) / max(_elements(old, names), 1))
 
 
 def _root_mean_square(old: Reader, names: Sequence[str]) -> float:

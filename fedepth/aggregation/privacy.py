@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fedepth.aggregation.rules import PrivateMean
-from fedepth.aggregation.updates import OpenUpdate, read_change, spans, squared_change
+from fedepth.aggregation.updates import OpenUpdate, squared_change, tensor_spans
 from fedepth.errors import ConfigError
 from fedepth.weights import Array, Reader
 
@@ -39,11 +39,11 @@ class NoisyMean:
         """The new value of a parameter, as float64 in flat slices."""
         rule = self._rule
         deviation = rule.noise_multiplier * rule.clip_norm / rule.updates
-        for first, length in spans(self._old, name):
+        for first, length in tensor_spans(self._old, name):
             total = np.zeros(length, np.float64)
             for update, scale in self._clipped:
                 if name in update.tensors:
-                    total += scale * read_change(self._old, update.tensors[name], name, first, length)
+                    total += scale * update.tensors[name].change(name, first, length)
             total /= rule.updates
             total += deviation * self._random.standard_normal(length)
             total += self._old.read_flat(name, first, length)
@@ -51,7 +51,7 @@ class NoisyMean:
 
     def _scale(self, update: OpenUpdate, names: Sequence[str]) -> float:
         held = [name for name in names if name in update.tensors]
-        norm = math.sqrt(squared_change(self._old, update.tensors, held))
+        norm = math.sqrt(squared_change(update.tensors, held))
         return self._rule.clip_norm / norm if norm > self._rule.clip_norm else 1.0
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedepth.encoding import DecodedPart, spans
 from fedepth.errors import DamagedUpdateError, StateError
 from fedepth.files import file_digest
-from fedepth.weights import SLICE_BYTES, Array, Reader, open_weights
+from fedepth.weights import SLICE_BYTES, Reader
 
 _ELEMENTS = SLICE_BYTES // 8
 
@@ -44,12 +45,12 @@ class OpenUpdate:
 
     Attributes:
         index: its place among the updates that were given.
-        tensors: name → the file that holds that tensor.
+        tensors: name → the part that holds that tensor, and decodes it.
     """
 
     index: int
     update: ClientUpdate
-    tensors: Mapping[str, Reader]
+    tensors: Mapping[str, DecodedPart]
 
 
 def check_digests(base: Path, base_digest: str | None, updates: Sequence[ClientUpdate]) -> None:
@@ -97,24 +98,19 @@ def open_updates(old: Reader, updates: Sequence[ClientUpdate]) -> list[OpenUpdat
     return [OpenUpdate(index, update, held_tensors(old, update.parts)) for index, update in numbered]
 
 
-def held_tensors(old: Reader, parts: Sequence[Path]) -> dict[str, Reader]:
-    """The file that holds each tensor of an update.
+def held_tensors(old: Reader, parts: Sequence[Path]) -> dict[str, DecodedPart]:
+    """The part that holds each tensor of an update.
 
     Raises:
         StateError: a part is missing or damaged, or its tensors are not among those of `old`, once each.
     """
-    found: dict[str, Reader] = {}
-    known = set(old.names)
+    found: dict[str, DecodedPart] = {}
     for path in parts:
-        reader = open_weights(path)
-        for name in reader.names:
-            if name not in known:
-                raise StateError(f"{path} holds a tensor {name[:80]!r} that {old.path} does not have")
+        part = DecodedPart(old, path)
+        for name in part.names:
             if name in found:
                 raise StateError(f"{path} and {found[name].path} both hold the tensor {name}")
-            if reader.info(name) != old.info(name):
-                raise StateError(f"{path} holds {name} as {reader.info(name)}, {old.path} as {old.info(name)}")
-            found[name] = reader
+            found[name] = part
     return found
 
 
@@ -122,30 +118,21 @@ def is_floating(reader: Reader, name: str) -> bool:
     return reader.info(name)[0].startswith("F")
 
 
-def spans(reader: Reader, name: str, elements: int = _ELEMENTS) -> Iterator[tuple[int, int]]:
+def tensor_spans(reader: Reader | DecodedPart, name: str, elements: int = _ELEMENTS) -> Iterator[tuple[int, int]]:
     """First element and length of each slice of a tensor."""
-    count = math.prod(reader.info(name)[1])
-    for first in range(0, count, elements):
-        yield first, min(elements, count - first)
+    return spans(math.prod(reader.info(name)[1]), elements)
 
 
-def squared_change(old: Reader, tensors: Mapping[str, Reader], names: Sequence[str]) -> float:
+def squared_change(tensors: Mapping[str, DecodedPart], names: Sequence[str]) -> float:
     """The sum of squares of an update's change over the named tensors, in float64. Infinite where it overflows."""
     sums = []
     with np.errstate(over="ignore", invalid="ignore"):
         for name in names:
-            for first, length in spans(old, name):
-                change = read_change(old, tensors[name], name, first, length)
+            for first, length in tensor_spans(tensors[name], name):
+                change = tensors[name].change(name, first, length)
                 sums.append(float(change @ change))
     total = sum(sums)
     return total if math.isfinite(total) else math.inf
-
-
-def read_change(old: Reader, reader: Reader, name: str, first: int, length: int) -> Array:
-    """What an update adds to a slice of a tensor, as float64."""
-    change = reader.read_flat(name, first, length).astype(np.float64)
-    change -= old.read_flat(name, first, length)
-    return change
 
 
 def _damage(path: Path, digest: str) -> str:

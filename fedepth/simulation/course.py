@@ -45,6 +45,7 @@ class Played:
         updates: that count, in the order in which they came.
         given: all tasks, in the order in which they were given.
         ends: what became of those without an update, by task: lost, failed or refused, and why.
+        late: those whose clients came, or would have come, when their updates did not count any more.
         notes: what there is to tell.
     """
 
@@ -52,6 +53,7 @@ class Played:
     updates: list[Result] = field(default_factory=list)
     given: list[Given] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
+    late: list[Given] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -128,6 +130,7 @@ class Round:
                 raise JobError(f"{self._state.why}; mend the job file and start again")
         finally:
             await self._drop()
+        self.played.late += self._busy.values()
         self.played.ended_at = self._now
         return self.played
 
@@ -184,6 +187,8 @@ class Round:
             outcome = await (self._training.pop(given.task_id, None) or self._start(given))
             self._training.pop(given.task_id, None)
             self._deliver(given, outcome)
+        else:
+            self.played.late.append(given)
         self._arrive([given.client])
         self._step(Asked(given.client, self._now) if given.client in self._presence.waiting else Tick(self._now))
 

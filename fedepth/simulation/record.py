@@ -9,7 +9,7 @@
     tiers.json         budgets, and how they were found
     rounds.jsonl       the rounds that are closed
     weights/           global weights after a round
-    clients/           the peers of clients, where the job has mutual distillation (fedepth.peers)
+    clients/           what clients keep for themselves: peers (fedepth.peers), residuals (fedepth.residuals)
     updates/           of the rounds that are not closed: trained tasks, each whole or not at all
 
 A run that ended anywhere goes on from here: rounds are played again from the last line, and tasks that are trained lie
@@ -34,11 +34,13 @@ from fedepth.files import NOT_JSON, disk_errors, read_regular, write_atomically
 from fedepth.layout import ModelLayout
 from fedepth.peers import Peers
 from fedepth.printable import printable
+from fedepth.residuals import Residuals
 from fedepth.simulation.worker.protocol import RESULT
 from fedepth.task import Failure, Result
 
 VERSION = 1
 PEERS = "peers"  # in the folder of an update: those that its client is to keep
+RESIDUALS = "residuals"  # the same of these
 _MOST_BYTES = 1 << 30
 T = TypeVar("T")
 
@@ -210,10 +212,14 @@ class Record:
 
     def peers(self, client: int) -> Peers:
         """The other models of a client, by its place, where the job has mutual distillation."""
-        # Of hundreds of clients, only what is wrong; and not on standard output, which belongs to results.
-        warnings = structlog.make_filtering_bound_logger(logging.WARNING)
-        log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr), wrapper_class=warnings)
-        return Peers(self.folder / "clients" / f"{client:06d}", log)
+        return Peers(self._client(client), _warnings())
+
+    def residuals(self, client: int) -> Residuals:
+        """What the encoding has left out of a client's updates, by its place."""
+        return Residuals(self._client(client), _warnings())
+
+    def _client(self, client: int) -> Path:
+        return self.folder / "clients" / f"{client:06d}"
 
     def trained(self, folder: Path, weights_digest: str) -> Result | None:
         """An update that was trained before from these weights; None if there is none."""
@@ -275,6 +281,12 @@ class Record:
         for path in (self.folder / "weights").glob("round-*.safetensors"):
             if path not in kept:
                 path.unlink(missing_ok=True)
+
+
+def _warnings() -> Any:
+    """Of hundreds of clients, only what is wrong; and not on standard output, which belongs to results."""
+    warnings = structlog.make_filtering_bound_logger(logging.WARNING)
+    return structlog.wrap_logger(structlog.PrintLogger(sys.stderr), wrapper_class=warnings)
 
 
 def _diverged(folder: Path, weights_digest: str) -> Path:

@@ -2,7 +2,8 @@
 
 The evaluation of a round is done beside the training of the next, by workers that would have nothing to do otherwise.
 Should it find that the round's weights are not to be published, the next round is trained again from those before.
-Not where clients have peers (fedepth.peers): those would have learnt from weights that never were in force.
+Not where clients keep something for themselves (fedepth.peers, fedepth.residuals): that would come of weights that
+never were in force.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from fedepth.errors import (
 )
 from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
+from fedepth.layout import Encoding
 from fedepth.models.traced import read_costs
 from fedepth.peers import peers_folder
 from fedepth.plan import Plan
 from fedepth.planning.planner import estimated_work, make_plan, smallest_peak
 from fedepth.planning.shared import Question, SharedPlanner, question
 from fedepth.planning.smaller import SMALLER_PLANS, smaller_limit
+from fedepth.residuals import Residuals, residuals_folder
 from fedepth.rounds.machine import Rules
 from fedepth.rounds.soundness import Evaluation, objection
 from fedepth.simulation.clients import EVERYTHING, Client
@@ -45,7 +48,7 @@ from fedepth.simulation.course import Given, Played, Round
 from fedepth.simulation.engine import Engine
 from fedepth.simulation.lines import round_line
 from fedepth.simulation.progress import Reporter
-from fedepth.simulation.record import PEERS, RoundLine, part_paths
+from fedepth.simulation.record import PEERS, RESIDUALS, RoundLine, part_paths
 from fedepth.simulation.setup import Simulation, as_error, result_of
 from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
@@ -100,6 +103,8 @@ class Run:
         self._works: dict[tuple[Question, bool], float] = {}
         self._clients = {client.id: client for client in simulation.clients}
         self._tests = 0  # test images
+        self._keeps_residuals = self._config.transfer.encoding is Encoding.INT8
+        self._clients_keep = self._keeps_residuals or self._config.training.mutual > 1
 
     async def play(self) -> list[RoundLine]:
         """Plays all rounds that are not closed yet, once the workers are there (`open`); the lines of all.
@@ -120,7 +125,7 @@ class Run:
                 played: Played | None = None
                 trouble: JobError | None = None
                 started = time.monotonic()
-                if number <= config.job.rounds and not (pending is not None and config.training.mutual > 1):
+                if number <= config.job.rounds and not (pending is not None and self._clients_keep):
                     try:
                         played = await self._train_round(number, now, weights)
                     except JobError as error:  # perhaps of weights that are not in force
@@ -199,12 +204,21 @@ class Run:
             return outcome
 
         def judge(result: Result) -> str:
-            return self._judge(result, judged, weights)
+            why = self._judge(result, judged, weights)
+            if why and self._keeps_residuals:
+                self._residuals(result.device_id).drop(result)
+            return why
 
         self._reporter.begin_round(number, min(job.devices_per_round, len(plans)))
         played = await Round(rules, number, now, durations, self._simulation.trace, train, judge).play()
         self._reporter.trained()
+        if self._keeps_residuals:
+            for given in played.late:
+                self._residuals(given.client).clear("its update came too late")
         return played
+
+    def _residuals(self, client: str) -> Residuals:
+        return self._record.residuals(self._clients[client].number)
 
     def _plans(self, training: TrainingSpec) -> tuple[dict[str, Plan], dict[str, PlanError | str]]:
         """The plan of every client that can take part, and why the others cannot."""
@@ -265,7 +279,8 @@ class Run:
         if conditions.upload_bytes_per_second is not None:
             layout = self._simulation.prepared.layout
             tensors = (layout.without_statistics() if training.fixed_statistics else layout).trained_tensors(plan)
-            seconds += sum(tensor.size_bytes for tensor in tensors) / conditions.upload_bytes_per_second
+            sent = (each for tensor in tensors for each in tensor.as_sent(training.encoding))
+            seconds += sum(each.size_bytes for each in sent) / conditions.upload_bytes_per_second
         return seconds
 
     def _planner_work(self, client: str, training: TrainingSpec, plan: Plan | None) -> float:
@@ -305,8 +320,7 @@ class Run:
         peers = self._record.peers(client.number) if training.mutual > 1 else None
         known = self._record.trained(output, weights.digest)
         if known is not None and known.device_id == client.id:
-            if peers is not None:
-                await asyncio.to_thread(peers.keep, output / PEERS)  # where the run ended just before
+            await asyncio.to_thread(self._keep, client, output)  # where the run ended just before
             return known
         request = Train(
             task=task,
@@ -321,25 +335,38 @@ class Run:
             enforce=self._simulation.options.enforce,
         )
         work = self._planner_work(client.id, training, plan)
-        if peers is None:
-            return await self._trained(request, client, work)
-        known_failure = self._record.diverged(output, weights.digest)
-        if known_failure is not None:
-            await asyncio.to_thread(peers.drop, _DIVERGED)
-            return known_failure
-        found = await asyncio.to_thread(peers.of, task)
-        request = replace(
-            request,
-            peers=tuple(str(path) if path else "" for path in found),
-            peers_output=str(peers_folder(output / PEERS, task)),
-        )
+        if self._keeps_residuals:
+            left_out = await asyncio.to_thread(self._record.residuals(client.number).of, task)
+            request = replace(
+                request,
+                left_out=tuple(map(str, left_out)),
+                left_out_output=str(residuals_folder(output / RESIDUALS, task)),
+            )
+        if peers is not None:
+            known_failure = self._record.diverged(output, weights.digest)
+            if known_failure is not None:
+                await asyncio.to_thread(peers.drop, _DIVERGED)
+                return known_failure
+            found = await asyncio.to_thread(peers.of, task)
+            request = replace(
+                request,
+                peers=tuple(str(path) if path else "" for path in found),
+                peers_output=str(peers_folder(output / PEERS, task)),
+            )
         outcome = await self._trained(request, client, work)
         if isinstance(outcome, Result):
-            await asyncio.to_thread(peers.keep, output / PEERS)
-        elif outcome.outcome is Outcome.DIVERGED and plan.models > 1:
+            await asyncio.to_thread(self._keep, client, output)
+        elif peers is not None and outcome.outcome is Outcome.DIVERGED and plan.models > 1:
             await asyncio.to_thread(self._record.note_diverged, output, weights.digest, outcome)
             await asyncio.to_thread(peers.drop, _DIVERGED)
         return outcome
+
+    def _keep(self, client: Client, output: Path) -> None:
+        """Gives a client what its task has left for it beside the update."""
+        if self._config.training.mutual > 1:
+            self._record.peers(client.number).keep(output / PEERS)
+        if self._keeps_residuals:
+            self._record.residuals(client.number).keep(output / RESIDUALS)
 
     async def _trained(self, request: Train, client: Client, work: float) -> Result | Failure:
         """Trains with smaller and smaller plans until one stays inside its budget, as an agent does."""

@@ -10,12 +10,13 @@ import torch
 
 from fedepth.costs import ModelCosts
 from fedepth.data.read import Images
+from fedepth.encoding import DecodedPart
 from fedepth.models.run import Model, RunnableUnit
 from fedepth.models.table_input import table_features
 from fedepth.plan import Plan
 from fedepth.task import InputType, ModelSpec, Task
 from fedepth.training.objective import Exit, shared_head
-from fedepth.weights import Reader, open_weights
+from fedepth.weights import Reader
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TrainingContext:
         peers: files of other models to train with (fedepth.training.peers), by slot; None, as what is not there, for
             one that begins anew.
         peers_output: where they go; None where nobody keeps them.
+        left_out: what the encoding has left out of updates before, by tensor (fedepth.residuals).
+        left_out_output: where what it leaves out of this one goes; None where nobody keeps it.
         exit: from the output of a block to the logits that it is trained on.
         must_stay_finite: stop where the loss or the weights are not finite any more. A rehearsal and a warm-up go on:
             they measure, and train on too little to judge by.
@@ -56,11 +59,13 @@ class TrainingContext:
     release_freed: bool = False
     cache_room: int = 0
     first_samples: int = 0
-    trained: Mapping[str, Reader] = field(default_factory=dict)
+    trained: Mapping[str, Reader | DecodedPart] = field(default_factory=dict)
     exit: Exit = shared_head
     must_stay_finite: bool = True
     peers: tuple[Path | None, ...] = ()
     peers_output: Path | None = None
+    left_out: Mapping[str, Reader] = field(default_factory=dict)
+    left_out_output: Path | None = None
 
     @property
     def cached_samples(self) -> int:
@@ -68,8 +73,8 @@ class TrainingContext:
         return len(self.images) + self.cache_room
 
     def with_part(self, part: Path) -> TrainingContext:
-        """The same with a block trained, whose tensors lie in `part`."""
-        reader = open_weights(part)
+        """The same with a block trained, whose tensors lie in `part`: later ones learn from it as it goes up."""
+        reader = DecodedPart(self.weights, part)
         return replace(self, trained={**self.trained, **dict.fromkeys(reader.names, reader)})
 
 
@@ -82,7 +87,7 @@ def load(context: TrainingContext, unit: RunnableUnit, *, trainable: bool) -> No
         unit.tensors[name] = tensor.requires_grad_() if trainable and name in unit.unit.parameters else tensor
 
 
-def read(context: TrainingContext, reader: Reader, name: str) -> torch.Tensor:
+def read(context: TrainingContext, reader: Reader | DecodedPart, name: str) -> torch.Tensor:
     """A tensor of a weights file, on the device and in the model's memory format."""
     tensor = torch.from_numpy(reader.read(name)).to(context.device)
     return tensor.to(memory_format=torch.channels_last) if context.channels_last and tensor.dim() == 4 else tensor

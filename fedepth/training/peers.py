@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from fedepth.errors import StateError
+from fedepth.kept_files import kept_name
 from fedepth.models.run import Model, RunnableUnit
-from fedepth.peer_names import peer_name
 from fedepth.training.block import BlockTraining
 from fedepth.training.context import TrainingContext, load
 from fedepth.weights import Reader, open_weights
@@ -56,7 +56,7 @@ def begin_peers(
 
 def name_peer(folder: Path, slot: int, digest: str) -> None:
     """Gives a written peer its name, by which the device finds it."""
-    peer_path(folder, slot).rename(folder / peer_name(slot, digest))
+    peer_path(folder, slot).rename(folder / kept_name(slot, digest))
 
 
 def peer_path(folder: Path, slot: int) -> Path:

@@ -54,6 +54,7 @@ def rehearse(context: TrainingContext, meter: Meter, hooks: Hooks) -> Peaks:
         cache=folder,
         must_stay_finite=False,
         peers_output=folder,
+        left_out_output=folder,
     )
     # What is freed is released at once: the high-water mark is then that of the tensors, the need itself, and not what
     # an allocator happened to keep.

@@ -12,7 +12,7 @@ import torch
 from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
 from fedepth.data.row_files import find_rows, fingerprint
-from fedepth.errors import ModelError
+from fedepth.errors import ModelError, StateError
 from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
@@ -26,7 +26,7 @@ from fedepth.training.limits import Peaks
 from fedepth.training.rehearsal import FirstImages, rehearse
 from fedepth.training.stages import Hooks, fitted, train
 from fedepth.training.warmup import warm_up
-from fedepth.weights import open_weights
+from fedepth.weights import Reader, open_weights
 
 _MOST_REHEARSED = 64  # plans of tiers and numbers of samples, which take turns in a simulation
 
@@ -52,6 +52,8 @@ class Assignment:
         rehearse: try every stage for one step first. A simulation that enforces no budget has no use for it.
         peers: files of the device's other models (fedepth.training.peers), by slot; None for one to begin anew.
         peers_output: where they go, as they are after the task; None if nobody keeps them.
+        left_out: files with what the encoding has left out of updates before (fedepth.residuals).
+        left_out_output: where files with what is left out after the task go; None if nobody keeps them.
     """
 
     task: Task
@@ -71,6 +73,8 @@ class Assignment:
     rehearse: bool = True
     peers: tuple[Path | None, ...] = ()
     peers_output: Path | None = None
+    left_out: tuple[Path, ...] = ()
+    left_out_output: Path | None = None
 
 
 class SessionHooks(Hooks, Protocol):
@@ -144,7 +148,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             f"the task asks for {task.training.heads.value} heads, and the model's graph has "
             f"{'some' if traced.graph.auxiliary else 'no'} auxiliary ones; restart the coordinator"
         )
-    for folder in (assignment.output, assignment.cache, assignment.peers_output):
+    for folder in (assignment.output, assignment.cache, assignment.peers_output, assignment.left_out_output):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
     images = _opened(assignment, traced.tokenizer, known) if assignment.images is None else assignment.images
@@ -167,6 +171,8 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
             release_freed=assignment.release_freed,
             peers=assignment.peers,
             peers_output=assignment.peers_output,
+            left_out=_left_out(weights, assignment.left_out),
+            left_out_output=assignment.left_out_output,
         )
         warm = known.warm.setdefault((assignment.graph, task.training.fixed_statistics, plan.models > 1), set())
         if not warm.issuperset(plan.trained_units):
@@ -192,6 +198,22 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
         baseline_bytes=meter.baseline.resident_bytes,
         weights_digest=task.weights_digest,
     )
+
+
+def _left_out(weights: Reader, paths: tuple[Path, ...]) -> dict[str, Reader]:
+    """What encodings have left out before, by tensor.
+
+    Raises:
+        StateError: a file is damaged, or of another model.
+    """
+    found = {}
+    for path in paths:
+        reader = open_weights(path)
+        for name in reader.names:
+            if name not in weights.names or reader.info(name) != weights.info(name):
+                raise StateError(f"{path} holds another model than the one of this task; delete it")
+            found[name] = reader
+    return found
 
 
 def _opened(assignment: Assignment, tokenizer: str, known: Known) -> Images:

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedepth.errors import DivergedError, OverBudgetError, PlanError
 from fedepth.estimate.peak import needed_bytes
-from fedepth.files import disk_errors
 from fedepth.memory import allocator
 from fedepth.memory.device import bounded, held_bytes, host_overhead_bytes, peak_bytes, reset
 from fedepth.memory.meter import DataLimit, Meter
-from fedepth.models.run import RunnableUnit
 from fedepth.plan import CacheType, Ending, Plan, Stage
 from fedepth.planning.planner import make_plan
 from fedepth.sizes import format_size
@@ -45,10 +42,10 @@ from fedepth.training.limits import (
     unwritten_bytes,
     whole_heap,
 )
-from fedepth.training.peers import begin_peers, name_peer, peer_path
+from fedepth.training.parts import carry_left_out, write_part, write_peers
+from fedepth.training.peers import begin_peers
 from fedepth.training.prefix import build_inputs, global_logits
 from fedepth.training.pressure import MicroBatch, building_fits
-from fedepth.weights import write_tensors
 
 _WITH_HEAD = tuple(ending for ending in Ending if ending is not Ending.FROZEN_HEAD)
 LOOK_S = 1.0  # how often a stage reports, and looks at what is free
@@ -177,8 +174,8 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
                 exit_ = model.exit(stage.last, frozen_suffix=stage.frozen_suffix)
                 if exit_ is not model.head:  # which later stages may go on training
                     units.append(exit_)
-                _write(context, units, block.steps, parts, infos)
-                _write_peers(context, block)
+                part = write_part(context, units, block.steps, len(parts))
+                write_peers(context, block)
             except BaseException as error:
                 if cache is not None:
                     cache.close()  # a trainer lives on after a failed task, and must not keep its files open
@@ -188,6 +185,8 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
                     peak = peak_bytes(meter, context.device)
                     raise over_budget(error, len(done), stage, budget, peak, capped=capped) from error
                 raise
+            parts.append(part[0])
+            infos.append(part[1])
             context = context.with_part(parts[-1])
             for unit in units:
                 unit.release()  # the next stage reads what it needs of them
@@ -214,7 +213,10 @@ def _train(context: TrainingContext, meter: Meter, hooks: Hooks, rehearsed: Peak
     if cache is not None:
         cache.close()
     if plan.trains_head and exit_ is model.head:  # not where a warm-up, which ends anywhere, has auxiliary heads
-        _write(context, [model.head], block.steps, parts, infos)
+        path, info = write_part(context, [model.head], block.steps, len(parts))
+        parts.append(path)
+        infos.append(info)
+    carry_left_out(context, parts)
     model.head.release()
     return Trained(plan, tuple(results), tuple(parts), tuple(infos))
 
@@ -382,55 +384,3 @@ def _fits_while_building(context: TrainingContext, stage: Stage, previous: Stage
     if budget is None:
         return True
     return building_fits(context.costs, context.task.training, stage, previous, context.cached_samples, budget)
-
-
-def _write(
-    context: TrainingContext, units: list[RunnableUnit], steps: int, parts: list[Path], infos: list[PartInfo]
-) -> None:
-    """The tensors of `units` as one more immutable part, one tensor at a time.
-
-    Raises:
-        DivergedError: one of them is not finite. The loss tells of earlier steps, and not of what the last one did.
-        DiskError: the part cannot be written.
-    """
-    number = len(parts)
-    path = context.output / f"part-{number:04d}.safetensors"
-    digest = _write_tensors(context, path, units, steps)
-    parts.append(path)
-    infos.append(PartInfo(number, path.stat().st_size, digest))
-
-
-def _write_peers(context: TrainingContext, block: BlockTraining) -> None:
-    """The other models, each as one file.
-
-    Raises:
-        DivergedError, DiskError: see `_write`.
-    """
-    for slot, peer in enumerate(block.peers, 1):
-        if context.peers_output is not None:
-            path = peer_path(context.peers_output, slot)
-            digest = _write_tensors(context, path, peer.trained, block.steps)
-            with disk_errors("a peer cannot be kept", context.peers_output):
-                name_peer(context.peers_output, slot, digest)
-        for unit in peer.trained:
-            unit.release()
-
-
-def _write_tensors(context: TrainingContext, path: Path, units: Sequence[RunnableUnit], steps: int) -> str:
-    """What training has changed of `units`; returns the sha256 (hex) of the file."""
-    tensors = {name: tensor for unit in units for name, tensor in unit.trained().items()}
-    kinds = {name: context.weights.info(name) for name in tensors}
-
-    def written(name: str) -> Iterator[npt.NDArray[Any]]:
-        array = tensors[name].detach().cpu().contiguous().numpy()
-        # The extremes of a tensor with a NaN are NaN. A map of what is finite would take a quarter of the tensor.
-        extremes = (array.min(), array.max()) if array.size else ()
-        if context.must_stay_finite and not all(map(math.isfinite, extremes)):
-            raise DivergedError(
-                f"{name} is not finite after step {steps} at learning rate {context.task.training.learning_rate:g}; "
-                "lower training.learning_rate"
-            )
-        yield array
-
-    with disk_errors("the trained blocks cannot be written", context.output):
-        return write_tensors(path, kinds, written)

@@ -57,6 +57,8 @@ def warm_up(context: TrainingContext, units: Collection[int]) -> None:
             must_stay_finite=False,
             peers=(),
             peers_output=None,
+            left_out={},
+            left_out_output=folder,
         ),
         new_meter(context.device),
         Unheard(),

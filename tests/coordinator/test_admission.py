@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.admission import check_report, check_result, check_settings, check_update, lacking_classes
+from coordinator.admission import (
+    check_origin,
+    check_report,
+    check_result,
+    check_settings,
+    check_update,
+    lacking_classes,
+)
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.costs import Calibration
 from fedepth.errors import UpdateError
 from fedepth.job_sections import LimitsSection
-from fedepth.layout import ModelLayout, TensorInfo, UnitLayout
+from fedepth.layout import LARGEST_SCALE, SCALES, Encoding, ModelLayout, TensorInfo, UnitLayout
 from fedepth.plan import CachePlace, CacheType, PeakComponents, Plan, Policy, Stage
 from fedepth.task import SETTINGS, Distil, Heads, ModelSpec, Result, TrainingSpec
 from fedepth.weights import save, write_tensors
@@ -110,6 +117,14 @@ def test_a_device_that_would_train_something_else_is_refused_by_name(
         named = ", ".join(f"[training] {name}" for name in unknown)
         assert f"sets {named}, which the agent of this device (fedepth '0.0.9') does not know" in told
         assert "install the coordinator's version" in told
+
+
+def test_a_device_that_does_not_know_encodings_is_told_so(kit: Any) -> None:
+    report = replace(kit.report("a"), settings=("batch",), fedepth_version="0.0.9")
+    assert check_settings(report, TRAINING) == ""
+    told = check_settings(report, replace(TRAINING, encoding=Encoding.INT8))
+    assert told.startswith("the job sets [transfer] encoding, which the agent of this device (fedepth '0.0.9')")
+    assert check_settings(replace(report, settings=SETTINGS), replace(TRAINING, encoding=Encoding.INT8)) == ""
 
 
 def test_an_update_of_some_units_and_the_head_is_accepted(tmp_path: Path) -> None:
@@ -529,3 +544,96 @@ def test_labels_that_start_at_1_are_welcome_where_the_job_says_so(kit: Any) -> N
     assert lacking_classes(report, model) == ("1",)
     told = check_report(replace(report, class_counts=(5, 15)), CLASSES, LIMITS, first_label=1)
     assert "has labels 0; the job has the 2 classes '0', '1', that is labels 1 to 2" in told
+
+
+ENCODED = ModelLayout(
+    units=(UnitLayout("unit", (TensorInfo("w", (4, 64), "F32"), TensorInfo("b", (4,), "F32"))),),
+    head=(TensorInfo("h", (4, 64), "F32"),),
+)
+
+
+def as_int8(**changes: Any) -> dict[str, Any]:
+    made = {
+        "w": np.full((4, 64), -127, np.int8),
+        "w" + SCALES: np.array([0, 1e-9, 1, LARGEST_SCALE], np.float32),
+        "b": np.ones(4, np.float32),
+        "h": np.zeros((4, 64), np.int8),
+        "h" + SCALES: np.zeros(4, np.float32),
+    }
+    return made | {name.replace("_scales", SCALES): value for name, value in changes.items()}
+
+
+def as_float16(**changes: Any) -> dict[str, Any]:
+    return {name: np.ones((4, 64), np.float16) for name in "wh"} | {"b": np.ones(4, np.float32)} | changes
+
+
+def as_float32() -> dict[str, Any]:
+    return {name: np.ones((4, 64), np.float32) for name in "wh"} | {"b": np.ones(4, np.float32)}
+
+
+SENT = {Encoding.FLOAT32: as_float32, Encoding.FLOAT16: as_float16, Encoding.INT8: as_int8}
+
+
+@pytest.mark.parametrize("job", list(Encoding))
+@pytest.mark.parametrize("device", list(Encoding))
+def test_an_update_is_accepted_in_the_encoding_of_its_job_and_in_no_other(
+    tmp_path: Path, job: Encoding, device: Encoding
+) -> None:
+    parts, layout = saved(tmp_path, SENT[device]()), ENCODED.as_sent(job)
+    if job is device:
+        check_update(parts, layout, result(0))
+        return
+    found, message = reason(parts, 0, layout=layout)
+    assert found == "dtype"
+    assert "the update is in another encoding than [transfer] encoding of the job says" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "why", "message"),
+    [
+        ({"w_scales": np.array([1, -1e-9, 1, 1], np.float32)}, "range", "no variance, counter or scale is below 0"),
+        ({"w_scales": np.array([1, np.nan, 1, 1], np.float32)}, "not_finite", "not finite"),
+        ({"w_scales": np.array([1, np.inf, 1, 1], np.float32)}, "not_finite", "not finite"),
+        ({"w_scales": np.array([1, 1, 1, 3e38], np.float32)}, "range", "values from 1.0 to"),
+        ({"w_scales": np.ones(5, np.float32)}, "shape", "the model's (4,)"),
+        ({"w_scales": np.ones((), np.float32)}, "shape", "the model's (4,)"),
+        ({"w_scales": np.ones(4, np.float64)}, "dtype", "of type F64"),
+        ({"w_scales": np.ones(4, np.float16)}, "dtype", "of type F16"),
+        ({"w": np.ones((4, 64), np.uint8)}, "dtype", "of type U8"),
+        ({"w": np.ones((64, 4), np.int8)}, "shape", "the model's (4, 64)"),
+        ({"b": np.ones(4, np.int8)}, "dtype", "tensor b is of type I8, the model's of F32"),
+        ({"b_scales": np.ones((), np.float32)}, "dtype", "int8 scales"),
+        ({"x_scales": np.ones((), np.float32)}, "unknown_tensor", "not in the trained units"),
+        ({"b": np.array([1, np.inf, 1, 1], np.float32)}, "not_finite", "not finite"),
+    ],
+)
+def test_hostile_int8_is_refused(tmp_path: Path, changes: dict[str, Any], why: str, message: str) -> None:
+    found, said = reason(saved(tmp_path, as_int8(**changes)), 0, layout=ENCODED.as_sent(Encoding.INT8))
+    assert found == why
+    assert message in said
+
+
+def test_scales_have_to_be_there_and_beside_what_they_scale(tmp_path: Path) -> None:
+    layout, whole = ENCODED.as_sent(Encoding.INT8), as_int8()
+    scales = {"w" + SCALES: whole.pop("w" + SCALES)}
+    assert reason(saved(tmp_path, whole), 0, layout=layout)[0] == "missing_tensor"
+    found, message = reason(saved(tmp_path, whole, scales), 0, layout=layout)
+    assert found == "unknown_tensor"
+    assert "w..scales is not in the part of the tensor that it scales" in message
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_float16_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    made = as_float16(w=np.full((4, 64), value, np.float16))
+    assert reason(saved(tmp_path, made), 0, layout=ENCODED.as_sent(Encoding.FLOAT16))[0] == "not_finite"
+
+
+def test_changes_of_nobody_knows_which_weights_are_refused() -> None:
+    check_origin(result(0), "0" * 64)
+    for encoding in (Encoding.FLOAT16, Encoding.INT8):
+        check_origin(replace(result(0), weights_digest="0" * 64), "0" * 64, encoding)
+        with pytest.raises(
+            UpdateError, match=f"holds changes as {encoding.value}, and does not say of which"
+        ) as caught:
+            check_origin(result(0), "0" * 64, encoding)
+        assert caught.value.reason == "weights"

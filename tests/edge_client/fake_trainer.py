@@ -71,10 +71,22 @@ def write_peers(request: dict[str, Any]) -> None:
         (folder / f"{slot}-{digest}.safetensors").write_bytes(content)
 
 
+def write_left_out(request: dict[str, Any]) -> None:
+    """What is left out has one more line: the task whose update left it out."""
+    if not request["left_out_output"]:
+        return
+    folder = Path(request["left_out_output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    content = b"".join(Path(path).read_bytes() for path in request["left_out"])
+    content += f"{request['task']['task_id']}\n".encode()
+    (folder / f"1-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+
+
 def trained(request: dict[str, Any], peak: int = 0) -> dict[str, Any]:
     """The result, left beside its part. `peak`: what every stage took; 0 leaves the stages out."""
     part = write_part(request)
     write_peers(request)
+    write_left_out(request)
     task, plan = request["task"], request["plan"]
     result = {
         "task_id": task["task_id"],

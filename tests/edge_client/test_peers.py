@@ -18,7 +18,7 @@ import pytest
 from edge_client.outbox import Outbox
 from fedepth.errors import DiskError
 from fedepth.files import file_digest
-from fedepth.peer_names import peer_name, slot_and_digest
+from fedepth.kept_files import kept_name, number_and_digest
 from fedepth.peers import Peers
 from fedepth.task import Task
 from tests.edge_client.bench import OK, Bench, FakeTransport, Insisting, MakeTask
@@ -45,7 +45,7 @@ def held(bench: Bench) -> dict[tuple[int, int], str]:
     """Round and slot of every peer, and the lines in it."""
     found = {}
     for path in bench.state.glob("peers/*/*/*"):
-        name = slot_and_digest(path.name)
+        name = number_and_digest(path.name)
         assert name is not None
         assert file_digest(path) == name[1]
         found[int(path.parent.name), name[0]] = path.read_text()
@@ -218,7 +218,7 @@ def test_each_step_of_keeping_may_fail_and_be_made_again(tmp_path: Path, monkeyp
     def left(root: Path) -> Path:
         folder = root / "left" / "job" / "00000001"
         folder.mkdir(parents=True)
-        (folder / peer_name(1, "0" * 64)).write_bytes(b"peer")
+        (folder / kept_name(1, "0" * 64)).write_bytes(b"peer")
         return root / "left"
 
     counting = Disk(tmp_path)
@@ -238,7 +238,7 @@ def test_each_step_of_keeping_may_fail_and_be_made_again(tmp_path: Path, monkeyp
             except DiskError as error:
                 assert "peers cannot be kept" in str(error)
         Peers(root).keep(prepared)
-        assert (root / "peers" / "job" / "00000001" / peer_name(1, "0" * 64)).read_bytes() == b"peer"
+        assert (root / "peers" / "job" / "00000001" / kept_name(1, "0" * 64)).read_bytes() == b"peer"
 
 
 def test_peers_with_which_training_diverged_are_not_used_again(

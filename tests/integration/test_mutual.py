@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.lab import program
 from fedepth.files import file_digest
-from fedepth.peer_names import slot_and_digest
+from fedepth.kept_files import number_and_digest
 from fedepth.weights import open_weights
 
 MIB = 1 << 20
@@ -21,7 +21,7 @@ def kept(rig: Any, name: str) -> dict[int, str]:
     """The digest of the one peer of a device, by round."""
     found = {}
     for path in (rig.folder / name / "peers").glob("*/*/*"):
-        slot, digest = slot_and_digest(path.name) or (0, "")
+        slot, digest = number_and_digest(path.name) or (0, "")
         assert slot == 1
         assert file_digest(path) == digest
         found[int(path.parent.name)] = digest

@@ -16,6 +16,7 @@ from fedepth.data.column_sums import Statistics
 from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, JobError, StateError
 from fedepth.peers import Peers
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
+from fedepth.residuals import Residuals
 from fedepth.simulation import setup
 from fedepth.simulation.worker import process
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
@@ -524,3 +525,110 @@ def test_clients_are_asked_for_the_statistics_that_a_job_leaves_out(lab: Lab) ->
     assert not (lab.folder / "told" / "statistics.json").exists()
     job.write_text(TABLE.format(statistics=""))
     assert lab.run(job, "asked", **options)[-1].round == 1  # goes on with what is recorded
+
+
+INT8 = '[transfer]\nencoding = "int8"'
+
+
+def residuals(lab: Any, output: str = "run") -> dict[str, dict[str, list[str]]]:
+    """What is kept of every client: the round, task and attempt that left it, and the files' names, with digests."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for client in sorted((lab.folder / output / "clients").iterdir()):
+        found[client.name] = {}
+        for path in sorted(client.glob("residuals/*/*/*")):
+            found[client.name].setdefault(path.parent.name, []).append(path.name)
+    return found
+
+
+def test_what_int8_leaves_out_goes_on_from_round_to_round_whatever_the_workers(
+    lab: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = lab.job(sections=INT8, rounds="3", devices_per_round="4")
+    capfd.readouterr()
+    lines = lab.run(job)
+    assert capfd.readouterr() == ("", "")
+    last: dict[int, int] = {}
+    for request in (each for each in lab.engine.requests if isinstance(each, Train)):
+        assert [Path(path).parent.name[:8] for path in request.left_out[:1]] == (
+            [f"{last[request.client]:08d}"] if request.client in last else []
+        )
+        last[request.client] = request.task.round
+    assert max(last.values()) == 3 and len(last) > 4
+    kept = residuals(lab)
+    assert {client: [name[:8] for name in held] for client, held in kept.items()} == {
+        f"{client:06d}": [f"{number:08d}"] for client, number in last.items()
+    }
+    lab.run(job, "three", engine=InProcess(3))
+    assert lab.digests() == lab.digests("three")
+    assert residuals(lab, "three") == kept
+    whole = lab.run(lab.job(rounds="3", devices_per_round="4"), "float32")
+    assert lab.digests() != lab.digests("float32")
+    for small, large in zip(lines, whole, strict=True):
+        assert 0.25 < small.bytes_up / large.bytes_up < 0.4
+
+
+def test_interrupted_anywhere_what_is_left_out_is_what_it_would_be(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = lab.job(sections=INT8, rounds="3", devices_per_round="4")
+    lab.run(job, "whole")
+    chance = random.Random(2)
+    left = 0
+    true_keep = Residuals.keep
+
+    def interrupt(_: Request | None = None) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Interrupted
+
+    def keep(kept: Residuals, folder: Path) -> None:  # an update is trained by then, and what it leaves out is not kept
+        interrupt()
+        true_keep(kept, folder)
+
+    monkeypatch.setattr(Residuals, "keep", keep)
+    done = False
+    while not done:
+        left = chance.randint(3, 12)
+        try:
+            lab.run(job, "broken", engine=InProcess(1, interrupt))
+            done = True
+        except Interrupted:
+            pass
+    assert lab.digests("broken") == lab.digests("whole")
+    assert residuals(lab, "broken") == residuals(lab, "whole")
+
+
+def test_of_updates_that_do_not_count_nothing_is_left(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 1 is refused in the second round, and client 2 too slow for it; what they left out goes, as on a device
+    that is told so."""
+    from fedepth.simulation.run import Run
+
+    true = Run._judge
+
+    def judge(self: Run, result: Result, *rest: Any) -> str:
+        return "too far" if (result.round, result.device_id) == (2, "client-001") else true(self, result, *rest)
+
+    monkeypatch.setattr(Run, "_judge", judge)
+    monkeypatch.setattr(
+        Run,
+        "_seconds",
+        lambda _, client, plan, training, weights: 1e6 if (training.seed, client) == (5, "client-002") else 1.0,
+    )
+    job = lab.job(sections=INT8, rounds="2", devices_per_round="6", job="quorum = 4\nround_deadline_s = 60")
+    lines = lab.run(job)
+    assert [line.updates for line in lines] == [6, 4]
+    ends = {row.client: row.end for row in lines[-1].clients}
+    assert ends["client-001"] == "refused: too far"
+    assert ends["client-002"] == "lost: the round closed without it"
+    kept = residuals(lab)
+    assert kept.pop("000001") == kept.pop("000002") == {}
+    assert all([name[:8] for name in held] == ["00000002"] for held in kept.values()) and len(kept) == 4
+
+
+def test_a_slow_link_takes_the_time_of_encoded_bytes(lab: Any) -> None:
+    trace = lab.folder / "trace.json"
+    trace.write_text('{"client": "*", "upload_bytes_per_second": 1000}')
+    seconds = {}
+    for name, sections in (("float32", ""), ("int8", INT8)):
+        (line,) = lab.run(lab.job(sections=sections, rounds="1", devices_per_round="1"), name, trace=trace)
+        seconds[name] = line.simulated_seconds
+    assert 0.25 < seconds["int8"] / seconds["float32"] < 0.4

@@ -16,10 +16,10 @@ from torch.nn import functional
 from fedepth.errors import OverBudgetError, StateError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import file_digest
+from fedepth.kept_files import number_and_digest
 from fedepth.memory.meter import Meter
 from fedepth.models.fixed_statistics import with_fixed_statistics
 from fedepth.models.run import Model
-from fedepth.peer_names import slot_and_digest
 from fedepth.plan import CachePlace, Policy, Stage
 from fedepth.planning.planner import full_training_peak, make_plan
 from fedepth.task import ModelSpec, TrainingSpec
@@ -188,7 +188,7 @@ def test_adamw_moves_every_model_by_moments_of_its_own(tmp_path: Path) -> None:
 
 
 def names_in(folder: Path) -> list[tuple[int, str]]:
-    return sorted(found for path in folder.iterdir() if (found := slot_and_digest(path.name)))
+    return sorted(found for path in folder.iterdir() if (found := number_and_digest(path.name)))
 
 
 def test_a_task_leaves_its_peers_under_their_digests_and_the_update_is_the_first_model(tmp_path: Path) -> None:

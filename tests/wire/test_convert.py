@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from fedepth import budget, costs, plan, task
 from fedepth.errors import ProtocolError
+from fedepth.layout import Encoding
 
 # They come with the graph, in one file per job.
 NOT_ON_THE_WIRE = {
@@ -165,3 +166,6 @@ def test_what_an_older_side_does_not_say_means_one_model() -> None:
     assert from_message(pb.StageResult(), task.StageResult).models == 1
     spec = from_message(pb.TrainingSpec(cache_type=pb.CACHE_TYPE_FLOAT32), task.TrainingSpec)
     assert (spec.mutual, spec.mutual_weight, spec.mutual_temperature) == (1, 1.0, 1.0)
+    assert spec.encoding is Encoding.FLOAT32
+    said = pb.TrainingSpec(cache_type=pb.CACHE_TYPE_FLOAT32, encoding=pb.ENCODING_INT8)
+    assert from_message(said, task.TrainingSpec).encoding is Encoding.INT8

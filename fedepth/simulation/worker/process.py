@@ -162,6 +162,8 @@ class Worker:
             rehearse=request.enforce,
             peers=tuple(Path(path) if path else None for path in request.peers),
             peers_output=Path(request.peers_output) if request.peers_output else None,
+            left_out=tuple(map(Path, request.left_out)),
+            left_out_output=Path(request.left_out_output) if request.left_out_output else None,
         )
         try:
             result = run(assignment, Granted(request.budget_bytes), self._device, self._known)

@@ -64,6 +64,8 @@ class Train:
         release_freed: see `fedepth.training.session.Assignment`.
         peers: paths of the client's other models (fedepth.peers), by slot; "" for one to begin anew.
         peers_output: the folder where they go; "" if there are none.
+        left_out: paths of what the encoding has left out of the client's updates before (fedepth.residuals).
+        left_out_output: the folder where it goes; "" if nobody keeps it.
     """
 
     task: Task
@@ -79,6 +81,8 @@ class Train:
     release_freed: bool = False
     peers: tuple[str, ...] = ()
     peers_output: str = ""
+    left_out: tuple[str, ...] = ()
+    left_out_output: str = ""
 
 
 @dataclass(frozen=True)

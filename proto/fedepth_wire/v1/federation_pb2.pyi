@@ -79,6 +79,25 @@ CACHE_TYPE_FLOAT16: CacheType.ValueType  # 2
 CACHE_TYPE_UINT8: CacheType.ValueType  # 3
 Global___CacheType: _TypeAlias = CacheType  # noqa: Y015
 
+class _Encoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
+    ENCODING_FLOAT32: _Encoding.ValueType  # 1
+    ENCODING_FLOAT16: _Encoding.ValueType  # 2
+    ENCODING_INT8: _Encoding.ValueType  # 3
+
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
+
+ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
+ENCODING_FLOAT32: Encoding.ValueType  # 1
+ENCODING_FLOAT16: Encoding.ValueType  # 2
+ENCODING_INT8: Encoding.ValueType  # 3
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
 class _Heads:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -583,6 +602,7 @@ class TrainingSpec(_message.Message):
     MUTUAL_FIELD_NUMBER: _builtins.int
     MUTUAL_WEIGHT_FIELD_NUMBER: _builtins.int
     MUTUAL_TEMPERATURE_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     local_epochs: _builtins.int
     optimizer: _builtins.str
@@ -602,6 +622,8 @@ class TrainingSpec(_message.Message):
     mutual: _builtins.int
     mutual_weight: _builtins.float
     mutual_temperature: _builtins.float
+    encoding: Global___Encoding.ValueType
+    """of the tensors in the parts of an update"""
     def __init__(
         self,
         *,
@@ -623,10 +645,11 @@ class TrainingSpec(_message.Message):
         mutual: _builtins.int | None = ...,
         mutual_weight: _builtins.float | None = ...,
         mutual_temperature: _builtins.float | None = ...,
+        encoding: Global___Encoding.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "heads", b"heads", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_encoding", b"_encoding", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "encoding", b"encoding", "heads", b"heads", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "fixed_statistics", b"fixed_statistics", "heads", b"heads", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distil", b"_distil", "_distil_temperature", b"_distil_temperature", "_distil_weight", b"_distil_weight", "_encoding", b"_encoding", "_heads", b"_heads", "_mutual", b"_mutual", "_mutual_temperature", b"_mutual_temperature", "_mutual_weight", b"_mutual_weight", "augmentation", b"augmentation", "batch", b"batch", "cache_type", b"cache_type", "distil", b"distil", "distil_temperature", b"distil_temperature", "distil_weight", b"distil_weight", "encoding", b"encoding", "fixed_statistics", b"fixed_statistics", "heads", b"heads", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "momentum", b"momentum", "mutual", b"mutual", "mutual_temperature", b"mutual_temperature", "mutual_weight", b"mutual_weight", "optimizer", b"optimizer", "proximal_mu", b"proximal_mu", "seed", b"seed", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distil: _TypeAlias = _typing.Literal["distil"]  # noqa: Y015
     _WhichOneofArgType__distil: _TypeAlias = _typing.Literal["_distil", b"_distil"]  # noqa: Y015
@@ -634,6 +657,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__distil_temperature: _TypeAlias = _typing.Literal["_distil_temperature", b"_distil_temperature"]  # noqa: Y015
     _WhichOneofReturnType__distil_weight: _TypeAlias = _typing.Literal["distil_weight"]  # noqa: Y015
     _WhichOneofArgType__distil_weight: _TypeAlias = _typing.Literal["_distil_weight", b"_distil_weight"]  # noqa: Y015
+    _WhichOneofReturnType__encoding: _TypeAlias = _typing.Literal["encoding"]  # noqa: Y015
+    _WhichOneofArgType__encoding: _TypeAlias = _typing.Literal["_encoding", b"_encoding"]  # noqa: Y015
     _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
     _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
     _WhichOneofReturnType__mutual: _TypeAlias = _typing.Literal["mutual"]  # noqa: Y015
@@ -648,6 +673,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distil_temperature) -> _WhichOneofReturnType__distil_temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distil_weight) -> _WhichOneofReturnType__distil_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encoding) -> _WhichOneofReturnType__encoding | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
     @_typing.overload

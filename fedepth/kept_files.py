@@ -1,0 +1,62 @@
+"""Files that a device keeps for itself from task to task: peers (fedepth.peers) and what encodings have left out
+(fedepth.residuals). All that is to be known of one stands in its path, so that one rename keeps it.
+
+No torch: an idle agent loads this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from fedepth.files import file_digest
+from fedepth.task import Task
+
+_NAME = re.compile(r"([1-9][0-9]{0,5})-([0-9a-f]{64})\.safetensors")
+
+
+def kept_name(number: int, digest: str) -> str:
+    """`number`: which of several it is, from 1 on. `digest`: sha256 (hex) of the file."""
+    return f"{number}-{digest}.safetensors"
+
+
+def number_and_digest(name: str) -> tuple[int, str] | None:
+    """What the name of a file says; None where it is none of these."""
+    found = _NAME.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
+
+
+def model_key(task: Task, *more: str) -> str:
+    """Names the job and its model: other classes, or another graph, make other files."""
+    return hashlib.sha256(msgspec.json.encode((task.job, task.model, task.graph_digest, *more))).hexdigest()[:32]
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where there is none."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def damage(path: Path, digest: str) -> str:
+    """What is wrong with a file that should have this digest; empty if nothing is."""
+    try:
+        found = file_digest(path, follow=False)
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"its sha256 is {found[:12]}…, expected {digest[:12]}…" if found != digest else ""
+
+
+def delete(path: Path) -> None:
+    """As far as the disk lets it go; what stays is found again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
