@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,12 +80,17 @@ def main(
     output: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
     quick: Annotated[bool, typer.Option(help="Digits, a few clients and rounds.")] = False,
     methods: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
+    images: Annotated[int, typer.Option(min=0, help="Training images instead of the usual number.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Instead of the usual batch.")] = 0,
+    seeds: Annotated[str, typer.Option(help="Instead of the usual seeds, separated by commas.")] = "",
     folder: Annotated[Path, typer.Option(help="For data and runs.")] = Path("runs/methods"),
 ) -> None:
     """Simulated federations by every method, under tiers of memory that are measured."""
     console = Console()
     scale = QUICK if quick else FULL
-    folder = (folder / ("quick" if quick else "full")).resolve()
+    scale = replace(scale, images=images or scale.images, batch=batch or scale.batch)
+    scale = replace(scale, seeds=tuple(map(int, seeds.split(","))) if seeds else scale.seeds)
+    folder = (folder / ("quick" if quick else f"full-{scale.images}-{scale.batch}")).resolve()
     unknown = sorted(set(methods.split(",")) - {"", *METHODS})
     if unknown:
         raise SystemExit(f"--methods {', '.join(unknown)}: there are {', '.join(METHODS)}")
