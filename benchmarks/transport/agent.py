@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from fedepth_wire.tls import INSECURE
-
 from edge_client import config as settings
 from edge_client.agent import Agent, Surroundings
 from edge_client.certificate.client import device_identity
@@ -40,7 +38,7 @@ async def _run(config: settings.Config) -> None:
     agent = Agent(
         config,
         device_id(state),
-        GrpcTransport(config.coordinator, config.state_dir, INSECURE if config.insecure else device_identity(state)),
+        GrpcTransport(config.coordinator, state, device_identity(state)),
         Calibration(),
         samples=Samples(config),
         surroundings=Surroundings(trainer_argv=module_argv("benchmarks.transport.trainer")),

@@ -52,7 +52,8 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
         address = running.start_coordinator(job)
         idle_coordinator = status_bytes(running.processes["coordinator"].pid, "VmRSS")
         for name in names:
-            argv = [*module_argv("benchmarks.transport.agent"), address, str(data), str(folder / name), name]
+            state = running.certificates.enroll(name, folder / name)
+            argv = [*module_argv("benchmarks.transport.agent"), address, str(data), str(state), name]
             running.start(name, argv)
         pids = {name: process.pid for name, process in running.processes.items()}
         log = running.log("coordinator")
