@@ -144,6 +144,7 @@ def test_a_bug_leaves_a_file_with_what_a_developer_needs_and_no_secret(
         raise LookupError(f"nothing at {password}")
 
     options = ("--database", "postgresql://me:secret@db/x", "--files", "s3://key:secret@bucket", "--password=secret")
+    options = (*options, "--token", "secret-of-enrolment")
     assert ended(run, monkeypatch, *options) == BUG
     (report,) = reports.iterdir()
     assert str(report) in capsys.readouterr().err
