@@ -185,7 +185,7 @@ class Uploads:
 
         Raises:
             UpdateError: it is refused; unless "late" or "duplicate", its spool is gone and the task has ended.
-            ProtocolError: a part came damaged and is gone; ask for the offsets and send again.
+            ProtocolError: a part came damaged and is gone; send it again.
             UnavailableError: it cannot be recorded now.
         """
         store = self._store

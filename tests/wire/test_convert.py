@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from fedepth import budget, costs, plan, task
 from fedepth.errors import ProtocolError
-from fedepth.layout import Encoding
 
 # They come with the graph, in one file per job.
 NOT_ON_THE_WIRE = {
@@ -82,6 +81,10 @@ def test_there_is_a_message_for_every_core_type() -> None:
     } <= KINDS.keys()
 
 
+# What a message names by digest, and has in the fields of the core type when the file is there.
+FILES = {task.Task: ("model_digest", "model_bytes"), task.DeviceReport: ("data_digest",)}
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_core_type_survives_the_wire(kind: type) -> None:
     @settings(derandomize=True, deadline=None, max_examples=15)
@@ -100,14 +103,10 @@ def test_zeros_and_empty_fields_survive_the_wire(kind: type) -> None:
     assert from_message(KINDS[kind].FromString(to_message(value, KINDS[kind]).SerializeToString()), kind) == value
 
 
-# What stands for contents that travel as a file (fedepth_wire.report_messages, task_messages).
-OF_FILES = {task.DeviceReport: ("data_digest",), task.Task: ("model_digest", "model_bytes")}
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_fields_have_the_same_names_in_the_same_order_on_both_sides(kind: type) -> None:
     descriptor: Descriptor = KINDS[kind].DESCRIPTOR
-    names = [field.name for field in descriptor.fields if field.name not in OF_FILES.get(kind, ())]
+    names = [field.name for field in descriptor.fields if field.name not in FILES.get(kind, ())]
     assert names == [field.name for field in dataclasses.fields(kind)]
 
 
@@ -166,6 +165,3 @@ def test_what_an_older_side_does_not_say_means_one_model() -> None:
     assert from_message(pb.StageResult(), task.StageResult).models == 1
     spec = from_message(pb.TrainingSpec(cache_type=pb.CACHE_TYPE_FLOAT32), task.TrainingSpec)
     assert (spec.mutual, spec.mutual_weight, spec.mutual_temperature) == (1, 1.0, 1.0)
-    assert spec.encoding is Encoding.FLOAT32
-    said = pb.TrainingSpec(cache_type=pb.CACHE_TYPE_FLOAT32, encoding=pb.ENCODING_INT8)
-    assert from_message(said, task.TrainingSpec).encoding is Encoding.INT8
