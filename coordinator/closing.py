@@ -59,9 +59,9 @@ class Closing:
         store = self._store
         base = await asyncio.to_thread(store.weights_in_force)
         partial = store.files.partial_weights(number)
-        sound, note = await self._long_work.wait_for(
+        sound, note, digest = await self._long_work.wait_for(
             f"round {number}: the updates are being combined",
-            asyncio.to_thread(self._combine, number, base, before.digest, results, paths, partial),
+            asyncio.to_thread(self._combine, number, base, results, paths, partial),
         )
         found = None if note else await self._evaluations.evaluate(number, partial)
         if not note:
@@ -70,7 +70,7 @@ class Closing:
         aside = ""
         in_force: Sealed | RoundRecord = before
         if await asyncio.to_thread(partial.exists):
-            sealed = await asyncio.to_thread(store.seal_weights, partial, number)
+            sealed = await asyncio.to_thread(store.seal_weights, partial, number, digest)
             in_force, aside = (before, sealed.digest) if note else (sealed, "")
         record = RoundRecord(
             round=number,
@@ -97,12 +97,12 @@ class Closing:
         self,
         number: int,
         base: Path,
-        base_digest: str,
         results: Sequence[Result],
         paths: Paths,
         output: Path,
-    ) -> tuple[list[Result], str]:
-        """Writes the new weights to `output`. Returns the updates in them, and why there are no weights, if so.
+    ) -> tuple[list[Result], str, str | None]:
+        """Writes the new weights to `output`. Returns the updates in them, why there are no weights, if so, and their
+        sha256 (hex). That `base` is sound has been seen.
 
         A part that is no longer what was accepted is fetched again where there is another copy. Where there is none,
         the update is lost for good, since its device has let go of it: what is left is combined without it, and it is
@@ -113,7 +113,7 @@ class Closing:
             if not sound:
                 break
             try:
-                notes = combine(
+                combined = combine(
                     aggregation_rule(self._config),
                     training_spec(self._config, 1),
                     base,
@@ -121,18 +121,18 @@ class Closing:
                     paths,
                     output,
                     parameters=self._parameters,
-                    base_digest=base_digest,
+                    base_digest=None,
                 )
             except NotFiniteError as error:
-                return sound, str(error)
+                return sound, str(error), None
             except DamagedUpdateError as error:
                 damaged = set(error.paths)
                 sound = [each for each in sound if damaged.isdisjoint(paths(each)) or self._fetched(number, each)]
                 continue
-            for note in notes:
+            for note in combined.notes:
                 self._events.send("log", message=f"round {number}: {note}")
-            return sound, ""
-        return [], "the updates of the round are damaged on the coordinator's disk"
+            return sound, "", combined.digest
+        return [], "the updates of the round are damaged on the coordinator's disk", None
 
     def _fetched(self, number: int, result: Result) -> bool:
         try:

@@ -18,7 +18,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from coordinator.store.records import Store, TaskRecord
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
-from fedepth.files import file_digest, make_durable
+from fedepth.files import Digests, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.task import PartInfo, Result, TrainingSpec
 
@@ -73,7 +73,8 @@ class Uploads:
         self._declared: dict[Path, dict[int, int]] = {}
         self._streams: dict[Path, object] = {}
         self._growing: dict[Path, PartialFile] = {}  # by what they will be called
-        self._sealed: dict[Path, str] = {}  # digests of whole parts: one that is trained anew is another
+        self._digests = Digests()  # of whole parts
+        self._scale: tuple[Path, float] | None = None  # of the parameters of the weights that updates are trained from
         self._locks: dict[str, asyncio.Lock] = {}
 
     @property
@@ -161,11 +162,9 @@ class Uploads:
 
     def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
         """Whether there is something to receive, and room for it."""
-        if whole.exists() and whole.stat().st_size == growing.size_bytes:
-            if whole not in self._sealed:  # by a coordinator before this one
-                self._sealed[whole] = file_digest(whole)
-            if self._sealed[whole] == growing.digest:
-                return False
+        same_size = whole.exists() and whole.stat().st_size == growing.size_bytes
+        if same_size and self._digests.of(whole) == growing.digest:
+            return False
         self._check_room(growing.size_bytes - growing.resume())
         return True
 
@@ -176,8 +175,7 @@ class Uploads:
 
     async def _seal(self, header: PartHeader, growing: PartialFile, whole: Path) -> None:
         if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
-            await asyncio.to_thread(_seal, growing, whole)
-            self._sealed[whole] = header.digest
+            await asyncio.to_thread(_seal, growing, whole, self._digests)
         self._growing.pop(whole, None)
 
     async def commit(self, result: Result) -> bool:
@@ -220,7 +218,6 @@ class Uploads:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
         self._growing.clear()
-        self._sealed.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
@@ -237,7 +234,8 @@ class Uploads:
         parts = self._whole_parts(result)
         check_update(parts, layout.as_sent(training.encoding), result)
         try:
-            change = update_norms(self._base(), parts, layout.parameters)
+            base = self._base()
+            change = update_norms(base, parts, layout.parameters, self._scale_of(base))
         except StateError as error:  # the parts have been looked at, so it is the base
             raise UnavailableError(f"the update cannot be compared with the weights before it: {error}") from error
         norms = change.per_step(result.steps(training))
@@ -245,6 +243,15 @@ class Uploads:
             check_norms(norms, self._store.norms_of(task.round))
         self._store.keep_parts(result)
         return norms
+
+    def _scale_of(self, base: Path) -> float:
+        """The scale of all parameters of a file of weights, whose name is that of its contents."""
+        from fedepth.aggregation.norms import scale_of
+
+        known = self._scale
+        if known is None or known[0] != base:
+            known = self._scale = (base, scale_of(base, self._layout.parameters))
+        return known[1]
 
     def _whole_parts(self, result: Result) -> Sequence[Path]:
         paths = self.paths(result)
@@ -256,11 +263,10 @@ class Uploads:
                 # All bytes came, but the stream or the coordinator ended before the part got its name.
                 growing = PartialFile(partial, part.size_bytes, part.digest)
                 growing.resume()
-                _seal(growing, path)
+                _seal(growing, path, self._digests)
             if not path.exists():
                 raise ProtocolError(f"part {part.part} is not here; send it")
-            if path.stat().st_size != part.size_bytes or file_digest(path) != part.digest:
-                self._sealed.pop(path, None)
+            if path.stat().st_size != part.size_bytes or self._digests.of(path) != part.digest:
                 path.unlink()  # it may have changed on this disk, and the device has it still
                 raise ProtocolError(f"part {part.part} here is not the one that the update names; send it again")
         return paths
@@ -299,7 +305,6 @@ class Uploads:
         folder = self._store.files.spool(task_id, attempt)
         self._declared.pop(folder, None)
         self._growing = {whole: each for whole, each in self._growing.items() if whole.parent != folder}
-        self._sealed = {whole: each for whole, each in self._sealed.items() if whole.parent != folder}
 
 
 def _require_same(recorded: Result, result: Result) -> None:
@@ -323,9 +328,10 @@ def _make_ready(whole: Path, partial: Path) -> None:
             other.unlink()
 
 
-def _seal(growing: PartialFile, whole: Path) -> None:
+def _seal(growing: PartialFile, whole: Path, digests: Digests) -> None:
     if growing.path.exists():  # or a stream that ran beside this one was faster
         growing.seal(whole)
+        digests.note(whole, growing.digest)
 
 
 def _sizes(folder: Path) -> dict[int, int]:

@@ -154,6 +154,7 @@ class Outbox:
                 _sync_file(parts / part_name(part.part))
             parts.rename(final)
             sync_folder(self._folder)
+        self._verified.add(final.name)  # the trainer has hashed what it wrote
         return Entry(final, result)
 
     def recover(self, parts: Path) -> bool:
@@ -169,7 +170,7 @@ class Outbox:
             result = _read_sealed(sealed).result if sealed.exists() else trained_result(parts)
             if result is None:
                 return False
-            self.put(result, parts)
+            self._verified.discard(self.put(result, parts).folder.name)  # who knows what has happened since
         except DiskError:
             raise
         except StateError as error:

@@ -17,6 +17,7 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from edge_client.call_errors import CutError, UnreachableError
 from fedepth.errors import ProtocolError, TransportError
+from fedepth.heap import moving_files
 
 
 class Streams:
@@ -133,7 +134,8 @@ class Streams:
         stream = _Stream(call, pace, self._in_time)
         pace.start()
         try:
-            yield stream
+            with moving_files():
+                yield stream
         except (grpc.aio.AioRpcError, UnreachableError) as status:
             error = self._error(status) if isinstance(status, grpc.aio.AioRpcError) else status
             internal = isinstance(status, grpc.aio.AioRpcError) and status.code() is grpc.StatusCode.INTERNAL

@@ -13,6 +13,8 @@ import os
 import secrets
 import stat
 import sys
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -24,6 +26,7 @@ from fedepth.errors import DiskError, LockedError, StateError
 from fedepth.printable import printable, quoted
 
 PIECE_BYTES = 1 << 20
+_TICK_NS = 10_000_000
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
 NO_WORKING_DIRECTORY = "the working directory does not exist any more; change to another one"
@@ -241,6 +244,40 @@ def file_digest(path: Path, *, follow: bool = True) -> str:
         while data := file.read(PIECE_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+class Digests:
+    """The digests of files that this process has written or hashed, for as long as nobody writes to them.
+
+    A file counts as unchanged that has the same inode, size and time of modification, under whatever name. Whether the
+    disk still gives the bytes that it was given is no question for this: who needs to know that reads them.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self._known: OrderedDict[tuple[int, int, int, int], str] = OrderedDict()
+        self._most = most
+
+    def note(self, path: Path, digest: str) -> None:
+        """Takes note of the sha256 (hex) of a file that is whole."""
+        signature = _signature(path)
+        if time.time_ns() - signature[-1] < _TICK_NS:
+            return  # another write in this tick of the kernel's clock would leave the same time
+        self._known[signature] = digest
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+    def of(self, path: Path) -> str:
+        """As `file_digest`, which reads the file only if it is not known."""
+        digest = self._known.get(_signature(path))
+        if digest is None:
+            digest = file_digest(path)
+            self.note(path, digest)
+        return digest
+
+
+def _signature(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def lock_file(path: Path) -> IO[str]:

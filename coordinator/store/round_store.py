@@ -37,8 +37,10 @@ class RoundStore:
 
     # --- new weights
 
-    def seal_weights(self, partial: Path, round_number: int) -> Sealed:
+    def seal_weights(self, partial: Path, round_number: int, digest: str | None = None) -> Sealed:
         """Gives new weights their name and makes them durable, by a hash; `record_round` is next.
+
+        `digest`: their sha256 (hex), where whoever has written them just now knows it.
 
         Sealing the same weights again changes nothing. Other weights take the place of those that were sealed for
         a round that was never recorded.
@@ -47,7 +49,7 @@ class RoundStore:
             StateError: this round is recorded with other weights, or a file of this name holds other bytes.
         """
         with disk_errors("new weights cannot be read", partial):
-            digest, size = file_digest(partial), partial.stat().st_size
+            digest, size = digest or file_digest(partial), partial.stat().st_size
         name = weights_name(round_number, digest)
         with self._database.begin() as connection:
             done = _in_force(connection, rounds.c.round == round_number)

@@ -6,6 +6,7 @@ No numpy until there is something to combine: a coordinator that waits loads thi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedepth.aggregation.rules import Rule
@@ -13,6 +14,18 @@ from fedepth.files import disk_errors
 from fedepth.task import Result, TrainingSpec
 
 Paths = Callable[[Result], tuple[Path, ...]]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """New weights, and what there is to tell of them.
+
+    Attributes:
+        digest: sha256 (hex) of their file.
+    """
+
+    digest: str
+    notes: tuple[str, ...]
 
 
 def combine(
@@ -24,13 +37,14 @@ def combine(
     output: Path,
     *,
     parameters: Collection[str],
-    base_digest: str,
-) -> list[str]:
-    """Writes what a rule makes of updates to `output`, and returns what there is to tell of it.
+    base_digest: str | None,
+) -> Combined:
+    """Writes what a rule makes of updates to `output`.
 
     Args:
         training: of the job, which bounds what is believed of numbers of steps.
-        base: the weights that the updates were trained from, and their sha256 (hex) in `base_digest`.
+        base: the weights that the updates were trained from.
+        base_digest: the sha256 (hex) that they must have; None if that has just been seen.
         paths: where the parts of an update lie.
         parameters: the names of the model's trainable parameters.
 
@@ -63,4 +77,4 @@ def combine(
         notes.append(f"left out, being far from the others: {', '.join(names[index] for index in told.left_out)}")
     if told.unjudged:
         notes.append(f"taken without being judged, for want of others: {', '.join(names[i] for i in told.unjudged)}")
-    return [*notes, *told.notes]
+    return Combined(told.digest, (*notes, *told.notes))

@@ -31,7 +31,6 @@ from fedepth.errors import (
     PlanError,
     StateError,
 )
-from fedepth.files import file_digest
 from fedepth.job import aggregation_rule, model_spec, policy, training_spec
 from fedepth.layout import Encoding
 from fedepth.models.traced import read_costs
@@ -445,8 +444,8 @@ class Run:
                 "that disk, and give the same command again"
             ) from error
         else:
-            notes += tuple(told)
-            new = InForce(output, file_digest(output), number, None)
+            notes += told.notes
+            new = InForce(output, told.digest, number, None)
         evaluated = asyncio.create_task(self._evaluate(new))
         return Closing(number, played, weights, new, note, notes, began_at, time.monotonic() - started, evaluated)
 

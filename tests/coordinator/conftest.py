@@ -18,6 +18,7 @@ from coordinator.global_model import prepare
 from coordinator.job import Job
 from coordinator.store.records import Store, TaskRecord
 from fedepth.aggregation import norms
+from fedepth.aggregation.combine import Combined
 from fedepth.aggregation.rules import Norms
 from fedepth.budget import Budget
 from fedepth.costs import ModelCosts, PassCost, Size, StepCost, UnitCost
@@ -131,11 +132,12 @@ def sha256(data: bytes) -> str:
 
 def fake_combine(
     rule: Any, training: Any, base: Path, results: list[Result], paths: Any, output: Path, **_: Any
-) -> list[str]:
+) -> Combined:
     """Writes down what it was given, in its order."""
     parts = [b"+".join(path.read_bytes() for path in paths(result)) for result in results]
-    output.write_bytes(b"|".join([base.read_bytes(), *parts]))
-    return []
+    data = b"|".join([base.read_bytes(), *parts])
+    output.write_bytes(data)
+    return Combined(sha256(data), ())
 
 
 @dataclass
@@ -222,7 +224,7 @@ def run_job(tmp_path: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callab
     Updates of any bytes are admitted, and their average is what `fake_combine` makes of them.
     """
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
-    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
+    monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
     monkeypatch.setattr(closing, "combine", fake_combine)
     monkeypatch.setattr(course, "TICK_S", 0.01)
 

@@ -124,7 +124,7 @@ async def ignore(held: int) -> None:
 @pytest.fixture
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
-    monkeypatch.setattr(norms, "update_norms", lambda base, parts, parameters: Norms(0.0, 0.0))
+    monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
@@ -165,7 +165,7 @@ def test_an_update_holds_no_statistics_where_its_round_fixes_them(
 
 
 def test_weights_that_rotted_refuse_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update_norms(base: Path, parts: Sequence[Path], parameters: Any) -> Norms:
+    def update_norms(base: Path, parts: Sequence[Path], parameters: Any, scale: float) -> Norms:
         raise StateError(f"{base} is damaged")
 
     setup.send(setup.header())
