@@ -6,6 +6,7 @@ A part grows as `part-0000.DIGEST.partial`, and gets its name when it is whole, 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class Uploads:
         self._streams: dict[Path, object] = {}
         self._growing: dict[Path, PartialFile] = {}  # by what they will be called
         self._digests = Digests()  # of whole parts
+        # One admission works for a core and takes some 20 MiB; all devices of a round may finish at once.
+        self._admitting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
         self._scale: tuple[Path, float] | None = None  # of the parameters of the weights that updates are trained from
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -200,7 +203,8 @@ class Uploads:
             if result.device_id != task.device_id:  # another's mistake must not cost the owner its spool
                 raise UpdateError("device", f"task {task.task_id} was not given to {result.device_id[:80]}")
             try:
-                norms = await asyncio.to_thread(self._admit, result, task)
+                async with self._admitting:
+                    norms = await asyncio.to_thread(self._admit, result, task)
             except UpdateError:
                 await asyncio.to_thread(store.files.drop_spool, task.task_id, result.attempt)
                 self._forget(task.task_id, result.attempt)

@@ -3,7 +3,7 @@
 STATE/graphs/DIGEST.json            the newest two of each
 STATE/models/DIGEST.spec            what the job says of its model (fedepth_wire.task_messages)
 STATE/weights/DIGEST.safetensors
-STATE/indexes/DIGEST.json           of the weights with this digest (fedepth.tensor_index)
+STATE/indexes/DIGEST.json           of the weights with this digest (fedepth.tensor_index); the newest three
 ….partial                           what came so far of one that was cut
 
 Where a device has other weights and the new ones have an index, only the tensors that it lacks are fetched. The file
@@ -132,7 +132,7 @@ class Downloads:
         if final.exists():
             if await asyncio.to_thread(file_digest, final) == digest:
                 final.touch()
-                _forget_old(final)
+                self._forget_old(final)
                 return final
             final.unlink()
         for other in folder.glob("*.partial"):
@@ -150,12 +150,20 @@ class Downloads:
             raise
         self._doubted.discard(digest)
         del self._growing[folder]
-        _forget_old(final)
+        self._forget_old(final)
         return final
 
+    def _forget_old(self, current: Path) -> None:
+        """Keeps the newest of its kind; of indexes one more, which comes before its weights."""
+        most = _KEPT_FILES + 1 if current.parent == self._indexes else _KEPT_FILES
+        files = sorted(current.parent.glob(f"*{current.suffix}"), key=lambda path: path.stat().st_mtime_ns)
+        others = [path for path in files if path != current]
+        for path in others[: max(0, len(others) + 1 - most)]:
+            path.unlink()
+
     async def _fill(self, growing: PartialFile, assembly: _Assembly | None) -> None:
-        def take(chunk: pb.Chunk) -> None:
-            growing.append(chunk.offset, chunk.data)
+        def take(offset: int, data: bytes) -> None:
+            growing.append(offset, data)
             if assembly is not None:
                 assembly.copy_into(growing)
 
@@ -205,11 +213,3 @@ class _Assembly:
                     if not data:
                         raise ProtocolError(f"{path} has become shorter")
                     growing.append(growing.held_bytes, data)
-
-
-def _forget_old(current: Path) -> None:
-    """Keeps the newest of its kind."""
-    files = sorted(current.parent.glob(f"*{current.suffix}"), key=lambda path: path.stat().st_mtime_ns)
-    others = [path for path in files if path != current]
-    for path in others[: max(0, len(others) + 1 - _KEPT_FILES)]:
-        path.unlink()

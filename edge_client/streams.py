@@ -44,12 +44,12 @@ class Streams:
         self._down, self._up = Pace(), Pace()
 
     async def fetch(
-        self, digest: str, ranges: Sequence[tuple[int, int]], take: Callable[[pb.Chunk], None], verify: bool = False
+        self, digest: str, ranges: Sequence[tuple[int, int]], take: Callable[[int, bytes], None], verify: bool = False
     ) -> None:
         """Fetches ranges of a file, in this order.
 
         Args:
-            take: is called with every chunk, in a thread.
+            take: is called with the offset of every chunk and its data, in a thread.
             verify: the coordinator should look at its file first.
 
         Raises:
@@ -74,10 +74,11 @@ class Streams:
                 chunk = await stream.read()
                 if not isinstance(chunk, pb.Chunk):  # grpc.aio.EOF
                     raise ProtocolError(f"{self._address} ended a stream after {pace.moved} of {total} bytes")
-                size = len(chunk.data)
+                offset, data = chunk.offset, chunk.data  # a copy, so once
+                size = len(data)
                 if pace.moved + size > credit:
                     raise ProtocolError(f"{self._address} sent {pace.moved + size} bytes, asked for were {credit}")
-                await asyncio.to_thread(take, chunk)
+                await asyncio.to_thread(take, offset, data)
                 pace.arrived(size)
                 self.moved_bytes += size
 
@@ -120,8 +121,9 @@ class Streams:
                         if not data or sent + len(data) > total:
                             raise ProtocolError(f"a file that is sent has changed: it had {total} bytes")
                         pace.sent(len(data))
-                        chunk = pb.Chunk(offset=sent, data=data)
-                        if not await stream.write(pb.UploadPartRequest(chunk=chunk)):
+                        request = pb.UploadPartRequest()  # filled in place: a chunk of its own would be copied into it
+                        request.chunk.offset, request.chunk.data = sent, data
+                        if not await stream.write(request):
                             break
                         sent += len(data)
                         self.moved_bytes += len(data)

@@ -78,7 +78,7 @@ def summary(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     few, many = min(mine, key=int), max(mine, key=int)
     made: dict[str, Any] = {
         "floor_seconds_ratio": round(max(mine[each]["seconds"] / floor[each]["seconds"] for each in mine), 2),
-        "idle_agent_rss_bytes": max(figures["agent_rss_bytes"] for figures in mine.values()),
+        "idle_agent_rss_bytes": max(figures["agent_idle_bytes"] for figures in mine.values()),
     }
     if few != many:
         growth = mine[many]["server_peak_bytes"] - mine[few]["server_peak_bytes"]

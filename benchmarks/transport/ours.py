@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.lab import lab, status_bytes
-from benchmarks.transport.rounds import largest, observe
+from benchmarks.transport.rounds import STUCK_S, largest, observe
 from fedepth.child import module_argv
 from fedepth.data.idx import write_idx
 from fedepth.errors import ChildError
 
 IMAGES = 40
+SETTLE_S = 3.0  # after the last round
 JOB = """\
 [job]
 name = "transport"
@@ -46,7 +49,9 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
     write_idx(data / "train-images-idx4-ubyte", random.integers(0, 256, (IMAGES, 3, 32, 32), np.uint8))
     write_idx(data / "train-labels-idx1-ubyte", (np.arange(IMAGES) % 10).astype(np.uint8))
     job = folder / "job.toml"
-    job.write_text(JOB.format(rounds=rounds + 5, clients=clients))  # an export at the end must not be in the last round
+    job.write_text(
+        JOB.format(rounds=rounds + 1, clients=clients)
+    )  # the job ends with an export, which is no part of a round
     names = [f"device-{number}" for number in range(clients)]
     with lab(folder) as running:
         address = running.start_coordinator(job)
@@ -65,6 +70,7 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
             return sum(_is_end(line) for line in log.read_text().splitlines())
 
         seen = observe(rounds, finished, pids)
+        idle = _idle_bytes([pids[name] for name in names], finished, rounds + 1)
         peak = status_bytes(pids["coordinator"], "VmHWM")
         weights = next((folder / "coordinator" / "weights").glob("round-*.safetensors")).stat().st_size
         return {
@@ -72,10 +78,21 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
             "model_bytes": weights,
             "server_idle_bytes": idle_coordinator,
             "server_peak_bytes": peak,
-            "agent_rss_bytes": max(status_bytes(pids[name], "VmRSS") for name in names),
+            "agent_idle_bytes": idle,
             "agent_peak_bytes": max(status_bytes(pids[name], "VmHWM") for name in names),
             "device_peak_bytes": largest(seen.peaks, names),
         }
+
+
+def _idle_bytes(pids: Sequence[int], finished: Callable[[], int], rounds: int) -> int:
+    """What the largest of the agents holds that have nothing to do any more."""
+    deadline = time.monotonic() + STUCK_S
+    while finished() < rounds:
+        if time.monotonic() > deadline:
+            raise ChildError(f"the last of {rounds} rounds does not end")
+        time.sleep(0.1)
+    time.sleep(SETTLE_S)
+    return max(status_bytes(pid, "VmRSS") for pid in pids)
 
 
 def _is_end(line: str) -> bool:

@@ -33,7 +33,7 @@ class FakeStreams:
     sent: dict[str, int] = field(default_factory=dict)
 
     async def fetch(
-        self, digest: str, ranges: Sequence[tuple[int, int]], take: Callable[[Any], None], verify: bool = False
+        self, digest: str, ranges: Sequence[tuple[int, int]], take: Callable[[int, bytes], None], verify: bool = False
     ) -> None:
         self.asked.append((digest, list(ranges), verify))
         pieces = Source(self.files[digest], 0, digest).pieces(ranges)
@@ -43,7 +43,7 @@ class FakeStreams:
                 raise CutError("cut")
             most -= 1
             chunk = pieces.next(PIECE)
-            take(chunk)
+            take(chunk.offset, chunk.data)
             left -= len(chunk.data)
             self.sent[digest] = self.sent.get(digest, 0) + len(chunk.data)
 
