@@ -165,7 +165,7 @@ def test_an_update_holds_no_statistics_where_its_round_fixes_them(
 
 
 def test_weights_that_rotted_refuse_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update_norms(base: Path, parts: Sequence[Path], parameters: Any, scale: float) -> Norms:
+    def update_norms(base: Path, parts: Sequence[Path], parameters: Any, scales: Any) -> Norms:
         raise StateError(f"{base} is damaged")
 
     setup.send(setup.header())
