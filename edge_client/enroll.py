@@ -111,11 +111,11 @@ async def _enroll(address: Address, server: str, request: pb.EnrollRequest) -> p
                 raise TrustError(f"the coordinator at {address} refuses: {details}") from None
             if why := wrong_clock(details):
                 raise TransportError(
-                    f"the coordinator at {address}: {why}. Here it is {day(time.time())}. Then try again, with the same "
-                    "token"
+                    f"the coordinator at {address}: {why}. Here it is {day(time.time())}. Then try again, with the "
+                    "same token"
                 ) from None
             raise TransportError(
-                f"the coordinator at {address} did not answer ({plainly(error.code(), details)}); try again, with "
-                "the same token"
+                f"the coordinator at {address} did not answer ({plainly(error.code(), details)}); try again, "
+                "with the same token"
             ) from None
         return reply
