@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import grpc
 import msgspec
 import typer
-from fedepth_wire.channel import broken_handshake, open_channel, unresolved
+from fedepth_wire.channel import broken_handshake, open_channel, plainly, unresolved
 from fedepth_wire.tls import INSECURE, Identity, Insecure
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
@@ -410,9 +410,12 @@ def _unreachable(address: str, identity: Identity | Insecure, error: grpc.aio.Ai
             f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "
             f"`getent hosts {parse_address(address).host}`, or give the IP address"
         )
-    return TransportError(
-        f"no answer from a coordinator at {address} ({error.code().name}: {details}); is it running there?"
-    )
+    why = plainly(error.code(), details)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # somebody listens
+        return TransportError(
+            f"no answer from a coordinator at {address} ({why}); it may be preparing its model still, as its log says"
+        )
+    return TransportError(f"no answer from a coordinator at {address} ({why}); is it running there?")
 
 
 async def _export(

@@ -79,6 +79,19 @@ class Front:
         self._health = HealthServicer()
         self._keeping_up: asyncio.Future[None] | None = None
 
+    async def enroll(self) -> None:
+        """Gives devices their certificates from now on, for which there need be no job yet.
+
+        Raises:
+            DiskError: where they get them cannot be kept for the commands that tell operators.
+        """
+        enrollment = self._listening.enrollment
+        if self.secured is None or enrollment is None:
+            return
+        await self.secured.enrollment.start()
+        await asyncio.to_thread(self.secured.certificates.note_enrollment, str(enrollment))
+        _log.info("enrolling devices", address=str(enrollment))
+
     async def open(self, job: str) -> None:
         """Answers calls from now on, if it does not yet."""
         if self._keeping_up is not None:
@@ -91,7 +104,8 @@ class Front:
             server,
         )
         if secured is not None:
-            await _secure(server, listening, secured)
+            add_CertificatesServicer_to_server(CertificatesService(secured.certificates), server)
+            await secured.guard.look()
         await server.start()
         for name in ("", _SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -128,23 +142,13 @@ class Front:
 
     async def close(self) -> None:
         """Ends all calls."""
+        if self.secured is not None:
+            await self.secured.enrollment.stop(0)
         if self._keeping_up is None:
             return
         self._keeping_up.cancel()
         await asyncio.wait({self._keeping_up})
-        if self.secured is not None:
-            await self.secured.enrollment.stop(0)
         await self._server.stop(GRACE_S)
-
-
-async def _secure(server: grpc.aio.Server, listening: Listening, secured: Secured) -> None:
-    """Renews certificates and enrols from now on."""
-    certificates = secured.certificates
-    add_CertificatesServicer_to_server(CertificatesService(certificates), server)
-    await secured.guard.look()
-    if listening.enrollment is not None:
-        await secured.enrollment.start()
-        await asyncio.to_thread(certificates.note_enrollment, str(listening.enrollment))
 
 
 def _write_port(path: Path, port: int) -> None:

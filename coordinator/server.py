@@ -70,18 +70,20 @@ async def serve(
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
     # In threads, also before there is anybody to serve: a signal has to be heard.
     store, listening = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing, secured)
+    front = Front(server, listening, options, secured)
     try:
         if stop.is_set():
             return
+        await front.enroll()
         prepared = await _prepared(config, store, models, stop)
         if prepared is None:
             return
-        front = Front(server, listening, options, secured)
         surveyed = await _surveyed(config, store, front, stop)
         if surveyed is not None:
             job = await asyncio.to_thread(Job, surveyed, store, models, prepared)
             await _serve_job(job, front, stop)
     finally:
+        await front.close()
         await models.stop()
         # What was going on in a thread when the job was told to end must be over before another may have the state.
         await loop.shutdown_default_executor()
@@ -201,13 +203,8 @@ async def _surveyed(config: JobConfig, store: Store, front: Front, stop: asyncio
         front.service.ask(survey)
         await front.open(config.job.name)
         asking = asyncio.ensure_future(front.beside(survey.statistics()))
-        try:
-            if not await _first(asking, stop):
-                await front.close()
-                return None
-        except BaseException:
-            await front.close()
-            raise
+        if not await _first(asking, stop):
+            return None
         found = asking.result()
     return with_statistics(config, found)
 

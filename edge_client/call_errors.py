@@ -6,7 +6,7 @@ import re
 
 import grpc
 import grpc.aio
-from fedepth_wire.channel import broken_handshake, unresolved
+from fedepth_wire.channel import broken_handshake, plainly, unresolved
 from fedepth_wire.tls import Identity, Insecure
 
 from fedepth.errors import TransportError
@@ -68,10 +68,12 @@ def as_error(
         come_back = _COME_BACK.search(details)
         return BusyError(f"{address}: {details}", float(come_back[1]) if come_back else None)
     if unresolved(details):
-        return UnreachableError(f"{address}: this machine cannot resolve that name ({details})")
+        return UnreachableError(f"{address}: this machine cannot resolve that name ({plainly(code, details)})")
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return UntrustedError(f"{address}: {details}")
     if why := broken_handshake(details, identity):
-        return UntrustedError(f"{address}: {note or why} ({details})")
+        return UntrustedError(f"{address}: {note or why} ({plainly(code, details)})")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return TransportError(f"{address} does not know what this version calls ({details}); is it an older one?")
     kind = UnreachableError if code in _AWAY else ServerError if code in _SERVERS_OWN else TransportError
-    return kind(f"{address}: {code.name}: {details}")
+    return kind(f"{address}: {plainly(code, details)}")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from pathlib import Path
 
 import grpc
-from fedepth_wire.channel import CLIENT_OPTIONS, target
+from fedepth_wire.channel import CLIENT_OPTIONS, plainly, target, wrong_clock
 from fedepth_wire.tls import ENROLLMENT_NAME, Role, parse_uri, read_identity, uri_of, write_identity
 from fedepth_wire.tokens import Token
 from fedepth_wire.v1 import trust_pb2 as pb
 from fedepth_wire.v1.trust_pb2_grpc import EnrollmentStub
 
-from edge_client.certificate.client import bundle_of
+from edge_client.certificate.client import bundle_of, day
 from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
 from edge_client.certificate.protocol import Facts
 from edge_client.identity import adopt_id, device_id
@@ -86,6 +87,11 @@ def _server_certificate(address: Address) -> str:
             f"{address} does not speak TLS ({error.reason or error}): is it the enrolment port, which the "
             "coordinator's log names at its start?"
         ) from None
+    except TimeoutError:
+        raise TransportError(
+            f"{address} does not answer within {TIMEOUT_S:g} s; is it the enrolment port, which the "
+            "coordinator's log names at its start? Then try again, with the same token"
+        ) from None
     except OSError as error:
         raise TransportError(
             f"nobody answers at {address} ({error.strerror or error}); is the coordinator running, with --host for "
@@ -103,8 +109,13 @@ async def _enroll(address: Address, server: str, request: pb.EnrollRequest) -> p
             details = printable(error.details() or "")
             if error.code() is grpc.StatusCode.PERMISSION_DENIED:
                 raise TrustError(f"the coordinator at {address} refuses: {details}") from None
+            if why := wrong_clock(details):
+                raise TransportError(
+                    f"the coordinator at {address}: {why}. Here it is {day(time.time())}. Then try again, with the "
+                    "same token"
+                ) from None
             raise TransportError(
-                f"the coordinator at {address} did not answer ({error.code().name}: {details}); try again, with the "
-                "same token"
+                f"the coordinator at {address} did not answer ({plainly(error.code(), details)}); try again, "
+                "with the same token"
             ) from None
         return reply

@@ -25,6 +25,8 @@ import msgspec
 from fedepth.errors import DiskError, LockedError, StateError
 from fedepth.printable import printable, quoted
 
+Signature = tuple[int, int, int, int, int]
+
 PIECE_BYTES = 1 << 20
 _TICK_NS = 10_000_000
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
@@ -249,35 +251,39 @@ def file_digest(path: Path, *, follow: bool = True) -> str:
 class Digests:
     """The digests of files that this process has written or hashed, for as long as nobody writes to them.
 
-    A file counts as unchanged that has the same inode, size and time of modification, under whatever name. Whether the
-    disk still gives the bytes that it was given is no question for this: who needs to know that reads them.
+    A file counts as unchanged that has the same signature, under whatever name. Whether the disk still gives the bytes
+    that it was given is no question for this: who needs to know that reads them.
     """
 
     def __init__(self, most: int = 1024) -> None:
-        self._known: OrderedDict[tuple[int, int, int, int], str] = OrderedDict()
+        self._known: OrderedDict[Signature, str] = OrderedDict()
         self._most = most
 
     def note(self, path: Path, digest: str) -> None:
         """Takes note of the sha256 (hex) of a file that is whole."""
-        signature = _signature(path)
-        if time.time_ns() - signature[-1] < _TICK_NS:
+        status = path.stat()
+        if time.time_ns() - status.st_mtime_ns < _TICK_NS:
             return  # another write in this tick of the kernel's clock would leave the same time
-        self._known[signature] = digest
+        self._known[signature(status)] = digest
         if len(self._known) > self._most:
             self._known.popitem(last=False)
 
     def of(self, path: Path) -> str:
         """As `file_digest`, which reads the file only if it is not known."""
-        digest = self._known.get(_signature(path))
+        digest = self._known.get(signature(path.stat()))
         if digest is None:
             digest = file_digest(path)
             self.note(path, digest)
         return digest
 
 
-def _signature(path: Path) -> tuple[int, int, int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def signature(status: os.stat_result) -> Signature:
+    """What a write to a file changes, whoever writes.
+
+    The time of modification can be set, and is by whatever restores files (cp -p, rsync -t, tar); the time of the last
+    change of the inode cannot.
+    """
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def lock_file(path: Path) -> IO[str]:

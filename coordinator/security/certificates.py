@@ -27,6 +27,7 @@ from fedepth_wire.tokens import SECRET_BYTES, Token
 
 from coordinator.security.authority import (
     Authority,
+    Issued,
     Subject,
     key_pem,
     make_authority,
@@ -201,17 +202,15 @@ class Certificates:
             UnavailableError: not so often.
         """
         key, authority = requested_key(request), self._authority()
-        entry, now = self.registry.find(certificate), self._clock()
-        if entry is None or entry.state(now) != "valid":
-            raise TrustError("a certificate that is not valid cannot be renewed")
-        before = entry.issued
-        if not is_due(before.not_before, before.not_after, now):
-            raise TrustError(f"the certificate of {printable(before.subject.name)} is not to be renewed yet")
-        days = (before.not_after - before.not_before) / 86400 - 1  # without the day before it was made
-        digest = public_key_digest(key)
-        return self.registry.renew(
-            before.subject, digest, lambda: authority.issue(before.subject, key, max(1, days), now)
-        ).certificate
+
+        def made(before: Issued) -> Issued:
+            now = self._clock()
+            if not is_due(before.not_before, before.not_after, now):
+                raise TrustError(f"the certificate of {printable(before.subject.name)} is not to be renewed yet")
+            days = (before.not_after - before.not_before) / 86400 - 1  # without the day before it was made
+            return authority.issue(before.subject, key, max(1, days), now)
+
+        return self.registry.renew(certificate, public_key_digest(key), made).certificate
 
     # --- the coordinator's own
 

@@ -134,9 +134,10 @@ def revoke_command(
     if as_json:
         print_json({"name": name, "revoked": len(ended)})
         return
-    shown = printable(name)
+    again = f"certs issue {as_typed(name)} --operator" if _are_operators(ended) else f"enroll {as_typed(name)}"
     print(
-        f"{shown}: {len(ended)} valid certificates are revoked; to let it in again: fedepth-coordinator enroll {shown}"
+        f"{printable(name)}: {len(ended)} valid certificates are revoked; to let it in again: fedepth-coordinator "
+        f"{again}"
     )
 
 
@@ -183,6 +184,10 @@ def enroll_command(
         print_json({"name": name, "token": str(token), "expires_at": expires, "command": command})
         return
     print(f"on the device, once, before {_time(expires)}:\n{command}")
+
+
+def _are_operators(entries: list[Entry]) -> bool:
+    return bool(entries) and all(entry.issued.subject.role is Role.OPERATOR for entry in entries)
 
 
 def _fields(entry: Entry, now: float) -> dict[str, Any]:

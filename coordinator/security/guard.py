@@ -23,7 +23,7 @@ from coordinator.security.authority import Subject
 from coordinator.security.registry import Entry, Registry
 from coordinator.security.rules import RULES, Rule
 from fedepth.errors import FedepthError, TrustError
-from fedepth.printable import printable, quoted
+from fedepth.printable import as_typed, printable, quoted
 
 LOOK_S = 1.0
 _MOST_CACHED = 20_000
@@ -245,7 +245,7 @@ def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]
 
 def _again(who: Caller | Subject) -> str:
     how = "enroll {}" if who.role is Role.DEVICE else "certs issue {} --operator"
-    return f"for a new one: fedepth-coordinator {how.format(printable(who.name))}"
+    return f"for a new one: fedepth-coordinator {how.format(as_typed(who.name))}"
 
 
 async def _abort(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:

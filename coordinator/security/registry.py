@@ -20,7 +20,7 @@ from fedepth_wire.tls import KEY_MODE, Role
 
 from coordinator.security.authority import Issued, Subject
 from fedepth.errors import DiskError, StateError, TrustError, UnavailableError
-from fedepth.printable import printable, quoted
+from fedepth.printable import as_typed, printable, quoted
 
 MOST_RENEWALS = 3  # of one id in a day: a device that is led by somebody else must not fill the disk
 _DAY_S = 86400
@@ -113,15 +113,22 @@ class Registry:
             self._check_id(database, issued.subject)
             self._insert(database, issued, how)
 
-    def renew(self, subject: Subject, public_key: str, make: Callable[[], Issued]) -> Issued:
-        """The certificate for this key: the one that was made for it already, or a new one.
+    def renew(self, fingerprint: str, public_key: str, make: Callable[[Issued], Issued]) -> Issued:
+        """The certificate for this key: the one that was made for it already, or what `make` makes of the one before.
+
+        Args:
+            fingerprint: of the certificate that runs out.
 
         Raises:
-            TrustError: it was revoked.
+            TrustError: that, or the one for the key, is not valid.
             UnavailableError: this id has had MOST_RENEWALS in a day.
         """
         with self._transaction() as database:
             now = self._clock()
+            found = self._select(database, "fingerprint = ?", fingerprint)
+            if not found or found[0].state(now) != "valid":
+                raise TrustError("a certificate that is not valid cannot be renewed")
+            subject = found[0].issued.subject
             rows = self._select(database, "role = ? AND id = ?", subject.role.value, subject.id)
             for entry in rows:
                 if entry.issued.public_key == public_key:
@@ -131,7 +138,7 @@ class Registry:
             recent = [each for each in rows if each.how == "renewed" and each.issued_at > now - _DAY_S]
             if len(recent) >= MOST_RENEWALS:
                 raise UnavailableError(f"{subject.name} has had {len(recent)} new certificates within a day")
-            issued = make()
+            issued = make(found[0].issued)
             self._insert(database, issued, "renewed")
             return issued
 
@@ -236,11 +243,12 @@ class Registry:
         now = self._clock()
         for entry in self._select(database, "role = ? AND id = ?", subject.role.value, subject.id):
             if entry.state(now) == "valid" and entry.issued.subject.name != subject.name:
-                other = printable(entry.issued.subject.name)
+                other = entry.issued.subject.name
                 raise TrustError(
-                    f"the device {subject.id} is known as {other}, and now asks to be {printable(subject.name)}. If it "
-                    f"is the same one: fedepth-coordinator certs revoke {other}, then try again. If it is a copy of "
-                    "it: delete device-id in its state folder, and it joins as a new device"
+                    f"the device {subject.id} is known as {printable(other)}, and now asks to be "
+                    f"{printable(subject.name)}. If it is the same one: fedepth-coordinator certs revoke "
+                    f"{as_typed(other)}, then try again. If it is a copy of it: delete device-id in its state folder, "
+                    "and it joins as a new device"
                 )
 
     def _insert(self, database: sqlite3.Connection, issued: Issued, how: str) -> None:
@@ -306,4 +314,4 @@ def _digest(secret: bytes) -> str:
 
 
 def _another(name: str) -> str:
-    return f"make another one: fedepth-coordinator enroll {printable(name)}"
+    return f"make another one: fedepth-coordinator enroll {as_typed(name)}"

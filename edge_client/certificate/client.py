@@ -21,7 +21,7 @@ from edge_client.backoff import Clock, Reminder
 from edge_client.certificate.protocol import Command, Event, Facts, Failed, Inspect, Install, Prepare, Request
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, FedepthError, TrustError
-from fedepth.printable import printable
+from fedepth.printable import as_typed, printable
 
 BUNDLE = "identity.pem"
 CHILD_ARGV = tuple(module_argv("edge_client.certificate.process"))
@@ -172,7 +172,7 @@ class CertificateKeeper:
 def trouble(facts: Facts, uri: str, now: float) -> str:
     """What keeps a certificate from being used now, and what to do; "" if nothing does."""
     name = printable(facts.name)
-    again = f"for a new one, on the coordinator's machine: fedepth-coordinator enroll {name}"
+    again = f"for a new one, on the coordinator's machine: fedepth-coordinator enroll {as_typed(facts.name)}"
     if now >= facts.not_after:
         return f"the certificate of this device ({name}) expired on {day(facts.not_after)}; {again}"
     if now < facts.not_before:

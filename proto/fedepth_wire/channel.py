@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from urllib.parse import quote
 
 import grpc
@@ -41,6 +42,10 @@ SERVER_OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first
 ]
+_WRAPPING = re.compile(
+    r"^(?:failed to connect to all addresses; last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+?: )?"
+    r"(?:Failed to connect to remote host: )?"
+)
 
 
 def open_channel(address: str, identity: Identity | Insecure) -> grpc.aio.Channel:
@@ -70,9 +75,27 @@ def target(address: Address) -> str:
     return f"ipv4:{host}:{address.port}" if version == 4 else f"ipv6:[{quote(host, safe=':')}]:{address.port}"
 
 
+def plainly(code: grpc.StatusCode, details: str) -> str:
+    """Why a call has not been answered, without what gRPC puts around it: "Connection refused"."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
+        return "no answer in time"
+    return _WRAPPING.sub("", details) or code.name
+
+
 def unresolved(details: str) -> bool:
     """Whether a call's details say that the name of the other side could not be looked up."""
     return "hostname lookup error" in details or "DNS resolution failed" in details
+
+
+def wrong_clock(details: str) -> str:
+    """Why the certificate of the other side is not valid now, and what to do, from a call's details; "" if it is."""
+    if "CERTIFICATE_VERIFY_FAILED: certificate has expired" in details:
+        return (
+            "its certificate has expired, or the clock here is ahead; look at both clocks, and restart the coordinator"
+        )
+    if "CERTIFICATE_VERIFY_FAILED: certificate is not yet valid" in details:
+        return "its certificate is not valid yet: the clock of this machine, or of the coordinator's, is wrong"
+    return ""
 
 
 def broken_handshake(details: str, identity: Identity | Insecure) -> str:
@@ -85,12 +108,8 @@ def broken_handshake(details: str, identity: Identity | Insecure) -> str:
             "it speaks plain text, and this side wants TLS; start it without --insecure, or this side with it (on one "
             "machine only)"
         )
-    if "CERTIFICATE_VERIFY_FAILED: certificate has expired" in details:
-        return (
-            "its certificate has expired, or the clock here is ahead; look at both clocks, and restart the coordinator"
-        )
-    if "CERTIFICATE_VERIFY_FAILED: certificate is not yet valid" in details:
-        return "its certificate is not valid yet: the clock of this machine, or of the coordinator's, is wrong"
+    if why := wrong_clock(details):
+        return why
     if any(sign in details for sign in ("CERTIFICATE_VERIFY_FAILED", "BAD_SIGNATURE", "Hostname Verification")):
         return (
             "who answers is not the coordinator that this side's certificate is for: another machine, or a coordinator "

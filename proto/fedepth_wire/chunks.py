@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedepth.errors import ProtocolError
-from fedepth.files import file_digest, open_regular, sync_folder
+from fedepth.files import Signature, file_digest, open_regular, signature, sync_folder
 from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.times import SYNC_S
 from fedepth_wire.v1.federation_pb2 import Chunk
@@ -82,8 +82,8 @@ class Pieces:
 class PartialFile:
     """A file that grows by what arrives of it. What is there survives a restart, and a cut costs nothing of it.
 
-    It is hashed as it grows. Kept over several streams, no byte is read again; after a restart, the file is read once
-    when it is whole. All methods are for a thread.
+    It is hashed as it grows. Kept over several streams, no byte is read again; after a restart, or if somebody else has
+    written to it, the file is read once when it is whole. All methods are for a thread.
 
     Attributes:
         held_bytes: how much is there.
@@ -96,6 +96,7 @@ class PartialFile:
         self._clock = clock
         self._synced = clock()
         self._hash: hashlib._Hash | None = hashlib.sha256()  # of what is there; None if that was not seen here
+        self._signature: Signature | None = None  # of the file as it was left here
 
     def resume(self) -> int:
         """Looks how much of it is there. More than the whole is none of it, and deleted."""
@@ -104,7 +105,7 @@ class PartialFile:
             self.path.unlink()
             held = 0
         if held == 0:
-            self._hash = hashlib.sha256()
+            self._hash, self._signature = hashlib.sha256(), None
         elif held != self.held_bytes:
             self._hash = None
         self.held_bytes = held
@@ -117,10 +118,13 @@ class PartialFile:
             ProtocolError: it comes not next, or is too much. Nothing is written then.
             OSError: it cannot be written.
         """
+        if self.held_bytes and not self._is_as_left():
+            self._hash = None
         end = append(self.path, offset, data, self.held_bytes, self.size_bytes, self._sync_due())
         if self._hash is not None:
             self._hash.update(data)
         self.held_bytes = end
+        self._signature = self._current()
         return end
 
     def seal(self, final: Path) -> None:
@@ -132,7 +136,8 @@ class PartialFile:
         """
         if self.held_bytes != self.size_bytes:
             raise ProtocolError(f"{final.name}: the stream ended at {self.held_bytes} of {self.size_bytes} bytes")
-        got = file_digest(self.path) if self._hash is None else self._hash.hexdigest()
+        known = self._hash if self._is_as_left() else None
+        got = file_digest(self.path) if known is None else known.hexdigest()
         if got != self.digest:
             self.path.unlink()
             raise ProtocolError(f"{final.name}: sha256 is {got[:12]}…, expected {self.digest[:12]}…; send it again")
@@ -140,6 +145,16 @@ class PartialFile:
             os.fsync(file.fileno())
         self.path.replace(final)
         sync_folder(final.parent)
+
+    def _is_as_left(self) -> bool:
+        """Whether nobody else has written to it since."""
+        return self._current() == self._signature
+
+    def _current(self) -> Signature | None:
+        try:
+            return signature(self.path.stat())
+        except FileNotFoundError:
+            return None
 
     def _sync_due(self) -> bool:
         now = self._clock()

@@ -22,7 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from coordinator.front import ServeOptions
+from coordinator.security.certificates import Certificates
 from coordinator.server import serve
+from edge_client.enroll import enroll_with_token
+from fedepth.address import parse_address
 from fedepth.errors import TransportError
 
 
@@ -125,3 +128,36 @@ def test_the_server_imports_neither_torch_nor_onnx() -> None:
     )
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_devices_are_enrolled_while_the_model_is_prepared(tmp_path: Path, kit: Any) -> None:
+    """That takes a minute, in which somebody at the other terminal goes on with what comes next."""
+    certificates = Certificates(tmp_path / "certificates")
+    certificates.init()
+    models = Preparing(kit.models())
+
+    async def scene() -> None:
+        options = ServeOptions(tmp_path / "state", port=0, enroll_port=0, certificates=certificates)
+        serving = asyncio.create_task(serve(kit.config(), options, models))
+        await models.begun.wait()
+        token, _ = certificates.make_token("kitchen", 60)
+        address = parse_address(certificates.enrollment_address())
+        facts = await asyncio.to_thread(enroll_with_token, address, token, tmp_path / "device")
+        assert facts.name == "kitchen"
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+    asyncio.run(asyncio.wait_for(scene(), 30))
+
+
+class Preparing:
+    """A model worker that is never done with the model."""
+
+    def __init__(self, models: Any) -> None:
+        self.begun = asyncio.Event()
+        self.stop = models.stop
+
+    async def request(self, do: str, **fields: Any) -> dict[str, Any]:
+        self.begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError

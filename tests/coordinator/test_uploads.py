@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -125,6 +128,7 @@ async def ignore(held: int) -> None:
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
+    monkeypatch.setattr(norms, "scale_of", lambda *_: 1.0)
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
@@ -389,6 +393,25 @@ def test_parts_that_are_not_here_or_have_changed_are_asked_for_again(setup: Setu
     assert setup.held() == 0
     setup.send(setup.header())
     assert setup.commit() is True
+
+
+def test_a_part_that_was_replaced_by_one_that_looks_as_old_is_asked_for_again(setup: Setup) -> None:
+    """A backup that is played back while the coordinator runs: cp -p and rsync -t set the time that a file had."""
+    setup.send(setup.header())
+    (path,) = setup.uploads.paths(setup.kit.result(setup.task, {0: DATA}))
+    while time.time_ns() - path.stat().st_mtime_ns < 20_000_000:
+        pass  # digests of younger files are not remembered
+    assert setup.held() == len(DATA)
+    copy = path.with_name("copy")
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the kernel's clock ticks every few milliseconds
+        copy.write_bytes(DATA[::-1])
+        os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+        shutil.copyfile(copy, path)
+        shutil.copystat(copy, path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    with pytest.raises(ProtocolError, match="not the one that the update names; send it again"):
+        setup.commit()
 
 
 def test_another_attempt_or_other_parts_are_not_acknowledged_for_a_recorded_update(setup: Setup) -> None:

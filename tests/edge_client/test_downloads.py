@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -193,5 +194,39 @@ def test_weights_without_an_index_are_fetched_whole(rounds: Rounds, tmp_path: Pa
         task = replace(rounds.next("unit1.weight", number=2), index_digest="", index_bytes=0)
         await downloads.weights(task)
         assert rounds.sent(task)[0] == task.weights_bytes
+
+    run(rounds, tmp_path / "device", scene)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link to nowhere"])
+@pytest.mark.parametrize("place", ["weights", "index", "another's partial", "partial", "final", "new index"])
+def test_what_is_no_file_in_their_place_keeps_nobody_from_fetching(
+    rounds: Rounds, tmp_path: Path, place: str, kind: str
+) -> None:
+    """After a disk was checked and repaired, or somebody has restored half of a folder."""
+
+    async def scene(downloads: Downloads) -> None:
+        await downloads.weights(rounds.next(number=1))
+        old = await downloads.weights(rounds.next("unit0.weight", number=2))  # whose index is here
+        task = rounds.next("unit1.weight", number=3)
+        folder, indexes = old.parent, tmp_path / "device" / "indexes"
+        path = {
+            "weights": old,
+            "index": indexes / f"{old.stem}.json",
+            "another's partial": folder / "other.safetensors.partial",
+            "partial": folder / f"{task.weights_digest}.safetensors.partial",
+            "final": folder / f"{task.weights_digest}.safetensors",
+            "new index": indexes / f"{task.weights_digest}.json",
+        }[place]
+        path.unlink(missing_ok=True)
+        if kind == "folder":
+            path.mkdir()
+            (path / "inside").touch()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("nowhere")
+        found = await downloads.weights(task)
+        assert hashlib.sha256(found.read_bytes()).hexdigest() == task.weights_digest
 
     run(rounds, tmp_path / "device", scene)

@@ -347,7 +347,7 @@ def test_a_download_goes_on_at_the_byte_in_the_next_run_of_the_agent(
 
     async def away(transport: GrpcTransport) -> None:
         server.cut_after = 0
-        with pytest.raises(UnreachableError, match="UNAVAILABLE: cut"):  # nothing moved: it is for the agent to wait
+        with pytest.raises(UnreachableError, match=r": cut$"):  # nothing moved: it is for the agent to wait
             await transport.fetch_weights(big_task)
         partial.write_bytes(BIG[:1001])
 
@@ -547,7 +547,7 @@ def test_failure_and_progress_are_told(server: Server, tmp_path: Path) -> None:
 def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
     async def play() -> None:
         transport = GrpcTransport("127.0.0.1:1", tmp_path, INSECURE)
-        with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: UNAVAILABLE"):
+        with pytest.raises(UnreachableError, match=r"^127\.0\.0\.1:1: Connection refused$"):
             await transport.next_task(REPORT, 1)
         await transport.close()
 
@@ -556,7 +556,7 @@ def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:
 
 def test_a_call_that_the_server_lacks_is_not_taken_for_an_outage(tmp_path: Path) -> None:
     async def scene(transport: GrpcTransport) -> None:
-        with pytest.raises(TransportError, match="UNIMPLEMENTED") as caught:
+        with pytest.raises(TransportError, match="does not know what this version calls") as caught:
             await transport.next_task(REPORT, 1)
         assert not isinstance(caught.value, UnreachableError)
 

@@ -121,6 +121,30 @@ def test_what_another_has_written_meanwhile_is_hashed_anew(tmp_path: Path) -> No
     assert (tmp_path / "target").read_bytes() == b"right"
 
 
+def overwritten(path: Path, data: bytes) -> None:
+    """Puts other bytes of the same length into a file, which then looks as old as before: cp -p, rsync -t."""
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the kernel's clock ticks every few milliseconds
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("held", [3, 5])
+def test_what_another_has_changed_meanwhile_is_found(tmp_path: Path, held: int, streams: int) -> None:
+    path = tmp_path / "target.partial"
+    growing = PartialFile(path, 5, sha256(b"right"))
+    growing.append(0, b"right"[:held])
+    overwritten(path, b"wrong"[:held])
+    if streams == 2:
+        assert growing.resume() == held
+    if held < 5:
+        growing.append(held, b"right"[held:])
+    with pytest.raises(ProtocolError, match="send it again"):
+        growing.seal(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_than_the_whole_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "target.partial"
     path.write_bytes(b"too long")

@@ -17,6 +17,7 @@ from fedepth_wire.tls import COORDINATOR_NAME, Role, fingerprint, parse_uri, rea
 
 from coordinator.security.authority import new_key, public_key_digest
 from coordinator.security.certificates import Certificates
+from coordinator.security.registry import Registry
 from edge_client.certificate.keys import facts_of
 from fedepth.errors import StateError, TrustError, UnavailableError
 from tests.coordinator.security.conftest import DAY_S, DEVICE, OTHER, Made, request_for
@@ -197,6 +198,26 @@ def test_what_is_revoked_or_expired_is_not_renewed(made: Made) -> None:
     for certificate in (device.certificate, renewed, made.device("hall", OTHER, days=-1).certificate):
         with pytest.raises(TrustError, match="not valid cannot be renewed"):
             made.certificates.renew(fingerprint(certificate), request_for(key))
+
+
+def test_what_is_revoked_while_it_is_renewed_stays_revoked(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was looked at before: a command on the other terminal may be faster."""
+    device, renew = made.device(days=30), Registry.renew
+    made.time.now += 25 * DAY_S
+
+    def overtaken(registry: Registry, *args: Any) -> Any:
+        registry.revoke("kitchen")
+        return renew(registry, *args)
+
+    monkeypatch.setattr(Registry, "renew", overtaken)
+    with pytest.raises(TrustError, match="not valid cannot be renewed"):
+        made.certificates.renew(fingerprint(device.certificate), request_for(new_key()))
+    assert {
+        entry.state(made.time.now) for entry in made.certificates.registry.entries() if entry.issued.subject.id
+    } == {
+        "revoked",
+        "valid",  # of the operator
+    }
 
 
 def test_renewals_are_few(made: Made) -> None:

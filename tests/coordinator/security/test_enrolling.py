@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ from typing import Any
 
 import grpc
 import pytest
-from fedepth_wire.tls import read_identity
+from fedepth_wire.tls import read_identity, write_identity
 from fedepth_wire.tokens import Token, parse_token
 from fedepth_wire.v1 import trust_pb2 as pb
 
+from coordinator.security.authority import make_enrollment
 from coordinator.security.enrolling import EnrollmentService, enrollment_credentials, enrollment_server
 from coordinator.security.registry import Registry
 from edge_client.certificate.client import bundle_of
@@ -119,6 +121,40 @@ def test_a_token_of_somebody_who_was_revoked_is_refused(made: Made, tmp_path: Pa
         made.certificates.registry.revoke("kitchen")
         with pytest.raises(TrustError):
             enroll_with_token(address, used, tmp_path / "state")
+
+
+def test_a_name_of_several_words_is_advised_as_one(made: Made, tmp_path: Path) -> None:
+    token = token_for(made, "kitchen; left")
+    with enrolling(made) as address:
+        enroll_with_token(address, token, tmp_path / "first")
+        with pytest.raises(TrustError, match=r"make another one: fedepth-coordinator enroll 'kitchen; left'$"):
+            enroll_with_token(address, token, tmp_path / "second")
+        other = token_for(made, "hall")
+        with pytest.raises(TrustError, match="fedepth-coordinator certs revoke 'kitchen; left', then try again"):
+            enroll_with_token(address, other, tmp_path / "first")
+
+
+@pytest.mark.parametrize(("years", "said"), [(20, "is not valid yet: the clock of this machine"), (-20, "has expired")])
+def test_a_clock_that_is_wrong_by_years_is_named(made: Made, tmp_path: Path, years: int, said: str) -> None:
+    """Small boards have no battery. Here, the certificate is of another time than this machine's."""
+    identity = make_enrollment(made.time.now + years * 365 * DAY_S)
+    write_identity(made.certificates.folder / "enrollment.pem", identity)
+    with enrolling(made) as address, pytest.raises(TransportError) as caught:
+        enroll_with_token(address, token_for(made), tmp_path / "state")
+    assert said in str(caught.value) and "Here it is 20" in str(caught.value)
+    assert "try again, with the same token" in str(caught.value)
+
+
+def test_who_listens_and_says_nothing_is_not_waited_for_for_ever(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_client.enroll.TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = Address("127.0.0.1", silent.getsockname()[1])
+        with pytest.raises(
+            TransportError, match=r"^127\.0\.0\.1:[0-9]+ does not answer within 0\.1 s; is it the enrolment"
+        ):
+            enroll_with_token(address, token_for(made), tmp_path / "state")
 
 
 def test_a_guessed_token_is_refused(made: Made, tmp_path: Path) -> None:
