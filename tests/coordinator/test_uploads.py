@@ -128,7 +128,6 @@ async def ignore(held: int) -> None:
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
-    monkeypatch.setattr(norms, "scale_of", lambda *_: 1.0)
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
