@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import secrets
 import stat
 import sys
@@ -24,6 +25,7 @@ from fedepth.errors import DiskError, LockedError, StateError
 from fedepth.printable import printable, quoted
 
 PIECE_BYTES = 1 << 20
+MOST_OPEN_FILES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
 NO_WORKING_DIRECTORY = "the working directory does not exist any more; change to another one"
@@ -241,6 +243,19 @@ def file_digest(path: Path, *, follow: bool = True) -> str:
         while data := file.read(PIECE_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+def raise_open_files() -> int:
+    """Lets this process open as many files and connections as it may by itself; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Some systems say "unlimited" and take no more than this (fs.nr_open).
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (min(hard, MOST_OPEN_FILES) if hard > 0 else MOST_OPEN_FILES, hard)
+            )
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft
 
 
 def lock_file(path: Path) -> IO[str]:
