@@ -122,6 +122,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                     await self._check(request, rule, caller, context)
                 if not streams_out:
                     return await inner(request, context)
+                # Otherwise they go with the first message, and a call that is ended during its first write could not be
+                # told why: grpc would send them once more.
+                await context.send_initial_metadata(())
                 if not inspect.isasyncgenfunction(inner):
                     return await inner(request, context)  # it writes by itself
                 async with contextlib.aclosing(inner(request, context)) as replies:
