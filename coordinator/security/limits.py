@@ -175,7 +175,7 @@ class Limits(Generic[T]):
             _log.warning(
                 "calls beyond the limits of one device; if it goes on: fedepth-coordinator certs revoke",
                 device=printable(name),
-                device_id=printable(who),
+                caller=printable(who),
                 call=kind,
                 times=self._untold,
             )
