@@ -14,7 +14,9 @@ coordinator, so that what agents and strangers cost themselves is in all figures
     tasks_per_second     questions that are answered when as many are asked as are answered, and nobody waits
     rss_bytes_per_agent  what the coordinator's resident memory grew by when all had connected and polled
     round_seconds        of a round of 16 devices that do not train, in the median
+    processor_ms_per_task  processor time of the coordinator for one of them
     errors               calls that failed
+    other_load           processes that the machine was busy with before: beside them, times say nothing
     round_slowdown       round_seconds with 1,000 strangers over round_seconds without any
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -111,7 +114,7 @@ class Rounds:
 async def measure(running: Lab, scale: Scale, console: Console) -> dict[str, Any]:
     """All figures."""
     files = [running.folder / f"devices-{number}.json" for number in range(PROCESSES)]
-    begun = time.monotonic()
+    begun, other = time.monotonic(), round(os.getloadavg()[0], 1)
     await asyncio.to_thread(enroll_many, running.certificates, scale.agents, files)
     console.print(f"{scale.agents} certificates in {time.monotonic() - begun:.1f} s")
     job = running.folder / "job.toml"
@@ -130,7 +133,7 @@ async def measure(running: Lab, scale: Scale, console: Console) -> dict[str, Any
         begun = time.monotonic()
         first = merged(await ask_all(agents, "connect"))
         connected_s = time.monotonic() - begun
-        console.print(f"{scale.agents} agents connected in {connected_s:.1f} s, {len(first.errors)} errors")
+        console.print(f"{scale.agents} agents connected in {connected_s:.1f} s, {sum(first.errors.values())} errors")
         watching = asyncio.create_task(rounds.watch(running))
         try:
             await ask_all(agents, "poll")
@@ -142,7 +145,7 @@ async def measure(running: Lab, scale: Scale, console: Console) -> dict[str, Any
                 **await _phase(agents, rounds, scale.seconds, pid),
             }
             _show(console, "nobody else", figures)
-            errors = first.errors + figures["errors"]
+            errors = Counter(first.errors) + Counter(figures["errors"])
             flooded = []
             for count in scale.strangers:
                 async with flood(running, count) as strangers:
@@ -155,19 +158,23 @@ async def measure(running: Lab, scale: Scale, console: Console) -> dict[str, Any
                 found["round_slowdown"] = round(found["round_seconds"] / figures["round_seconds"], 2)
                 _show(console, f"{count} strangers", found)
                 flooded.append(found)
+            used = processor_seconds([pid])
             burst = merged(await ask_all(agents, f"burst {scale.burst_s}"))
+            used = processor_seconds([pid]) - used
         finally:
             watching.cancel()
-    errors += burst.errors
+    errors += Counter(burst.errors)
     return {
         **figures,
         "tasks_per_second": round(burst.answers / scale.burst_s),
-        "errors": len(errors),
+        "processor_ms_per_task": round(1000 * used / max(1, burst.answers), 2),
+        "errors": sum(errors.values()),
         "round_slowdown": flooded[-1]["round_slowdown"],
-        "kinds_of_errors": dict(Counter(errors)),
+        "kinds_of_errors": dict(errors),
+        "cores": len(os.sched_getaffinity(0)),
+        "other_load": other,
         "flooded": [
-            {**each, "errors": len(each["errors"]), "kinds_of_errors": dict(Counter(each["errors"]))}
-            for each in flooded
+            {**each, "errors": sum(each["errors"].values()), "kinds_of_errors": each["errors"]} for each in flooded
         ],
     }
 
@@ -227,7 +234,7 @@ def _show(console: Console, name: str, found: dict[str, Any]) -> None:
     console.print(
         f"{name}: {found['agents']} connections, p50 {found['p50_seconds']:.3f} s, p99 {found['p99_seconds']:.3f} s, "
         f"{found['answers']} answers, {found['rounds']} rounds of {found['round_seconds']:.2f} s, processors "
-        f"{found['processor_share']:.2f}, {format_size(found['rss_bytes'])}, {len(found['errors'])} errors "
+        f"{found['processor_share']:.2f}, {format_size(found['rss_bytes'])}, {sum(found['errors'].values())} errors "
         f"{found.get('connections_of_strangers', '')}",
         highlight=False,
     )

@@ -31,7 +31,6 @@ CONNECTING = 16  # at once
 BURST_ASKING = 16  # at once in a process
 NOISE = 1e-4
 PAUSE_S = 1.0  # after an error
-_MOST_ERRORS = 20  # in words; the rest is counted
 
 
 class Device:
@@ -149,7 +148,7 @@ class Agents:
             self._note(f"an update was refused: {uploaded.refused.message} {committed.refused.message}")
 
     def _note(self, error: str) -> None:
-        self._figures.errors.append(error if len(self._figures.errors) < _MOST_ERRORS else "")
+        self._figures.errors[error] = self._figures.errors.get(error, 0) + 1
 
 
 async def _serve(address: str, file: Path, seed: int) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +35,13 @@ class Figures:
         seconds: from each question that need not wait to its answer.
         answers: to questions of all kinds.
         updates: that were accepted.
-        errors: calls that failed, in words.
+        errors: calls that failed, by what was said of them.
     """
 
     seconds: list[float] = field(default_factory=list)
     answers: int = 0
     updates: int = 0
-    errors: list[str] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
 
 
 def enroll_many(certificates: LabCertificates, count: int, files: Sequence[Path]) -> None:
@@ -125,5 +126,5 @@ def merged(answers: Sequence[Any]) -> Figures:
         sorted(second for each in answers for second in each["seconds"]),
         sum(each["answers"] for each in answers),
         sum(each["updates"] for each in answers),
-        [error for each in answers for error in each["errors"]],
+        dict(sum((Counter(each["errors"]) for each in answers), Counter[str]())),
     )
