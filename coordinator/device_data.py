@@ -16,6 +16,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from fedepth.errors import ProtocolError
 
 MOST_BYTES = 64 << 20  # of all devices together
+ENTRY_BYTES = 1 << 10  # that each counts for in addition, so that empty ones are bounded as well
 
 
 class DeviceData:
@@ -54,6 +55,8 @@ class DeviceData:
         if self.find(digest) is not None:
             return
         growing = self._growing.setdefault(digest, bytearray())
+        self._growing.move_to_end(digest)
+        self._forget()
         if len(growing) < size_bytes:
             await acknowledge(len(growing))
             async for chunk in chunks:
@@ -77,7 +80,8 @@ class DeviceData:
 
     def _forget(self) -> None:
         """Keeps within the bound: those that are still coming go first."""
-        total = sum(map(len, self._whole.values())) + sum(map(len, self._growing.values()))
-        for files in (self._growing, self._whole):
+        held = (self._growing, self._whole)
+        total = sum(ENTRY_BYTES + len(data) for files in held for data in files.values())
+        for files in held:
             while total > self._most_bytes and files:
-                total -= len(files.popitem(last=False)[1])
+                total -= ENTRY_BYTES + len(files.popitem(last=False)[1])
