@@ -19,7 +19,7 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from coordinator.store.records import Store, TaskRecord
 from fedepth.aggregation.rules import Norms
 from fedepth.errors import ProtocolError, StateError, UnavailableError, UpdateError
-from fedepth.files import Digests, make_durable
+from fedepth.files import Digests, delete, is_own_file, make_durable
 from fedepth.layout import ModelLayout
 from fedepth.task import PartInfo, Result, TrainingSpec
 
@@ -165,7 +165,7 @@ class Uploads:
 
     def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
         """Whether there is something to receive, and room for it."""
-        same_size = whole.exists() and whole.stat().st_size == growing.size_bytes
+        same_size = is_own_file(whole) and whole.stat().st_size == growing.size_bytes
         if same_size and self._digests.of(whole) == growing.digest:
             return False
         self._check_room(growing.size_bytes - growing.resume())
@@ -254,12 +254,12 @@ class Uploads:
             raise UpdateError("size", f"the parts have more than {self.limit_bytes} bytes together")
         for path, part in zip(paths, result.parts, strict=True):
             partial = _partial_path(path.parent, part.part, part.digest)
-            if partial.exists() and partial.stat().st_size == part.size_bytes:
+            if is_own_file(partial) and partial.stat().st_size == part.size_bytes:
                 # All bytes came, but the stream or the coordinator ended before the part got its name.
                 growing = PartialFile(partial, part.size_bytes, part.digest)
                 growing.resume()
                 _seal(growing, path, self._digests)
-            if not path.exists():
+            if not is_own_file(path):
                 raise ProtocolError(f"part {part.part} is not here; send it")
             if path.stat().st_size != part.size_bytes or self._digests.of(path) != part.digest:
                 path.unlink()  # it may have changed on this disk, and the device has it still
@@ -318,9 +318,11 @@ def _make_ready(whole: Path, partial: Path) -> None:
     if not folder.exists():
         folder.mkdir()
         make_durable(folder)
+    if not is_own_file(whole):
+        delete(whole)
     if not partial.exists():  # those of other digests: what is sent anew takes the room of what it was before
         for other in folder.glob(f"{whole.stem}.*.partial"):
-            other.unlink()
+            delete(other)
 
 
 def _seal(growing: PartialFile, whole: Path, digests: Digests) -> None:
@@ -332,7 +334,7 @@ def _seal(growing: PartialFile, whole: Path, digests: Digests) -> None:
 def _sizes(folder: Path) -> dict[int, int]:
     """What a spool holds after a restart, by part."""
     sizes: dict[int, int] = {}
-    for path in folder.glob("part-*"):
+    for path in filter(is_own_file, folder.glob("part-*")):
         part = int(path.name[5:9])
         sizes[part] = max(sizes.get(part, 0), path.stat().st_size)
     return sizes

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import stat
 from bisect import bisect_right
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from edge_client.call_errors import CutError
 from edge_client.streams import Streams
 from fedepth.errors import ProtocolError, StateError
-from fedepth.files import disk_errors, file_digest, open_regular, read_regular
-from fedepth.kept_files import delete
+from fedepth.files import delete, disk_errors, file_digest, is_own_file, open_regular, read_regular
 from fedepth.task import Task
 from fedepth.tensor_index import (
     MOST_INDEX_BYTES,
@@ -63,8 +61,8 @@ class Downloads:
         digest, size = task.weights_digest, task.weights_bytes
         name = f"{digest}.safetensors"
         with disk_errors("weights cannot be fetched and kept", self._weights):
-            others = [path for path in self._weights.glob("*.safetensors") if path.name != name and _is_file(path)]
-            new = not _is_file(self._weights / name)
+            others = [path for path in self._weights.glob("*.safetensors") if path.name != name and is_own_file(path)]
+            new = not is_own_file(self._weights / name)
         assembly = None
         if task.index_digest and others and new and digest not in self._doubted:
             found = await self._fetch(self._indexes, f"{digest}.json", task.index_digest, task.index_bytes)
@@ -99,7 +97,7 @@ class Downloads:
     def _index(self, weights: Path) -> TensorIndex:
         """Of weights that are here: as it came with them, or made now."""
         kept = self._indexes / f"{weights.stem}.json"
-        if not _is_file(kept):
+        if not is_own_file(kept):
             return index_of(weights)
         try:
             return decode_index(read_regular(kept, MOST_INDEX_BYTES), weights.stat().st_size)
@@ -127,7 +125,7 @@ class Downloads:
         folder.mkdir(parents=True, exist_ok=True)
         final, partial = folder / name, folder / f"{name}.partial"
         for path in folder.iterdir():
-            if not _is_file(path):
+            if not is_own_file(path):
                 delete(path)  # such as a FIFO, at which a reader and a writer would wait for ever
         if final.exists():
             if await asyncio.to_thread(file_digest, final) == digest:
@@ -177,14 +175,6 @@ class Downloads:
                 await self._streams.fetch(growing.digest, missing, take, verify=growing.digest in self._doubted)
             except CutError as error:
                 _log.debug("a download was cut; going on", file=growing.path.name, error=str(error))
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it can be one of ours."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError:
-        return False
 
 
 class _Assembly:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import resource
 import secrets
+import shutil
 import stat
 import sys
 import time
@@ -221,6 +222,23 @@ def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
     if len(data) > most_bytes:
         raise WrongFileError(errno.EFBIG, f"has more than {most_bytes} bytes, which is not read", str(path))
     return data
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether it is a regular file, and no link to one: this program makes no links."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def delete(path: Path) -> None:
+    """Whatever it is, as far as the disk lets it go; what stays is found again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def not_writable(path: Path) -> str:

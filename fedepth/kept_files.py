@@ -6,10 +6,8 @@ No torch: an idle agent loads this.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -51,12 +49,3 @@ def damage(path: Path, digest: str) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return f"its sha256 is {found[:12]}…, expected {digest[:12]}…" if found != digest else ""
-
-
-def delete(path: Path) -> None:
-    """As far as the disk lets it go; what stays is found again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()

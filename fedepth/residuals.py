@@ -19,8 +19,8 @@ from typing import Any
 
 import structlog
 
-from fedepth.files import disk_errors, sync_folder
-from fedepth.kept_files import damage, delete, entries, model_key, number_and_digest
+from fedepth.files import delete, disk_errors, sync_folder
+from fedepth.kept_files import damage, entries, model_key, number_and_digest
 from fedepth.layout import Encoding
 from fedepth.task import Result, Task
 

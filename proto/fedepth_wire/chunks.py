@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedepth.errors import ProtocolError
-from fedepth.files import Signature, file_digest, open_regular, signature, sync_folder
+from fedepth.files import Signature, delete, file_digest, is_own_file, open_regular, signature, sync_folder
 from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.times import SYNC_S
 from fedepth_wire.v1.federation_pb2 import Chunk
@@ -99,10 +99,10 @@ class PartialFile:
         self._signature: Signature | None = None  # of the file as it was left here
 
     def resume(self) -> int:
-        """Looks how much of it is there. More than the whole is none of it, and deleted."""
-        held = self.path.stat().st_size if self.path.exists() else 0
-        if held > self.size_bytes:
-            self.path.unlink()
+        """Looks how much of it is there. More than the whole is none of it, and deleted; so is what is no file."""
+        held = self.path.stat().st_size if is_own_file(self.path) else 0
+        if held > self.size_bytes or not is_own_file(self.path):
+            delete(self.path)
             held = 0
         if held == 0:
             self._hash, self._signature = hashlib.sha256(), None

@@ -413,6 +413,31 @@ def test_a_part_that_was_replaced_by_one_that_looks_as_old_is_asked_for_again(se
         setup.commit()
 
 
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link to nowhere"])
+@pytest.mark.parametrize("place", ["whole", "partial", "another's partial"])
+def test_what_is_no_file_in_its_place_keeps_no_part_from_arriving(setup: Setup, place: str, kind: str) -> None:
+    """After a disk was checked and repaired, or somebody has restored half of a folder."""
+    (whole,) = setup.uploads.paths(setup.kit.result(setup.task, {0: DATA}))
+    whole.parent.mkdir()
+    path = {
+        "whole": whole,
+        "partial": uploads_module._partial_path(whole.parent, 0, setup.kit.sha256(DATA)),
+        "another's partial": uploads_module._partial_path(whole.parent, 0, "0" * 64),
+    }[place]
+    if kind == "folder":
+        path.mkdir()
+        (path / "inside").touch()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ProtocolError, match="part 0 is not here; send it"):
+        setup.commit()
+    setup.send(setup.header())
+    assert whole.read_bytes() == DATA
+    assert setup.commit() is True
+
+
 def test_another_attempt_or_other_parts_are_not_acknowledged_for_a_recorded_update(setup: Setup) -> None:
     setup.send(setup.header())
     assert setup.commit() is True
