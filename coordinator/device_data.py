@@ -18,7 +18,6 @@ from fedepth_wire.v1.federation_pb2 import Chunk
 from fedepth.errors import ProtocolError
 
 MOST_BYTES = 64 << 20  # of all devices together
-<<<<<<< HEAD
 MOST_DEVICES = 20_000
 
 
@@ -34,16 +33,13 @@ class _Held:
     @property
     def size_bytes(self) -> int:
         return len(self.whole) + len(self.growing)
-=======
-ENTRY_BYTES = 1 << 10  # that each counts for in addition, so that empty ones are bounded as well
->>>>>>> b8551028bed1cfad178122e9c6653aacfaba92be
 
 
 class DeviceData:
     """Files in memory: of every device its last one. What was used last stays longest."""
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, most_bytes: int = MOST_BYTES, most_devices: int = MOST_DEVICES) -> None:
+        self._most_bytes, self._most_devices = most_bytes, most_devices
         self._held: OrderedDict[str, _Held] = OrderedDict()
 
     def find(self, device_id: str, digest: str) -> bytes | None:
@@ -75,13 +71,8 @@ class DeviceData:
             raise ProtocolError(f"{size_bytes} bytes about a device's data; at most {MOST_DATA_BYTES} are taken")
         if self.find(device_id, digest) is not None:
             return
-<<<<<<< HEAD
         growing = self._begin(device_id, digest)
-=======
-        growing = self._growing.setdefault(digest, bytearray())
-        self._growing.move_to_end(digest)
         self._forget()
->>>>>>> b8551028bed1cfad178122e9c6653aacfaba92be
         if len(growing) < size_bytes:
             await acknowledge(len(growing))
             async for chunk in chunks:
@@ -117,16 +108,7 @@ class DeviceData:
         return held.growing
 
     def _forget(self) -> None:
-<<<<<<< HEAD
         """Keeps within the bound."""
         total = sum(held.size_bytes for held in self._held.values())
-        while total > self._most_bytes or len(self._held) > MOST_DEVICES:
+        while total > self._most_bytes or len(self._held) > self._most_devices:
             total -= self._held.popitem(last=False)[1].size_bytes
-=======
-        """Keeps within the bound: those that are still coming go first."""
-        held = (self._growing, self._whole)
-        total = sum(ENTRY_BYTES + len(data) for files in held for data in files.values())
-        for files in held:
-            while total > self._most_bytes and files:
-                total -= ENTRY_BYTES + len(files.popitem(last=False)[1])
->>>>>>> b8551028bed1cfad178122e9c6653aacfaba92be

@@ -13,7 +13,7 @@ from fedepth_wire.convert import from_message
 from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
 from fedepth_wire.v1 import federation_pb2 as pb
 
-from coordinator.device_data import ENTRY_BYTES, DeviceData
+from coordinator.device_data import DeviceData
 from fedepth.errors import ProtocolError
 from fedepth.task import DeviceReport
 
@@ -71,7 +71,6 @@ def test_a_gap_and_too_much_are_refused() -> None:
 
 
 def test_all_together_are_bounded_and_what_was_used_last_stays() -> None:
-<<<<<<< HEAD
     held = DeviceData(most_bytes=1000)
     files = {name: name.encode() * 300 for name in "abcd"}
     for name in "abc":
@@ -114,30 +113,16 @@ def test_of_two_files_at_once_the_older_stream_ends() -> None:
     with pytest.raises(ProtocolError, match="in a newer stream"):
         asyncio.run(held.receive("a", sha256(first), 300, chunks(), acknowledge))
     assert held.find("a", sha256(second)) == second
-=======
-    held = DeviceData(most_bytes=1000 + 3 * ENTRY_BYTES)
-    files = [bytes([number]) * 300 for number in range(4)]
-    for data in files[:3]:
-        send(held, data)
-    assert held.find(sha256(files[0])) is not None
-    send(held, files[3])
-    assert [held.find(sha256(data)) is not None for data in files] == [True, False, True, True]
-    for number in range(20):  # a hundred bytes of each, and then nothing more
-        with pytest.raises(ProtocolError, match="ended"):
-            send(held, bytes([100 + number]) * 400, 100)
-    assert sum(map(len, held._growing.values())) + sum(map(len, held._whole.values())) <= 1000 + 3 * ENTRY_BYTES
-    assert held.find(sha256(files[3])) is not None  # whole ones are not driven out by those
->>>>>>> b8551028bed1cfad178122e9c6653aacfaba92be
 
 
 def test_what_is_announced_and_never_sent_is_bounded_as_well() -> None:
-    held = DeviceData(most_bytes=10 * ENTRY_BYTES)
+    held = DeviceData(most_devices=10)
     for number in range(50):
         with pytest.raises(ProtocolError, match="the stream ended at 0 of 4 bytes"):
-            send(held, b"data", 0, digest=sha256(bytes([number])))
-    assert len(held._growing) <= 10
-    send(held, b"data")
-    assert held.find(sha256(b"data")) == b"data"
+            send(held, b"data", 0, digest=sha256(bytes([number])), device=f"device-{number}")
+    assert len(held._held) == 10
+    send(held, b"data", device="honest")
+    assert held.find("honest", sha256(b"data")) == b"data"
 
 
 def test_a_large_report_travels_by_digest_and_a_small_one_whole(kit: Any) -> None:
