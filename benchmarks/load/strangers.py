@@ -126,7 +126,9 @@ class Strangers:
     def __init__(self, host: str, ports: tuple[int, int], certificate: bytes, count: int) -> None:
         coordinator, enrollment = ports
         everywhere = (silent, half_open, dripping, garbage, handshakes)
-        kinds = [(kind, kind.__name__, (host, port)) for kind in everywhere for port in (coordinator, enrollment)]
+        kinds: list[tuple[Callable[[Where], Awaitable[None]], str, Where]] = [
+            (kind, kind.__name__, (host, port)) for kind in everywhere for port in (coordinator, enrollment)
+        ]
         kinds.append((enrolling(certificate), "enrolling", (host, enrollment)))
         self._ended: Counter[str] = Counter()
         self._all = [asyncio.create_task(self._flood(*kinds[number % len(kinds)])) for number in range(count)]
@@ -138,7 +140,7 @@ class Strangers:
                 self._ended[name] += 1
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 # An answer in TLS or in TCP: thrown out. Otherwise there was no connection.
-                refused = isinstance(error, ConnectionRefusedError) or (error.errno or 0) in _NO_CONNECTION
+                refused = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", 0) in _NO_CONNECTION
                 self._ended["no connection" if refused else name] += 1
                 if refused:
                     await asyncio.sleep(AWAY_S)
