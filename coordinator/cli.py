@@ -411,6 +411,8 @@ def _unreachable(address: str, identity: Identity | Insecure, error: grpc.aio.Ai
             f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "
             f"`getent hosts {parse_address(address).host}`, or give the IP address"
         )
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return TransportError(f"the coordinator at {address} answers, and is {details}")
     why = plainly(error.code(), details)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # somebody listens
         return TransportError(
