@@ -159,7 +159,8 @@ def status_command(
     accuracy = f"{reply.accuracy:.2%}" if reply.accuracy >= 0 else "unknown"
     onnx = reply.onnx_path or "not exported yet"
     print(printable(f"{reply.job}: round {reply.round} of {reply.rounds}, {reply.phase}, {reply.devices} devices"))
-    print(printable(f"accuracy {accuracy}, weights {reply.weights_digest[:12]}, ONNX {onnx}"))
+    weights = reply.weights_digest[:12] or "not there yet"
+    print(printable(f"accuracy {accuracy}, weights {weights}, ONNX {onnx}"))
     if reply.epsilon > 0:
         print(f"privacy spent: epsilon {reply.epsilon:.3g} with delta {reply.delta:g}")
     if reply.not_private:
@@ -410,6 +411,8 @@ def _unreachable(address: str, identity: Identity | Insecure, error: grpc.aio.Ai
             f"no answer from a coordinator at {address}: this machine cannot resolve that name; check it with "
             f"`getent hosts {parse_address(address).host}`, or give the IP address"
         )
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return TransportError(f"the coordinator at {address} answers, and is {details}")
     why = plainly(error.code(), details)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # somebody listens
         return TransportError(

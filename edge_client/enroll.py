@@ -18,7 +18,7 @@ from fedepth_wire.tokens import Token
 from fedepth_wire.v1 import trust_pb2 as pb
 from fedepth_wire.v1.trust_pb2_grpc import EnrollmentStub
 
-from edge_client.certificate.client import bundle_of, day
+from edge_client.certificate.client import bundle_of, day, trouble
 from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
 from edge_client.certificate.protocol import Facts
 from edge_client.identity import adopt_id, device_id
@@ -49,14 +49,28 @@ def enroll_with_token(address: Address, token: Token, state: Path) -> Facts:
             f"who answers at {address} is not the coordinator that made the token; nothing was sent to it. Check the "
             "address and its port, which is that of enrolment"
         )
-    reply = asyncio.run(
-        _enroll(address, server, pb.EnrollRequest(secret=token.secret, request=request, device_id=identifier))
-    )
+    try:
+        reply = asyncio.run(
+            _enroll(address, server, pb.EnrollRequest(secret=token.secret, request=request, device_id=identifier))
+        )
+    except TrustError as error:
+        raise TrustError(f"{error}{_what_there_is(state, identifier)}") from None
     facts = install(bundle_of(state), pending, reply.certificate, reply.authority)
     if facts.uri != uri_of(Role.DEVICE, identifier):
         bundle_of(state).unlink()
         raise TrustError(f"the coordinator at {address} answered with a certificate for {printable(facts.uri)}")
     return facts
+
+
+def _what_there_is(state: Path, identifier: str) -> str:
+    """What may make up for a token that is refused: its first use, whose end nobody saw."""
+    try:
+        facts = facts_of(read_identity(bundle_of(state)))
+    except TrustError:
+        return ""
+    if trouble(facts, uri_of(Role.DEVICE, identifier), time.time()):
+        return ""
+    return f". This device has a certificate: it is {printable(facts.name)} until {day(facts.not_after)}"
 
 
 def enroll_with_bundle(bundle: Path, state: Path) -> Facts:

@@ -39,7 +39,7 @@ from coordinator.security.authority import (
     write_authority,
 )
 from coordinator.security.registry import Registry
-from fedepth.errors import LockedError, TrustError
+from fedepth.errors import LockedError, TrustError, UnavailableError
 from fedepth.files import disk_errors, lock_file, read_regular, user_folder, write_atomically
 from fedepth.printable import printable, quoted
 
@@ -184,31 +184,32 @@ class Certificates:
 
         Raises:
             TrustError: no. Says why.
+            UnavailableError: the folder cannot be used now.
         """
-        key, authority = requested_key(request), self._authority()
+        key = requested_key(request)
         issued = self.registry.enroll(
             secret,
             _uuid(device_id),
             public_key_digest(key),
-            lambda subject: authority.issue(subject, key, days, self._clock()),
+            lambda subject: self._signing().issue(subject, key, days, self._clock()),
         )
-        return issued.certificate, authority.pem
+        return issued.certificate, self._signing().pem
 
     def renew(self, certificate: str, request: bytes) -> bytes:
         """A new certificate for whoever has the one with fingerprint `certificate`, for as long as that was made for.
 
         Raises:
             TrustError: there is none such, it was revoked, or has too long to go.
-            UnavailableError: not so often.
+            UnavailableError: not so often, or the folder cannot be used now.
         """
-        key, authority = requested_key(request), self._authority()
+        key = requested_key(request)
 
         def made(before: Issued) -> Issued:
             now = self._clock()
             if not is_due(before.not_before, before.not_after, now):
                 raise TrustError(f"the certificate of {printable(before.subject.name)} is not to be renewed yet")
             days = (before.not_after - before.not_before) / 86400 - 1  # without the day before it was made
-            return authority.issue(before.subject, key, max(1, days), now)
+            return self._signing().issue(before.subject, key, max(1, days), now)
 
         return self.registry.renew(certificate, public_key_digest(key), made).certificate
 
@@ -259,6 +260,13 @@ class Certificates:
             return read_regular(self.folder / "enrollment", _MOST_ADDRESS_BYTES).decode("ascii", "replace").strip()
         except OSError:
             return ""
+
+    def _signing(self) -> Authority:
+        """The authority, for a device, whose fault it is not if there is none."""
+        try:
+            return self._authority()
+        except TrustError as error:
+            raise UnavailableError(str(error)) from None
 
     def _authority(self) -> Authority:
         return read_authority(self.folder / "authority.pem")

@@ -62,8 +62,12 @@ class EnrollmentService(EnrollmentServicer):
         except (TrustError, ProtocolError) as error:
             self._note_refusal(str(error), context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        except FedepthError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"busy: {error}; come back in {_BUSY_S} s")
+        except FedepthError as error:  # it names files of this machine, which are nothing for a stranger
+            self._note_refusal(str(error), context.peer())
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"busy: no certificate can be made now, and the coordinator's log says why; come back in {_BUSY_S} s",
+            )
         _log.info("device enrolled", device_id=request.device_id, peer=context.peer())
         return pb.EnrollReply(certificate=certificate, authority=authority)
 

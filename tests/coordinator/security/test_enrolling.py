@@ -15,6 +15,7 @@ import pytest
 from fedepth_wire.tls import read_identity, write_identity
 from fedepth_wire.tokens import Token, parse_token
 from fedepth_wire.v1 import trust_pb2 as pb
+from structlog.testing import capture_logs
 
 from coordinator.security.authority import make_enrollment
 from coordinator.security.enrolling import EnrollmentService, enrollment_credentials, enrollment_server
@@ -121,6 +122,30 @@ def test_a_token_of_somebody_who_was_revoked_is_refused(made: Made, tmp_path: Pa
         made.certificates.registry.revoke("kitchen")
         with pytest.raises(TrustError):
             enroll_with_token(address, used, tmp_path / "state")
+
+
+def test_who_types_it_a_second_time_is_told_what_the_first_has_done(made: Made, tmp_path: Path) -> None:
+    token = token_for(made)
+    with enrolling(made) as address:
+        enroll_with_token(address, token, tmp_path / "state")
+        with pytest.raises(TrustError, match=r"has been used; .*\. This device has a certificate: it is kitchen un"):
+            enroll_with_token(address, token, tmp_path / "state")
+
+
+@pytest.mark.parametrize("file", ["authority.pem", "record.sqlite"])
+def test_trouble_with_the_folder_is_not_the_fault_of_a_device_and_is_not_told_to_strangers(
+    made: Made, tmp_path: Path, file: str
+) -> None:
+    token = token_for(made)
+    path = made.certificates.folder / file
+    with enrolling(made) as address, capture_logs() as logs:
+        path.rename(tmp_path / file)
+        with pytest.raises(TransportError, match="busy: no certificate can be made now") as caught:
+            enroll_with_token(address, token, tmp_path / "state")
+        assert file not in str(caught.value)
+        assert file in next(line for line in logs if line["event"] == "enrolment refused")["reason"]
+        (tmp_path / file).rename(path)
+        assert enroll_with_token(address, token, tmp_path / "state").name == "kitchen"
 
 
 def test_a_name_of_several_words_is_advised_as_one(made: Made, tmp_path: Path) -> None:
