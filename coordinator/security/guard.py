@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -20,6 +21,7 @@ import grpc
 import structlog
 from fedepth_wire.channel import MOST_STREAMS
 from fedepth_wire.tls import Caller, Role, caller_of
+from google.protobuf.message import DecodeError
 
 from coordinator.security.authority import Subject
 from coordinator.security.limits import Limits, too_many
@@ -35,6 +37,7 @@ _BUSY_S = 20
 # whoever asks again at once is slowed down by that.
 HELD_S = 1.0
 _MOST_HELD = MOST_STREAMS
+_HELD_BYTES = 16 << 10
 _KINDS = {Role.DEVICE: "a device", Role.OPERATOR: "an operator", Role.COORDINATOR: "a coordinator"}
 
 if TYPE_CHECKING:  # generic in the stubs only
@@ -113,18 +116,22 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         inner, make = _parts(handler)
         streams_in, streams_out = bool(handler.request_streaming), bool(handler.response_streaming)
 
-        async def served(request: Any, context: Context) -> Any:
-            async with self._admitted(rule, method, context) as (caller, pause):
+        async def answered(received: Any, context: Context) -> Any:
+            size = 0 if streams_in else len(received)
+            async with self._admitted(rule, method, size, streams_out, context) as (caller, pause):
+
+                async def checked(encoded: bytes) -> Any:
+                    message = await _decoded(handler, encoded, context)
+                    await self._check(message, rule, caller, context)
+                    return message
+
                 if streams_in:
-                    read = _Read(context, lambda message: self._check(message, rule, caller, context), pause)
+                    read = _Read(context, checked, pause)
                     request, context = aiter(read), cast(Context, read)
                 else:
-                    await self._check(request, rule, caller, context)
+                    request = await checked(received)
                 if not streams_out:
                     return await inner(request, context)
-                # Otherwise they go with the first message, and a call that is ended during its first write could not be
-                # told why: grpc would send them once more.
-                await context.send_initial_metadata(())
                 if not inspect.isasyncgenfunction(inner):
                     return await inner(request, context)  # it writes by itself
                 async with contextlib.aclosing(inner(request, context)) as replies:
@@ -132,15 +139,20 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                         await context.write(reply)
                 return None
 
-        return make(
-            served,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        async def served(received: Any, context: Context) -> Any:
+            try:
+                return await answered(received, context)
+            except BaseException as error:
+                received = None
+                _let_go(error)
+                raise
+
+        # What is not admitted is not decoded either: a message of 1 MiB can take twenty then.
+        return make(served, response_serializer=handler.response_serializer)
 
     @contextlib.asynccontextmanager
     async def _admitted(
-        self, rule: Rule, method: str, context: Context
+        self, rule: Rule, method: str, size_bytes: int, streams_out: bool, context: Context
     ) -> AsyncIterator[tuple[Caller, Callable[[], float]]]:
         """Lets a call in while its certificate is valid, and within the limits of its caller.
 
@@ -149,7 +161,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         caller, entry = await self._caller(context)
         kind, who = method.rpartition("/")[2], f"{caller.role.value} {caller.id}"
         if why := self._limits.take(who, caller.name, kind):
-            await self._hold(who)
+            # A large request would be held with its call.
+            if size_bytes <= _HELD_BYTES:
+                await self._hold(who)
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         if caller.role not in rule.roles:
             allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
@@ -158,6 +172,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{kind} is for {allowed}, and {printable(caller.name)} is {_KINDS[caller.role]}",
             )
+        if streams_out:
+            # Otherwise they go with the first message, and a call that is ended during its first write cannot be told
+            # why: grpc would send them once more.
+            await context.send_initial_metadata(())
         task = asyncio.current_task()
         assert task is not None
         call = _Call(entry, task)
@@ -171,7 +189,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 raise
             if sys.version_info >= (3, 11):
                 task.uncancel()
-            await _abort(context, call.code, call.refused)
+            # If not, an answer of its own was on its way.
+            with contextlib.suppress(grpc.aio.UsageError):
+                await _abort(context, call.code, call.refused)
         finally:
             self._calls.discard(call)
             self._limits.leave(who, kind, call)
@@ -254,23 +274,25 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
 
 
 class _Read:
-    """A context whose messages are checked as they are read, by whichever of grpc's two ways a handler reads them.
+    """A context whose messages are decoded and checked as they are read, by whichever of grpc's two ways that is.
 
     Too many are read more slowly: flow control then holds up whoever sends them.
     """
 
-    def __init__(self, context: Context, check: Callable[[Any], Awaitable[None]], pause: Callable[[], float]) -> None:
+    def __init__(
+        self, context: Context, checked: Callable[[bytes], Awaitable[Any]], pause: Callable[[], float]
+    ) -> None:
         self._context = context
-        self._check = check
+        self._checked = checked
         self._pause = pause
 
     async def read(self) -> Any:
         if seconds := self._pause():
             await asyncio.sleep(seconds)
-        request = await self._context.read()
-        if request is not grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
-            await self._check(request)
-        return request
+        encoded = await self._context.read()
+        if encoded is grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
+            return encoded
+        return await self._checked(encoded)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (request := await self.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -289,6 +311,23 @@ def _parts(handler: Handler) -> tuple[Callable[..., Any], Callable[..., Handler]
     if handler.response_streaming:
         return handler.unary_stream, grpc.unary_stream_rpc_method_handler  # type: ignore[return-value]
     return handler.unary_unary, grpc.unary_unary_rpc_method_handler  # type: ignore[return-value]
+
+
+async def _decoded(handler: Handler, encoded: bytes, context: Context) -> Any:
+    if handler.request_deserializer is None:
+        return encoded
+    try:
+        return handler.request_deserializer(encoded)
+    except DecodeError as error:
+        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"this is no message: {error}")
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the frames of an error hold, such as a request of megabytes. Errors that end a call are in cycles, and
+    would be collected some thousand calls later."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _again(who: Caller | Subject) -> str:
