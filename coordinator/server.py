@@ -72,9 +72,9 @@ async def serve(
     server = grpc.aio.server(
         options=[*usual, ("grpc.max_allowed_incoming_connections", connections)], interceptors=interceptors
     )
-    _log.info("connections", most=connections)
     # In threads, also before there is anybody to serve: a signal has to be heard.
     store, listening = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing, secured)
+    _log.info("connections", most=connections)
     front = Front(server, listening, options, secured)
     try:
         if stop.is_set():
