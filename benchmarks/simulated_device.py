@@ -6,10 +6,8 @@ For questions about the coordinator alone: many devices in one process, and mess
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,12 +17,12 @@ from fedepth_wire.convert import to_message
 from fedepth_wire.task_messages import task_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
+from safetensors.numpy import load, save
 
 from fedepth.budget import Budget
 from fedepth.models.traced import TracedModel
 from fedepth.plan import Plan
 from fedepth.task import SETTINGS, DeviceReport, PartInfo, Result, StageResult, Task
-from fedepth.weights import load_numpy, save
 
 CHUNK_BYTES = 1 << 20
 CALL_S = 60.0
@@ -104,12 +102,8 @@ class SimulatedDevice:
         """The task's global weights."""
         if task.weights_digest not in self.fetched.weights:
             data = await self._fetch(task.weights_digest, task.weights_bytes)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "weights.safetensors"
-                path.write_bytes(data)
-                tensors = load_numpy(path)
             self.fetched.weights.clear()
-            self.fetched.weights[task.weights_digest] = tensors
+            self.fetched.weights[task.weights_digest] = load(data)
         return self.fetched.weights[task.weights_digest]
 
     async def update(self, task: Task, plan: Plan, noise: float, seed: int) -> Part:
@@ -186,7 +180,4 @@ class SimulatedDevice:
 
 def encoded(tensors: dict[str, Any]) -> bytes:
     """A safetensors file of these tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "part.safetensors"
-        save(path, tensors)
-        return path.read_bytes()
+    return save(tensors)

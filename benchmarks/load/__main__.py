@@ -13,7 +13,7 @@ coordinator, so that what agents and strangers cost themselves is in all figures
     p99_seconds          the same
     tasks_per_second     questions that are answered when as many are asked as are answered, and nobody waits
     rss_bytes_per_agent  what the coordinator's resident memory grew by when all had connected and polled
-    round_seconds        of a round of 16 devices that do not train, in the median
+    round_seconds        of a round of 16 devices that take two seconds to train, in the median
     processor_ms_per_task  processor time of the coordinator for one of them
     errors               calls that failed
     other_load           processes that the machine was busy with before: beside them, times say nothing

@@ -30,7 +30,9 @@ from fedepth.files import raise_open_files
 CONNECTING = 16  # at once
 BURST_ASKING = 16  # at once in a process
 NOISE = 1e-4
-PAUSE_S = 1.0  # after an error
+PAUSE_S = 1.0  # after an error; after each further one twice as long, as agents do
+LONGEST_PAUSE_S = 64.0
+TRAINING_S = 2.0  # for which a device that was drawn does nothing; real ones take minutes
 
 
 class Device:
@@ -102,12 +104,15 @@ class Agents:
 
     async def _work(self, device: Device) -> None:
         await asyncio.sleep(device.random.random() * POLL_S)
+        pause = PAUSE_S
         while True:
             for wait_s in (0.0, POLL_S):
                 reply = await self._ask(device, wait_s)
                 if reply is None:
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(pause * (0.5 + device.random.random()))
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
                     continue
+                pause = PAUSE_S
                 outcome = reply.WhichOneof("outcome")
                 if outcome == "task":
                     await self._take_part(device, reply)
@@ -134,6 +139,7 @@ class Agents:
         try:
             task = await client.task_in(reply)
             assert task is not None
+            await asyncio.sleep(TRAINING_S)
             part = await client.update(task, task.plan, NOISE, device.random.randrange(1 << 30))
             uploaded = await client.upload(task, part)
             committed = await client.commit(client.result(task, task.plan, [part]))

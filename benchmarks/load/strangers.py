@@ -18,8 +18,9 @@ import os
 import ssl
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import grpc
 from fedepth_wire.tokens import SECRET_BYTES
@@ -36,6 +37,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000000
 _NO_CONNECTION = {errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EMFILE, errno.EADDRNOTAVAIL}
 
 Where = tuple[str, int]
+Kind = Callable[[Where], Coroutine[Any, Any, None]]
 
 
 async def silent(where: Where) -> None:
@@ -80,7 +82,7 @@ async def handshakes(where: Where) -> None:
         writer.transport.abort()
 
 
-def enrolling(certificate: bytes) -> Callable[[Where], Awaitable[None]]:
+def enrolling(certificate: bytes) -> Kind:
     """Tries secrets, as fast as it can, over one connection after the other."""
 
     async def enroll(where: Where) -> None:
@@ -125,22 +127,22 @@ class Strangers:
 
     def __init__(self, host: str, ports: tuple[int, int], certificate: bytes, count: int) -> None:
         coordinator, enrollment = ports
-        everywhere = (silent, half_open, dripping, garbage, handshakes)
-        kinds: list[tuple[Callable[[Where], Awaitable[None]], str, Where]] = [
+        everywhere: tuple[Kind, ...] = (silent, half_open, dripping, garbage, handshakes)
+        kinds: list[tuple[Kind, str, Where]] = [
             (kind, kind.__name__, (host, port)) for kind in everywhere for port in (coordinator, enrollment)
         ]
         kinds.append((enrolling(certificate), "enrolling", (host, enrollment)))
         self._ended: Counter[str] = Counter()
         self._all = [asyncio.create_task(self._flood(*kinds[number % len(kinds)])) for number in range(count)]
 
-    async def _flood(self, kind: Callable[[Where], Awaitable[None]], name: str, where: Where) -> None:
+    async def _flood(self, kind: Kind, name: str, where: Where) -> None:
         while True:
             try:
                 await kind(where)
                 self._ended[name] += 1
-            except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
+            except OSError as error:  # ssl.SSLError is one, too
                 # An answer in TLS or in TCP: thrown out. Otherwise there was no connection.
-                refused = isinstance(error, ConnectionRefusedError) or getattr(error, "errno", 0) in _NO_CONNECTION
+                refused = error.errno in _NO_CONNECTION
                 self._ended["no connection" if refused else name] += 1
                 if refused:
                     await asyncio.sleep(AWAY_S)
