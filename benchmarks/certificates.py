@@ -10,6 +10,7 @@ from coordinator.security.certificates import Certificates
 from edge_client.certificate.client import bundle_of
 from edge_client.certificate.keys import facts_of
 from edge_client.enroll import enroll_with_bundle
+from edge_client.identity import device_id
 
 _DAYS = 30
 
@@ -39,14 +40,15 @@ class LabCertificates:
         return parse_uri(facts_of(identity).uri)[1], identity
 
     def enroll(self, name: str, state: Path) -> Path:
-        """The state directory of a device, with its certificate in it."""
+        """The state directory of a device, with its certificate in it; one that has an id keeps it."""
         if not bundle_of(state).exists():
-            enroll_with_bundle(self._bundle(name), state)
+            known = device_id(state) if (state / "device-id").exists() else ""
+            enroll_with_bundle(self._bundle(name, known), state)
         return state
 
-    def _bundle(self, name: str) -> Path:
+    def _bundle(self, name: str, known_id: str = "") -> Path:
         self._certificates.init()
         bundle = self.folder / f"device-{name}.pem"
         if not bundle.exists():
-            write_identity(bundle, self._certificates.issue(Role.DEVICE, name, _DAYS))
+            write_identity(bundle, self._certificates.issue(Role.DEVICE, name, _DAYS, known_id))
         return bundle

@@ -58,7 +58,10 @@ FULL = Scale("preresnet20", (1, 16, 16), 6_000, 20, 5, 40, 2, 64, 0.1, (1, 2))
 QUICK = Scale("preresnet20", (1, 16, 16), 0, 6, 4, 4, 2, 64, 0.1, (1, 2))
 
 
-def play(name: str, method: Method, scale: Scale, seed: int, data: str, folder: Path) -> Path:
+PARTITION = "dirichlet:0.3"
+
+
+def play(name: str, method: Method, scale: Scale, seed: int, data: str, folder: Path, partition: str) -> Path:
     """One run, or what is missing of it. Returns its folder."""
     text = job_text(
         scale, name=name, seed=seed, data=data, policy=method.policy, rate_end=scale.rate / 20,
@@ -69,7 +72,7 @@ def play(name: str, method: Method, scale: Scale, seed: int, data: str, folder: 
     memory = ("--budgets", str(tiers)) if tiers.exists() else ("--tiers", method.tiers)
     output = simulate(
         folder / f"{name}-{seed}.toml", text, data, folder / f"{name}-{seed}",
-        "--clients", str(scale.clients), "--partition", "dirichlet:0.3", *memory,
+        "--clients", str(scale.clients), "--partition", partition, *memory,
     )  # fmt: skip
     if method.tiers != "full" and not tiers.exists():
         write_atomically(tiers, (output / "tiers.json").read_bytes())
@@ -82,6 +85,7 @@ def main(
     methods: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
     images: Annotated[int, typer.Option(min=0, help="Training images instead of the usual number.")] = 0,
     batch: Annotated[int, typer.Option(min=0, help="Instead of the usual batch.")] = 0,
+    partition: Annotated[str, typer.Option(help="As of fedepth simulate.")] = PARTITION,
     seeds: Annotated[str, typer.Option(help="Instead of the usual seeds, separated by commas.")] = "",
     folder: Annotated[Path, typer.Option(help="For data and runs.")] = Path("runs/methods"),
 ) -> None:
@@ -90,7 +94,7 @@ def main(
     scale = QUICK if quick else FULL
     scale = replace(scale, images=images or scale.images, batch=batch or scale.batch)
     scale = replace(scale, seeds=tuple(map(int, seeds.split(","))) if seeds else scale.seeds)
-    folder = (folder / ("quick" if quick else f"full-{scale.images}-{scale.batch}")).resolve()
+    folder = (folder / ("quick" if quick else f"full-{scale.images}-{scale.batch}-{partition}")).resolve()
     unknown = sorted(set(methods.split(",")) - {"", *METHODS})
     if unknown:
         raise SystemExit(f"--methods {', '.join(unknown)}: there are {', '.join(METHODS)}")
@@ -100,11 +104,12 @@ def main(
     for seed in scale.seeds:  # so that all methods have a first seed soon
         for name in chosen:
             console.print(f"{name}, seed {seed}")
-            runs[name].append(play(name, METHODS[name], scale, seed, data, folder))
+            runs[name].append(play(name, METHODS[name], scale, seed, data, folder, partition))
             found = compare([read_run(run) for each in runs.values() for run in each])
             written = {
                 "quick": quick,
                 "scale": asdict(scale),
+                "partition": partition,
                 "methods": {each.name: figures(each) for each in found},
             }
             write_atomically(output, json.dumps(written, indent=1).encode() + b"\n")

@@ -14,11 +14,16 @@ import structlog
 
 from fedepth.address import Address, listening_address
 from fedepth.errors import TransportError
+from fedepth.files import raise_open_files
 from fedepth.printable import printable, quoted
 
 _TRIES = 20  # to find one port that is free at all addresses
 _FIRST_FREE_TO_ALL = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _log = structlog.get_logger()
+
+# Of the descriptors that this process may have: what the enrolment port takes, and files, databases and children.
+ENROLLMENT_CONNECTIONS = 128
+_OTHER_FILES = 256
 
 
 class Server(Protocol):
@@ -70,6 +75,13 @@ def listen(
         except RuntimeError as error:  # it was free a moment ago
             raise TransportError(f"cannot listen on {where}: {error}; try again, or choose another {option}") from None
     return Address(wanted.host, port)
+
+
+def most_connections() -> int:
+    """How many connections the port for devices takes: more would leave no descriptors for files. Raises this process's
+    limit as far as it may."""
+    limit = raise_open_files()
+    return max(limit // 4, limit - ENROLLMENT_CONNECTIONS - _OTHER_FILES)
 
 
 def _resolved(wanted: Address) -> list[Address]:

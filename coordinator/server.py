@@ -12,13 +12,13 @@ from typing import Any
 
 import grpc
 import structlog
-from fedepth_wire.channel import SERVER_OPTIONS
+from fedepth_wire.channel import SERVER_OPTIONS, TLS_SERVER_OPTIONS
 from fedepth_wire.tls import Insecure
 
 from coordinator.front import Front, Listening, ServeOptions
 from coordinator.global_model import prepare
 from coordinator.job import Job
-from coordinator.listening import NoServer, Server, listen
+from coordinator.listening import NoServer, Server, listen, most_connections
 from coordinator.model_worker.client import Models
 from coordinator.security.serving import Secured
 from coordinator.start_checks import Examine, Findings, disk_findings, nothing_to_find, together, writable
@@ -67,7 +67,12 @@ async def serve(
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="files"))
     secured = None if isinstance(options.certificates, Insecure) else Secured(options.certificates)
     interceptors = [secured.guard] if secured else []
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
+    usual = TLS_SERVER_OPTIONS if secured else SERVER_OPTIONS
+    connections = most_connections()
+    server = grpc.aio.server(
+        options=[*usual, ("grpc.max_allowed_incoming_connections", connections)], interceptors=interceptors
+    )
+    _log.info("connections", most=connections)
     # In threads, also before there is anybody to serve: a signal has to be heard.
     store, listening = await asyncio.to_thread(_opened, config, options, server, examining.result(), missing, secured)
     front = Front(server, listening, options, secured)

@@ -18,6 +18,7 @@ import structlog
 from fedepth_wire.bounds import CHUNK_BYTES, check_message
 from fedepth_wire.chunks import Pieces
 from fedepth_wire.convert import from_message
+from fedepth_wire.pace import LEAST_PIECE_BYTES
 from fedepth_wire.report_messages import put_into
 from fedepth_wire.task_messages import task_message
 from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
@@ -70,7 +71,7 @@ class FederationService(FederationServicer):
         async with _answering(context):
             if request.device.data_digest:
                 check_message(request)
-                data = self._data.find(request.device.data_digest)
+                data = self._data.find(request.device.device_id, request.device.data_digest)
                 if data is None:
                     return pb.NextTaskReply(describe=pb.Describe())
                 put_into(request.device, data)
@@ -156,7 +157,9 @@ class FederationService(FederationServicer):
         digest, sent = asked.digest if asked else "", 0
         while asked is not None and sent < total_bytes:
             while sent < min(asked.credit_bytes, total_bytes):
-                most = min(asked.piece_bytes or CHUNK_BYTES, asked.credit_bytes - sent)
+                # Pieces of a byte would cost us a thousand times what they cost whoever asks for them.
+                piece = max(asked.piece_bytes or CHUNK_BYTES, LEAST_PIECE_BYTES)
+                most = min(piece, asked.credit_bytes - sent)
                 chunk = await self._read(digest, pieces.next, most)
                 await self._moving(context.write(chunk), context)
                 sent += len(chunk.data)
@@ -193,7 +196,9 @@ class FederationService(FederationServicer):
                 while (chunk := await self._chunk(context)) is not None:
                     yield chunk
 
-            await self._data.receive(header.digest, header.size_bytes, chunks(), self._acknowledge(context))
+            await self._data.receive(
+                header.device_id, header.digest, header.size_bytes, chunks(), self._acknowledge(context)
+            )
             sealed = pb.UploadPartReply(sealed=pb.Sealed(size_bytes=header.size_bytes))
             await self._moving(context.write(sealed), context)
 

@@ -77,7 +77,7 @@ class Uploads:
         self._digests = Digests()  # of whole parts
         # One admission works for a core and takes some 20 MiB; all devices of a round may finish at once.
         self._admitting = asyncio.Semaphore(len(os.sched_getaffinity(0)))
-        self._scale: tuple[Path, float] | None = None  # of the parameters of the weights that updates are trained from
+        self._scales: dict[Path, float] = {}  # of the parameters of the weights that updates are trained from
         self._locks: dict[str, asyncio.Lock] = {}
 
     @property
@@ -222,6 +222,7 @@ class Uploads:
         """Drops what is remembered of uploads; for when a round has closed."""
         self._declared.clear()
         self._growing.clear()
+        self._scales.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
 
     def _admit(self, result: Result, task: TaskRecord) -> Norms:
@@ -238,8 +239,7 @@ class Uploads:
         parts = self._whole_parts(result)
         check_update(parts, layout.as_sent(training.encoding), result)
         try:
-            base = self._base()
-            change = update_norms(base, parts, layout.parameters, self._scale_of(base))
+            change = update_norms(self._base(), parts, layout.parameters, self._scales)
         except StateError as error:  # the parts have been looked at, so it is the base
             raise UnavailableError(f"the update cannot be compared with the weights before it: {error}") from error
         norms = change.per_step(result.steps(training))
@@ -247,15 +247,6 @@ class Uploads:
             check_norms(norms, self._store.norms_of(task.round))
         self._store.keep_parts(result)
         return norms
-
-    def _scale_of(self, base: Path) -> float:
-        """The scale of all parameters of a file of weights, whose name is that of its contents."""
-        from fedepth.aggregation.norms import scale_of
-
-        known = self._scale
-        if known is None or known[0] != base:
-            known = self._scale = (base, scale_of(base, self._layout.parameters))
-        return known[1]
 
     def _whole_parts(self, result: Result) -> Sequence[Path]:
         paths = self.paths(result)

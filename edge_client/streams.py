@@ -25,6 +25,7 @@ class Streams:
 
     Attributes:
         moved_bytes: bytes of files that were sent and received since the start.
+        spent_bytes: bytes of files that were sent and asked for, also those that were lost with a cut.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Streams:
     ) -> None:
         """`stub`: of the channel that is in use by now; `error`: what the end of a call means; `stall_s`: a stream on
         which nothing moves for so long is over."""
-        self.moved_bytes = 0
+        self.moved_bytes = self.spent_bytes = 0
         self._stub = stub
         self._address = address
         self._error = error
@@ -68,6 +69,7 @@ class Streams:
                 if more >= min(pace.piece, total - credit) > 0:
                     pace.sent(more)
                     credit += more
+                    self.spent_bytes += more
                     request.credit_bytes, request.piece_bytes = credit, pace.piece
                     await stream.write(request)
                     request = pb.FetchFileRequest()
@@ -127,6 +129,7 @@ class Streams:
                             break
                         sent += len(data)
                         self.moved_bytes += len(data)
+                        self.spent_bytes += len(data)
                     reply = await self._answer(stream)
             return reply
 

@@ -160,6 +160,11 @@ class GrpcTransport:
         """Bytes of files that were sent and received since the start."""
         return self._streams.moved_bytes
 
+    @property
+    def spent_bytes(self) -> int:
+        """Bytes of files that were sent and asked for since the start, also those that were lost with a cut."""
+        return self._streams.spent_bytes
+
     async def close(self) -> None:
         for leaving in self._leaving:
             leaving.cancel()

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import secrets
 import shutil
 import stat
@@ -30,6 +31,7 @@ Signature = tuple[int, int, int, int, int]
 
 PIECE_BYTES = 1 << 20
 _TICK_NS = 10_000_000
+MOST_OPEN_FILES = 1 << 20
 # What msgspec raises for bytes that are no JSON of the wanted form. Text that is not UTF-8, and nesting without end,
 # are Python's own errors.
 NO_WORKING_DIRECTORY = "the working directory does not exist any more; change to another one"
@@ -302,6 +304,19 @@ def signature(status: os.stat_result) -> Signature:
     change of the inode cannot.
     """
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def raise_open_files() -> int:
+    """Lets this process open as many files and connections as it may by itself; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Some systems say "unlimited" and take no more than this (fs.nr_open).
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (min(hard, MOST_OPEN_FILES) if hard > 0 else MOST_OPEN_FILES, hard)
+            )
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft
 
 
 def lock_file(path: Path) -> IO[str]:

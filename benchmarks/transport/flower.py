@@ -6,7 +6,6 @@ links are not encrypted, nothing is kept, and there is no evaluation: whatever i
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -198,7 +197,3 @@ def installed(venv: Path) -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             raise ChildError(f"Flower cannot be installed in {venv}: {error}") from None
     return programs
-
-
-if __name__ == "__main__":
-    print(json.dumps({"flower": version(installed(Path("runs/transport/flower")))}))

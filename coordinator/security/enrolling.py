@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import structlog
 from fedepth_wire.bounds import check_message
+from fedepth_wire.channel import HANDSHAKE_S
 from fedepth_wire.tls import Identity, caller_of
 from fedepth_wire.v1 import trust_pb2 as pb
 from fedepth_wire.v1.trust_pb2_grpc import (
@@ -17,6 +18,7 @@ from fedepth_wire.v1.trust_pb2_grpc import (
     add_EnrollmentServicer_to_server,
 )
 
+from coordinator.listening import ENROLLMENT_CONNECTIONS
 from coordinator.security.certificates import DEVICE_DAYS, Certificates
 from fedepth.errors import FedepthError, ProtocolError, TrustError
 from fedepth.printable import printable
@@ -30,6 +32,8 @@ _OPTIONS = [
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.max_metadata_size", 4 << 10),
     ("grpc.max_concurrent_streams", 1),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+    ("grpc.max_allowed_incoming_connections", ENROLLMENT_CONNECTIONS),
     # Nobody has a reason to stay here.
     ("grpc.max_connection_idle_ms", 20_000),
     ("grpc.max_connection_age_ms", 60_000),

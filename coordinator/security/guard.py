@@ -1,8 +1,8 @@
 """The one door of the mTLS port: every call of every service goes through it, before any code of ours reads a request.
 
-A method without a row in `rules.RULES` is refused. Who calls is what the certificate of its connection says; whether
-that still holds is looked up at every call, and every second for calls that last: a device whose certificate was
-revoked may have had its connection for weeks.
+A method without a row in `rules.RULES` is refused, and so is what goes beyond the limits of one device (`limits`). Who
+calls is what the certificate of its connection says; whether that still holds is looked up at every call, and every
+second for calls that last: a device whose certificate was revoked may have had its connection for weeks.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import contextlib
 import inspect
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 import structlog
+from fedepth_wire.channel import MOST_STREAMS
 from fedepth_wire.tls import Caller, Role, caller_of
 
 from coordinator.security.authority import Subject
+from coordinator.security.limits import Limits, too_many
 from coordinator.security.registry import Entry, Registry
 from coordinator.security.rules import RULES, Rule
 from fedepth.errors import FedepthError, TrustError
@@ -28,6 +31,10 @@ from fedepth.printable import as_typed, printable, quoted
 LOOK_S = 1.0
 _MOST_CACHED = 20_000
 _BUSY_S = 20
+# A call beyond the limits is answered after so long, as far as there are not more of them than one connection can have:
+# whoever asks again at once is slowed down by that.
+HELD_S = 1.0
+_MOST_HELD = MOST_STREAMS
 _KINDS = {Role.DEVICE: "a device", Role.OPERATOR: "an operator", Role.COORDINATOR: "a coordinator"}
 
 if TYPE_CHECKING:  # generic in the stubs only
@@ -38,12 +45,18 @@ _log = structlog.get_logger()
 
 
 class _Call:
-    """A call that is going on. `refused` is why it was ended before its time."""
+    """A call that is going on. `refused` is why it was ended before its time, `code` the status with which."""
 
     def __init__(self, entry: Entry, task: asyncio.Task[Any]) -> None:
         self.entry = entry
         self.task = task
         self.refused = ""
+        self.code = grpc.StatusCode.UNAUTHENTICATED
+
+    def end(self, code: grpc.StatusCode, why: str) -> None:
+        if not self.refused:
+            self.code, self.refused = code, why
+            self.task.cancel()
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -53,13 +66,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         owner_of: the device that a task was given to, "" if nobody knows the task.
     """
 
-    def __init__(self, registry: Registry, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, registry: Registry, clock: Callable[[], float] = time.time, limits: Limits[_Call] | None = None
+    ) -> None:
         self.owner_of: Callable[[str], str] = lambda task_id: ""
         self._registry = registry
         self._clock = clock
         self._entries: dict[str, Entry] = {}
         self._revoked: frozenset[str] = frozenset()
         self._calls: set[_Call] = set()
+        self._limits: Limits[_Call] = limits or Limits()
+        self._held: Counter[str] = Counter()
         self._trouble = ""
 
     async def look(self) -> None:
@@ -72,9 +89,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 self._trouble = str(error)
                 _log.error("what was revoked cannot be read; going on with what is known", error=self._trouble)
         for call in list(self._calls):
-            if not call.refused and (why := self._refusal(call.entry)):
-                call.refused = why
-                call.task.cancel()
+            if why := self._refusal(call.entry):
+                call.end(grpc.StatusCode.UNAUTHENTICATED, why)
 
     async def watch(self) -> None:
         """Looks every LOOK_S, until it is cancelled."""
@@ -98,14 +114,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         streams_in, streams_out = bool(handler.request_streaming), bool(handler.response_streaming)
 
         async def served(request: Any, context: Context) -> Any:
-            async with self._admitted(rule, method, context) as caller:
+            async with self._admitted(rule, method, context) as (caller, pause):
                 if streams_in:
-                    read = _Read(context, lambda message: self._check(message, rule, caller, context))
+                    read = _Read(context, lambda message: self._check(message, rule, caller, context), pause)
                     request, context = aiter(read), cast(Context, read)
                 else:
                     await self._check(request, rule, caller, context)
                 if not streams_out:
                     return await inner(request, context)
+                # Otherwise they go with the first message, and a call that is ended during its first write could not be
+                # told why: grpc would send them once more.
+                await context.send_initial_metadata(())
                 if not inspect.isasyncgenfunction(inner):
                     return await inner(request, context)  # it writes by itself
                 async with contextlib.aclosing(inner(request, context)) as replies:
@@ -120,25 +139,55 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         )
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, rule: Rule, method: str, context: Context) -> AsyncIterator[Caller]:
-        """Lets a call in while its certificate is valid."""
-        caller, entry = await self._caller(rule, method, context)
+    async def _admitted(
+        self, rule: Rule, method: str, context: Context
+    ) -> AsyncIterator[tuple[Caller, Callable[[], float]]]:
+        """Lets a call in while its certificate is valid, and within the limits of its caller.
+
+        Returns who that is, and a function that says for how long its next message should wait.
+        """
+        caller, entry = await self._caller(context)
+        kind, who = method.rpartition("/")[2], f"{caller.role.value} {caller.id}"
+        if why := self._limits.take(who, caller.name, kind):
+            await self._hold(who)
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        if caller.role not in rule.roles:
+            allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
+            await _abort(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{kind} is for {allowed}, and {printable(caller.name)} is {_KINDS[caller.role]}",
+            )
         task = asyncio.current_task()
         assert task is not None
         call = _Call(entry, task)
         self._calls.add(call)
+        if (oldest := self._limits.enter(who, caller.name, kind, call)) is not None:
+            oldest.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_many(kind))
         try:
-            yield caller
+            yield caller, lambda: self._limits.message_pause(who)
         except asyncio.CancelledError:
             if not call.refused:
                 raise
             if sys.version_info >= (3, 11):
                 task.uncancel()
-            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, call.refused)
+            await _abort(context, call.code, call.refused)
         finally:
             self._calls.discard(call)
+            self._limits.leave(who, kind, call)
 
-    async def _caller(self, rule: Rule, method: str, context: Context) -> tuple[Caller, Entry]:
+    async def _hold(self, who: str) -> None:
+        if self._held[who] >= _MOST_HELD:
+            return
+        self._held[who] += 1
+        try:
+            await asyncio.sleep(HELD_S)
+        finally:
+            self._held[who] -= 1
+            if not self._held[who]:
+                del self._held[who]
+
+    async def _caller(self, context: Context) -> tuple[Caller, Entry]:
         try:
             caller = caller_of(context.auth_context())
             if caller is None:
@@ -153,13 +202,6 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"busy: the record of certificates cannot be read: {error}; come back in {_BUSY_S} s",
-            )
-        if caller.role not in rule.roles:
-            allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
-            await _abort(
-                context,
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"{method.rpartition('/')[2]} is for {allowed}, and {printable(caller.name)} is {_KINDS[caller.role]}",
             )
         return caller, entry
 
@@ -212,13 +254,19 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
 
 
 class _Read:
-    """A context whose messages are checked as they are read, by whichever of grpc's two ways a handler reads them."""
+    """A context whose messages are checked as they are read, by whichever of grpc's two ways a handler reads them.
 
-    def __init__(self, context: Context, check: Callable[[Any], Awaitable[None]]) -> None:
+    Too many are read more slowly: flow control then holds up whoever sends them.
+    """
+
+    def __init__(self, context: Context, check: Callable[[Any], Awaitable[None]], pause: Callable[[], float]) -> None:
         self._context = context
         self._check = check
+        self._pause = pause
 
     async def read(self) -> Any:
+        if seconds := self._pause():
+            await asyncio.sleep(seconds)
         request = await self._context.read()
         if request is not grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
             await self._check(request)

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +109,18 @@ class Registry:
         Raises:
             TrustError: its id is another device's.
         """
+        self.add_all([issued], how)
+
+    def add_all(self, issued: Iterable[Issued], how: str) -> None:
+        """The same of several, all or none.
+
+        Raises:
+            TrustError: the id of one is another device's.
+        """
         with self._transaction() as database:
-            self._check_id(database, issued.subject)
-            self._insert(database, issued, how)
+            for each in issued:
+                self._check_id(database, each.subject)
+                self._insert(database, each, how)
 
     def renew(self, fingerprint: str, public_key: str, make: Callable[[Issued], Issued]) -> Issued:
         """The certificate for this key: the one that was made for it already, or what `make` makes of the one before.

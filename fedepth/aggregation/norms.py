@@ -30,31 +30,25 @@ from fedepth.weights import Reader, open_weights
 FACTORS: dict[Kind, float] = {"parameters": 15.0, "buffers": 40.0}
 
 
-def update_norms(base: Path, parts: Sequence[Path], parameters: Collection[str], scale: float | None = None) -> Norms:
+def update_norms(
+    base: Path, parts: Sequence[Path], parameters: Collection[str], scales: dict[Path, float] | None = None
+) -> Norms:
     """How far an update goes from `base`. Memory is a few slices of 4 MiB.
 
     Args:
         base: the weights that it was trained from.
         parts: its files.
         parameters: the names of all trainable parameters of the model; other floating-point tensors are buffers.
-        scale: what `scale_of` these weights is, where several updates are compared with them; None to find out.
+        scales: scales of the parameters of weights, by their path, as far as they are known; it learns that of `base`.
 
     Raises:
         StateError: a file is missing or damaged, or the parts do not fit `base`.
     """
     with open_weights(base) as old:
-        found = parameter_scale(old, parameters) if scale is None else scale
-        return change_norms(old, held_tensors(old, parts), parameters, found)
-
-
-def scale_of(base: Path, parameters: Collection[str]) -> float:
-    """`parameter_scale` of a file of weights.
-
-    Raises:
-        StateError: it is missing or damaged.
-    """
-    with open_weights(base) as old:
-        return parameter_scale(old, parameters)
+        known = {} if scales is None else scales
+        if base not in known:
+            known[base] = parameter_scale(old, parameters)
+        return change_norms(old, held_tensors(old, parts), parameters, known[base])
 
 
 def norm_bound(others: Sequence[float], kind: Kind = "parameters") -> float | None:

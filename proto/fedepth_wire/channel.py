@@ -47,6 +47,17 @@ _WRAPPING = re.compile(
     r"(?:Failed to connect to remote host: )?"
 )
 
+MOST_STREAMS = 64  # of one connection, which is one device's: it has about ten
+HANDSHAKE_S = 30  # a link of 2 kB/s takes five for the 5 kB of it
+# Of a server that strangers reach.
+TLS_SERVER_OPTIONS = [
+    *SERVER_OPTIONS,
+    ("grpc.max_concurrent_streams", MOST_STREAMS),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+]
+
 
 def open_channel(address: str, identity: Identity | Insecure) -> grpc.aio.Channel:
     """A channel to `address` (fedepth.address). Names are looked up as the system does, again and again.

@@ -225,7 +225,6 @@ def run_job(tmp_path: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callab
     """
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
-    monkeypatch.setattr(norms, "scale_of", lambda *_: 1.0)
     monkeypatch.setattr(closing, "combine", fake_combine)
     monkeypatch.setattr(course, "TICK_S", 0.01)
 

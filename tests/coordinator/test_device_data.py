@@ -13,7 +13,7 @@ from fedepth_wire.convert import from_message
 from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
 from fedepth_wire.v1 import federation_pb2 as pb
 
-from coordinator.device_data import ENTRY_BYTES, DeviceData
+from coordinator.device_data import DeviceData
 from fedepth.errors import ProtocolError
 from fedepth.task import DeviceReport
 
@@ -23,7 +23,12 @@ def sha256(data: bytes) -> str:
 
 
 def send(
-    held: DeviceData, data: bytes, end: int | None = None, digest: str = "", begin: int | None = None
+    held: DeviceData,
+    data: bytes,
+    end: int | None = None,
+    digest: str = "",
+    begin: int | None = None,
+    device: str = "a",
 ) -> list[int]:
     """Sends from where it is told to, a hundred bytes at a time; returns what it is told."""
     told: list[int] = []
@@ -35,7 +40,7 @@ def send(
         for offset in range(told[0] if begin is None else begin, len(data) if end is None else end, 100):
             yield pb.Chunk(offset=offset, data=data[offset : offset + 100])
 
-    asyncio.run(held.receive(digest or sha256(data), len(data), chunks(), acknowledge))
+    asyncio.run(held.receive(device, digest or sha256(data), len(data), chunks(), acknowledge))
     return told
 
 
@@ -43,9 +48,9 @@ def test_a_file_goes_on_where_it_was_cut(kit: Any) -> None:
     held, data = DeviceData(), bytes(range(250)) * 2
     with pytest.raises(ProtocolError, match="the stream ended at 200 of 500 bytes"):
         send(held, data, 200)
-    assert held.find(sha256(data)) is None
+    assert held.find("a", sha256(data)) is None
     assert send(held, data) == [200, 300, 400]
-    assert held.find(sha256(data)) == data
+    assert held.find("a", sha256(data)) == data
     assert send(held, data) == []
 
 
@@ -54,7 +59,7 @@ def test_a_file_of_another_digest_is_dropped() -> None:
     for _ in range(2):
         with pytest.raises(ProtocolError, match="has the sha256"):
             send(held, b"x" * 300, digest="0" * 64)
-    assert held.find("0" * 64) is None
+    assert held.find("a", "0" * 64) is None
 
 
 def test_a_gap_and_too_much_are_refused() -> None:
@@ -66,28 +71,58 @@ def test_a_gap_and_too_much_are_refused() -> None:
 
 
 def test_all_together_are_bounded_and_what_was_used_last_stays() -> None:
-    held = DeviceData(most_bytes=1000 + 3 * ENTRY_BYTES)
-    files = [bytes([number]) * 300 for number in range(4)]
-    for data in files[:3]:
-        send(held, data)
-    assert held.find(sha256(files[0])) is not None
-    send(held, files[3])
-    assert [held.find(sha256(data)) is not None for data in files] == [True, False, True, True]
-    for number in range(20):  # a hundred bytes of each, and then nothing more
+    held = DeviceData(most_bytes=1000)
+    files = {name: name.encode() * 300 for name in "abcd"}
+    for name in "abc":
+        send(held, files[name], device=name)
+    assert held.find("a", sha256(files["a"])) is not None
+    send(held, files["d"], device="d")
+    assert [held.find(name, sha256(files[name])) is not None for name in "abcd"] == [True, False, True, True]
+
+
+def test_one_device_pushes_out_its_own_files_only() -> None:
+    held = DeviceData(most_bytes=2000)
+    honest = b"h" * 400
+    send(held, honest, device="honest")
+    for number in range(40):
+        data = bytes([number]) * 400
+        send(held, data, device="hostile")
         with pytest.raises(ProtocolError, match="ended"):
-            send(held, bytes([100 + number]) * 400, 100)
-    assert sum(map(len, held._growing.values())) + sum(map(len, held._whole.values())) <= 1000 + 3 * ENTRY_BYTES
-    assert held.find(sha256(files[3])) is not None  # whole ones are not driven out by those
+            send(held, bytes([100 + number]) * 400, 200, device="hostile")
+        assert held.find("hostile", sha256(data)) == data
+    assert held.find("honest", sha256(honest)) == honest
+    assert held.find("hostile", sha256(honest)) is None  # what others have sent is no business of its
+    assert sum(each.size_bytes for each in held._held.values()) == 400 + 400 + 200
+
+
+def test_of_two_files_at_once_the_older_stream_ends() -> None:
+    held = DeviceData()
+    first, second = b"1" * 300, b"2" * 300
+
+    async def acknowledge(held_bytes: int) -> None:
+        return
+
+    async def chunks() -> AsyncIterator[pb.Chunk]:
+        yield pb.Chunk(offset=0, data=first[:100])
+        await held.receive("a", sha256(second), 300, whole(second), acknowledge)
+        yield pb.Chunk(offset=100, data=first[100:])
+
+    async def whole(data: bytes) -> AsyncIterator[pb.Chunk]:
+        yield pb.Chunk(offset=0, data=data)
+
+    with pytest.raises(ProtocolError, match="in a newer stream"):
+        asyncio.run(held.receive("a", sha256(first), 300, chunks(), acknowledge))
+    assert held.find("a", sha256(second)) == second
 
 
 def test_what_is_announced_and_never_sent_is_bounded_as_well() -> None:
-    held = DeviceData(most_bytes=10 * ENTRY_BYTES)
+    held = DeviceData(most_devices=10)
     for number in range(50):
         with pytest.raises(ProtocolError, match="the stream ended at 0 of 4 bytes"):
-            send(held, b"data", 0, digest=sha256(bytes([number])))
-    assert len(held._growing) <= 10
-    send(held, b"data")
-    assert held.find(sha256(b"data")) == b"data"
+            send(held, b"data", 0, digest=sha256(bytes([number])), device=f"device-{number}")
+    assert len(held._held) == 10
+    send(held, b"data", device="honest")
+    assert held.find("honest", sha256(b"data")) == b"data"
 
 
 def test_a_large_report_travels_by_digest_and_a_small_one_whole(kit: Any) -> None:

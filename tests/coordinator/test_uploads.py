@@ -128,7 +128,6 @@ async def ignore(held: int) -> None:
 def setup(tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
     monkeypatch.setattr(admission, "check_update", lambda paths, layout, result: None)
     monkeypatch.setattr(norms, "update_norms", lambda *_: Norms(0.0, 0.0))
-    monkeypatch.setattr(norms, "scale_of", lambda *_: 1.0)
     made = Setup(tmp_path, kit)
     yield made
     made.store.close()
@@ -169,7 +168,7 @@ def test_an_update_holds_no_statistics_where_its_round_fixes_them(
 
 
 def test_weights_that_rotted_refuse_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update_norms(base: Path, parts: Sequence[Path], parameters: Any, scale: float) -> Norms:
+    def update_norms(base: Path, parts: Sequence[Path], parameters: Any, scales: Any) -> Norms:
         raise StateError(f"{base} is damaged")
 
     setup.send(setup.header())

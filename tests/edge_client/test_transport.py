@@ -661,7 +661,7 @@ def test_a_file_that_cannot_be_kept_or_read_says_where(
     (tmp_path / "weights").touch()
 
     async def scene(transport: GrpcTransport) -> None:
-        with pytest.raises(DiskError, match=r"cannot be fetched and kept: .*/weights: File exists"):
+        with pytest.raises(DiskError, match=r"cannot be fetched and kept: .*/weights/.*: Not a directory"):
             await transport.fetch_weights(big_task)
         with pytest.raises(DiskError, match=r"part-0000\.safetensors cannot be read: .*No such file"):
             await transport.deliver(entry)

@@ -15,7 +15,8 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_Federati
 
 from benchmarks.certificates import LabCertificates
 from coordinator.security.certificates import Certificates
-from edge_client.transport import GrpcTransport, UntrustedError
+from edge_client.call_errors import UntrustedError
+from edge_client.transport import GrpcTransport
 from fedepth.task import Failure, Outcome, Progress
 
 

@@ -49,6 +49,10 @@ WORDS = {
     "a program is stopped": "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM",
     "fedepth has a bug": "this is a bug in fedepth: ",
     "the log cannot be written": "lines_lost",
+    "a device has no certificate": "this device has no certificate (",
+    "a certificate comes to its end": "the coordinator's certificate is renewed",
+    "a certificate has expired": " was revoked; ",
+    "one side wants TLS": "it speaks plain text, and this side wants TLS; ",
     "the coordinator stops": "To resume after a stop or a crash, run it again with the same --state.",
 }
 

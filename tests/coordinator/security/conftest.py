@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
-from fedepth_wire.channel import SERVER_OPTIONS
+from fedepth_wire.channel import TLS_SERVER_OPTIONS
 from fedepth_wire.tls import Identity, Role, server_credentials
 
 from coordinator.security.authority import Authority, Subject, key_pem, new_key, read_authority
@@ -89,7 +89,7 @@ def made(make: Callable[..., Made]) -> Made:
 async def guarded(made: Made, add: Callable[[grpc.aio.Server], None]) -> AsyncIterator[tuple[Guard, str]]:
     """A server behind a guard, and its address."""
     guard = Guard(made.certificates.registry, made.time)
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
+    server = grpc.aio.server(options=TLS_SERVER_OPTIONS, interceptors=[guard])
     add(server)
     credentials = server_credentials(made.certificates.coordinator(), lambda: None)
     port = server.add_secure_port("127.0.0.1:0", credentials)

@@ -15,6 +15,7 @@ from fedepth_wire.tls import Identity, Role, fingerprint, read_identity, write_i
 
 from coordinator.security.certificates import Certificates
 from edge_client.backoff import Clock
+from edge_client.call_errors import UnreachableError
 from edge_client.certificate import client
 from edge_client.certificate.client import (
     AGAIN_S,
@@ -28,7 +29,6 @@ from edge_client.certificate.client import (
 from edge_client.certificate.protocol import Facts, Failed, Inspect, Prepare
 from edge_client.enroll import enroll_with_bundle
 from edge_client.identity import device_id
-from edge_client.transport import UnreachableError
 from fedepth.errors import TrustError
 
 NOW = 1_800_000_000.0
