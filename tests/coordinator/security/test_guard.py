@@ -112,7 +112,7 @@ class Rig:
             while True:
                 code, why = await ended(started(channel, method, *requests))
                 # grpc puts this over the true status of a stream that ends during a write (grpc/aio/_call.py, _write).
-                if code is not grpc.StatusCode.INTERNAL or not why.startswith('Failed "execute_batch"'):
+                if (code, why) != (grpc.StatusCode.INTERNAL, "Internal error from Core"):
                     return code, why
 
 
