@@ -57,11 +57,10 @@ class Closing:
             FedepthError: they cannot be combined; the weights before stand.
         """
         store = self._store
-        base = await asyncio.to_thread(store.weights_in_force)
         partial = store.files.partial_weights(number)
         sound, note, digest = await self._long_work.wait_for(
             f"round {number}: the updates are being combined",
-            asyncio.to_thread(self._combine, number, base, results, paths, partial),
+            asyncio.to_thread(self._combine, number, results, paths, partial),
         )
         found = None if note else await self._evaluations.evaluate(number, partial)
         if not note:
@@ -96,13 +95,12 @@ class Closing:
     def _combine(
         self,
         number: int,
-        base: Path,
         results: Sequence[Result],
         paths: Paths,
         output: Path,
     ) -> tuple[list[Result], str, str | None]:
         """Writes the new weights to `output`. Returns the updates in them, why there are no weights, if so, and their
-        sha256 (hex). That `base` is sound has been seen.
+        sha256 (hex).
 
         A part that is no longer what was accepted is fetched again where there is another copy. Where there is none,
         the update is lost for good, since its device has let go of it: what is left is combined without it, and it is
@@ -116,7 +114,7 @@ class Closing:
                 combined = combine(
                     aggregation_rule(self._config),
                     training_spec(self._config, 1),
-                    base,
+                    self._store.weights_in_force(),  # looks at their digest, at each try
                     sound,
                     paths,
                     output,

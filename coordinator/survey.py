@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 from fedepth_wire.convert import to_message
+from fedepth_wire.times import REJECTED_RETRY_S
 from fedepth_wire.v1 import federation_pb2 as pb
 
 from coordinator.admission import check_report, counted_for
@@ -27,7 +28,6 @@ from fedepth.task import DeviceReport
 
 PHASE = "asking for statistics"
 RETRY_MS = 2_000
-REJECTED_RETRY_MS = 30_000
 _BUSY_S = 5.0  # until what could not be recorded is tried again
 
 _log = structlog.get_logger()
@@ -61,7 +61,8 @@ class Survey:
         if not problem and report.columns is not None:
             problem = self._objection(report.columns, report.sample_count)
         if problem:
-            return pb.NextTaskReply(rejected=pb.Rejected(message=problem, retry_after_ms=REJECTED_RETRY_MS))
+            rejected = pb.Rejected(message=problem, retry_after_ms=round(REJECTED_RETRY_S * 1000))
+            return pb.NextTaskReply(rejected=rejected)
         if report.columns is None or report.columns.asked != self._asked:
             survey = pb.Survey(job=self._config.job.name, model=to_message(self._model, pb.ModelSpec))
             return pb.NextTaskReply(survey=survey)

@@ -13,11 +13,11 @@ coordinator, so that what agents and strangers cost themselves is in all figures
     p99_seconds          the same
     tasks_per_second     questions that are answered when as many are asked as are answered, and nobody waits
     rss_bytes_per_agent  what the coordinator's resident memory grew by when all had connected and polled
-    round_seconds        of a round of 16 devices that take two seconds to train, in the median
+    round_seconds        of a round of 16 devices that do not train, in the median
     processor_ms_per_task  processor time of the coordinator for one of them
     errors               calls that failed
     other_load           processes that the machine was busy with before: beside them, times say nothing
-    round_slowdown       round_seconds with 1,000 strangers over round_seconds without any
+    round_slowdown       round_seconds with strangers over round_seconds without any: the larger of both floods
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Scale:
     """How much of everything.
 
     Attributes:
-        strangers: who flood one time after the other; the last of them give `round_slowdown`.
+        strangers: who flood one time after the other.
         seconds: that each part is measured for.
     """
 
@@ -169,7 +169,7 @@ async def measure(running: Lab, scale: Scale, console: Console) -> dict[str, Any
         "tasks_per_second": round(burst.answers / scale.burst_s),
         "processor_ms_per_task": round(1000 * used / max(1, burst.answers), 2),
         "errors": sum(errors.values()),
-        "round_slowdown": flooded[-1]["round_slowdown"],
+        "round_slowdown": max(each["round_slowdown"] for each in flooded),
         "kinds_of_errors": dict(errors),
         "cores": len(os.sched_getaffinity(0)),
         "other_load": other,

@@ -32,7 +32,6 @@ BURST_ASKING = 16  # at once in a process
 NOISE = 1e-4
 PAUSE_S = 1.0  # after an error; after each further one twice as long, as agents do
 LONGEST_PAUSE_S = 64.0
-TRAINING_S = 2.0  # for which a device that was drawn does nothing; real ones take minutes
 
 
 class Device:
@@ -139,7 +138,6 @@ class Agents:
         try:
             task = await client.task_in(reply)
             assert task is not None
-            await asyncio.sleep(TRAINING_S)
             part = await client.update(task, task.plan, NOISE, device.random.randrange(1 << 30))
             uploaded = await client.upload(task, part)
             committed = await client.commit(client.result(task, task.plan, [part]))

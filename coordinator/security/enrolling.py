@@ -10,6 +10,7 @@ import grpc
 import structlog
 from fedepth_wire.bounds import check_message
 from fedepth_wire.channel import HANDSHAKE_S
+from fedepth_wire.times import BUSY_RETRY_S
 from fedepth_wire.tls import Identity, caller_of
 from fedepth_wire.v1 import trust_pb2 as pb
 from fedepth_wire.v1.trust_pb2_grpc import (
@@ -23,7 +24,6 @@ from coordinator.security.certificates import DEVICE_DAYS, Certificates
 from fedepth.errors import FedepthError, ProtocolError, TrustError
 from fedepth.printable import printable
 
-_BUSY_S = 20
 _MOST_CALLS = 16  # at once; each takes a few milliseconds
 _LOG_EVERY_S = 10.0
 _MESSAGE_BYTES = 16 << 10
@@ -66,7 +66,8 @@ class EnrollmentService(EnrollmentServicer):
             self._note_refusal(str(error), context.peer())
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"busy: no certificate can be made now, and the coordinator's log says why; come back in {_BUSY_S} s",
+                "busy: no certificate can be made now, and the coordinator's log says why; come back in "
+                f"{BUSY_RETRY_S:g} s",
             )
         _log.info("device enrolled", device_id=request.device_id, peer=context.peer())
         return pb.EnrollReply(certificate=certificate, authority=authority)
@@ -96,7 +97,7 @@ class CertificatesService(CertificatesServicer):
         except (TrustError, ProtocolError) as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except FedepthError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"busy: {error}; come back in {_BUSY_S} s")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"busy: {error}; come back in {BUSY_RETRY_S:g} s")
         _log.info("certificate renewed", device=caller.name, device_id=caller.id)
         return pb.RenewReply(certificate=certificate)
 

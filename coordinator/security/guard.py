@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import grpc
 import structlog
 from fedepth_wire.channel import MOST_STREAMS
+from fedepth_wire.times import BUSY_RETRY_S
 from fedepth_wire.tls import Caller, Role, caller_of
 from google.protobuf.message import DecodeError
 
@@ -32,7 +33,6 @@ from fedepth.printable import as_typed, printable, quoted
 
 LOOK_S = 1.0
 _MOST_CACHED = 20_000
-_BUSY_S = 20
 # A call beyond the limits is answered after so long, as far as there are not more of them than one connection can have:
 # whoever asks again at once is slowed down by that.
 HELD_S = 1.0
@@ -85,7 +85,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
     async def look(self) -> None:
         """Learns what was revoked by now, and ends the calls of those that may not call any more."""
         try:
-            self._revoked = await asyncio.to_thread(self._registry.revoked)
+            # Never fewer: a record that was restored from an older copy has forgotten some.
+            self._revoked |= await asyncio.to_thread(self._registry.revoked)
             self._trouble = ""
         except FedepthError as error:  # what was revoked stays revoked, and expiry needs no record
             if str(error) != self._trouble:
@@ -221,7 +222,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             await _abort(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"busy: the record of certificates cannot be read: {error}; come back in {_BUSY_S} s",
+                f"busy: the record of certificates cannot be read: {error}; come back in {BUSY_RETRY_S:g} s",
             )
         return caller, entry
 

@@ -181,8 +181,11 @@ class Registry:
             now = int(self._clock())
             where = "(name = ? OR id = ?) AND role != ?"
             entries = self._select(database, where, who, who, Role.COORDINATOR.value)
+            # An id is renamed by a certificate for it: its last name is what its tokens are made for.
+            last = max(entries, key=lambda entry: entry.issued_at, default=None)
+            names = (who, last.issued.subject.name if last else who)
             tokens = database.execute(
-                "UPDATE tokens SET expires_at = 0 WHERE name = ? AND fingerprint IS NULL", (who,)
+                "UPDATE tokens SET expires_at = 0 WHERE name IN (?, ?) AND fingerprint IS NULL", names
             ).rowcount
             if not entries and not tokens:
                 raise TrustError(
@@ -249,9 +252,9 @@ class Registry:
     def _check_id(self, database: sqlite3.Connection, subject: Subject) -> None:
         if subject.role is not Role.DEVICE:
             return
-        now = self._clock()
         for entry in self._select(database, "role = ? AND id = ?", subject.role.value, subject.id):
-            if entry.state(now) == "valid" and entry.issued.subject.name != subject.name:
+            # One that has expired still says whose id it is, with all that is kept under it.
+            if entry.revoked_at is None and entry.issued.subject.name != subject.name:
                 other = entry.issued.subject.name
                 raise TrustError(
                     f"the device {subject.id} is known as {printable(other)}, and now asks to be "

@@ -118,6 +118,16 @@ def test_a_job_that_goes_back_takes_nothing_from_rounds_that_are_no_more(
     assert held(bench) == {"00000004-t4-1": "t4\n"}
 
 
+def test_a_task_of_a_round_before_ends_a_residual_even_if_it_comes_to_nothing(
+    bench: Bench, transport: FakeTransport, in_round: InRound
+) -> None:
+    transport.answers = [in_round(6), in_round(4), in_round(7)]
+    bench.run(transport, OK, {"do": "fail", "outcome": "diverged"}, OK)
+    assert [failure.task_id for failure in transport.failures] == ["t4"]
+    assert begun(bench) == [0, 0, 0]
+    assert held(bench) == {"00000007-t7-1": "t7\n"}
+
+
 @pytest.mark.parametrize("changes", [{"job": "another"}, {"graph_digest": "0" * 64}], ids=["job", "model"])
 def test_it_goes_with_its_job_and_its_model(
     bench: Bench, transport: FakeTransport, in_round: InRound, changes: dict[str, Any]
@@ -197,19 +207,24 @@ def test_killed_at_any_step_every_update_leaves_out_what_it_should(
     assert len(moments) > 20
 
 
-def test_on_a_full_disk_the_update_goes_first_and_the_residual_is_kept_later(
-    bench: Bench, transport: FakeTransport, in_round: InRound, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, left = Residuals.keep, 4
+def fill_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:
+    """So many residuals find no room; what was tried."""
+    real, tries = Residuals.keep, list[Path]()
 
     def full(residuals: Residuals, folder: Path) -> None:
-        nonlocal left
-        left -= 1
-        if left >= 0:
+        tries.append(folder)
+        if len(tries) <= times:
             raise DiskError("residuals cannot be kept: No space left on device")
         real(residuals, folder)
 
     monkeypatch.setattr(Residuals, "keep", full)
+    return tries
+
+
+def test_on_a_full_disk_the_update_goes_first_and_the_residual_is_kept_later(
+    bench: Bench, transport: FakeTransport, in_round: InRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, 4)
     transport.answers = [in_round(1), in_round(2)]
     bench.run(transport, OK)
     assert held(bench) == {"00000002-t2-1": "t1\nt2\n"}
@@ -220,20 +235,11 @@ def test_on_a_full_disk_the_update_goes_first_and_the_residual_is_kept_later(
 def test_refused_before_it_could_be_kept_it_goes_all_the_same(
     bench: Bench, transport: FakeTransport, in_round: InRound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = Residuals.keep, 1
-
-    def full(residuals: Residuals, folder: Path) -> None:
-        nonlocal left
-        left -= 1
-        if left >= 0:
-            raise DiskError("residuals cannot be kept: No space left on device")
-        real(residuals, folder)
-
-    monkeypatch.setattr(Residuals, "keep", full)
+    tries = fill_disk(monkeypatch, 1)
     transport.answers = [in_round(1), in_round(2)]
     transport.deliveries = [Refused("norm", "it goes too far")]
     bench.run(transport, OK)
-    assert left < 0
+    assert len(tries) > 1
     assert begun(bench) == [0, 0]
     assert held(bench) == {"00000002-t2-1": "t2\n"}
 

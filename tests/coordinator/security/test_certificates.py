@@ -147,6 +147,30 @@ def test_an_id_has_one_name_at_a_time(made: Made) -> None:
     made.device("hall", DEVICE)
 
 
+def test_an_id_stays_its_names_when_its_certificate_has_expired(made: Made) -> None:
+    made.device("kitchen", DEVICE, days=1)
+    made.time.now += 2 * DAY_S
+    with pytest.raises(TrustError, match=rf"{DEVICE} is known as kitchen, and now asks to be hall"):
+        made.device("hall", DEVICE)
+    made.device("kitchen", DEVICE)
+
+
+@pytest.mark.parametrize("who", ["hall", DEVICE])
+def test_tokens_are_revoked_with_their_device(made: Made, who: str) -> None:
+    """By its name or its id; what a token was made for is the name that it has now."""
+    made.device("kitchen", DEVICE)
+    made.certificates.registry.revoke("kitchen")
+    made.time.now += 1
+    made.device("hall", DEVICE)
+    token, _ = made.certificates.make_token("hall", 60)
+    another, _ = made.certificates.make_token("kitchen", 60)
+    assert [entry.issued.subject.name for entry in made.certificates.registry.revoke(who)] == ["hall"]
+    request = request_for(new_key())
+    with pytest.raises(TrustError, match="the token for hall has expired"):
+        made.certificates.enroll(token.secret, request, DEVICE, 30)
+    made.certificates.enroll(another.secret, request, OTHER, 30)
+
+
 def test_who_is_not_there_cannot_be_revoked(made: Made) -> None:
     with pytest.raises(TrustError, match="no certificate or token has the name or id 'kichen'"):
         made.certificates.registry.revoke("kichen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,20 @@ def test_calls_that_last_end_when_their_certificate_does(made: Made, method: str
         if end == "revoked":
             again = made.device()  # of the same device, made after that
             assert (await rig.call(again, "NextTask", REQUESTS["NextTask"](DEVICE, "")))[0] is OK
+
+    play(made, scene)
+
+
+def test_who_was_revoked_stays_so_when_an_older_record_is_restored(made: Made, tmp_path: Path) -> None:
+    async def scene(rig: Rig) -> None:
+        device, record = made.device(), made.folder / "record.sqlite"
+        shutil.copyfile(record, tmp_path / "older")
+        made.certificates.registry.revoke("kitchen")
+        await rig.guard.look()
+        shutil.copyfile(tmp_path / "older", record)
+        await rig.guard.look()
+        code, why = await rig.call(device, "NextTask", REQUESTS["NextTask"](DEVICE, ""))
+        assert code is UNKNOWN and "was revoked" in why
 
     play(made, scene)
 
