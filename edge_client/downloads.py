@@ -142,7 +142,7 @@ class Downloads:
         await asyncio.to_thread(growing.resume)
         await self._fill(growing, assembly)
         try:
-            await asyncio.to_thread(growing.seal, final)
+            await asyncio.to_thread(growing.seal, final, can_come_again=True)
         except ProtocolError:
             self._doubted.add(digest)
             raise

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedepth import files, weights
+from fedepth import files
 from fedepth.errors import StateError
 from fedepth.files import file_digest, replacing, write_atomically
 from fedepth.weights import load_numpy, open_weights, save, write_tensors
@@ -315,4 +315,3 @@ def test_every_type_of_the_layout_that_numpy_knows_can_be_stored(tmp_path: Path)
     for dtype in ITEM_BYTES.keys() - {"BF16"}:
         write_tensors(tmp_path / "w", {"t": (dtype, (3,))}, lambda name: [np.zeros(3)])
         assert open_weights(tmp_path / "w").read("t").itemsize == ITEM_BYTES[dtype]
-    assert weights.SLICE_BYTES == 4 << 20

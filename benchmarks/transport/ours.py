@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,13 +62,18 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
             argv = [*module_argv("benchmarks.transport.agent"), address, str(data), str(state), name]
             running.start(name, argv)
         pids = {name: process.pid for name, process in running.processes.items()}
-        log = running.log("coordinator")
+        log = running.log("coordinator").open("rb")
+        ended = 0
 
         def finished() -> int:
+            nonlocal ended
             for name, process in running.processes.items():
                 if process.poll() is not None:
                     raise ChildError(f"{name} ended with status {process.returncode}; see {running.log(name)}")
-            return sum(_is_end(line) for line in log.read_text().splitlines())
+            while (line := log.readline()).endswith(b"\n"):
+                ended += _is_end(line)
+            log.seek(-len(line), os.SEEK_CUR)
+            return ended
 
         seen = observe(rounds, finished, pids)
         idle = _idle_bytes([pids[name] for name in names], finished, rounds + 1)
@@ -95,7 +101,7 @@ def _idle_bytes(pids: Sequence[int], finished: Callable[[], int], rounds: int) -
     return max(status_bytes(pid, "VmRSS") for pid in pids)
 
 
-def _is_end(line: str) -> bool:
+def _is_end(line: bytes) -> bool:
     try:
         return bool(json.loads(line).get("event") == "round_closed")
     except ValueError:

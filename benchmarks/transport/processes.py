@@ -33,10 +33,10 @@ def processor_seconds(pids: Iterable[int]) -> float:
     return total
 
 
-def resident_bytes(pids: Iterable[int]) -> int:
-    """Resident memory of these processes and what they have started, added up."""
+def resident_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Resident memory of these processes, added up."""
     total = 0
-    for process in tree(pids):
+    for process in processes:
         try:
             total += process.memory_info().rss
         except psutil.NoSuchProcess:

@@ -9,11 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.transport.processes import processor_seconds, resident_bytes
+import psutil
+
+from benchmarks.transport.processes import processor_seconds, resident_bytes, tree
 from fedepth.errors import ChildError
 
 STUCK_S = 180.0
 _EVERY_S = 0.02
+_PEAK_TURNS = 5
+_LOOK_TURNS = 100
 
 
 @dataclass
@@ -58,6 +62,7 @@ def observe(count: int, finished_rounds: Callable[[], int], pids: Mapping[str, i
     seen = Rounds()
     moved = time.monotonic()
     turn = 0
+    trees: dict[str, list[psutil.Process]] = {}
     while len(seen.ends) < count:
         done = finished_rounds()
         now = time.monotonic()
@@ -66,9 +71,12 @@ def observe(count: int, finished_rounds: Callable[[], int], pids: Mapping[str, i
             moved = now
         elif now - moved > STUCK_S:
             raise ChildError(f"no round has ended for {STUCK_S:.0f} s, after {len(seen.ends)}")
-        if turn % 5 == 0:  # looking through /proc takes time from those that are measured
-            for name, pid in pids.items():
-                seen.peaks[name] = max(seen.peaks.get(name, 0), resident_bytes([pid]))
+        # Looking through /proc for children takes time from those that are measured: a fifth of a core at every turn.
+        if turn % _LOOK_TURNS == 0:
+            trees = {name: tree([pid]) for name, pid in pids.items()}
+        if turn % _PEAK_TURNS == 0:
+            for name, processes in trees.items():
+                seen.peaks[name] = max(seen.peaks.get(name, 0), resident_bytes(processes))
         turn += 1
         time.sleep(_EVERY_S)
     return seen

@@ -1,6 +1,6 @@
 """New global weights from updates by a rule, streamed from files to a file.
 
-Memory is a few slices of 4 MiB or one stack of 16 MiB, whatever the size of the model and the number of updates. Sums
+Memory is a few slices of 512 KiB or one stack of 16 MiB, whatever the size of the model and the number of updates. Sums
 run in float64 over the updates in the order of their files' paths, so that the result is the same to the last bit, in
 whatever order they came.
 """

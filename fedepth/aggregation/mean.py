@@ -1,4 +1,4 @@
-"""The weighted mean of a tensor, streamed from files: a few slices of 4 MiB, however many updates there are."""
+"""The weighted mean of a tensor, streamed from files: a few slices of 512 KiB, however many updates there are."""
 
 from __future__ import annotations
 

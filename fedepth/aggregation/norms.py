@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fedepth.aggregation.rules import ENOUGH_NORMS, Kind, Norms
-from fedepth.aggregation.updates import held_tensors, is_floating, squared_change
+from fedepth.aggregation.updates import held_tensors, is_floating, squared_change, sum_of_squares
 from fedepth.encoding import DecodedPart
 from fedepth.weights import Reader, open_weights
 
@@ -33,7 +33,7 @@ FACTORS: dict[Kind, float] = {"parameters": 15.0, "buffers": 40.0}
 def update_norms(
     base: Path, parts: Sequence[Path], parameters: Collection[str], scales: dict[Path, float] | None = None
 ) -> Norms:
-    """How far an update goes from `base`. Memory is a few slices of 4 MiB.
+    """How far an update goes from `base`. Memory is a few slices of 512 KiB.
 
     Args:
         base: the weights that it was trained from.
@@ -102,8 +102,7 @@ def _root_mean_square(old: Reader, names: Sequence[str]) -> float:
     total = 0.0
     for name in names:
         for piece in old.slices(name):
-            wide = piece.astype(np.float64)
-            total += float(wide @ wide)
+            total += sum_of_squares(piece.astype(np.float64))
     return math.sqrt(total / max(_elements(old, names), 1)) or 1.0
 
 

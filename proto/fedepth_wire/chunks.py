@@ -94,7 +94,7 @@ class PartialFile:
         self.path, self.size_bytes, self.digest = path, size_bytes, digest
         self.held_bytes = 0
         self._clock = clock
-        self._synced = clock()
+        self._begun = self._synced = clock()
         self._hash: hashlib._Hash | None = hashlib.sha256()  # of what is there; None if that was not seen here
         self._signature: Signature | None = None  # of the file as it was left here
 
@@ -127,8 +127,9 @@ class PartialFile:
         self._signature = self._current()
         return end
 
-    def seal(self, final: Path) -> None:
-        """Gives the whole file its name, durably.
+    def seal(self, final: Path, *, can_come_again: bool = False) -> None:
+        """Gives the whole file its name, durably. Not so one that can come again, if it has come within SYNC_S: that
+        much a power cut may cost, and whoever uses it looks at its digest.
 
         Raises:
             ProtocolError: it is not whole; or another one, and deleted, so that the next try begins anew.
@@ -141,10 +142,13 @@ class PartialFile:
         if got != self.digest:
             self.path.unlink()
             raise ProtocolError(f"{final.name}: sha256 is {got[:12]}…, expected {self.digest[:12]}…; send it again")
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        durable = not can_come_again or known is None or self._clock() >= self._begun + SYNC_S
+        if durable:
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
         self.path.replace(final)
-        sync_folder(final.parent)
+        if durable:
+            sync_folder(final.parent)
 
     def _is_as_left(self) -> bool:
         """Whether nobody else has written to it since."""

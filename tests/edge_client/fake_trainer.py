@@ -103,7 +103,9 @@ def trained(request: dict[str, Any], peak: int = 0) -> dict[str, Any]:
         "baseline_bytes": START_BYTES,
         "weights_digest": task["weights_digest"],
     }
-    (Path(request["output"]) / "result.json").write_text(json.dumps(result))
+    path = Path(request["output"]) / "result.json"
+    path.with_name("new").write_text(json.dumps(result))
+    path.with_name("new").rename(path)  # all of it at once, as the real one does: tests look at it meanwhile
     return result
 
 

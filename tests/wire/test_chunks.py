@@ -189,6 +189,28 @@ def test_it_is_durable_when_it_is_whole_and_now_and_then_before(
 
 
 @pytest.mark.parametrize(
+    ("seconds", "restarted", "durable"), [(SYNC_S - 1, False, False), (SYNC_S + 1, False, True), (1.0, True, True)]
+)
+def test_what_came_soon_and_can_come_again_need_not_be_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, restarted: bool, durable: bool
+) -> None:
+    """A power cut costs SYNC_S of a transfer, not the hours that it takes over a slow link."""
+    now, path = 0.0, tmp_path / "t.partial"
+    growing = PartialFile(path, 4, sha256(b"abcd"), clock=lambda: now)
+    growing.append(0, b"ab")
+    if restarted:
+        growing = PartialFile(path, 4, sha256(b"abcd"), clock=lambda: now)
+        growing.resume()
+    growing.append(2, b"cd")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    now = seconds
+    growing.seal(tmp_path / "t", can_come_again=True)
+    assert (tmp_path / "t").read_bytes() == b"abcd"
+    assert bool(synced) == durable
+
+
+@pytest.mark.parametrize(
     ("offset", "data", "total", "message"),
     [
         pytest.param(2, b"x", 10, "offset 2, expected 3", id="repeated"),
