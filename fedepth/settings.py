@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import json
 import re
 import sys
@@ -16,11 +15,6 @@ from typing import Any
 from fedepth.errors import ConfigError
 from fedepth.files import read_regular
 from fedepth.printable import printable, quoted, shortened
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MOST_BYTES = 4 << 20
 _MOST_LINE = 100  # characters of a line that are shown
@@ -113,6 +107,12 @@ def read_settings(path: Path, name: str) -> SettingsFile:
         ConfigError: it cannot be read, has more than MOST_BYTES, or is not TOML; says what it is instead, or names the
             line and column, and shows the line.
     """
+    # An idle agent, which was given its settings, loads no parser.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     data = _bytes_of(path)
     text = _text_of(data, name)
     # What TOML takes for the end of a line is \n or \r\n; tomllib counts lines in the same way.
@@ -159,6 +159,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     Names such as "memory.cap" are compared by their last word, which may merely stand in the wrong section.
     """
+    import difflib  # where something is wrong, and never in an idle agent
+
     everything = sorted(known)
     names = {name.rpartition(".")[2]: name for name in everything}
     near = difflib.get_close_matches(word.rpartition(".")[2], names, n=1, cutoff=0.5)

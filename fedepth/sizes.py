@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from fractions import Fraction
 
 from fedepth.errors import ConfigError
 from fedepth.printable import shortened
@@ -46,7 +44,8 @@ def parse_size(text: str | int) -> int:
             "known are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
         )
     # Out of floating point, so that a large number of bytes is exact.
-    size = round(Fraction(number) * _UNITS[unit.lower()])
+    whole, _, decimals = number.partition(".")
+    size = _rounded(int(whole + decimals) * _UNITS[unit.lower()], 10 ** len(decimals))
     if size > MOST_BYTES:
         raise ConfigError(f'"{shown}" is more memory than any machine has; write at most {format_size(MOST_BYTES)}')
     return size
@@ -64,10 +63,16 @@ def format_size(size_bytes: int, *, round_up: bool = False) -> str:
         return f"{sign}{size} B"
 
     def tenths(exponent: int) -> int:
-        exact = Fraction(10 * size, 1 << exponent)
-        return math.ceil(exact) if round_up else round(exact)
+        unit = 1 << exponent
+        return -(-10 * size // unit) if round_up else _rounded(10 * size, unit)
 
     # What would be printed as 1024.0 belongs to the next unit.
     exponent = next((each for each in (10, 20, 30) if tenths(each) < 10_240), 40)
     whole, tenth = divmod(tenths(exponent), 10)
     return f"{sign}{whole}.{tenth} {_BINARY[exponent]}"
+
+
+def _rounded(dividend: int, divisor: int) -> int:
+    """Their quotient to the nearest integer, a half to the even one: without fractions, which no idle agent loads."""
+    quotient, rest = divmod(dividend, divisor)
+    return quotient + (2 * rest > divisor or (2 * rest == divisor and quotient % 2))

@@ -14,7 +14,6 @@ import hashlib
 import os
 import platform
 import shutil
-import statistics
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -335,7 +334,9 @@ async def _measure(
     need = fit(measured, start)
     errors = [abs(error) for error in relative_errors(measured, need)]
     calibration = with_kept(need, peaks)
-    return Calibrated(fingerprint, calibration, tuple(trials), len(errors), statistics.median(errors))
+    from statistics import median  # loads fractions and decimal, and an idle agent has none of them
+
+    return Calibrated(fingerprint, calibration, tuple(trials), len(errors), median(errors))
 
 
 async def _prepare(trace: Tracer, probe: Probe, folder: Path) -> TrialModel:

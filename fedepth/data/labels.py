@@ -6,7 +6,6 @@ taken for equal, but what comes close is suggested.
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -161,6 +160,8 @@ def _nearest(name: str, classes: Sequence[str]) -> str:
         return loose[_loosely(name)]
     if len(loose) > _MOST_COMPARED:
         return ""
+    import difflib  # where something is wrong, and never in an idle agent
+
     near = difflib.get_close_matches(_loosely(name), loose, n=1, cutoff=_NEAR)
     return loose[near[0]] if near else ""
 

@@ -11,7 +11,7 @@ little towards its default, so that what was not seen stays as it is.
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,8 +64,8 @@ def with_kept(need: Calibration, peaks: Sequence[tuple[int, int]]) -> Calibratio
         need: the calibration as if nothing were kept.
         peaks: (need, peak in training) of plans, in bytes.
     """
-    parts = [(peak - each) / may_keep_bytes(each) for each, peak in peaks]
-    return replace(need, kept=statistics.fmean(min(1.0, max(0.0, part)) for part in parts))
+    parts = [min(1.0, max(0.0, (peak - each) / may_keep_bytes(each))) for each, peak in peaks]
+    return replace(need, kept=math.fsum(parts) / len(parts))
 
 
 def relative_errors(measured: Sequence[MeasuredStage], calibration: Calibration) -> list[float]:
