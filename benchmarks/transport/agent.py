@@ -5,8 +5,12 @@ python -m benchmarks.transport.agent HOST:PORT DATA STATE NAME
 
 from __future__ import annotations
 
-import asyncio
 import sys
+
+if __name__ == "__main__":
+    sys.modules["rich"] = None  # type: ignore[assignment]  # as edge_client.daemon does, and for its reason
+
+import asyncio
 
 from edge_client import config as settings
 from edge_client.agent import Agent, Surroundings

@@ -195,6 +195,7 @@ def test_a_child_that_cannot_go_on_says_why(device: Callable[[float], Device]) -
 def test_an_idle_agent_holds_no_library_that_it_has_no_use_for() -> None:
     unused = "'cryptography', 'typer', 'difflib', 'fractions', 'statistics', 'tomllib', 'tomli'"
     # As its process begins: without rich, which loads fractions.
-    code = f"import sys; sys.modules['rich'] = None; import edge_client.daemon; print(sorted({{{unused}}} & set(sys.modules)))"
+    begin = "import sys; sys.modules['rich'] = None; import edge_client.daemon"
+    code = f"{begin}; print(sorted({{{unused}}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert client.CHILD_ARGV[-1] == "edge_client.certificate.process"
