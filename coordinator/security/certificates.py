@@ -140,6 +140,8 @@ class Certificates:
     def _init(self) -> bool:
         wanted = ("authority.pem", "record.sqlite", "enrollment.pem", "coordinator.pem", "operator.pem")
         missing = [name for name in wanted if not (self.folder / name).exists()]
+        if "record.sqlite" not in missing and not self.registry.is_made():
+            missing.append("record.sqlite")
         if "authority.pem" in missing:
             write_authority(self.folder / "authority.pem", make_authority(self._clock()))
         if "record.sqlite" in missing:

@@ -101,6 +101,16 @@ class Registry:
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {_VERSION}")
 
+    def is_made(self) -> bool:
+        """Whether `create` came to its end: a full disk or a kill leaves a file without tables.
+
+        Raises:
+            UnavailableError, StateError: it is not there, or cannot be read.
+        """
+        with self._transaction(reads=True) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+        return bool(version)
+
     # --- certificates
 
     def add(self, issued: Issued, how: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -88,6 +89,24 @@ def test_init_replaces_nothing_and_makes_what_is_missing(made: Made) -> None:
     after = {path: path.read_bytes() for path in made.folder.glob("*.pem")}
     changed = {path.name for path in after if before[path] != after[path]}
     assert changed == {"operator.pem"}
+
+
+@pytest.mark.parametrize("cut", ["empty", "without tables"])
+def test_an_init_that_a_full_disk_or_a_kill_has_stopped_is_finished_by_the_next(tmp_path: Path, cut: str) -> None:
+    """The record is a file before it has tables."""
+    whole = Certificates(tmp_path / "whole")
+    whole.init()
+    folder = tmp_path / "cut"
+    folder.mkdir(mode=0o700)
+    (folder / "authority.pem").write_bytes((whole.folder / "authority.pem").read_bytes())
+    (folder / "authority.pem").chmod(0o600)
+    with contextlib.closing(sqlite3.connect(folder / "record.sqlite")) as database:
+        if cut != "empty":
+            database.execute("VACUUM")
+    found = Certificates(folder)
+    assert found.init() and not found.init()
+    assert (folder / "authority.pem").read_bytes() == (whole.folder / "authority.pem").read_bytes()
+    assert facts_of(found.issue(Role.DEVICE, "kitchen", 1)).name == "kitchen"
 
 
 def test_a_folder_without_an_authority_says_what_to_run(tmp_path: Path) -> None:
