@@ -20,6 +20,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 from fedepth_wire.tls import Identity, Role, fingerprint, read_identity, write_identity
@@ -218,7 +219,7 @@ class Certificates:
     # --- the coordinator's own
 
     def coordinator(self) -> Identity:
-        """The coordinator's bundle, made anew first if it is due, revoked, or in no record.
+        """The coordinator's bundle, made anew first if it is due, revoked, not valid yet, or in no record.
 
         Raises:
             TrustError: it, or the authority, is missing or damaged.
@@ -236,9 +237,11 @@ class Certificates:
             identity = read_identity(path)
             entry = self.registry.find(fingerprint(identity.certificate))
             now = self._clock()
+            # One from the future was made while the clock here was ahead: nobody would believe it for years.
             if (
                 entry
                 and entry.state(now) == "valid"
+                and entry.issued.not_before <= now
                 and not is_due(entry.issued.not_before, entry.issued.not_after, now)
             ):
                 return identity
@@ -271,7 +274,22 @@ class Certificates:
             raise UnavailableError(str(error)) from None
 
     def _authority(self) -> Authority:
-        return read_authority(self.folder / "authority.pem")
+        """The authority, which is valid now: nobody believes what one signs that is not.
+
+        Raises:
+            TrustError: there is none, or it is not valid.
+        """
+        path = self.folder / "authority.pem"
+        authority = read_authority(path)
+        begin, end = authority.certificate.not_valid_before_utc, authority.certificate.not_valid_after_utc
+        if not begin.timestamp() <= self._clock() < end.timestamp():
+            raise TrustError(
+                f"the authority in {printable(str(path))} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and the "
+                f"clock here says {datetime.fromtimestamp(self._clock(), timezone.utc):%Y-%m-%d}. If the clock is "
+                "right, make another authority, and enrol all devices with it: fedepth-coordinator certs init --certs "
+                "DIR, with a new folder"
+            )
+        return authority
 
 
 def _uuid(text: str) -> str:

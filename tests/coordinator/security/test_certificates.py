@@ -210,6 +210,31 @@ def test_the_coordinators_and_operators_own_are_renewed_when_a_third_is_left(mad
     assert facts_of(made.operator()).not_after - made.time.now == pytest.approx(365 * DAY_S, abs=2)
 
 
+def test_what_was_made_while_the_clock_was_ahead_is_made_anew(made: Made) -> None:
+    """Such as at a start without a network; devices would believe it only in years."""
+    right = made.time.now
+    made.time.now += 5 * 365 * DAY_S
+    ahead = made.certificates.coordinator(), made.operator()
+    made.time.now = right
+    found = made.certificates.coordinator(), made.operator()
+    for identity, before in zip(found, ahead, strict=True):
+        assert identity != before
+        assert facts_of(identity).not_before <= right < facts_of(identity).not_after
+    assert (made.certificates.coordinator(), made.operator()) == found
+
+
+@pytest.mark.parametrize("years", [-1, 11])
+def test_an_authority_that_is_not_valid_by_the_clock_signs_nothing(made: Made, years: int) -> None:
+    token, _ = made.certificates.make_token("hall", 20 * 365 * DAY_S)
+    made.time.now += years * 365 * DAY_S
+    says = r"the authority in .*authority\.pem is valid from .*If the clock is right, make another authority"
+    for signed in (made.device, made.certificates.coordinator):
+        with pytest.raises(TrustError, match=says):
+            signed()
+    with pytest.raises(UnavailableError, match=says):  # which is no fault of a device
+        made.certificates.enroll(token.secret, request_for(new_key()), OTHER, 30)
+
+
 def test_nothing_outlives_its_authority(made: Made) -> None:
     made.time.now += 3649 * DAY_S
     assert facts_of(made.device(days=30)).not_after - made.time.now == pytest.approx(DAY_S, abs=2)
