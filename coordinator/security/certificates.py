@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from coordinator.security.authority import (
     write_authority,
 )
 from coordinator.security.registry import Registry
-from fedepth.errors import LockedError, TrustError, UnavailableError
+from fedepth.errors import FedepthError, LockedError, TrustError, UnavailableError
 from fedepth.files import disk_errors, lock_file, read_regular, user_folder, write_atomically
 from fedepth.printable import printable, quoted
 
@@ -84,11 +85,16 @@ def is_due(not_before: float, not_after: float, now: float) -> bool:
 
 
 class Certificates:
-    """One authority in its folder. Methods touch the disk, and may be called in any thread."""
+    """One authority in its folder. Methods touch the disk, and may be called in any thread.
+
+    Attributes:
+        warn: is told what will keep something from working one day, and does not yet.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens nothing yet; see `check`."""
         self.folder = folder
+        self.warn: Callable[[str], None] = lambda text: print(printable(text), file=sys.stderr)
         self._clock = clock
         self.registry = Registry(folder / "record.sqlite", clock)
 
@@ -221,6 +227,8 @@ class Certificates:
     def coordinator(self) -> Identity:
         """The coordinator's bundle, made anew first if it is due, revoked, not valid yet, or in no record.
 
+        One that is due is used as long as it is valid, where no other can be made.
+
         Raises:
             TrustError: it, or the authority, is missing or damaged.
             DiskError: it cannot be written.
@@ -232,11 +240,11 @@ class Certificates:
         return self._own("operator.pem", Role.OPERATOR, "operator", DEVICE_DAYS)
 
     def _own(self, file: str, role: Role, name: str, days: float) -> Identity:
-        path = self.folder / file
+        path, now = self.folder / file, self._clock()
+        held, entry = None, None
         if os.path.lexists(path):
-            identity = read_identity(path)
-            entry = self.registry.find(fingerprint(identity.certificate))
-            now = self._clock()
+            held = read_identity(path)
+            entry = self.registry.find(fingerprint(held.certificate))
             # One from the future was made while the clock here was ahead: nobody would believe it for years.
             if (
                 entry
@@ -244,10 +252,17 @@ class Certificates:
                 and entry.issued.not_before <= now
                 and not is_due(entry.issued.not_before, entry.issued.not_after, now)
             ):
-                return identity
-        with disk_errors(f"{file} cannot be made", self.folder):
-            identity = self.issue(role, name, days)
-            write_identity(path, identity)
+                return held
+        try:
+            with disk_errors(f"{file} cannot be made", self.folder):
+                identity = self.issue(role, name, days)
+                write_identity(path, identity)
+        except FedepthError as error:
+            if held is None or entry is None or entry.state(now) != "valid":
+                raise
+            until = datetime.fromtimestamp(entry.issued.not_after, timezone.utc)
+            self.warn(f"{file} cannot be renewed, and is used until it ends ({until:%Y-%m-%d}): {error}")
+            return held
         return identity
 
     def enrollment(self) -> Identity:

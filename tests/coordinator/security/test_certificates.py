@@ -210,6 +210,27 @@ def test_the_coordinators_and_operators_own_are_renewed_when_a_third_is_left(mad
     assert facts_of(made.operator()).not_after - made.time.now == pytest.approx(365 * DAY_S, abs=2)
 
 
+def test_what_is_due_is_used_until_it_ends_where_it_cannot_be_renewed(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full or read-only disk keeps no coordinator from starting, and no operator from looking."""
+    before = made.certificates.coordinator(), made.operator()
+    made.time.now += 70 * DAY_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Registry, "add", _full)
+        assert (made.certificates.coordinator(), made.operator()) == before
+        said = capsys.readouterr().err
+        assert said.startswith("coordinator.pem cannot be renewed, and is used until it ends (2")
+        assert said.endswith("database or disk is full\n") and said.count("\n") == 1  # the operator's is not due
+        made.time.now += 25 * DAY_S
+        with pytest.raises(UnavailableError, match="disk is full"):
+            made.certificates.coordinator()
+
+
+def _full(registry: Registry, *_: Any) -> None:
+    raise UnavailableError("record.sqlite cannot be used now: database or disk is full")
+
+
 def test_what_was_made_while_the_clock_was_ahead_is_made_anew(made: Made) -> None:
     """Such as at a start without a network; devices would believe it only in years."""
     right = made.time.now
@@ -228,9 +249,8 @@ def test_an_authority_that_is_not_valid_by_the_clock_signs_nothing(made: Made, y
     token, _ = made.certificates.make_token("hall", 20 * 365 * DAY_S)
     made.time.now += years * 365 * DAY_S
     says = r"the authority in .*authority\.pem is valid from .*If the clock is right, make another authority"
-    for signed in (made.device, made.certificates.coordinator):
-        with pytest.raises(TrustError, match=says):
-            signed()
+    with pytest.raises(TrustError, match=says):
+        made.device()
     with pytest.raises(UnavailableError, match=says):  # which is no fault of a device
         made.certificates.enroll(token.secret, request_for(new_key()), OTHER, 30)
 
