@@ -50,7 +50,8 @@ COORDINATOR_DAYS = 90
 TOKEN_S = 86400
 RENEWED_WITH = 1 / 3  # of its life left
 MOST_DAYS = 3650
-MOST_NAME = 64  # characters of a common name (RFC 5280, ub-common-name)
+# Of a common name. RFC 5280 (ub-common-name) counts characters, and the library that makes certificates counts bytes.
+MOST_NAME_BYTES = 64
 
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _MOST_ADDRESS_BYTES = 1024
@@ -72,9 +73,11 @@ def check_name(name: str) -> str:
     Raises:
         TrustError: it is none.
     """
-    if not name or len(name) > MOST_NAME or printable(name) != name or name != name.strip():
+    size = len(name.encode("utf-8", "replace"))
+    if not 0 < size <= MOST_NAME_BYTES or printable(name) != name or name != name.strip():
         raise TrustError(
-            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME} characters, which can be shown"
+            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME_BYTES} bytes as UTF-8, of characters that "
+            "can be shown"
         )
     return name
 

@@ -142,10 +142,18 @@ def test_two_that_init_at_once_make_one_authority(tmp_path: Path) -> None:
     facts_of(found.operator())
 
 
-@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J"])
+@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J", "ü" * 33, "\ud800"])
 def test_what_is_no_name(made: Made, name: str) -> None:
-    with pytest.raises(TrustError, match="is not a name for a certificate"):
+    says = "is not a name for a certificate"
+    with pytest.raises(TrustError, match=says):
         made.device(name)
+    with pytest.raises(TrustError, match=says):
+        made.certificates.make_token(name, 60)  # or its device would be told in the end
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "ü" * 32, "o'brien \"k\"", "küche 😀", "a/b"])
+def test_what_is_a_name(made: Made, name: str) -> None:
+    assert facts_of(made.device(name)).name == name
 
 
 def test_an_operator_has_a_name_that_a_uri_can_hold(made: Made) -> None:
