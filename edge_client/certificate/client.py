@@ -88,7 +88,7 @@ class CertificateKeeper:
         self._seen = self._stamp()
 
     async def run(self) -> None:
-        """Looks once a day, and whenever the bundle has changed, until it is cancelled."""
+        """Looks once a day, when the certificate is due, and whenever the bundle has changed, until it is cancelled."""
         while True:
             pause = await self.look()
             end = self._clock.now() + pause
@@ -112,7 +112,8 @@ class CertificateKeeper:
                 _log.error("the certificate of this device needs attention", error=str(error), next_look_s=AGAIN_S)
             return AGAIN_S
         self._reminder.over()
-        return DAY_S
+        # One that is made for a day is due, and over, before the next.
+        return min(DAY_S, max(AGAIN_S, facts.due_at - self._now()))
 
     async def _renew(self, ask: Any, facts: Facts) -> Facts:
         request = await ask(Prepare(), Request)

@@ -39,9 +39,14 @@ class Facts(msgspec.Struct, frozen=True, tag_field="event", tag="facts"):
     not_before: float
     not_after: float
 
+    @property
+    def due_at(self) -> float:
+        """When a third of its life is left."""
+        return self.not_after - (self.not_after - self.not_before) / 3
+
     def is_due(self, now: float) -> bool:
         """Whether a third of its life is left, or less."""
-        return now >= self.not_after - (self.not_after - self.not_before) / 3
+        return now >= self.due_at
 
 
 class Request(msgspec.Struct, frozen=True, tag_field="event", tag="request"):
