@@ -135,6 +135,9 @@ class Registry:
     def renew(self, fingerprint: str, public_key: str, make: Callable[[Issued], Issued]) -> Issued:
         """The certificate for this key: the one that was made for it already, or what `make` makes of the one before.
 
+        One that does not outlive the one before is no answer that was lost: a device was killed before it forgot its
+        key, or has got another certificate meanwhile.
+
         Args:
             fingerprint: of the certificate that runs out.
 
@@ -153,7 +156,8 @@ class Registry:
                 if entry.issued.public_key == public_key:
                     if entry.revoked_at is not None:
                         raise TrustError("the certificate for this key was revoked")
-                    return entry.issued
+                    if entry.issued.not_after > found[0].issued.not_after:
+                        return entry.issued
             recent = [each for each in rows if each.how == "renewed" and each.issued_at > now - _DAY_S]
             if len(recent) >= MOST_RENEWALS:
                 raise UnavailableError(f"{subject.name} has had {len(recent)} new certificates within a day")

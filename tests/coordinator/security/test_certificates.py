@@ -286,6 +286,18 @@ def test_a_renewal_keeps_id_and_name_and_needs_a_third_left(made: Made) -> None:
     assert entry.issued.not_after - made.time.now == pytest.approx(30 * DAY_S, abs=2)
 
 
+@pytest.mark.parametrize("key_of", ["the certificate itself", "an earlier one"])
+def test_a_key_that_was_certified_long_ago_gets_no_old_certificate(made: Made, key_of: str) -> None:
+    """A device was killed before it forgot the key, or while it renewed, and was enrolled again then."""
+    device, key = made.device(days=30), new_key()
+    made.time.now += 20 * DAY_S
+    earlier = made.certificates.renew(fingerprint(device.certificate), request_for(key))
+    before = earlier if key_of == "the certificate itself" else made.device(days=90).certificate
+    made.time.now += 25 * DAY_S if before == earlier else 70 * DAY_S
+    renewed = made.certificates.renew(fingerprint(before), request_for(key))
+    assert parsed(renewed).not_valid_after_utc > max(parsed(each).not_valid_after_utc for each in (before, earlier))
+
+
 def test_what_is_revoked_or_expired_is_not_renewed(made: Made) -> None:
     device, key = made.device(days=30), new_key()
     made.time.now += 25 * DAY_S

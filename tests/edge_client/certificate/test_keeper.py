@@ -26,6 +26,7 @@ from edge_client.certificate.client import (
     device_identity,
     trouble,
 )
+from edge_client.certificate.keys import certificate_request, install, pending_key
 from edge_client.certificate.protocol import Facts, Failed, Inspect, Prepare
 from edge_client.enroll import enroll_with_bundle
 from edge_client.identity import device_id
@@ -119,6 +120,30 @@ def test_a_renewal_whose_answer_was_lost_goes_on_with_the_same_key(device: Calla
     assert asyncio.run(kitchen.keeper().look()) > AGAIN_S
     made = [entry for entry in kitchen.certificates.registry.entries() if entry.how == "renewed"]
     assert [entry.issued.certificate for entry in made] == [kitchen.bundle.certificate]
+
+
+@pytest.mark.parametrize("way", ["bundle", "token"])
+def test_a_renewal_that_was_cut_is_given_up_when_the_device_is_enrolled_again(
+    device: Callable[[float], Device], way: str
+) -> None:
+    """What was certified for its key may be revoked, and would be refused for ever."""
+    kitchen = device(0.4)
+    kitchen.transport.failing = [UnreachableError("killed before the answer")]
+    with structlog.testing.capture_logs():
+        assert asyncio.run(kitchen.keeper().look()) == AGAIN_S
+    kitchen.certificates.registry.revoke("kitchen")
+    if way == "bundle":
+        kitchen.enroll("kitchen", 0.4)
+    else:
+        pending = kitchen.state / "enrollment.key"
+        request = certificate_request(pending_key(pending))
+        token, _ = kitchen.certificates.make_token("kitchen", 60)
+        signed = kitchen.certificates.enroll(token.secret, request, device_id(kitchen.state), 0.4)
+        install(bundle_of(kitchen.state), pending, *signed)
+    before = kitchen.bundle
+    assert asyncio.run(kitchen.keeper().look()) > AGAIN_S
+    assert kitchen.bundle.key != before.key and kitchen.transport.used == [kitchen.bundle]
+    assert not list(kitchen.state.glob("*.key"))
 
 
 def test_an_answer_for_another_key_is_not_put_into_the_bundle(device: Callable[[float], Device]) -> None:
