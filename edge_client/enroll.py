@@ -28,6 +28,7 @@ from fedepth.files import disk_errors
 from fedepth.printable import printable
 
 TIMEOUT_S = 60.0
+_KINDS = {Role.OPERATOR: "an operator", Role.COORDINATOR: "a coordinator"}
 
 
 def enroll_with_token(address: Address, token: Token, state: Path) -> Facts:
@@ -84,7 +85,7 @@ def enroll_with_bundle(bundle: Path, state: Path) -> Facts:
     facts = facts_of(identity)
     role, identifier = parse_uri(facts.uri)
     if role is not Role.DEVICE:
-        raise TrustError(f"{printable(str(bundle))} is for an {role.value}, not for a device")
+        raise TrustError(f"{printable(str(bundle))} is for {_KINDS[role]}, not for a device")
     with disk_errors("the certificate cannot be kept", state):
         state.mkdir(parents=True, exist_ok=True)
         adopt_id(state, identifier)
