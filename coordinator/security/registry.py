@@ -53,6 +53,12 @@ CREATE TABLE tokens (
     fingerprint TEXT REFERENCES certificates
 );
 """
+# By what SQLite says (sqlite3ErrStr), whose codes Python 3.10 does not tell.
+_ADVICE = (
+    ("readonly", "make the folder writable, or check that disk"),
+    ("disk is full", "free some space there"),
+    ("locked", "another command has it; try again"),
+)
 _COLUMNS = "role, id, name, certificate, fingerprint, public_key, not_before, not_after, issued_at, how, revoked_at"
 
 
@@ -330,7 +336,8 @@ class Registry:
             finally:
                 database.close()
         except sqlite3.OperationalError as error:
-            raise UnavailableError(f"{shown} cannot be used now: {error}") from error
+            advice = next((f"; {what}" for sign, what in _ADVICE if sign in str(error)), "")
+            raise UnavailableError(f"{shown} cannot be used now: {error}{advice}") from error
         except sqlite3.DatabaseError as error:
             raise StateError(f"{shown} is damaged: {error}; restore it from a copy") from error
 

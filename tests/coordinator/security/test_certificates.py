@@ -380,6 +380,27 @@ def test_a_damaged_record_is_told(made: Made) -> None:
         made.certificates.registry.entries()
 
 
+def test_a_record_on_a_full_or_read_only_disk_says_what_to_do(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def limited(pragma: str) -> Callable[..., sqlite3.Connection]:
+        def opened(*args: Any, **options: Any) -> sqlite3.Connection:
+            database = connect(*args, **options)
+            database.execute(pragma)
+            return database
+
+        return opened
+
+    for pragma, says in (
+        ("PRAGMA query_only = 1", r"record\.sqlite cannot be used now: .*readonly database; make the folder writable"),
+        ("PRAGMA max_page_count = 1", r"cannot be used now: database or disk is full; free some space there"),
+    ):
+        monkeypatch.setattr(sqlite3, "connect", limited(pragma))
+        with pytest.raises(UnavailableError, match=says):
+            for number in range(100):
+                made.device(f"device-{number}", "")
+
+
 def test_a_record_that_somebody_holds_is_busy(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.security.registry._BUSY_S", 0.01)
     other = sqlite3.connect(made.folder / "record.sqlite", isolation_level=None)
