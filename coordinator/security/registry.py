@@ -142,7 +142,7 @@ class Registry:
         """The certificate for this key: the one that was made for it already, or what `make` makes of the one before.
 
         One that does not outlive the one before is no answer that was lost: a device was killed before it forgot its
-        key, or has got another certificate meanwhile.
+        key, or has got another certificate meanwhile. Nor is one that is not valid yet, made while the clock was ahead.
 
         Args:
             fingerprint: of the certificate that runs out.
@@ -162,7 +162,7 @@ class Registry:
                 if entry.issued.public_key == public_key:
                     if entry.revoked_at is not None:
                         raise TrustError("the certificate for this key was revoked")
-                    if entry.issued.not_after > found[0].issued.not_after:
+                    if entry.issued.not_before <= now and entry.issued.not_after > found[0].issued.not_after:
                         return entry.issued
             recent = [each for each in rows if each.how == "renewed" and each.issued_at > now - _DAY_S]
             if len(recent) >= MOST_RENEWALS:

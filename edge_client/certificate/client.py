@@ -118,7 +118,7 @@ class CertificateKeeper:
     async def _renew(self, ask: Any, facts: Facts) -> Facts:
         request = await ask(Prepare(), Request)
         certificate = await self._transport.renew(request.request)
-        renewed: Facts = await ask(Install(certificate), Facts)
+        renewed: Facts = await ask(Install(certificate, self._now()), Facts)
         await self._take_over()
         _log.info(
             "certificate renewed", name=renewed.name, before=day(facts.not_after), valid_until=day(renewed.not_after)

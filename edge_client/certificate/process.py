@@ -37,7 +37,7 @@ def answer(command: Command, bundle: Path | None) -> Event:
         if isinstance(command, Inspect):
             return facts_of(read_identity(bundle))
         if isinstance(command, Install):
-            return install(bundle, pending, command.certificate, read_identity(bundle).authority)
+            return install(bundle, pending, command.certificate, read_identity(bundle).authority, command.now)
         return Request(certificate_request(pending_key(pending)))
     except FedepthError as error:
         return Failed(str(error))

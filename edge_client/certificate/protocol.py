@@ -22,9 +22,10 @@ class Prepare(msgspec.Struct, frozen=True, tag_field="do", tag="prepare"):
 
 
 class Install(msgspec.Struct, frozen=True, tag_field="do", tag="install"):
-    """Put the new key and this certificate (PEM) into the bundle, by one rename."""
+    """Put the new key and this certificate (PEM) into the bundle, by one rename; not if it is not valid `now`."""
 
     certificate: bytes
+    now: float
 
 
 class Facts(msgspec.Struct, frozen=True, tag_field="event", tag="facts"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from edge_client.certificate.client import (
     device_identity,
     trouble,
 )
-from edge_client.certificate.keys import certificate_request, install, pending_key
+from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
 from edge_client.certificate.protocol import Facts, Failed, Inspect, Prepare
 from edge_client.enroll import enroll_with_bundle
 from edge_client.identity import device_id
@@ -44,12 +45,12 @@ class FakeTransport:
         self.used: list[Identity] = []
         self.requests: list[bytes] = []
         self.failing: list[Exception] = []
-        self._certificates, self._state = certificates, state
+        self.certificates, self._state = certificates, state
 
     async def renew(self, request: bytes) -> bytes:
         self.requests.append(request)
         certificate = fingerprint(read_identity(bundle_of(self._state)).certificate)
-        renewed = self._certificates.renew(certificate, request)
+        renewed = self.certificates.renew(certificate, request)
         if self.failing:
             raise self.failing.pop()
         return renewed
@@ -144,6 +145,23 @@ def test_a_renewal_that_was_cut_is_given_up_when_the_device_is_enrolled_again(
     assert asyncio.run(kitchen.keeper().look()) > AGAIN_S
     assert kitchen.bundle.key != before.key and kitchen.transport.used == [kitchen.bundle]
     assert not list(kitchen.state.glob("*.key"))
+
+
+def test_a_renewal_by_a_coordinator_whose_clock_is_ahead_is_not_taken(device: Callable[[float], Device]) -> None:
+    """When that clock is right again, nobody would believe the device for weeks, and its own clock would be blamed."""
+    kitchen = device(6)
+    before, now = kitchen.bundle, time.time() + 4 * DAY_S
+    clock = [now + 1.5 * DAY_S]
+    kitchen.transport.certificates = Certificates(kitchen.certificates.folder, lambda: clock[0])
+    keeper = kitchen.keeper(now=lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        assert asyncio.run(keeper.look()) == AGAIN_S
+    assert "is valid only in the future: its clock is ahead" in logs[0]["error"]
+    assert (kitchen.bundle, kitchen.transport.used) == (before, [])
+    clock[0] = now
+    assert asyncio.run(keeper.look()) == DAY_S
+    assert kitchen.bundle != before
+    assert facts_of(kitchen.bundle).not_before <= now
 
 
 def test_an_answer_for_another_key_is_not_put_into_the_bundle(device: Callable[[float], Device]) -> None:
