@@ -76,8 +76,8 @@ def check_name(name: str) -> str:
     size = len(name.encode("utf-8", "replace"))
     if not 0 < size <= MOST_NAME_BYTES or printable(name) != name or name != name.strip():
         raise TrustError(
-            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME_BYTES} bytes as UTF-8, of characters that "
-            "can be shown"
+            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME_BYTES} bytes as UTF-8, of characters "
+            "that can be shown"
         )
     return name
 

@@ -113,9 +113,7 @@ def certificate_request(key: ec.EllipticCurvePrivateKey) -> bytes:
     return x509.CertificateSigningRequestBuilder(x509.Name([])).sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
-def install(
-    bundle: Path, pending: Path, certificate: bytes, authority: bytes, valid_at: float | None = None
-) -> Facts:
+def install(bundle: Path, pending: Path, certificate: bytes, authority: bytes, valid_at: float | None = None) -> Facts:
     """Puts the pending key with its certificate into the bundle, and forgets it.
 
     Args:

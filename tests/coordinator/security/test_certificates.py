@@ -151,7 +151,7 @@ def test_what_is_no_name(made: Made, name: str) -> None:
         made.certificates.make_token(name, 60)  # or its device would be told in the end
 
 
-@pytest.mark.parametrize("name", ["x" * 64, "ü" * 32, "o'brien \"k\"", "küche 😀", "a/b"])
+@pytest.mark.parametrize("name", ["x" * 64, "ü" * 32, 'o\'brien "k"', "küche 😀", "a/b"])
 def test_what_is_a_name(made: Made, name: str) -> None:
     assert facts_of(made.device(name)).name == name
 
