@@ -385,7 +385,7 @@ def test_a_record_on_a_full_or_read_only_disk_says_what_to_do(made: Made, monkey
 
     def limited(pragma: str) -> Callable[..., sqlite3.Connection]:
         def opened(*args: Any, **options: Any) -> sqlite3.Connection:
-            database = connect(*args, **options)
+            database: sqlite3.Connection = connect(*args, **options)
             database.execute(pragma)
             return database
 
