@@ -18,6 +18,7 @@ from coordinator.security.certificates import Certificates
 from edge_client.call_errors import CutError, UntrustedError
 from edge_client.streams import Streams
 from edge_client.transport import GrpcTransport
+from fedepth.files import open_regular
 from fedepth.task import Failure, Outcome, Progress
 
 
@@ -115,12 +116,12 @@ def test_streams_say_that_a_certificate_is_not_accepted(tmp_path: Path, lab: Lab
         streams = Streams(lambda: transport._stub, address, transport._as_error, 20)
         says = "the certificate of kitchen was revoked"
         with pytest.raises(UntrustedError, match=says):
-            await streams.send(header, lambda: open(tmp_path / "part", "rb"))
+            await streams.send(header, lambda: open_regular(tmp_path / "part"))
         with pytest.raises(UntrustedError, match=says):
             await streams.fetch("0" * 64, [(0, 10)], lambda offset, data: None)
         server.moves = True
         with pytest.raises(CutError, match=says):  # and it is tried again at once
-            await streams.send(header, lambda: open(tmp_path / "part", "rb"))
+            await streams.send(header, lambda: open_regular(tmp_path / "part"))
         await transport.close()
 
     over_tls(lab, server, scene)
