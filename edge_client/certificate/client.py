@@ -101,7 +101,7 @@ class CertificateKeeper:
         """Renews the certificate if it is due, and says what is wrong with it; after how many seconds to look again."""
         try:
             async with self._child() as ask:
-                facts = await ask(Inspect(str(self._bundle)), Facts)
+                facts: Facts = await ask(Inspect(str(self._bundle)), Facts)
                 self._transport.note = trouble(facts, self._uri, self._now())
                 if self._transport.note:
                     raise TrustError(self._transport.note)
