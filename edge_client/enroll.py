@@ -13,13 +13,13 @@ from pathlib import Path
 
 import grpc
 from fedepth_wire.channel import CLIENT_OPTIONS, plainly, target, wrong_clock
-from fedepth_wire.tls import ENROLLMENT_NAME, Role, parse_uri, read_identity, uri_of, write_identity
+from fedepth_wire.tls import ENROLLMENT_NAME, Role, parse_uri, read_identity, uri_of
 from fedepth_wire.tokens import Token
 from fedepth_wire.v1 import trust_pb2 as pb
 from fedepth_wire.v1.trust_pb2_grpc import EnrollmentStub
 
 from edge_client.certificate.client import bundle_of, day, trouble
-from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
+from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key, replace_bundle
 from edge_client.certificate.protocol import Facts
 from edge_client.identity import adopt_id, device_id
 from fedepth.address import Address
@@ -28,6 +28,7 @@ from fedepth.files import disk_errors
 from fedepth.printable import printable
 
 TIMEOUT_S = 60.0
+_KINDS = {Role.OPERATOR: "an operator", Role.COORDINATOR: "a coordinator"}
 
 
 def enroll_with_token(address: Address, token: Token, state: Path) -> Facts:
@@ -84,11 +85,11 @@ def enroll_with_bundle(bundle: Path, state: Path) -> Facts:
     facts = facts_of(identity)
     role, identifier = parse_uri(facts.uri)
     if role is not Role.DEVICE:
-        raise TrustError(f"{printable(str(bundle))} is for an {role.value}, not for a device")
+        raise TrustError(f"{printable(str(bundle))} is for {_KINDS[role]}, not for a device")
     with disk_errors("the certificate cannot be kept", state):
         state.mkdir(parents=True, exist_ok=True)
         adopt_id(state, identifier)
-        write_identity(bundle_of(state), identity)
+        replace_bundle(bundle_of(state), identity)
     return facts
 
 

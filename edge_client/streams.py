@@ -148,7 +148,10 @@ class Streams:
                 raise error from None
             moved = pace.moved
             pace.cut()
-            raise (CutError if moved else UnreachableError)(str(error)) from None
+            if moved:
+                raise CutError(str(error)) from None
+            # As it is: whoever waits for another certificate does not wait as long as for a coordinator that is away.
+            raise (error if isinstance(error, UnreachableError) else UnreachableError(str(error))) from None
         finally:
             call.cancel()
 

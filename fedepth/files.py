@@ -130,7 +130,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system says so of a file that is not there, too
+            temporary.unlink()
         if error.filename is None or os.fspath(error.filename) == os.fspath(temporary):
             error.filename = str(path)  # whoever tells of it knows no temporary name, and of a full disk has none
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -279,6 +280,22 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_write_to_a_read_only_disk_names_the_file_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a disk refuses to delete as well, even what is not there."""
+
+    def refused(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(OSError, match="Read-only") as caught:
+            write_atomically(tmp_path / "f", b"new")
+    assert caught.value.filename == str(tmp_path / "f")
 
 
 def test_a_file_is_made_durable_before_it_is_renamed_and_its_folder_after(

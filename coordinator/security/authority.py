@@ -41,7 +41,7 @@ class Subject:
 
     Attributes:
         id: a device's UUID, an operator's name, "" for the coordinator.
-        name: for people; at most 64 characters (RFC 5280, ub-common-name).
+        name: for people; at most 64 bytes.
     """
 
     role: Role

@@ -17,9 +17,11 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 from fedepth_wire.tls import Identity, Role, fingerprint, read_identity, write_identity
@@ -39,7 +41,7 @@ from coordinator.security.authority import (
     write_authority,
 )
 from coordinator.security.registry import Registry
-from fedepth.errors import LockedError, TrustError, UnavailableError
+from fedepth.errors import FedepthError, LockedError, TrustError, UnavailableError
 from fedepth.files import disk_errors, lock_file, read_regular, user_folder, write_atomically
 from fedepth.printable import printable, quoted
 
@@ -48,7 +50,8 @@ COORDINATOR_DAYS = 90
 TOKEN_S = 86400
 RENEWED_WITH = 1 / 3  # of its life left
 MOST_DAYS = 3650
-MOST_NAME = 64  # characters of a common name (RFC 5280, ub-common-name)
+# Of a common name. RFC 5280 (ub-common-name) counts characters, and the library that makes certificates counts bytes.
+MOST_NAME_BYTES = 64
 
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _MOST_ADDRESS_BYTES = 1024
@@ -70,9 +73,11 @@ def check_name(name: str) -> str:
     Raises:
         TrustError: it is none.
     """
-    if not name or len(name) > MOST_NAME or printable(name) != name or name != name.strip():
+    size = len(name.encode("utf-8", "replace"))
+    if not 0 < size <= MOST_NAME_BYTES or printable(name) != name or name != name.strip():
         raise TrustError(
-            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME} characters, which can be shown"
+            f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME_BYTES} bytes as UTF-8, of characters "
+            "that can be shown"
         )
     return name
 
@@ -83,11 +88,16 @@ def is_due(not_before: float, not_after: float, now: float) -> bool:
 
 
 class Certificates:
-    """One authority in its folder. Methods touch the disk, and may be called in any thread."""
+    """One authority in its folder. Methods touch the disk, and may be called in any thread.
+
+    Attributes:
+        warn: is told what will keep something from working one day, and does not yet.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens nothing yet; see `check`."""
         self.folder = folder
+        self.warn: Callable[[str], None] = lambda text: print(printable(text), file=sys.stderr)
         self._clock = clock
         self.registry = Registry(folder / "record.sqlite", clock)
 
@@ -140,6 +150,8 @@ class Certificates:
     def _init(self) -> bool:
         wanted = ("authority.pem", "record.sqlite", "enrollment.pem", "coordinator.pem", "operator.pem")
         missing = [name for name in wanted if not (self.folder / name).exists()]
+        if "record.sqlite" not in missing and not self.registry.is_made():
+            missing.append("record.sqlite")
         if "authority.pem" in missing:
             write_authority(self.folder / "authority.pem", make_authority(self._clock()))
         if "record.sqlite" in missing:
@@ -216,7 +228,9 @@ class Certificates:
     # --- the coordinator's own
 
     def coordinator(self) -> Identity:
-        """The coordinator's bundle, made anew first if it is due, revoked, or in no record.
+        """The coordinator's bundle, made anew first if it is due, revoked, not valid yet, or in no record.
+
+        One that is due is used as long as it is valid, where no other can be made.
 
         Raises:
             TrustError: it, or the authority, is missing or damaged.
@@ -229,20 +243,29 @@ class Certificates:
         return self._own("operator.pem", Role.OPERATOR, "operator", DEVICE_DAYS)
 
     def _own(self, file: str, role: Role, name: str, days: float) -> Identity:
-        path = self.folder / file
+        path, now = self.folder / file, self._clock()
+        held, entry = None, None
         if os.path.lexists(path):
-            identity = read_identity(path)
-            entry = self.registry.find(fingerprint(identity.certificate))
-            now = self._clock()
+            held = read_identity(path)
+            entry = self.registry.find(fingerprint(held.certificate))
+            # One from the future was made while the clock here was ahead: nobody would believe it for years.
             if (
                 entry
                 and entry.state(now) == "valid"
+                and entry.issued.not_before <= now
                 and not is_due(entry.issued.not_before, entry.issued.not_after, now)
             ):
-                return identity
-        with disk_errors(f"{file} cannot be made", self.folder):
-            identity = self.issue(role, name, days)
-            write_identity(path, identity)
+                return held
+        try:
+            with disk_errors(f"{file} cannot be made", self.folder):
+                identity = self.issue(role, name, days)
+                write_identity(path, identity)
+        except FedepthError as error:
+            if held is None or entry is None or entry.state(now) != "valid":
+                raise
+            until = datetime.fromtimestamp(entry.issued.not_after, timezone.utc)
+            self.warn(f"{file} cannot be renewed, and is used until it ends ({until:%Y-%m-%d}): {error}")
+            return held
         return identity
 
     def enrollment(self) -> Identity:
@@ -269,7 +292,22 @@ class Certificates:
             raise UnavailableError(str(error)) from None
 
     def _authority(self) -> Authority:
-        return read_authority(self.folder / "authority.pem")
+        """The authority, which is valid now: nobody believes what one signs that is not.
+
+        Raises:
+            TrustError: there is none, or it is not valid.
+        """
+        path = self.folder / "authority.pem"
+        authority = read_authority(path)
+        begin, end = authority.certificate.not_valid_before_utc, authority.certificate.not_valid_after_utc
+        if not begin.timestamp() <= self._clock() < end.timestamp():
+            raise TrustError(
+                f"the authority in {printable(str(path))} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and the "
+                f"clock here says {datetime.fromtimestamp(self._clock(), timezone.utc):%Y-%m-%d}. If the clock is "
+                "right, make another authority, and enrol all devices with it: fedepth-coordinator certs init --certs "
+                "DIR, with a new folder"
+            )
+        return authority
 
 
 def _uuid(text: str) -> str:

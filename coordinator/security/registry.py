@@ -53,6 +53,12 @@ CREATE TABLE tokens (
     fingerprint TEXT REFERENCES certificates
 );
 """
+# By what SQLite says (sqlite3ErrStr), whose codes Python 3.10 does not tell.
+_ADVICE = (
+    ("readonly", "make the folder writable, or check that disk"),
+    ("disk is full", "free some space there"),
+    ("locked", "another command has it; try again"),
+)
 _COLUMNS = "role, id, name, certificate, fingerprint, public_key, not_before, not_after, issued_at, how, revoked_at"
 
 
@@ -101,6 +107,16 @@ class Registry:
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {_VERSION}")
 
+    def is_made(self) -> bool:
+        """Whether `create` came to its end: a full disk or a kill leaves a file without tables.
+
+        Raises:
+            UnavailableError, StateError: it is not there, or cannot be read.
+        """
+        with self._transaction(reads=True) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+        return bool(version)
+
     # --- certificates
 
     def add(self, issued: Issued, how: str) -> None:
@@ -125,6 +141,9 @@ class Registry:
     def renew(self, fingerprint: str, public_key: str, make: Callable[[Issued], Issued]) -> Issued:
         """The certificate for this key: the one that was made for it already, or what `make` makes of the one before.
 
+        One that does not outlive the one before is no answer that was lost: a device was killed before it forgot its
+        key, or has got another certificate meanwhile. Nor is one that is not valid yet, made while the clock was ahead.
+
         Args:
             fingerprint: of the certificate that runs out.
 
@@ -143,7 +162,8 @@ class Registry:
                 if entry.issued.public_key == public_key:
                     if entry.revoked_at is not None:
                         raise TrustError("the certificate for this key was revoked")
-                    return entry.issued
+                    if entry.issued.not_before <= now and entry.issued.not_after > found[0].issued.not_after:
+                        return entry.issued
             recent = [each for each in rows if each.how == "renewed" and each.issued_at > now - _DAY_S]
             if len(recent) >= MOST_RENEWALS:
                 raise UnavailableError(f"{subject.name} has had {len(recent)} new certificates within a day")
@@ -316,7 +336,8 @@ class Registry:
             finally:
                 database.close()
         except sqlite3.OperationalError as error:
-            raise UnavailableError(f"{shown} cannot be used now: {error}") from error
+            advice = next((f"; {what}" for sign, what in _ADVICE if sign in str(error)), "")
+            raise UnavailableError(f"{shown} cannot be used now: {error}{advice}") from error
         except sqlite3.DatabaseError as error:
             raise StateError(f"{shown} is damaged: {error}; restore it from a copy") from error
 

@@ -28,6 +28,7 @@ class Secured:
     def __init__(self, certificates: Certificates) -> None:
         """Touches no file; `open` does. Must be made in a running event loop, as servers are."""
         self.certificates = certificates
+        certificates.warn = lambda text: _log.error("a certificate cannot be renewed; trying again later", error=text)
         self.guard = Guard(certificates.registry)
         self.enrollment = enrollment_server(certificates)
         self._served: _Served | None = None

@@ -88,7 +88,7 @@ class CertificateKeeper:
         self._seen = self._stamp()
 
     async def run(self) -> None:
-        """Looks once a day, and whenever the bundle has changed, until it is cancelled."""
+        """Looks once a day, when the certificate is due, and whenever the bundle has changed, until it is cancelled."""
         while True:
             pause = await self.look()
             end = self._clock.now() + pause
@@ -101,7 +101,7 @@ class CertificateKeeper:
         """Renews the certificate if it is due, and says what is wrong with it; after how many seconds to look again."""
         try:
             async with self._child() as ask:
-                facts = await ask(Inspect(str(self._bundle)), Facts)
+                facts: Facts = await ask(Inspect(str(self._bundle)), Facts)
                 self._transport.note = trouble(facts, self._uri, self._now())
                 if self._transport.note:
                     raise TrustError(self._transport.note)
@@ -112,12 +112,13 @@ class CertificateKeeper:
                 _log.error("the certificate of this device needs attention", error=str(error), next_look_s=AGAIN_S)
             return AGAIN_S
         self._reminder.over()
-        return DAY_S
+        # One that is made for a day is due, and over, before the next.
+        return min(DAY_S, max(AGAIN_S, facts.due_at - self._now()))
 
     async def _renew(self, ask: Any, facts: Facts) -> Facts:
         request = await ask(Prepare(), Request)
         certificate = await self._transport.renew(request.request)
-        renewed: Facts = await ask(Install(certificate), Facts)
+        renewed: Facts = await ask(Install(certificate, self._now()), Facts)
         await self._take_over()
         _log.info(
             "certificate renewed", name=renewed.name, before=day(facts.not_after), valid_until=day(renewed.not_after)
@@ -183,7 +184,8 @@ def trouble(facts: Facts, uri: str, now: float) -> str:
     if facts.uri != uri:
         return (
             f"the certificate of this device ({name}) is for {printable(facts.uri)}, and its state folder is that of "
-            f"{uri}; {again}"
+            f"{uri}. If this is a copy of {name} that joins as a device of its own: fedepth-coordinator enroll DEVICE "
+            "on the coordinator's machine, with a name that no other device has"
         )
     return ""
 

@@ -90,24 +90,53 @@ def pending_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return found
 
 
+def renewal_key(bundle: Path) -> Path:
+    """Where the new key lies while the certificate in a bundle is renewed."""
+    return bundle.with_name(f"{bundle.name}.key")
+
+
+def replace_bundle(bundle: Path, identity: Identity) -> None:
+    """Puts what a device was enrolled with into its bundle.
+
+    A renewal of the certificate before that has begun is given up: what was certified for its key may be revoked with
+    that certificate, and would then be refused whenever the new one is renewed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    renewal_key(bundle).unlink(missing_ok=True)
+    write_identity(bundle, identity)
+
+
 def certificate_request(key: ec.EllipticCurvePrivateKey) -> bytes:
     """PKCS #10 in DER. It names nobody: who the key is for is the coordinator's to say."""
     return x509.CertificateSigningRequestBuilder(x509.Name([])).sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
-def install(bundle: Path, pending: Path, certificate: bytes, authority: bytes) -> Facts:
+def install(bundle: Path, pending: Path, certificate: bytes, authority: bytes, valid_at: float | None = None) -> Facts:
     """Puts the pending key with its certificate into the bundle, and forgets it.
 
+    Args:
+        valid_at: when the certificate must be valid already, since the one before is.
+
     Raises:
-        TrustError: they do not belong together; the bundle is as it was.
+        TrustError: they do not belong together, or that is later; the bundle is as it was.
         DiskError: it cannot be written.
     """
     key = pending_key(pending)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     identity = Identity(pem, certificate, authority)
     facts = facts_of(identity)
+    if valid_at is not None and facts.not_before > valid_at:
+        raise TrustError(
+            "the coordinator's new certificate for this device is valid only in the future: its clock is ahead, or the "
+            "clock here is behind; going on with the one before"
+        )
     with disk_errors("the certificate cannot be kept", bundle.parent):
-        write_identity(bundle, identity)
+        if pending == renewal_key(bundle):
+            write_identity(bundle, identity)
+        else:
+            replace_bundle(bundle, identity)
         read_identity(bundle)
         pending.unlink(missing_ok=True)
     return facts

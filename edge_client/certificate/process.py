@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from fedepth_wire.tls import read_identity
 
-from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
+from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key, renewal_key
 from edge_client.certificate.protocol import Command, Event, Failed, Inspect, Install, Request
 from fedepth.child import run_child
 from fedepth.errors import FedepthError, ProtocolError
@@ -33,11 +33,11 @@ def answer(command: Command, bundle: Path | None) -> Event:
     try:
         if bundle is None:
             raise ProtocolError("no bundle was named yet")
-        pending = bundle.with_name(f"{bundle.name}.key")
+        pending = renewal_key(bundle)
         if isinstance(command, Inspect):
             return facts_of(read_identity(bundle))
         if isinstance(command, Install):
-            return install(bundle, pending, command.certificate, read_identity(bundle).authority)
+            return install(bundle, pending, command.certificate, read_identity(bundle).authority, command.now)
         return Request(certificate_request(pending_key(pending)))
     except FedepthError as error:
         return Failed(str(error))

@@ -22,9 +22,10 @@ class Prepare(msgspec.Struct, frozen=True, tag_field="do", tag="prepare"):
 
 
 class Install(msgspec.Struct, frozen=True, tag_field="do", tag="install"):
-    """Put the new key and this certificate (PEM) into the bundle, by one rename."""
+    """Put the new key and this certificate (PEM) into the bundle, by one rename; not if it is not valid `now`."""
 
     certificate: bytes
+    now: float
 
 
 class Facts(msgspec.Struct, frozen=True, tag_field="event", tag="facts"):
@@ -39,9 +40,14 @@ class Facts(msgspec.Struct, frozen=True, tag_field="event", tag="facts"):
     not_before: float
     not_after: float
 
+    @property
+    def due_at(self) -> float:
+        """When a third of its life is left."""
+        return self.not_after - (self.not_after - self.not_before) / 3
+
     def is_due(self, now: float) -> bool:
         """Whether a third of its life is left, or less."""
-        return now >= self.not_after - (self.not_after - self.not_before) / 3
+        return now >= self.due_at
 
 
 class Request(msgspec.Struct, frozen=True, tag_field="event", tag="request"):

@@ -15,8 +15,10 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationServicer, add_Federati
 
 from benchmarks.certificates import LabCertificates
 from coordinator.security.certificates import Certificates
-from edge_client.call_errors import UntrustedError
+from edge_client.call_errors import CutError, UntrustedError
+from edge_client.streams import Streams
 from edge_client.transport import GrpcTransport
+from fedepth.files import open_regular
 from fedepth.task import Failure, Outcome, Progress
 
 
@@ -80,6 +82,46 @@ def test_a_new_certificate_does_not_end_what_is_under_way(tmp_path: Path, lab: L
         server.leave.set()
         assert await under_way
         assert server.names == ["before", "after"]
+        await transport.close()
+
+    over_tls(lab, server, scene)
+
+
+class Revoked(FederationServicer):
+    """What a coordinator answers to a device whose certificate was revoked; once something has moved, if it should."""
+
+    moves = False
+
+    async def UploadPart(self, requests: Any, context: Any) -> None:
+        await context.read()
+        if self.moves:
+            await context.write(pb.UploadPartReply(held_bytes=0))
+            await context.read()
+            await context.write(pb.UploadPartReply(held_bytes=5))
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate of kitchen was revoked")
+
+    async def FetchFile(self, requests: Any, context: Any) -> None:
+        await context.read()
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate of kitchen was revoked")
+
+
+def test_streams_say_that_a_certificate_is_not_accepted(tmp_path: Path, lab: LabCertificates) -> None:
+    """An agent with an update to deliver calls nothing else; it must not wait as if the coordinator were away."""
+    server = Revoked()
+    (tmp_path / "part").write_bytes(b"0123456789")
+
+    async def scene(address: str) -> None:
+        transport = GrpcTransport(address, tmp_path, lab.device("kitchen")[1])
+        header = pb.UploadHeader(task_id="t", attempt=1, device_id="d", size_bytes=10, digest="0" * 64)
+        streams = Streams(lambda: transport._stub, address, transport._as_error, 20)
+        says = "the certificate of kitchen was revoked"
+        with pytest.raises(UntrustedError, match=says):
+            await streams.send(header, lambda: open_regular(tmp_path / "part"))
+        with pytest.raises(UntrustedError, match=says):
+            await streams.fetch("0" * 64, [(0, 10)], lambda offset, data: None)
+        server.moves = True
+        with pytest.raises(CutError, match=says):  # and it is tried again at once
+            await streams.send(header, lambda: open_regular(tmp_path / "part"))
         await transport.close()
 
     over_tls(lab, server, scene)

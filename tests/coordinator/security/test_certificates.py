@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -90,6 +91,24 @@ def test_init_replaces_nothing_and_makes_what_is_missing(made: Made) -> None:
     assert changed == {"operator.pem"}
 
 
+@pytest.mark.parametrize("cut", ["empty", "without tables"])
+def test_an_init_that_a_full_disk_or_a_kill_has_stopped_is_finished_by_the_next(tmp_path: Path, cut: str) -> None:
+    """The record is a file before it has tables."""
+    whole = Certificates(tmp_path / "whole")
+    whole.init()
+    folder = tmp_path / "cut"
+    folder.mkdir(mode=0o700)
+    (folder / "authority.pem").write_bytes((whole.folder / "authority.pem").read_bytes())
+    (folder / "authority.pem").chmod(0o600)
+    with contextlib.closing(sqlite3.connect(folder / "record.sqlite")) as database:
+        if cut != "empty":
+            database.execute("VACUUM")
+    found = Certificates(folder)
+    assert found.init() and not found.init()
+    assert (folder / "authority.pem").read_bytes() == (whole.folder / "authority.pem").read_bytes()
+    assert facts_of(found.issue(Role.DEVICE, "kitchen", 1)).name == "kitchen"
+
+
 def test_a_folder_without_an_authority_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(TrustError, match=r"no certificates in .* yet; .*fedepth-coordinator certs init.*--insecure"):
         Certificates(tmp_path / "none").check()
@@ -123,10 +142,18 @@ def test_two_that_init_at_once_make_one_authority(tmp_path: Path) -> None:
     facts_of(found.operator())
 
 
-@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J"])
+@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J", "ü" * 33, "\ud800"])
 def test_what_is_no_name(made: Made, name: str) -> None:
-    with pytest.raises(TrustError, match="is not a name for a certificate"):
+    says = "is not a name for a certificate"
+    with pytest.raises(TrustError, match=says):
         made.device(name)
+    with pytest.raises(TrustError, match=says):
+        made.certificates.make_token(name, 60)  # or its device would be told in the end
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "ü" * 32, 'o\'brien "k"', "küche 😀", "a/b"])
+def test_what_is_a_name(made: Made, name: str) -> None:
+    assert facts_of(made.device(name)).name == name
 
 
 def test_an_operator_has_a_name_that_a_uri_can_hold(made: Made) -> None:
@@ -191,6 +218,51 @@ def test_the_coordinators_and_operators_own_are_renewed_when_a_third_is_left(mad
     assert facts_of(made.operator()).not_after - made.time.now == pytest.approx(365 * DAY_S, abs=2)
 
 
+def test_what_is_due_is_used_until_it_ends_where_it_cannot_be_renewed(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full or read-only disk keeps no coordinator from starting, and no operator from looking."""
+    before = made.certificates.coordinator(), made.operator()
+    made.time.now += 70 * DAY_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Registry, "add", _full)
+        assert (made.certificates.coordinator(), made.operator()) == before
+        said = capsys.readouterr().err
+        assert said.startswith("coordinator.pem cannot be renewed, and is used until it ends (2")
+        assert said.endswith("database or disk is full\n") and said.count("\n") == 1  # the operator's is not due
+        made.time.now += 25 * DAY_S
+        with pytest.raises(UnavailableError, match="disk is full"):
+            made.certificates.coordinator()
+
+
+def _full(registry: Registry, *_: Any) -> None:
+    raise UnavailableError("record.sqlite cannot be used now: database or disk is full")
+
+
+def test_what_was_made_while_the_clock_was_ahead_is_made_anew(made: Made) -> None:
+    """Such as at a start without a network; devices would believe it only in years."""
+    right = made.time.now
+    made.time.now += 5 * 365 * DAY_S
+    ahead = made.certificates.coordinator(), made.operator()
+    made.time.now = right
+    found = made.certificates.coordinator(), made.operator()
+    for identity, before in zip(found, ahead, strict=True):
+        assert identity != before
+        assert facts_of(identity).not_before <= right < facts_of(identity).not_after
+    assert (made.certificates.coordinator(), made.operator()) == found
+
+
+@pytest.mark.parametrize("years", [-1, 11])
+def test_an_authority_that_is_not_valid_by_the_clock_signs_nothing(made: Made, years: int) -> None:
+    token, _ = made.certificates.make_token("hall", 20 * 365 * DAY_S)
+    made.time.now += years * 365 * DAY_S
+    says = r"the authority in .*authority\.pem is valid from .*If the clock is right, make another authority"
+    with pytest.raises(TrustError, match=says):
+        made.device()
+    with pytest.raises(UnavailableError, match=says):  # which is no fault of a device
+        made.certificates.enroll(token.secret, request_for(new_key()), OTHER, 30)
+
+
 def test_nothing_outlives_its_authority(made: Made) -> None:
     made.time.now += 3649 * DAY_S
     assert facts_of(made.device(days=30)).not_after - made.time.now == pytest.approx(DAY_S, abs=2)
@@ -212,6 +284,18 @@ def test_a_renewal_keeps_id_and_name_and_needs_a_third_left(made: Made) -> None:
     assert (entry.issued.subject.id, entry.issued.subject.name) == (DEVICE, "kitchen")
     assert entry.issued.public_key == public_key_digest(key.public_key())
     assert entry.issued.not_after - made.time.now == pytest.approx(30 * DAY_S, abs=2)
+
+
+@pytest.mark.parametrize("key_of", ["the certificate itself", "an earlier one"])
+def test_a_key_that_was_certified_long_ago_gets_no_old_certificate(made: Made, key_of: str) -> None:
+    """A device was killed before it forgot the key, or while it renewed, and was enrolled again then."""
+    device, key = made.device(days=30), new_key()
+    made.time.now += 20 * DAY_S
+    earlier = made.certificates.renew(fingerprint(device.certificate), request_for(key))
+    before = earlier if key_of == "the certificate itself" else made.device(days=90).certificate
+    made.time.now += 25 * DAY_S if before == earlier else 70 * DAY_S
+    renewed = made.certificates.renew(fingerprint(before), request_for(key))
+    assert parsed(renewed).not_valid_after_utc > max(parsed(each).not_valid_after_utc for each in (before, earlier))
 
 
 def test_what_is_revoked_or_expired_is_not_renewed(made: Made) -> None:
@@ -294,6 +378,27 @@ def test_a_damaged_record_is_told(made: Made) -> None:
     (made.folder / "record.sqlite").write_bytes(b"no database, but more than a hundred bytes" * 9)
     with pytest.raises(StateError, match=r"record\.sqlite is damaged: .*restore it from a copy"):
         made.certificates.registry.entries()
+
+
+def test_a_record_on_a_full_or_read_only_disk_says_what_to_do(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def limited(pragma: str) -> Callable[..., sqlite3.Connection]:
+        def opened(*args: Any, **options: Any) -> sqlite3.Connection:
+            database: sqlite3.Connection = connect(*args, **options)
+            database.execute(pragma)
+            return database
+
+        return opened
+
+    for pragma, says in (
+        ("PRAGMA query_only = 1", r"record\.sqlite cannot be used now: .*readonly database; make the folder writable"),
+        ("PRAGMA max_page_count = 1", r"cannot be used now: database or disk is full; free some space there"),
+    ):
+        monkeypatch.setattr(sqlite3, "connect", limited(pragma))
+        with pytest.raises(UnavailableError, match=says):
+            for number in range(100):
+                made.device(f"device-{number}", "")
 
 
 def test_a_record_that_somebody_holds_is_busy(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

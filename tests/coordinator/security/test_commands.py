@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from coordinator.cli import app
 from coordinator.security.certificates import Certificates
+from coordinator.security.commands import operator
 from coordinator.security.reach import reachable
-from fedepth.errors import ConfigError, TrustError
+from fedepth.errors import ConfigError, StateError, TrustError
 
 
 @pytest.fixture
@@ -46,6 +47,18 @@ def test_who_has_a_certificate_is_listed(typed: Any) -> None:
         ("operator", "operator", "valid"),
     ]
     assert "revoked" in typed("certs", "list")
+
+
+def test_certificates_below_the_home_directory(typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--certs=~/certs`: most shells expand a ~ only where a word begins."""
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    typed("certs", "init", "--certs=~/certs")
+    typed("certs", "issue", "ann", "--operator", "--certs=~/certs", "--output", str(home / "ann.pem"))
+    assert (home / "certs" / "authority.pem").exists() and not Path("~").exists()
+    assert operator(Path("~/ann.pem"), insecure=False) == read_identity(home / "ann.pem")
+    with pytest.raises(StateError, match="'~nobody-here/certs': there is no such home directory; write the path in"):
+        typed("certs", "list", "--certs=~nobody-here/certs")
 
 
 def test_a_bundle_is_not_written_over(typed: Any) -> None:

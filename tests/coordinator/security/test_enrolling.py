@@ -269,7 +269,6 @@ def test_a_bundle_brings_its_id_along(made: Made, tmp_path: Path) -> None:
     own = device_id(other)
     with pytest.raises(StateError, match=rf"is {own} already .*--id {own}"):
         enroll_with_bundle(bundle, other)
-    operators = tmp_path / "operator.pem"
-    write_identity(operators, made.operator())
-    with pytest.raises(TrustError, match="is for an operator, not for a device"):
-        enroll_with_bundle(operators, tmp_path / "third")
+    for name, who in (("operator", "an operator"), ("coordinator", "a coordinator")):
+        with pytest.raises(TrustError, match=rf"{name}\.pem is for {who}, not for a device"):
+            enroll_with_bundle(made.folder / f"{name}.pem", tmp_path / "third")

@@ -53,7 +53,13 @@ def test_a_certificate_that_cannot_be_renewed_is_told_and_kept(made: Made) -> No
         (made.folder / "authority.pem").unlink()
         with structlog.testing.capture_logs() as logs:
             await secured.look()
-        assert logs[0]["event"] == "the coordinator's certificate cannot be renewed; trying again in an hour"
-        assert "authority.pem cannot be read" in logs[0]["error"]
+            made.time.now += 30 * DAY_S
+            await secured.look()
+        assert [line["event"] for line in logs] == [
+            "a certificate cannot be renewed; trying again later",
+            "the coordinator's certificate cannot be renewed; trying again in an hour",  # and it has ended by now
+        ]
+        assert "coordinator.pem cannot be renewed, and is used until it ends (" in logs[0]["error"]
+        assert all("authority.pem cannot be read" in line["error"] for line in logs)
 
     asyncio.run(scene())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from edge_client.certificate.client import (
     device_identity,
     trouble,
 )
+from edge_client.certificate.keys import certificate_request, facts_of, install, pending_key
 from edge_client.certificate.protocol import Facts, Failed, Inspect, Prepare
 from edge_client.enroll import enroll_with_bundle
 from edge_client.identity import device_id
@@ -43,12 +45,12 @@ class FakeTransport:
         self.used: list[Identity] = []
         self.requests: list[bytes] = []
         self.failing: list[Exception] = []
-        self._certificates, self._state = certificates, state
+        self.certificates, self._state = certificates, state
 
     async def renew(self, request: bytes) -> bytes:
         self.requests.append(request)
         certificate = fingerprint(read_identity(bundle_of(self._state)).certificate)
-        renewed = self._certificates.renew(certificate, request)
+        renewed = self.certificates.renew(certificate, request)
         if self.failing:
             raise self.failing.pop()
         return renewed
@@ -95,12 +97,18 @@ def test_a_certificate_with_long_to_go_is_left_alone(device: Callable[[float], D
 
 def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(device: Callable[[float], Device]) -> None:
     kitchen = device(0.4)  # and a day before it was made
-    assert asyncio.run(kitchen.keeper().look()) == DAY_S
+    assert asyncio.run(kitchen.keeper().look()) == pytest.approx(DAY_S / 3, abs=60)  # it is for a day now
     assert kitchen.bundle.certificate != kitchen.identity.certificate
     assert kitchen.bundle.key != kitchen.identity.key
     assert kitchen.transport.used == [kitchen.bundle]
     assert bundle_of(kitchen.state).stat().st_mode & 0o777 == 0o600
     assert not list(kitchen.state.glob("*.key"))
+
+
+def test_a_certificate_for_a_day_is_looked_at_when_it_is_due(device: Callable[[float], Device]) -> None:
+    kitchen = device(1)
+    assert asyncio.run(kitchen.keeper().look()) == pytest.approx(DAY_S / 3, abs=60)
+    assert not kitchen.transport.requests
 
 
 def test_a_renewal_whose_answer_was_lost_goes_on_with_the_same_key(device: Callable[[float], Device]) -> None:
@@ -110,9 +118,50 @@ def test_a_renewal_whose_answer_was_lost_goes_on_with_the_same_key(device: Calla
         assert asyncio.run(kitchen.keeper().look()) == AGAIN_S
     assert [line["error"] for line in logs] == ["the link broke"]
     assert kitchen.bundle == kitchen.identity
-    assert asyncio.run(kitchen.keeper().look()) == DAY_S
+    assert asyncio.run(kitchen.keeper().look()) > AGAIN_S
     made = [entry for entry in kitchen.certificates.registry.entries() if entry.how == "renewed"]
     assert [entry.issued.certificate for entry in made] == [kitchen.bundle.certificate]
+
+
+@pytest.mark.parametrize("way", ["bundle", "token"])
+def test_a_renewal_that_was_cut_is_given_up_when_the_device_is_enrolled_again(
+    device: Callable[[float], Device], way: str
+) -> None:
+    """What was certified for its key may be revoked, and would be refused for ever."""
+    kitchen = device(0.4)
+    kitchen.transport.failing = [UnreachableError("killed before the answer")]
+    with structlog.testing.capture_logs():
+        assert asyncio.run(kitchen.keeper().look()) == AGAIN_S
+    kitchen.certificates.registry.revoke("kitchen")
+    if way == "bundle":
+        kitchen.enroll("kitchen", 0.4)
+    else:
+        pending = kitchen.state / "enrollment.key"
+        request = certificate_request(pending_key(pending))
+        token, _ = kitchen.certificates.make_token("kitchen", 60)
+        signed = kitchen.certificates.enroll(token.secret, request, device_id(kitchen.state), 0.4)
+        install(bundle_of(kitchen.state), pending, *signed)
+    before = kitchen.bundle
+    assert asyncio.run(kitchen.keeper().look()) > AGAIN_S
+    assert kitchen.bundle.key != before.key and kitchen.transport.used == [kitchen.bundle]
+    assert not list(kitchen.state.glob("*.key"))
+
+
+def test_a_renewal_by_a_coordinator_whose_clock_is_ahead_is_not_taken(device: Callable[[float], Device]) -> None:
+    """When that clock is right again, nobody would believe the device for weeks, and its own clock would be blamed."""
+    kitchen = device(6)
+    before, now = kitchen.bundle, time.time() + 4 * DAY_S
+    clock = [now + 1.5 * DAY_S]
+    kitchen.transport.certificates = Certificates(kitchen.certificates.folder, lambda: clock[0])
+    keeper = kitchen.keeper(now=lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        assert asyncio.run(keeper.look()) == AGAIN_S
+    assert "is valid only in the future: its clock is ahead" in logs[0]["error"]
+    assert (kitchen.bundle, kitchen.transport.used) == (before, [])
+    clock[0] = now
+    assert asyncio.run(keeper.look()) == DAY_S
+    assert kitchen.bundle != before
+    assert facts_of(kitchen.bundle).not_before <= now
 
 
 def test_an_answer_for_another_key_is_not_put_into_the_bundle(device: Callable[[float], Device]) -> None:
@@ -164,6 +213,11 @@ def test_a_bundle_that_was_replaced_by_hand_is_taken_over(device: Callable[[floa
         (Facts(FACTS.uri, "kitchen", NOW - 2, NOW - 1), "(kitchen) expired on 2027-01-15; for a new one"),
         (Facts(FACTS.uri, "kitchen", NOW + DAY_S, NOW + 2 * DAY_S), "the clock of this device says 2027-01-15"),
         (Facts("urn:fedepth:device:2", "hall", 0, NOW + 1), "(hall) is for urn:fedepth:device:2, and its state folder"),
+        # Not "enroll hall": two devices of one name would be revoked together.
+        (
+            Facts("urn:fedepth:device:2", "hall", 0, NOW + 1),
+            "enroll DEVICE on the coordinator's machine, with a name that no other device has",
+        ),
     ],
 )
 def test_what_keeps_a_certificate_from_being_used(facts: Facts, says: str) -> None:
