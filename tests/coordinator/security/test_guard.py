@@ -339,8 +339,7 @@ def test_a_handshake_that_does_not_come_about(made: Made, make: Callable[..., Ma
             theirs = make("others").device()
             identity = Identity(theirs.key, theirs.certificate, made.authority.pem)
         elif who == "expired":
-            made.time.now -= 40 * DAY_S
-            identity = made.device()
+            identity = made.device(days=-0.5)
         else:
             identity = made.certificates.coordinator()
         async with open_channel(rig.address, identity) as channel:
