@@ -164,9 +164,12 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - damaged files make torch.load raise anything
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own words are a key of a dictionary, or how to run the code in the file all the same.
+        why = f"it is damaged, or of another kind ({type(error).__name__})"
+        if "Weights only load failed" in str(error):
+            why = "it holds objects of Python, such as a whole model, whose code is not run"
         raise ModelError(
-            f"{path} cannot be read as a checkpoint of tensors: {text}; save model.state_dict(), best as safetensors"
+            f"{path} cannot be read as a checkpoint of tensors: {why}; save model.state_dict(), best as safetensors"
         ) from None
     tensors = _tensors(found)
     if not tensors:

@@ -200,7 +200,7 @@ class Record:
         path = self.folder / name
         try:
             return msgspec.json.decode(read_regular(path, _MOST_BYTES), type=kind)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, *NOT_JSON) as error:
             raise StateError(f"{printable(str(path))} cannot be read: {error}; delete it, or its folder") from None
