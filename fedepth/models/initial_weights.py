@@ -174,6 +174,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     tensors = _tensors(found)
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name; save model.state_dict()")
+    # Of the others nobody can say whether they are finite, and some have no values at all.
+    if odd := [name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided]:
+        raise ModelError(
+            f"{path} holds tensors that are sparse or without values (meta): {_listed(odd)}; save them as plain ones"
+        )
     return tensors
 
 

@@ -234,3 +234,11 @@ def test_why_a_file_is_no_checkpoint_is_said_in_a_sentence_of_ours(tmp_path: Pat
         with pytest.raises(ModelError) as caught:
             load_initial_weights(torch.nn.Linear(2, 2), path, 2, new_classifier=False)
         assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch's, of what that costs
+@pytest.mark.parametrize("odd", [torch.eye(2).to_sparse(), torch.empty(2, 2, device="meta")])
+def test_tensors_without_plain_values_are_refused(odd: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"weight": odd, "bias": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"sparse or without values \(meta\): weight; save them as plain ones"):
+        load_initial_weights(torch.nn.Linear(2, 2), tmp_path / "w.pt", 2)
