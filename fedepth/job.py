@@ -34,6 +34,7 @@ from fedepth.job_sections import (
     MOST_NAME,
     JobConfig,
     ModelSection,
+    TrainingSection,
 )
 from fedepth.plan import Policy
 from fedepth.printable import printable, quoted
@@ -166,6 +167,19 @@ def learning_rate(round_number: int, rounds: int, start: float, end: float, sche
     if schedule == "cosine":
         return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
     raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def check_training(training: TrainingSpec) -> None:
+    """What a job file's [training] may not say, code that makes a TrainingSpec by itself may not say either.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    shared = {name: getattr(training, name) for name in TrainingSection.__struct_fields__ if hasattr(training, name)}
+    try:
+        msgspec.convert(msgspec.to_builtins(shared), TrainingSection)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the TrainingSpec cannot be used: {error}".replace("at `$.", "at `")) from None
 
 
 def training_spec(config: JobConfig, round_number: int) -> TrainingSpec:

@@ -28,6 +28,7 @@ DIGITS = "digits"
 MOST_SAMPLES = 1 << 40
 MOST_DEVICES = 1 << 20
 MOST_SEED = (1 << 31) - 1
+MOST_WORKERS = 1024  # of a simulation, and threads of each
 MOST_SECONDS = 10 * 365 * 86400
 MOST_NAME = 200  # characters in the name of a class or a model
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23  # before 13 operators such as Softmax mean something else; torch goes up to 23

@@ -10,7 +10,8 @@ import torch
 from fedepth.aggregation.updates import ClientUpdate
 from fedepth.costs import Calibration
 from fedepth.data.read import DIGITS, Images, open_images
-from fedepth.files import file_digest
+from fedepth.files import disk_errors, file_digest
+from fedepth.job import check_training
 from fedepth.models.traced import write_traced
 from fedepth.plan import Plan
 from fedepth.prepare import PreparedModel
@@ -40,10 +41,11 @@ def save_prepared(prepared: PreparedModel, folder: Path) -> tuple[Path, Path]:
     Raises:
         DiskError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     graph, weights = folder / "graph.json", folder / "weights.safetensors"
-    write_traced(graph, prepared.traced)
-    save(weights, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
+    with disk_errors("the model cannot be saved", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_traced(graph, prepared.traced)
+        save(weights, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     return graph, weights
 
 
@@ -76,8 +78,10 @@ def train_task(
         calibration: of this device.
 
     Raises:
+        ConfigError: `training` holds what no job file may.
         FedepthError: see `fedepth.training.session.run`. After an OverBudgetError go on in another process.
     """
+    check_training(training)
     # Folders are left to the session, which opens them as on a device: with the tokenizer that comes with the graph.
     folder: Path | None = None
     opened: Images | None = None

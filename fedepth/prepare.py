@@ -20,6 +20,7 @@ from fedepth.data.text import read_tokenizer
 from fedepth.errors import FedepthError, ModelError
 from fedepth.estimate.tracing import trace_costs
 from fedepth.files import file_digest
+from fedepth.job import check_training
 from fedepth.job_sections import TuningSection
 from fedepth.models import zoo
 from fedepth.models.auxiliary import with_auxiliary
@@ -106,8 +107,10 @@ def prepare_model(
         tuning: what of the model is trained.
 
     Raises:
+        ConfigError: `training` holds what no job file may.
         ModelError: it cannot be built, exported or cut, its graph differs from it, or the file or `tuning` do not fit.
     """
+    check_training(training)
     classes = len(spec.classes)
     with _in_one_sentence(spec):
         progress("building the model")

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +66,35 @@ def test_an_example_of_the_documentation_runs(number: int, tmp_path: Path) -> No
 
 def test_the_examples_are_two() -> None:
     assert len(EXAMPLES) == 2
+
+
+TRAINING = fedepth.TrainingSpec(8, 1, "sgd", 0.1, 0.9, 0.0, 0.0, "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"batch": 0}, ">= 1 - at `batch`"),
+        ({"local_epochs": -1}, "at `local_epochs`"),
+        ({"optimizer": "lion"}, "Invalid enum value 'lion' - at `optimizer`"),
+        ({"learning_rate": float("nan")}, "at `learning_rate`"),
+        ({"heads": "none"}, "at `heads`"),
+        ({"mutual": 0}, "at `mutual`"),
+    ],
+)
+def test_what_no_job_file_may_say_no_training_spec_may(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
+    training = replace(TRAINING, **wrong)
+    spec = fedepth.named_spec("digits-cnn", None, 10)
+    with pytest.raises(fedepth.FedepthError, match="^the TrainingSpec cannot be used: .*" + re.escape(words)):
+        fedepth.prepare_model(spec, training, seed=1)
+    plan = fedepth.Plan((), (), fedepth.Policy.AUTO, 0)
+    with pytest.raises(fedepth.FedepthError, match=re.escape(words)):
+        fedepth.train_task(tmp_path / "graph", tmp_path / "weights", "digits", spec, training, plan, tmp_path)
+
+
+def test_what_names_no_model_is_refused() -> None:
+    with pytest.raises(fedepth.FedepthError, match="-1 classes: a model needs one at least"):
+        fedepth.named_spec("digits-cnn", None, -1)
+    shape: Any = (1, 8, 8)
+    with pytest.raises(fedepth.FedepthError, match=r"'\(1, 8, 8\)' is not a shape; write .* as 3x32x32"):
+        fedepth.named_spec("digits-cnn", shape, 10)

@@ -90,8 +90,22 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
         yield from _text(plain, name, head, columns)
 
 
-def column_names(path: Path) -> list[str]:
-    """The columns of a CSV or Parquet file, or of the first row of JSON lines.
+class Header(NamedTuple):
+    """The columns of a file.
+
+    Attributes:
+        names: normalised (NFC); of JSON lines those that any of the rows has, in the order in which they occur.
+        nested: those that hold several values in a row, and never a text or a number; they cannot be read.
+        may_lack: whether a row, or another file, may be without some of them, as those of JSON lines.
+    """
+
+    names: list[str]
+    nested: frozenset[str] = frozenset()
+    may_lack: bool = False
+
+
+def read_header(path: Path) -> Header:
+    """The columns of a file. For those of JSON lines, all of it is read.
 
     Raises:
         DataError: see `read_records`.
@@ -101,20 +115,16 @@ def column_names(path: Path) -> list[str]:
         head = file.read(_HEAD_BYTES)
         file.seek(0)
         if head.startswith(_PARQUET):
-            return [normalised(each) for each in _opened_parquet(path, name).schema_arrow.names]
+            return _parquet_header(path, name)
         plain = cast(IO[bytes], gzip.GzipFile(fileobj=file) if head.startswith(_GZIP) else file)
         if head.startswith(_GZIP):
             head = plain.read(_HEAD_BYTES)
             plain.seek(0)
         _refuse_others(head, name)
         if _is_json_lines(head):
-            first = plain.readline(MOST_RECORD).removeprefix(_UTF8_MARK)
-            try:
-                return [normalised(each) for each in msgspec.json.decode(first, type=dict[str, Any])]
-            except NOT_JSON as error:
-                raise DataError(f"{name}, line 1: is not an object of JSON: {error}") from None
+            return _json_header(plain)
         with _decoded(plain, head) as decoded:
-            return CsvRecords(decoded, name, ()).header
+            return Header(CsvRecords(decoded, name, ()).header)
 
 
 @contextmanager
@@ -188,6 +198,25 @@ def _decoded(file: IO[bytes], head: bytes) -> io.TextIOWrapper:
 
 
 def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
+    for number, row, problem in _objects(file):
+        yield _of_json(number, row, columns) if not problem else Record(number, (), problem)
+
+
+def _json_header(file: IO[bytes]) -> Header:
+    names: dict[str, None] = {}
+    nested: set[str] = set()
+    plain: set[str] = set()
+    for _, row, _ in _objects(file):
+        for key, value in row.items():
+            name = normalised(key.strip())
+            names[name] = None
+            if value is not None:
+                (nested if isinstance(value, (dict, list)) else plain).add(name)
+    return Header([*names], frozenset(nested - plain), may_lack=True)
+
+
+def _objects(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Of every line that is not blank its number, and its object or what is wrong with it."""
     decoder = msgspec.json.Decoder(dict[str, Any])
     number = 0
     while line := file.readline(MOST_RECORD + 1):
@@ -195,7 +224,7 @@ def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
         if len(line) > MOST_RECORD and not line.endswith(b"\n"):
             while (rest := file.readline(MOST_RECORD)) and not rest.endswith(b"\n"):
                 pass
-            yield Record(number, (), f"has more than {MOST_RECORD} bytes")
+            yield number, {}, f"has more than {MOST_RECORD} bytes"
             continue
         line = line.removeprefix(_UTF8_MARK) if number == 1 else line
         if not line.strip():
@@ -203,9 +232,9 @@ def _json_lines(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record]:
         try:
             row = _with_nan(line) if b"NaN" in line or b"Infinity" in line else decoder.decode(line)
         except (*NOT_JSON, ValueError) as error:
-            yield Record(number, (), _not_an_object(line, error))
+            yield number, {}, _not_an_object(line, error)
         else:
-            yield _of_json(number, row, columns)
+            yield number, row, ""
 
 
 def _with_nan(line: bytes) -> dict[str, Any]:
@@ -232,6 +261,14 @@ def _of_json(number: int, row: dict[str, Any], columns: Sequence[str]) -> Record
     if nested:
         return Record(number, (), f"the column {listed(nested)} holds several values; a text or a number is read")
     return Record(number, values)
+
+
+def _parquet_header(path: Path, name: str) -> Header:
+    import pyarrow as pa
+
+    fields = [(normalised(each.name.strip()), each.type) for each in _opened_parquet(path, name).schema_arrow]
+    nested = frozenset(each for each, kind in fields if pa.types.is_nested(kind))
+    return Header([each for each, _ in fields], nested)
 
 
 def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[Record]:

@@ -68,8 +68,10 @@ def named_spec(model: str, shape: str | None, classes: int) -> ModelSpec:
         shape: "CxHxW"; None for what the zoo's models are commonly trained on.
 
     Raises:
-        ConfigError: the shape is none, or it is missing and the zoo does not know the model.
+        ConfigError: the shape is none, or it is missing and the zoo does not know the model; or there is no class.
     """
+    if classes < 1:
+        raise ConfigError(f"{classes} classes: a model needs one at least")
     shape_of_input = _input_shape(model, shape)
     channels = shape_of_input[0]
     labels = tuple(str(label) for label in range(classes))
@@ -79,8 +81,10 @@ def named_spec(model: str, shape: str | None, classes: int) -> ModelSpec:
 
 def _input_shape(model: str, text: str | None) -> tuple[int, ...]:
     if text is not None:
-        if not _SHAPE.fullmatch(text):
-            raise ConfigError(f"--input: {quoted(text)} is not a shape; write channels, height and width, as 3x32x32")
+        if not isinstance(text, str) or not _SHAPE.fullmatch(text):
+            raise ConfigError(
+                f"--input: {quoted(str(text))} is not a shape; write channels, height and width, as 3x32x32"
+            )
         shape = tuple(map(int, text.split("x")))
         if math.prod(shape) > MOST_NUMBERS or shape[0] > MOST_CHANNELS:
             raise ConfigError(

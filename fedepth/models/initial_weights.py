@@ -164,13 +164,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - damaged files make torch.load raise anything
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own words are a key of a dictionary, or how to run the code in the file all the same.
+        why = f"it is damaged, or of another kind ({type(error).__name__})"
+        if "Weights only load failed" in str(error):
+            why = "it holds objects of Python, such as a whole model, whose code is not run"
         raise ModelError(
-            f"{path} cannot be read as a checkpoint of tensors: {text}; save model.state_dict(), best as safetensors"
+            f"{path} cannot be read as a checkpoint of tensors: {why}; save model.state_dict(), best as safetensors"
         ) from None
     tensors = _tensors(found)
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name; save model.state_dict()")
+    # Of the others nobody can say whether they are finite, and some have no values at all.
+    if odd := [name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided]:
+        raise ModelError(
+            f"{path} holds tensors that are sparse or without values (meta): {_listed(odd)}; save them as plain ones"
+        )
     return tensors
 
 

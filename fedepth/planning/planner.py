@@ -120,6 +120,10 @@ class Planner:
         Raises:
             PlanError: the device has too few samples to train on at all.
         """
+        if sample_count < 1:
+            raise PlanError(
+                f"there are {sample_count} samples to train {costs.model} on", needed_bytes=0, budget_bytes=0
+            )
         if sample_count < costs.smallest_micro_batch:
             raise PlanError(
                 f"BatchNorm in {costs.model} needs at least {costs.smallest_micro_batch} samples at once, but the "

@@ -16,7 +16,7 @@ from fedepth.commands import JsonOption, picture_maker
 from fedepth.errors import ConfigError
 from fedepth.files import not_writable
 from fedepth.job import model_spec
-from fedepth.job_sections import MOST_DEVICES, MOST_SEED
+from fedepth.job_sections import MOST_DEVICES, MOST_SEED, MOST_WORKERS
 from fedepth.printable import printable
 from fedepth.sizes import format_size
 from fedepth.terminal import console, print_json
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fedepth.simulation.compare import Comparison, Spread
     from fedepth.simulation.record import RoundLine
     from fedepth.simulation.setup import Options, Simulation
-
-_MOST_AT_ONCE = 1024  # workers, and threads of each
 
 
 def simulate_command(
@@ -57,10 +55,10 @@ def simulate_command(
     plans: Annotated[Path | None, typer.Option(help="JSON: plans by client that are trained as they are.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Instead of the job's.")] = None,
     workers: Annotated[
-        int, typer.Option(min=0, max=_MOST_AT_ONCE, help="Clients that train at once; 0: one for each core.")
+        int, typer.Option(min=0, max=MOST_WORKERS, help="Clients that train at once; 0: one for each core.")
     ] = 0,
     threads: Annotated[
-        int, typer.Option(min=1, max=_MOST_AT_ONCE, help="Of each worker; another number gives other last digits.")
+        int, typer.Option(min=1, max=MOST_WORKERS, help="Of each worker; another number gives other last digits.")
     ] = 1,
     enforce: Annotated[bool, typer.Option(help="Hold every client to its budget, as a device does.")] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster that sees the same folders.")] = "local",

@@ -1,6 +1,6 @@
 """The files of a simulation: what was asked, who took part, and one JSON line for every round that is closed.
 
-    run.json           what was asked for; another simulation is refused in the same folder
+    run.json           what was asked for; once a task is trained, another simulation is refused in the same folder
     prepared.json      of the job's model: its layout, and the digests of what it begins with
     graph.json         the model as workers are given it
     data-check*        which image files are damaged, and which are not (fedepth.data.damage)
@@ -41,6 +41,8 @@ from fedepth.task import Failure, Result
 VERSION = 1
 PEERS = "peers"  # in the folder of an update: those that its client is to keep
 RESIDUALS = "residuals"  # the same of these
+STATISTICS = "statistics.json"
+_MADE_FIRST = ("prepared.json", "tiers.json", "partition.json", STATISTICS)
 _MOST_BYTES = 1 << 30
 T = TypeVar("T")
 
@@ -168,7 +170,10 @@ class Record:
             for name in ("weights", "updates"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             known = self.read("run.json", Asked)
-            if known is None:
+            if known is None or (known != asked and not self._has_trained()):
+                # What was made for other options that came to nothing, such as those with a mistake.
+                for name in _MADE_FIRST:
+                    (self.folder / name).unlink(missing_ok=True)
                 write_atomically(path, msgspec.json.encode(asked) + b"\n")
             elif known != asked:
                 fields = [name for name in Asked.__struct_fields__ if getattr(known, name) != getattr(asked, name)]
@@ -183,6 +188,9 @@ class Record:
             if self._rounds_path.exists() and self._rounds_path.stat().st_size > len(whole):
                 os.truncate(self._rounds_path, len(whole))
 
+    def _has_trained(self) -> bool:
+        return bool(self._whole_lines()) or any((self.folder / "updates").glob("*/*"))
+
     def read(self, name: str, kind: type[T]) -> T | None:
         """One of the JSON files; None where it is not there.
 
@@ -192,7 +200,7 @@ class Record:
         path = self.folder / name
         try:
             return msgspec.json.decode(read_regular(path, _MOST_BYTES), type=kind)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, *NOT_JSON) as error:
             raise StateError(f"{printable(str(path))} cannot be read: {error}; delete it, or its folder") from None

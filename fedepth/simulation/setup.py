@@ -51,14 +51,13 @@ from fedepth.simulation.partitions import (
     make_partition,
     save_partition,
 )
-from fedepth.simulation.record import VERSION, Asked, Prepared, Record
+from fedepth.simulation.record import STATISTICS, VERSION, Asked, Prepared, Record
 from fedepth.simulation.trace import Trace, load_trace
 from fedepth.simulation.worker.protocol import MeasurePeak, Request
 from fedepth.sizes import format_size
 from fedepth.task import ModelSpec
 
 MOST_FILE_BYTES = 1 << 28
-STATISTICS = "statistics.json"
 _ROWS_AT_ONCE = 4096
 _REASONS_SHOWN = 10
 Say = Callable[[str], None]

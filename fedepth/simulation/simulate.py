@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from fedepth.errors import ConfigError, LockedError, StateError
 from fedepth.files import disk_errors, lock_file
+from fedepth.job_sections import MOST_DEVICES, MOST_SEED, MOST_WORKERS
 from fedepth.printable import printable
 from fedepth.simulation.engine import Engine, LocalEngine
 from fedepth.simulation.progress import Reporter
@@ -33,8 +34,7 @@ def simulate(
     Raises:
         FedepthError: something is wrong with what was asked for, or the job cannot go on.
     """
-    if options.engine not in ENGINES:
-        raise ConfigError(f"--engine {options.engine}: there are {', '.join(ENGINES)}")
+    _check(options)
     config = job_of(options)
     record = Record(options.output.resolve())
     with disk_errors("the simulation cannot be recorded", options.output):
@@ -54,6 +54,20 @@ def simulate(
         except KeyboardInterrupt:
             reporter.say("stopped; the same command goes on from here")
             raise
+
+
+def _check(options: Options) -> None:
+    """What the command line sees to by itself: without a worker, nothing would ever be trained."""
+    if options.engine not in ENGINES:
+        raise ConfigError(f"--engine {options.engine}: there are {', '.join(ENGINES)}")
+    for name, value, least, most in (
+        ("clients", options.clients, 1, MOST_DEVICES),
+        ("seed", options.seed, 0, MOST_SEED),
+        ("workers", options.workers, 0, MOST_WORKERS),
+        ("threads", options.threads, 1, MOST_WORKERS),
+    ):
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"--{name} {value}: it must be {least} to {most}")
 
 
 async def _simulated(

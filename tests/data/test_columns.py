@@ -65,8 +65,11 @@ def test_names_of_any_kind_are_valid_toml(tmp_path: Path) -> None:
     ("rows", "label", "words"),
     [
         ("a,b\n1,2\n", "y", "there is no column 'y'; there are 'a', 'b'"),
-        ("y,b\n" + "".join(f"{place},1\n" for place in range(51)), "y", "has no values, or more than 50: it is not a"),
-        ("y,b\n,1\n", "y", "has no values, or more than 50: it is not a class"),
+        ("y,b\n" + "".join(f"{place},1\n" for place in range(51)), "y", "has more than 50 values: it is not a class"),
+        ("y,b\n,1\n", "y", "the column 'y' has no values: it is not a class"),
+        ("y,b\n" + "z" * 201 + ",1\n", "y", "has values of more than 200 characters: it is not a class"),
+        ("y,b\n", "y", "no row can be looked at: there are none"),
+        ("y,b\n1,2,3\n4\n", "y", "all of them, 2, are damaged, such as: "),
         ("y,b,b\n1,1,2\n", "y", "has the column 'b' more than once"),
     ],
 )
@@ -111,3 +114,60 @@ def test_a_whole_number_is_one_value_with_and_without_a_point(tmp_path: Path) ->
     read = tomllib.loads(table_section(look_at_columns([path])[0], "y", ["x"]))
     assert read["model"]["classes"] == ["0", "1"]
     assert read["table"]["categorical"] == {"x": ["1", "2"]}
+
+
+JSON_LINES = """
+{"x": NaN, "tags": ["a"]}
+{"y": "m", "x": 3, "tags": null, "colour": "red", "mixed": 1}
+{"y": "n", "x": 5, "tags": {}, "mixed": [1]}
+{"y": "n", "late": "z"}
+"""
+
+
+def test_rows_of_json_may_lack_columns_that_others_have(tmp_path: Path) -> None:
+    path = write(tmp_path, JSON_LINES)
+    columns, damaged, examples = look_at_columns([path])
+    assert damaged == 1 and "line 4: the column 'mixed' holds several values" in examples[0]
+    section = table_section(columns, "y")
+    read = tomllib.loads(section)
+    assert read["model"]["classes"] == ["m", "n"]
+    assert read["table"]["numeric"] == ["x", "mixed"]
+    assert read["table"]["categorical"] == {"colour": ["red"], "late": ["z"]}
+    assert '# left out: "tags" holds several values in a row' in section
+    with pytest.raises(DataError, match="the column 'tags' holds several values in a row: it is not a class"):
+        table_section(columns, "tags")
+
+
+def test_files_of_json_have_the_columns_of_all(tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"y": "o", "w": 7}\n')
+    columns, _, _ = look_at_columns([write(tmp_path, '{"y": "m", "x": 3}\n'), more])
+    assert [(column.name, column.numbers, column.missing) for column in columns] == [
+        ("y", 0, 0),
+        ("x", 1, 1),
+        ("w", 1, 1),
+    ]
+
+
+def test_labels_that_are_written_as_missing_are_told(tmp_path: Path) -> None:
+    section = table_section(look_at_columns([write(tmp_path, "x,y\n1,none\n2,mild\n3,none\n4,NA\n5,\n")])[0], "y")
+    assert tomllib.loads(section)["model"]["classes"] == ["mild"]
+    assert (
+        '# rows without a label: 4, also where it is "none" (2), "NA" (1): add what is a class to the list\n' in section
+    )
+
+
+def test_values_that_are_equal_once_normalised_are_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "x,y\ne\u0301,o\u0301\n\u00e9,\u00f3\na,b\n")
+    read = tomllib.loads(table_section(look_at_columns([path])[0], "y"))
+    assert read["model"]["classes"] == ["b", "\u00f3"]
+    assert read["table"]["categorical"] == {"x": ["a", "\u00e9"]}
+
+
+def test_a_column_of_lists_in_a_parquet_file_is_left_out(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"y": ["m", "n"], "tags": [[1], [2]], "x": [1, 3]}), tmp_path / "f.parquet")
+    section = table_section(look_at_columns([tmp_path / "f.parquet"])[0], "y")
+    assert tomllib.loads(section)["table"] == {"label": "y", "numeric": ["x"], "mean": [2.0], "std": [1.0]}
+    assert '# left out: "tags" holds several values in a row' in section

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fedepth.data import csv_records
 from fedepth.data.damage import RowError, load_row_check
 from fedepth.data.labels import RowLabels
-from fedepth.data.records import Record, as_text, column_names, read_records
+from fedepth.data.records import Record, as_text, read_header, read_records
 from fedepth.data.row_files import find_rows, fingerprint, holds_rows
 from fedepth.data.rows import Rows, check_rows
 from fedepth.data.text import word_id
@@ -119,7 +119,7 @@ FORMS = {
 def test_forms_of_one_file(tmp_path: Path, form: str) -> None:
     path = write(tmp_path / "rows.txt", FORMS[form])
     assert values(path, "label", "text") == [["a", "one"], ["b", "two"]]
-    assert {"label", "text"} <= {*column_names(path)}
+    assert {"label", "text"} <= {*read_header(path).names}
 
 
 def test_python_writes_nan_where_json_has_no_number(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             read(path, "label")
         with pytest.raises(DataError, match=words):
-            column_names(path)
+            read_header(path)
 
 
 def test_a_record_without_end_costs_its_first_line_and_bounded_memory(
@@ -251,7 +251,7 @@ def test_parquet(tmp_path: Path) -> None:
     pq.write_table(table, path)
     assert values(path, "n", "label", "b") == [[1, "a", True], [None, None, False]]
     assert [record.line for record in read(path)] == [1, 2]
-    assert column_names(path) == ["label", "n", "many", "b"]
+    assert read_header(path) == (["label", "n", "many", "b"], {"many"}, False)
     for columns, words in ((("no",), "has no column 'no'"), (("many",), "holds several values in a row")):
         with pytest.raises(DataError, match=words):
             read(path, *columns)

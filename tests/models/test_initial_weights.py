@@ -224,3 +224,21 @@ def test_a_classifier_of_another_model_that_misses_more_is_refused(tmp_path: Pat
     torch.save({"features.0.weight": torch.zeros(4, 1, 3, 3)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"conv_proj\.weight is missing"):
         load_initial_weights(Transformer(), tmp_path / "w.pt", 3)
+
+
+def test_why_a_file_is_no_checkpoint_is_said_in_a_sentence_of_ours(tmp_path: Path) -> None:
+    whole, other = tmp_path / "whole.pt", tmp_path / "other.pt"
+    torch.save(torch.nn.Linear(2, 2), whole)
+    other.write_bytes(b"hello" * 100)
+    for path, words in ((whole, "objects of Python, such as a whole model, whose code is not run"), (other, "damaged")):
+        with pytest.raises(ModelError) as caught:
+            load_initial_weights(torch.nn.Linear(2, 2), path, 2, new_classifier=False)
+        assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch's, of what that costs
+@pytest.mark.parametrize("odd", [torch.eye(2).to_sparse(), torch.empty(2, 2, device="meta")])
+def test_tensors_without_plain_values_are_refused(odd: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"weight": odd, "bias": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"sparse or without values \(meta\): weight; save them as plain ones"):
+        load_initial_weights(torch.nn.Linear(2, 2), tmp_path / "w.pt", 2)

@@ -69,6 +69,9 @@ def test_a_line_that_is_not_whole_is_left_to_its_simulation_and_a_damaged_one_is
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").touch()
+    with pytest.raises(StateError, match=r"data\.csv holds no simulation; give the --output"):
+        read_run(tmp_path / "data.csv")
     with pytest.raises(StateError, match="holds no simulation"):
         read_run(tmp_path)
     with pytest.raises(StateError, match="has no closed round yet"):

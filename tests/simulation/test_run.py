@@ -101,6 +101,28 @@ def test_a_finished_run_is_shown_again_and_another_one_is_refused(lab: Any) -> N
         lab.run(job, clients=6, partition="dirichlet:0.3", seed=9)
 
 
+def test_options_with_a_mistake_can_be_corrected_in_the_same_folder(lab: Any) -> None:
+    job = lab.job(rounds="1")
+    with pytest.raises(ConfigError, match="alpha"):
+        lab.run(job, partition="dirichlet:-1", clients=6)
+    (lab.folder / "plans.json").write_bytes(msgspec.json.encode({"nobody": pinned((0, 5))}))
+    with pytest.raises(ConfigError, match="there is no such client"):
+        lab.run(job, seed=4, plans=lab.folder / "plans.json")
+    lab.run(job)
+    lab.run(job, "untouched")
+    assert lab.digests() == lab.digests("untouched")
+
+
+@pytest.mark.parametrize(
+    "options", [{"clients": 0}, {"seed": -1}, {"workers": -1}, {"threads": 0}, {"clients": 1 << 21}]
+)
+def test_options_that_the_command_line_would_refuse(lab: Any, options: Any) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"^--{name} {options[name]}: "):
+        lab.run(lab.job(), **options)
+    assert not (lab.folder / "run").exists()
+
+
 @pytest.mark.parametrize(
     "sections",
     [
