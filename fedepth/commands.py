@@ -17,7 +17,7 @@ import typer
 from fedepth import __version__
 from fedepth.errors import ConfigError
 from fedepth.files import disk_errors, not_writable, user_folder
-from fedepth.printable import printable
+from fedepth.printable import printable, quoted
 from fedepth.program import STATUSES
 
 _WIDTH = 120  # of help; a narrower terminal decides
@@ -32,10 +32,14 @@ JsonLogsOption = Annotated[bool, typer.Option("--json-logs", help="Log one JSON 
 
 
 def _path(text: str) -> Path:
-    """A path as it is typed. An empty one would be the working directory: `Path("")`."""
+    """A path as it is typed. An empty one would be the working directory: `Path("")`. What most shells leave to us is
+    the ~ of `--state=~/kitchen`, and of a variable in a service's settings."""
     if not text:
         raise typer.BadParameter("the path is empty; . is this folder")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise typer.BadParameter(f"there is no home directory for {quoted(text)}; write the path in full") from None
 
 
 def _of_paths(annotation: Any) -> bool:

@@ -16,9 +16,9 @@ from coordinator.security.certificates import DEVICE_DAYS, MOST_DAYS, TOKEN_S, C
 from coordinator.security.reach import reachable
 from coordinator.security.registry import Entry
 from fedepth.commands import JsonOption, command_group, examples
-from fedepth.errors import ConfigError, StateError
+from fedepth.errors import ConfigError
 from fedepth.files import disk_errors, not_writable
-from fedepth.printable import as_typed, printable, quoted
+from fedepth.printable import as_typed, printable
 from fedepth.terminal import console, print_json
 
 CERTS = typer.Option(
@@ -37,20 +37,8 @@ app = command_group("Make, revoke and list the certificates of devices, operator
 
 
 def certificates_in(folder: Path | None) -> Certificates:
-    """Those in --certs, or the user's own; not opened.
-
-    Raises:
-        StateError: there is no home directory.
-    """
-    return Certificates(_from_home(folder) if folder is not None else default_folder())
-
-
-def _from_home(path: Path) -> Path:
-    """Of `--certs=~/certs` and of FEDEPTH_CERTS in a settings file, most shells leave the ~ to us."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise StateError(f"{quoted(str(path))}: there is no such home directory; write the path in full") from None
+    """Those in --certs, or the user's own; not opened."""
+    return Certificates(folder if folder is not None else default_folder())
 
 
 def opened(folder: Path | None) -> Certificates:
@@ -68,8 +56,8 @@ def operator(certs: Path | None, insecure: bool) -> Identity | Insecure:
     """
     if insecure:
         return INSECURE
-    if certs is not None and _from_home(certs).is_file():
-        return read_identity(_from_home(certs))
+    if certs is not None and certs.is_file():
+        return read_identity(certs)
     return opened(certs).operator()
 
 

@@ -292,6 +292,15 @@ TYPED: list[tuple[str, list[str], int, str]] = [
     ("fedepth", ["plan", os.fsdecode(b"\xff"), "--budget", "1MiB"], FAILED, r"'\udcff' holds bytes that are no text"),
     *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", *more], status, says) for more, status, says in ENORMOUS),
     *((name, line, USAGE, "the path is empty") for name, line in EMPTY),
+    *(
+        (
+            name,
+            [re.sub("^$|=$", r"\g<0>~nobody-here/x", each) for each in line],
+            USAGE,
+            "there is no home directory for",
+        )
+        for name, line in EMPTY
+    ),
     *(("fedepth", ["plan", "digits-cnn", "--budget", "1GiB", "--plot", name], FAILED, says) for name, says in PLOTS),
     *(("fedepth", argv, status, says) for argv, status, says in SIMULATIONS),
     ("fedepth-client", ["probe", "--config", "fifo"], FAILED, "fifo: cannot be read: is not a regular file"),
