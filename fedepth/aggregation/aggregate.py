@@ -20,7 +20,8 @@ from fedepth.aggregation.mean import Term, weighted_mean
 from fedepth.aggregation.privacy import NoisyMean
 from fedepth.aggregation.rules import Kind, Krum, Median, NormClipping, PrivateMean, Rule, TrimmedMean, WeightedMean
 from fedepth.aggregation.updates import ClientUpdate, OpenUpdate, check_digests, is_floating, open_updates
-from fedepth.errors import NotFiniteError
+from fedepth.errors import ConfigError, NotFiniteError
+from fedepth.files import disk_errors
 from fedepth.layout import DTYPES
 from fedepth.weights import Array, Reader, open_weights, write_tensors
 
@@ -91,16 +92,29 @@ def aggregate(
         NotFiniteError: a new value would not be a finite number; names the tensor.
         StateError: an update does not fit `base` or another file is damaged, a weight is not above 0, or the same file
             is given twice.
-        ValueError: the rule needs `parameters`.
+        ConfigError: the rule needs `parameters`.
+        DiskError: `output` cannot be written.
     """
     if parameters is None and isinstance(rule, NormClipping | Krum | PrivateMean):
-        raise ValueError(f"{type(rule).__name__} tells parameters from buffers: give parameters")
+        raise ConfigError(f"{type(rule).__name__} tells parameters from buffers: give parameters")
+    with disk_errors("the average cannot be written", output):
+        return _aggregated(base, updates, output, rule, frozenset(parameters or ()), base_digest)
+
+
+def _aggregated(
+    base: Path,
+    updates: Sequence[ClientUpdate],
+    output: Path,
+    rule: Rule,
+    parameters: frozenset[str],
+    base_digest: str | None,
+) -> Aggregated:
     check_digests(base, base_digest, updates)
     # What overflows is found in the result.
     with open_weights(base) as old, np.errstate(over="ignore", invalid="ignore"):
         opened = open_updates(old, updates)
         holders = {name: [update for update in opened if name in update.tensors] for name in old.names}
-        values, told = _apply(rule, _Round(old, opened, holders, frozenset(parameters or ())))
+        values, told = _apply(rule, _Round(old, opened, holders, parameters))
         infos = {name: old.info(name) for name in old.names}
         digest = write_tensors(output, infos, lambda name: _finished(old, name, values(name)))
     return replace(told, digest=digest)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedepth.aggregation.rules import Rule
-from fedepth.files import disk_errors
 from fedepth.task import Result, TrainingSpec
 
 Paths = Callable[[Result], tuple[Path, ...]]
@@ -66,8 +65,7 @@ def combine(
         )
         for result in results
     ]
-    with disk_errors("the average cannot be written", output):
-        told = aggregate(base, updates, output, rule, parameters=parameters, base_digest=base_digest)
+    told = aggregate(base, updates, output, rule, parameters=parameters, base_digest=base_digest)
     names = [result.device_id for result in results]
     notes = [
         f"the {each.kind} of {names[each.update]} changed by {each.change:.3g}, and count as if by {each.bound:.3g}"

@@ -6,8 +6,11 @@ applies a rule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from fedepth.errors import ConfigError
 
 Kind = Literal["parameters", "buffers"]
 
@@ -52,6 +55,10 @@ class TrimmedMean:
 
     trim: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.trim < 0.5:
+            raise ConfigError(f"a trimmed mean with trim {self.trim}: it must be above 0 and below 0.5")
+
     def cut(self, holders: int) -> int:
         """How many values are cut at each end."""
         return int(self.trim * holders + 1e-9)  # 0.29 · 100 is 28.999999999999996
@@ -80,6 +87,12 @@ class NormClipping:
 
     max_change: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_change is not None and not 0 < self.max_change < math.inf:
+            raise ConfigError(
+                f"norm clipping with max_change {self.max_change}: it must be above 0 and finite, or None"
+            )
+
 
 @dataclass(frozen=True)
 class Krum:
@@ -98,6 +111,10 @@ class Krum:
     """
 
     faulty: int
+
+    def __post_init__(self) -> None:
+        if self.faulty < 1:
+            raise ConfigError(f"Krum with faulty {self.faulty}: it must be 1 at least; otherwise take the mean")
 
     @property
     def smallest_group(self) -> int:

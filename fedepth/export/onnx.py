@@ -27,7 +27,7 @@ from fedepth.errors import ExportError
 from fedepth.export.float16 import to_float16
 from fedepth.export.infer import RUNTIME_ERRORS, first_line, labels_text
 from fedepth.export.opset import lower, opset_of, strip
-from fedepth.files import write_atomically
+from fedepth.files import disk_errors, write_atomically
 from fedepth.job_sections import ExportSection
 from fedepth.layout import DTYPES as DTYPES_IN_FILES
 from fedepth.models.graph import Graph
@@ -35,6 +35,7 @@ from fedepth.models.load import load_model
 from fedepth.models.run import DTYPES, Model
 from fedepth.models.table_input import table_features
 from fedepth.models.token_ids import largest_id_of
+from fedepth.printable import printable
 from fedepth.task import InputType, ModelSpec
 
 # By precision: the largest difference of an output, and that of an input's largest output. Early rounds may give logits
@@ -126,6 +127,7 @@ def export(
             it was.
         ModelError: see `load_model`.
         StateError: see `load_model`.
+        DiskError: `output` cannot be written.
     """
     if len(samples) == 0:
         raise ExportError(f"{spec.name}: no inputs to compare the export on. Give the job test data.")
@@ -166,8 +168,9 @@ def export(
             f"{what} (limit {limits[worst]:.1g}), and in the top class for {other} of {len(samples)} inputs. "
             f"Nothing was written. {advice}"
         )
-    write_atomically(labels, text.encode())
-    write_atomically(output, data)
+    with disk_errors(f"{printable(str(output))} cannot be written", output.absolute().parent):
+        write_atomically(labels, text.encode())
+        write_atomically(output, data)
     return ExportReport(
         path=str(output),
         labels_path=str(labels),

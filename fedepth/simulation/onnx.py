@@ -6,10 +6,8 @@ from pathlib import Path
 
 from fedepth.export.onnx import ExportReport, export
 from fedepth.export.samples import comparison_samples
-from fedepth.files import disk_errors
 from fedepth.job import model_spec
 from fedepth.models.traced import read_traced
-from fedepth.printable import printable
 from fedepth.simulation.record import Record, RoundLine
 from fedepth.simulation.setup import Options, job_of
 
@@ -26,17 +24,16 @@ def export_weights(options: Options, line: RoundLine, output: Path) -> ExportRep
     spec = model_spec(config)
     traced = read_traced(record.folder / "graph.json")
     samples, compared_on = comparison_samples(spec, traced, config.test_data)
-    with disk_errors(f"{printable(str(output))} cannot be written", output.absolute().parent):
-        return export(
-            spec,
-            traced.graph,
-            record.weights(line.weights_round),
-            output,
-            job=config.job.name,
-            round=line.weights_round,
-            weights_digest=line.weights_digest,
-            samples=samples,
-            compared_on=compared_on,
-            choices=config.export,
-            tokenizer=traced.tokenizer,
-        )
+    return export(
+        spec,
+        traced.graph,
+        record.weights(line.weights_round),
+        output,
+        job=config.job.name,
+        round=line.weights_round,
+        weights_digest=line.weights_digest,
+        samples=samples,
+        compared_on=compared_on,
+        choices=config.export,
+        tokenizer=traced.tokenizer,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedepth.aggregation.aggregate import aggregate
 from fedepth.aggregation.rules import Krum, Median, NormClipping, PrivateMean, Rule, TrimmedMean, WeightedMean
-from fedepth.errors import DamagedUpdateError, NotFiniteError, StateError
+from fedepth.errors import ConfigError, DamagedUpdateError, DiskError, NotFiniteError, StateError
 from fedepth.files import file_digest
 from fedepth.weights import load_numpy, save
 from tests.aggregation.update_files import client, f4
@@ -104,8 +105,27 @@ def test_constants_that_are_infinite_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", [NormClipping(), Krum(1), PrivateMean(1, 1, 1)])
 def test_rules_that_tell_parameters_from_buffers_must_know_them(tmp_path: Path, rule: Rule) -> None:
     save(tmp_path / "base", {"a": f4(1)})
-    with pytest.raises(ValueError, match="give parameters"):
+    with pytest.raises(ConfigError, match="give parameters"):
         aggregate(tmp_path / "base", [], tmp_path / "out", rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        *((TrimmedMean, value) for value in (0.0, 0.5, -0.1, float("nan"))),
+        *((NormClipping, value) for value in (0.0, -1.0, float("inf"), float("nan"))),
+        *((Krum, value) for value in (0, -1)),
+    ],
+)
+def test_rules_are_not_made_of_what_no_job_may_say(rule: Any, value: Any) -> None:
+    with pytest.raises(ConfigError, match="it must be"):
+        rule(value)
+
+
+def test_where_nothing_can_be_written_the_error_is_one_of_the_disk(tmp_path: Path) -> None:
+    save(tmp_path / "base", {"a": f4(1)})
+    with pytest.raises(DiskError, match=r"the average cannot be written: .*absent/out: No such file or directory"):
+        aggregate(tmp_path / "base", [], tmp_path / "absent" / "out", WeightedMean())
 
 
 def test_an_update_without_steps_is_refused(tmp_path: Path) -> None:

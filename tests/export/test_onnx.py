@@ -1,3 +1,4 @@
+import errno
 import functools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 import fedepth
 from fedepth.data.transforms import model_inputs
-from fedepth.errors import ExportError, ModelError, StateError
+from fedepth.errors import DiskError, ExportError, ModelError, StateError
 from fedepth.export import onnx as module
 from fedepth.export.onnx import ExportReport, export, random_samples
 from fedepth.job_sections import ExportSection
@@ -170,6 +171,17 @@ def test_an_export_that_differs_is_refused_and_not_written(
     with pytest.raises(ExportError, match=message):
         run_export(DIGITS, tmp_path, samples_for(DIGITS, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.safetensors"]
+
+
+def test_an_export_that_cannot_be_written_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(DiskError, match=r"\.onnx cannot be written: .*No space left on device"):
+        run_export(DIGITS, tmp_path, samples_for(DIGITS, 4))
 
 
 def test_large_logits_are_compared_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
