@@ -39,7 +39,9 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise typer.BadParameter(f"there is no home directory for {quoted(text)}; write the path in full") from None
+        raise typer.BadParameter(
+            f"there is no home directory for {quoted(text)}; write the path in full, or ./ before a name that begins so"
+        ) from None
 
 
 def _of_paths(annotation: Any) -> bool:

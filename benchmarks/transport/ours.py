@@ -62,32 +62,32 @@ def run(folder: Path, clients: int, rounds: int, skip: int) -> dict[str, Any]:
             argv = [*module_argv("benchmarks.transport.agent"), address, str(data), str(state), name]
             running.start(name, argv)
         pids = {name: process.pid for name, process in running.processes.items()}
-        log = running.log("coordinator").open("rb")
-        ended = 0
+        with running.log("coordinator").open("rb") as log:
+            ended = 0
 
-        def finished() -> int:
-            nonlocal ended
-            for name, process in running.processes.items():
-                if process.poll() is not None:
-                    raise ChildError(f"{name} ended with status {process.returncode}; see {running.log(name)}")
-            while (line := log.readline()).endswith(b"\n"):
-                ended += _is_end(line)
-            log.seek(-len(line), os.SEEK_CUR)
-            return ended
+            def finished() -> int:
+                nonlocal ended
+                for name, process in running.processes.items():
+                    if process.poll() is not None:
+                        raise ChildError(f"{name} ended with status {process.returncode}; see {running.log(name)}")
+                while (line := log.readline()).endswith(b"\n"):
+                    ended += _is_end(line)
+                log.seek(-len(line), os.SEEK_CUR)
+                return ended
 
-        seen = observe(rounds, finished, pids)
-        idle = _idle_bytes([pids[name] for name in names], finished, rounds + 1)
-        peak = status_bytes(pids["coordinator"], "VmHWM")
-        weights = next((folder / "coordinator" / "weights").glob("round-*.safetensors")).stat().st_size
-        return {
-            **seen.figures(skip),
-            "model_bytes": weights,
-            "server_idle_bytes": idle_coordinator,
-            "server_peak_bytes": peak,
-            "agent_idle_bytes": idle,
-            "agent_peak_bytes": max(status_bytes(pids[name], "VmHWM") for name in names),
-            "device_peak_bytes": largest(seen.peaks, names),
-        }
+            seen = observe(rounds, finished, pids)
+            idle = _idle_bytes([pids[name] for name in names], finished, rounds + 1)
+            peak = status_bytes(pids["coordinator"], "VmHWM")
+            weights = next((folder / "coordinator" / "weights").glob("round-*.safetensors")).stat().st_size
+            return {
+                **seen.figures(skip),
+                "model_bytes": weights,
+                "server_idle_bytes": idle_coordinator,
+                "server_peak_bytes": peak,
+                "agent_idle_bytes": idle,
+                "agent_peak_bytes": max(status_bytes(pids[name], "VmHWM") for name in names),
+                "device_peak_bytes": largest(seen.peaks, names),
+            }
 
 
 def _idle_bytes(pids: Sequence[int], finished: Callable[[], int], rounds: int) -> int:

@@ -72,6 +72,7 @@ def observe(count: int, finished_rounds: Callable[[], int], pids: Mapping[str, i
         elif now - moved > STUCK_S:
             raise ChildError(f"no round has ended for {STUCK_S:.0f} s, after {len(seen.ends)}")
         # Looking through /proc for children takes time from those that are measured: a fifth of a core at every turn.
+        # Of a child that lives for less than two seconds, the peak may be missed.
         if turn % _LOOK_TURNS == 0:
             trees = {name: tree([pid]) for name, pid in pids.items()}
         if turn % _PEAK_TURNS == 0:

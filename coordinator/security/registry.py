@@ -201,11 +201,11 @@ class Registry:
             now = int(self._clock())
             where = "(name = ? OR id = ?) AND role != ?"
             entries = self._select(database, where, who, who, Role.COORDINATOR.value)
-            # An id is renamed by a certificate for it: its last name is what its tokens are made for.
-            last = max(entries, key=lambda entry: entry.issued_at, default=None)
-            names = (who, last.issued.subject.name if last else who)
+            # An id is renamed by a certificate for it: the name that was recorded last is what its tokens are made for.
+            last = f"SELECT name FROM certificates WHERE {where} ORDER BY rowid DESC LIMIT 1"
             tokens = database.execute(
-                "UPDATE tokens SET expires_at = 0 WHERE name IN (?, ?) AND fingerprint IS NULL", names
+                f"UPDATE tokens SET expires_at = 0 WHERE (name = ? OR name = ({last})) AND fingerprint IS NULL",
+                (who, who, who, Role.COORDINATOR.value),
             ).rowcount
             if not entries and not tokens:
                 raise TrustError(

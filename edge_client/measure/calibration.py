@@ -331,11 +331,12 @@ async def _measure(
             "close other programs and run: fedepth-client calibrate"
         )
     start = replace(Calibration(), allocator=chosen, torch=torch_version())
+    # Loads fractions and decimal: only where something is measured, and not where the record of before is read.
+    from statistics import median
+
     need = fit(measured, start)
     errors = [abs(error) for error in relative_errors(measured, need)]
     calibration = with_kept(need, peaks)
-    from statistics import median  # loads fractions and decimal, and an idle agent has none of them
-
     return Calibrated(fingerprint, calibration, tuple(trials), len(errors), median(errors))
 
 

@@ -1,6 +1,6 @@
 """Rules that look at all holders of a coordinate at once: trimmed mean and median, from stacks of slices.
 
-A stack has one row per update and 16 MiB in all: the more updates, the shorter the rows. Below 4 KiB a row it would be
+A stack has one row per update and 16 MiB at most: the more updates, the shorter the rows. Below 4 KiB a row it would be
 mostly opening files, so that more than 4,096 updates take more.
 """
 
