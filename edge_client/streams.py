@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +18,8 @@ from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 from edge_client.call_errors import CutError, UnreachableError
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.heap import moving_files
+
+T = TypeVar("T")
 
 
 class Streams:
@@ -74,7 +76,7 @@ class Streams:
                     await stream.write(request)
                     request = pb.FetchFileRequest()
                 chunk = await stream.read()
-                if not isinstance(chunk, pb.Chunk):  # grpc.aio.EOF
+                if not isinstance(chunk, pb.Chunk):
                     raise ProtocolError(f"{self._address} ended a stream after {pace.moved} of {total} bytes")
                 offset, data = chunk.offset, chunk.data  # a copy, so once
                 size = len(data)
@@ -143,15 +145,13 @@ class Streams:
                 yield stream
         except (grpc.aio.AioRpcError, UnreachableError) as status:
             error = self._error(status) if isinstance(status, grpc.aio.AioRpcError) else status
-            internal = isinstance(status, grpc.aio.AioRpcError) and status.code() is grpc.StatusCode.INTERNAL
-            if not isinstance(error, UnreachableError) and not (internal and stream.ended_in_a_write):
+            if not isinstance(error, UnreachableError):
                 raise error from None
             moved = pace.moved
             pace.cut()
             if moved:
                 raise CutError(str(error)) from None
-            # As it is: whoever waits for another certificate does not wait as long as for a coordinator that is away.
-            raise (error if isinstance(error, UnreachableError) else UnreachableError(str(error))) from None
+            raise error from None
         finally:
             call.cancel()
 
@@ -170,27 +170,77 @@ class Streams:
 
 @dataclass
 class _Stream:
-    """A call with messages in both directions.
+    """A call with messages in both directions, which ends with the status that the other side has given it.
+
+    Where that status comes in the midst of a write, grpc sets another of its own, INTERNAL, before it or over it
+    (grpc/aio/_call.py, _write): a device that is refused for good would take that for a cut, and try again.
 
     Attributes:
         in_time: waits for a step, which must not take too long.
-        ended_in_a_write: the other side had ended it by then. grpc puts INTERNAL over its true status in such a write
-            (grpc/aio/_call.py, _write), so that says no more than that the stream was cut.
+        first: the code and details that the call had first of all.
+        grpcs_own: the ones that a write has set.
     """
 
     call: Any
     pace: Pace
     in_time: Callable[[Awaitable[Any]], Awaitable[Any]]
-    ended_in_a_write: bool = False
+    first: tuple[grpc.StatusCode, str] | None = None
+    grpcs_own: tuple[grpc.StatusCode, str] | None = None
+
+    def __post_init__(self) -> None:
+        # Not call.read(), which reads nothing more once there is a status: what was answered before would be lost.
+        self.messages = aiter(self.call)
+        self.call.add_done_callback(self._note_first)
 
     async def write(self, message: Any) -> bool:
-        """Whether it is on its way. If not, a read has the status, which a write fails without."""
+        """Whether the message is on its way. If not, a read has what was answered before the end, then the status."""
+        return bool(await self.in_time(self._write(message)))
+
+    async def read(self) -> Any:
+        """The next message; None after the last one, if the call ended with OK."""
+        return await self.in_time(self._read())
+
+    async def _write(self, message: Any) -> bool:
         try:
-            await self.in_time(self.call.write(message))
-        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            self.ended_in_a_write = True
+            await self.call.wait_for_connection()  # or its end, with its status
+        except grpc.aio.AioRpcError:
+            return False
+        try:
+            await self.call.write(message)
+        except asyncio.InvalidStateError:  # it has ended before
+            return False
+        except grpc.aio.AioRpcError as status:
+            self.grpcs_own = status.code(), status.details() or ""
             return False
         return True
 
-    async def read(self) -> Any:
-        return await self.in_time(self.call.read())
+    async def _read(self) -> Any:
+        try:
+            return await anext(self.messages, None)
+        except grpc.aio.AioRpcError:
+            if self.grpcs_own is None:
+                raise
+        assert self.first is not None
+        code, details = self.first
+        while (code, details) == self.grpcs_own:  # no more messages, so the true one is here at any moment
+            await asyncio.sleep(0.01)
+            code, details = await self.call.code(), await self.call.details()
+        if code is grpc.StatusCode.OK:
+            return None
+        raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, debug_error_string="")
+
+    def _note_first(self, call: Any) -> None:
+        self.first = _at_once(call.code()), _at_once(call.details())
+
+
+def _at_once(step: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that has nothing to wait for, outside the event loop's turn.
+
+    A callback needs it: by the time of a task of its own, grpc may have set another status.
+    """
+    try:
+        step.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    step.close()
+    raise AssertionError("a call that has ended has no status yet")

@@ -70,16 +70,20 @@ def test_an_idle_agent_is_small_and_holds_no_torch(
     argv = [*CLIENT, "run", "--coordinator", f"127.0.0.1:{port}", "--data", str(data), "--state", str(state)]
     with subprocess.Popen([*argv, "--json-logs"], stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
-        assert servicer.called.wait(120)  # by then it has scanned, measured and reported
-        for line in agent.stderr:
-            if "agent ready" in line:
-                break
-        said = json.loads(line)
-        status = Path(f"/proc/{agent.pid}/status").read_text()
-        resident = next(int(row.split()[1]) << 10 for row in status.splitlines() if row.startswith("VmRSS"))
-        maps = Path(f"/proc/{agent.pid}/maps").read_text()
-        os.kill(agent.pid, signal.SIGTERM)
-        rest = agent.stderr.read()
+        try:
+            assert servicer.called.wait(300)  # by then it has scanned, measured and reported
+            for line in agent.stderr:
+                if "agent ready" in line:
+                    break
+            said = json.loads(line)
+            status = Path(f"/proc/{agent.pid}/status").read_text()
+            resident = next(int(row.split()[1]) << 10 for row in status.splitlines() if row.startswith("VmRSS"))
+            maps = Path(f"/proc/{agent.pid}/maps").read_text()
+            os.kill(agent.pid, signal.SIGTERM)
+            rest = agent.stderr.read()
+        except BaseException:
+            agent.kill()  # or its end would be waited for
+            raise
     assert said["coordinator"] == f"127.0.0.1:{port}"
     assert resident <= 55 * MIB
     for library in ("libtorch", "_multiarray_umath", "_imaging", "cryptography"):  # torch, numpy, PIL
