@@ -47,6 +47,7 @@ from fedepth.printable import printable, quoted
 
 DEVICE_DAYS = 365
 COORDINATOR_DAYS = 90
+AUTHORITY_NOTICE_DAYS = 365  # an operator is told for so long that the authority will end
 TOKEN_S = 86400
 RENEWED_WITH = 1 / 3  # of its life left
 MOST_DAYS = 3650
@@ -224,6 +225,21 @@ class Certificates:
             return self._signing().issue(before.subject, key, max(1, days), now)
 
         return self.registry.renew(certificate, public_key_digest(key), made).certificate
+
+    def ending(self) -> str:
+        """What to do about an authority that ends within a year, with all that it has signed; "" if it lasts longer.
+
+        Raises:
+            TrustError: it is missing or damaged, or not valid now.
+        """
+        end = self._authority().certificate.not_valid_after_utc
+        days = int((end.timestamp() - self._clock()) / 86400)
+        if days >= AUTHORITY_NOTICE_DAYS:
+            return ""
+        return (
+            f"the authority in {printable(str(self.folder))} ends on {end:%Y-%m-%d}, in {days} days. Make another one "
+            "before that, and enrol all devices with it: fedepth-coordinator certs init --certs DIR, with a new folder"
+        )
 
     # --- the coordinator's own
 

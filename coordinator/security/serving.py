@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 
 import grpc
 import structlog
@@ -14,6 +16,7 @@ from coordinator.security.guard import Guard
 from fedepth.errors import FedepthError
 
 RENEW_S = 3600.0  # how often it is looked whether the coordinator's certificate is due
+_REMIND = 24  # every how many of these looks it is said that the authority will end
 _log = structlog.get_logger()
 
 
@@ -42,6 +45,7 @@ class Secured:
         self.certificates.check()
         self._served = _Served(self.certificates)
         self.certificates.operator()  # its renewal is nobody else's business
+        self._warn_of_the_end()
         return (
             server_credentials(self._served.identity, self._served.take_renewed),
             enrollment_credentials(self.certificates.enrollment()),
@@ -57,9 +61,16 @@ class Secured:
         await asyncio.gather(self.guard.watch(), self._renew())
 
     async def _renew(self) -> None:
-        while True:
+        for look in itertools.count(1):
             await asyncio.sleep(RENEW_S)
             await self.look()
+            if look % _REMIND == 0:
+                await asyncio.to_thread(self._warn_of_the_end)
+
+    def _warn_of_the_end(self) -> None:
+        with contextlib.suppress(FedepthError):  # whoever needs the authority is told what is wrong with it
+            if what_to_do := self.certificates.ending():
+                _log.warning("the authority will end, and every certificate with it", what_to_do=what_to_do)
 
 
 class _Served:

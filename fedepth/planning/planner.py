@@ -22,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedepth.costs import ModelCosts
-from fedepth.errors import PlanError
+from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import build_peak, effective_batch, logits_peak, needed_bytes, training_step
 from fedepth.estimate.teachers import kept_logits_bytes
 from fedepth.plan import MOST_MODELS, CachePlace, Ending, PeakComponents, Plan, Policy, Stage
 from fedepth.planning.needs import raw_limit, with_kept
 from fedepth.planning.search import Found, Search
 from fedepth.planning.ways import Way, Ways, Work
+from fedepth.printable import quoted
 from fedepth.sizes import format_size
 from fedepth.task import Distil, TrainingSpec
 
@@ -153,7 +154,10 @@ class Planner:
 
         Raises:
             PlanError: no plan fits; carries what the smallest plan needs.
+            ConfigError: the budget is no whole number.
         """
+        if not isinstance(budget_bytes, int):
+            raise ConfigError(f"budget_bytes must be a whole number of bytes, is {quoted(str(budget_bytes))}")
         limit = raw_limit(budget_bytes, self._costs.calibration) - self.kept_bytes
         for models in range(min(self._training.mutual, MOST_MODELS), 1, -1):
             surplus = self._in_surplus(models, budget_bytes, limit)

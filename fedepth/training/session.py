@@ -13,6 +13,7 @@ from fedepth.costs import Calibration
 from fedepth.data.read import Images, open_images
 from fedepth.data.row_files import find_rows, fingerprint
 from fedepth.errors import ModelError, StateError
+from fedepth.estimate.peak import FLOAT_BYTES
 from fedepth.memory import allocator
 from fedepth.memory.device import new_meter
 from fedepth.memory.meter import Baseline, Meter
@@ -143,6 +144,14 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
     traced = (known.traced.get(assignment.graph) or read_traced(assignment.graph)).in_training(task.training)
     model = Model(traced.graph)
     check_plan(traced.costs, plan)
+    # A model that pools its maps would train on images of any size, and on labels of fewer classes, without a word.
+    graphs = traced.graph.input_shape, traced.costs.logit_bytes // FLOAT_BYTES
+    tasks = task.model.input_shape, len(task.model.classes)
+    if graphs != tasks:
+        raise ModelError(
+            f"the model's graph is for inputs of shape {graphs[0]} and {graphs[1]} classes, and the task for inputs of "
+            f"shape {tasks[0]} and {tasks[1]} classes; prepare the model for what it is trained on"
+        )
     if bool(traced.graph.auxiliary) != (task.training.heads is Heads.AUXILIARY):
         raise ModelError(
             f"the task asks for {task.training.heads.value} heads, and the model's graph has "

@@ -1,13 +1,14 @@
 """The planner: exact plans worked out by hand, and what holds for every plan."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedepth.costs import Calibration, Convolution, ModelCosts, PassCost, Size, UnitCost
-from fedepth.errors import PlanError
+from fedepth.errors import ConfigError, PlanError
 from fedepth.estimate.peak import (
     batches_per_epoch,
     build_peak,
@@ -463,3 +464,9 @@ def test_more_memory_never_trains_less(costs: ModelCosts, budget: int, more: int
         return (found.ending, len(found.untrained), len(found.stages))
 
     assert untrained(budget + more) <= untrained(budget)
+
+
+@pytest.mark.parametrize("budget", ["40MiB", 1e9, None])
+def test_a_budget_is_a_whole_number_of_bytes(budget: Any) -> None:
+    with pytest.raises(ConfigError, match=f"must be a whole number of bytes, is '{budget}'"):
+        plan(model(), budget)

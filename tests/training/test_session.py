@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,16 @@ def test_a_block_may_end_there_if_its_loss_comes_through_a_frozen_suffix(tmp_pat
 @pytest.mark.parametrize("odd", [stage(0, 6), stage(3, 2), stage(-1, 5)])
 def test_a_plan_for_another_model_is_refused(tmp_path: Path, odd: Stage) -> None:
     refused(assignment(tmp_path, [odd]), PlanError, "with its 6 units cannot be trained in")
+
+
+@pytest.mark.parametrize("other", [{"input_shape": (1, 28, 28)}, {"classes": ("a", "b")}])
+def test_a_graph_for_other_inputs_or_classes_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    """Its maps are pooled: it would run on images of any size, and learn labels of fewer classes."""
+    asked = assignment(tmp_path, [stage(0, 5)])
+    spec = replace(SPEC, **other)
+    shape, classes = re.escape(str(spec.input_shape)), len(spec.classes)
+    says = rf"graph is for inputs of shape \(.*\) and 3 classes, and .* of shape {shape} and {classes} classes"
+    refused(replace(asked, task=replace(asked.task, model=spec)), ModelError, says)
 
 
 def test_a_graph_that_asks_for_what_is_not_run_here_is_refused(tmp_path: Path) -> None:

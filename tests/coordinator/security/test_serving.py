@@ -6,9 +6,12 @@ import asyncio
 import ssl
 
 import grpc
+import pytest
 import structlog
 from fedepth_wire.tls import fingerprint
 
+from coordinator.security import serving
+from coordinator.security.authority import AUTHORITY_DAYS
 from coordinator.security.certificates import Certificates
 from coordinator.security.serving import Secured
 from tests.coordinator.security.conftest import DAY_S, Made
@@ -63,3 +66,32 @@ def test_a_certificate_that_cannot_be_renewed_is_told_and_kept(made: Made) -> No
         assert all("authority.pem cannot be read" in line["error"] for line in logs)
 
     asyncio.run(scene())
+
+
+def test_an_authority_that_ends_within_a_year_is_told_every_day(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "RENEW_S", 0.0)
+
+    async def told(looks: int) -> list[str]:
+        """What is said of it at the start, and in so many looks."""
+        secured, seen = Secured(made.certificates), 0
+
+        async def look() -> None:
+            nonlocal seen
+            seen += 1
+            if seen > looks:
+                raise asyncio.CancelledError
+
+        monkeypatch.setattr(secured, "look", look)
+        with structlog.testing.capture_logs() as logs:
+            await asyncio.to_thread(secured.open)
+            with pytest.raises(asyncio.CancelledError):
+                await secured.keep_up()
+        return [line["what_to_do"] for line in logs if "authority will end" in line["event"]]
+
+    made.time.now += (AUTHORITY_DAYS - 365) * DAY_S - 60
+    assert asyncio.run(told(48)) == []
+    made.time.now += DAY_S
+    once, *daily = asyncio.run(told(71))
+    assert daily == [once] * 2
+    assert "in 364 days" in once
+    assert "fedepth-coordinator certs init --certs DIR" in once
