@@ -216,7 +216,9 @@ class _Stream:
 
     async def _read(self) -> Any:
         try:
-            return await anext(self.messages, None)
+            return await anext(self.messages)
+        except StopAsyncIteration:
+            return None
         except grpc.aio.AioRpcError:
             if self.grpcs_own is None:
                 raise
