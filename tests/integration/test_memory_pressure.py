@@ -10,7 +10,11 @@ from edge_client.memory.probe import measure
 
 MIB = 1 << 20
 TRAINING_BYTES = 800 * MIB  # left for training by the operator's reserve
-HOG = "import sys; held = b'x' * int(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+# Ready before the stage begins, which would be over on a busy machine by the time that Python has started.
+HOG = (
+    "import sys; print('ready', flush=True); sys.stdin.readline(); held = b'x' * int(sys.argv[1]); "
+    "print('held', flush=True); sys.stdin.read()"
+)
 
 
 def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig: Any) -> None:
@@ -19,13 +23,16 @@ def test_a_stage_pauses_while_others_hold_the_memory_and_goes_on_afterwards(rig:
     reserve = int(measure().available_bytes * 0.9) - 600 * MIB - TRAINING_BYTES
     config = rig.folder / "client.toml"
     config.write_text(f'[memory]\nreserve = "{reserve}"\n')
-    rig.agent(0, "--config", str(config), "--exit-when-done", images=300 * 96)
-    rig.event("device-0", "stage started")
     hog = subprocess.Popen(
         [sys.executable, "-c", HOG, str(2 * TRAINING_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with hog:
-        assert hog.stdout is not None and hog.stdout.readline() == b"held\n"
+        assert hog.stdin is not None and hog.stdout is not None and hog.stdout.readline() == b"ready\n"
+        rig.agent(0, "--config", str(config), "--exit-when-done", images=120 * 96)
+        rig.event("device-0", "stage started")
+        hog.stdin.write(b"\n")
+        hog.stdin.flush()
+        assert hog.stdout.readline() == b"held\n"
         rig.event("device-0", "paused: others on this device hold the memory")
         assert not [line for line in rig.log("device-0") if line.get("event") == "stage done"]
         hog.communicate()  # its standard input closes, and it ends
