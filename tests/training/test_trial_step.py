@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 
 from fedepth.errors import ModelError
+from fedepth.models import zoo
+from fedepth.models.export import export_model
 from fedepth.models.graph import Extent, Graph, Operation, Program, Tensor, Unit, Value, check
+from fedepth.models.run import RunnableUnit
 from fedepth.task import ModelSpec
+from fedepth.training import checkpoint
 from fedepth.training.trial_step import try_one_step
 from tests.training.jobs import FROZEN, PRERESNET, SPEC, TOKENS, TRANSFORMER, VECTORS, exported
 
@@ -81,3 +88,34 @@ def test_a_unit_that_changes_what_it_is_given_is_found_out() -> None:
     changing = Operation("add_.Tensor", (Value(0), Tensor("b")), (1,))
     with pytest.raises(ModelError, match=r"of the model fails in one training step.*inplace"):
         tried(two_units(changing, SQUARE))
+
+
+def test_what_rounding_leaves_of_a_gradient_that_is_zero_may_differ() -> None:
+    """With one channel, the scale of the first norm is taken out again by the second: its gradient is rounding."""
+    torch.manual_seed(1)
+    narrow = zoo.build_width(replace(PRERESNET, input_shape=(1, 8, 8)), Fraction(1, 16))
+    found = export_model(narrow, "narrow", (1, 8, 8), "F32", len(PRERESNET.classes))
+    for samples in (2, 4):
+        try_one_step(found.graph, found.tensors, found.examples(samples))
+
+
+@pytest.mark.parametrize("times", [0.99, 1.01, float("nan")])
+@pytest.mark.parametrize("spec", [SPEC, PRERESNET], ids=lambda spec: spec.name)
+def test_a_gradient_that_differs_by_more_than_rounding_is_refused_and_named(
+    spec: ModelSpec, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = exported(spec)
+    unit = found.graph.units[-1]
+    right = checkpoint.forward_backward
+
+    def wrong(units: Sequence[RunnableUnit], *others: Any) -> torch.Tensor:
+        loss = right(units, *others)
+        gradient = units[-1].tensors[unit.parameters[0]].grad
+        assert gradient is not None
+        gradient *= times
+        return loss
+
+    monkeypatch.setattr(checkpoint, "forward_backward", wrong)
+    says = f"unit {unit.name} of the model gives other results .* {unit.parameters[0]} differs by (0.01|nan) of its"
+    with pytest.raises(ModelError, match=says):
+        try_one_step(found.graph, found.tensors, found.examples(2))
