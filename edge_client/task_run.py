@@ -310,8 +310,11 @@ class TaskRunner:
             if end.disk:
                 raise DiskError(end.message, needed_bytes=end.disk_bytes)
             if end.outcome is not Outcome.OVER_BUDGET:
-                if end.outcome is Outcome.DIVERGED and plan.models > 1:
-                    self._peers.drop("training diverged with them, and may do so again")
+                if (end.outcome is Outcome.DIVERGED or end.peers) and plan.models > 1 and any(request.peers):
+                    # Whatever they hold, they cost no more than themselves: the update may be sound without them.
+                    self._peers.drop(f"training failed with them, and begins again with new ones: {end.message}")
+                    request = replace(request, peers=("",) * len(request.peers))
+                    continue
                 raise _TrainerFailed(end)
             if end.capped and not release_freed:
                 _log.warning(

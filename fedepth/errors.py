@@ -154,6 +154,10 @@ class StateError(FedepthError):
     """The state directory holds another job, or something in it is damaged."""
 
 
+class PeerError(StateError):
+    """A file of a peer is not one of the task's model. Without it, training begins a new peer."""
+
+
 class LockedError(StateError):
     """Another process holds a lock.
 

@@ -6,15 +6,18 @@ No torch: an idle agent loads this.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 from pathlib import Path
 
 import msgspec
 
-from fedepth.files import file_digest
+from fedepth.files import delete, file_digest
 from fedepth.task import Task
 
+_HEADER_BYTES = 1 << 20  # what the header of a file may take that the one of the global weights does not
 _NAME = re.compile(r"([1-9][0-9]{0,5})-([0-9a-f]{64})\.safetensors")
 
 
@@ -40,11 +43,32 @@ def entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return []
 
 
-def damage(path: Path, digest: str) -> str:
-    """What is wrong with a file that should have this digest; empty if nothing is."""
+def make_folder(folder: Path, root: Path) -> None:
+    """Makes a folder below `root`. What is in its way, up to `root` itself, is deleted: nobody else has files there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    way = root
+    for part in ("", *folder.relative_to(root).parts):
+        way /= part
+        if os.path.lexists(way) and not way.is_dir():
+            delete(way)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def damage(path: Path, digest: str, task: Task) -> str:
+    """What is wrong with a file that should have this digest, and be no larger than the task's model; empty if nothing
+    is."""
     try:
+        if (size := path.lstat().st_size) > task.weights_bytes + _HEADER_BYTES:
+            return f"it has {size} bytes, more than the model, which has {task.weights_bytes}"
         found = file_digest(path, follow=False)
     except OSError as error:
         return error.strerror or str(error)

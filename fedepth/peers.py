@@ -12,6 +12,7 @@ anew (fedepth.training.peers).
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 import structlog
 
 from fedepth.files import delete, disk_errors, sync_folder
-from fedepth.kept_files import damage, entries, model_key, number_and_digest
+from fedepth.kept_files import damage, entries, make_folder, model_key, number_and_digest
 from fedepth.plan import MOST_MODELS
 from fedepth.task import Task
 
@@ -55,8 +56,9 @@ class Peers:
         with disk_errors("peers cannot be listed", self._folder):
             others = [path for path in entries(self._folder) if path.name != job]
             known = sorted(self._known(self._folder / job), key=lambda each: -each.round) if job else []
+        of = "another job, or of another model," if job else "a job that trains one model"
         for path in others:
-            self._log.info("peers of another job, or of another model, are deleted", folder=str(path))
+            self._log.info(f"peers of {of} are deleted", folder=str(path))
             delete(path)
         for each in known:
             if each.slot > wanted:
@@ -64,7 +66,7 @@ class Peers:
         earlier = [each for each in known if each.round < task.round]
         found = []
         for slot in range(1, wanted + 1):
-            peer = next((each for each in earlier if each.slot == slot and self._is_sound(each)), None)
+            peer = next((each for each in earlier if each.slot == slot and self._is_sound(each, task)), None)
             if peer:
                 self._log.info("a peer goes on", slot=slot, of_round=peer.round, sha256=peer.digest)
             found.append(peer.path if peer else None)
@@ -81,7 +83,9 @@ class Peers:
             for job in entries(left):
                 for found in list(self._known(job)):
                     target = self._folder / job.name / found.path.parent.name / found.path.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(target.parent, self._folder)
+                    if target.is_dir():
+                        delete(target)
                     found.path.rename(target)
                     for folder in (target.parent, *target.parents[1:3]):
                         sync_folder(folder)
@@ -91,24 +95,28 @@ class Peers:
 
     def drop(self, why: str) -> None:
         """Deletes all: the next task begins with new ones."""
-        if self._folder.exists():
+        if os.path.lexists(self._folder):
             self._log.warning("all peers are deleted", reason=why)
             delete(self._folder)
 
     def _drop_others(self, job: Path, kept: _Known) -> None:
         """Of this slot: what is of its round or a later one, which came of another course of the job, and what is too
-        old."""
-        others = [each for each in self._known(job) if each.slot == kept.slot and each.path != kept.path]
-        earlier = sorted((each for each in others if each.round < kept.round), key=lambda each: -each.round)
-        for each in others:
-            if each not in earlier[: ROUNDS_KEPT - 1]:
-                delete(each.path)
+        old. And what is no peer."""
+        known = list(self._known(job))
+        of_slot = [each for each in known if each.slot == kept.slot and each.round < kept.round]
+        earlier = sorted(of_slot, key=lambda each: -each.round)[: ROUNDS_KEPT - 1]
+        stay = {each.path for each in (kept, *earlier, *(each for each in known if each.slot != kept.slot))}
         for folder in entries(job):
+            for path in entries(folder):
+                if path not in stay:
+                    delete(path)
+            if not folder.is_dir():
+                delete(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where nothing is left
 
-    def _is_sound(self, peer: _Known) -> bool:
-        problem = damage(peer.path, peer.digest)
+    def _is_sound(self, peer: _Known, task: Task) -> bool:
+        problem = damage(peer.path, peer.digest, task)
         if problem:
             self._log.warning("a peer is damaged; it is deleted", file=str(peer.path), problem=problem)
             delete(peer.path)

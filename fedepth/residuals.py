@@ -12,6 +12,7 @@ damaged is left out: of its tensors no more is lost than one rounding.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import structlog
 
 from fedepth.files import delete, disk_errors, sync_folder
-from fedepth.kept_files import damage, entries, model_key, number_and_digest
+from fedepth.kept_files import damage, entries, make_folder, model_key, number_and_digest
 from fedepth.layout import Encoding
 from fedepth.task import Result, Task
 
@@ -62,7 +63,7 @@ class Residuals:
             for _, path in earlier[:-1]:  # where a disk did not let it go
                 delete(path)
             files = entries(earlier[-1][1]) if earlier else []
-        return tuple(path for path in files if self._is_sound(path))
+        return tuple(path for path in files if self._is_sound(path, task))
 
     def keep(self, left: Path) -> None:
         """Takes over what a trainer has left in `left`, in place of what was there; nothing where nothing is. A second
@@ -77,10 +78,13 @@ class Residuals:
                     if found.name == self._refused:
                         continue
                     target = self._folder / job.name / found.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(target.parent, self._folder)
                     # First, so that there are never two: the update, which holds what they hold, is kept by now.
                     for other in entries(target.parent):
-                        shutil.rmtree(other)
+                        if other.is_dir() and not other.is_symlink():
+                            shutil.rmtree(other)
+                        else:
+                            other.unlink()
                     found.rename(target)
                     for folder in (target.parent, *target.parents[1:3]):
                         sync_folder(folder)
@@ -96,12 +100,12 @@ class Residuals:
 
     def clear(self, why: str) -> None:
         """Deletes all there is."""
-        if self._folder.exists():
+        if os.path.lexists(self._folder):
             self._delete(self._folder, why)
 
-    def _is_sound(self, path: Path) -> bool:
+    def _is_sound(self, path: Path, task: Task) -> bool:
         name = number_and_digest(path.name)
-        problem = damage(path, name[1]) if name else "its name is none of a residual"
+        problem = damage(path, name[1], task) if name else "its name is none of a residual"
         if problem:
             self._log.warning("a residual is damaged; it is deleted", file=str(path), problem=problem)
             delete(path)

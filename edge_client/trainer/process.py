@@ -29,6 +29,7 @@ from fedepth.errors import (
     FedepthError,
     ModelError,
     OverBudgetError,
+    PeerError,
     PlanError,
 )
 from fedepth.files import write_atomically
@@ -145,6 +146,7 @@ def main() -> None:
                 disk=isinstance(error, DiskError),
                 disk_bytes=error.needed_bytes if isinstance(error, DiskError) else 0,
                 damaged=isinstance(error, DamagedFileError),
+                peers=isinstance(error, PeerError),
             )
         except Exception as error:
             # A mistake, or a file that cannot be written: it is reported, and the agent starts another trainer. Running

@@ -135,6 +135,7 @@ class Failed(_Event, tag="failed", frozen=True):
     `capped`: a stage met the cap on its heap, perhaps inside its budget; with freed pages released at once it may fit.
     `disk`: a disk did not take what the training writes; `disk_bytes` must be free there, 0 if nobody knows.
     `damaged`: an image file cannot be read; without it the task may go well.
+    `peers`: a file of a peer is of another model; without it the task may go well.
     """
 
     outcome: Outcome
@@ -147,6 +148,7 @@ class Failed(_Event, tag="failed", frozen=True):
     disk: bool = False
     disk_bytes: int = 0
     damaged: bool = False
+    peers: bool = False
 
 
 Event = Measure | Rehearsing | StageStarted | StageProgress | Paused | StageDone | Done | Failed

@@ -36,7 +36,7 @@ from fedepth.peers import Peers
 from fedepth.printable import printable
 from fedepth.residuals import Residuals
 from fedepth.simulation.worker.protocol import RESULT
-from fedepth.task import Failure, Result
+from fedepth.task import Result
 
 VERSION = 1
 PEERS = "peers"  # in the folder of an update: those that its client is to keep
@@ -241,19 +241,6 @@ class Record:
         )
         return result if whole and result.weights_digest == weights_digest else None
 
-    def diverged(self, folder: Path, weights_digest: str) -> Failure | None:
-        """How training diverged before that began with these weights; None if it did not."""
-        try:
-            return msgspec.json.decode(read_regular(_diverged(folder, weights_digest), _MOST_BYTES), type=Failure)
-        except (OSError, *NOT_JSON):
-            return None
-
-    def note_diverged(self, folder: Path, weights_digest: str, failure: Failure) -> None:
-        """So that it is not trained again, which would go otherwise once its client's peers are deleted."""
-        with disk_errors("the simulation cannot be recorded", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(_diverged(folder, weights_digest), msgspec.json.encode(failure))
-
     def rounds(self) -> list[RoundLine]:
         """The closed rounds, without a last line that was cut short or is just being written.
 
@@ -295,10 +282,6 @@ def _warnings() -> Any:
     """Of hundreds of clients, only what is wrong; and not on standard output, which belongs to results."""
     warnings = structlog.make_filtering_bound_logger(logging.WARNING)
     return structlog.wrap_logger(structlog.PrintLogger(sys.stderr), wrapper_class=warnings)
-
-
-def _diverged(folder: Path, weights_digest: str) -> Path:
-    return folder / f"diverged-{weights_digest[:32]}.json"
 
 
 def decode_rounds(data: bytes, path: Path) -> list[RoundLine]:

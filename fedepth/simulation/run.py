@@ -53,7 +53,6 @@ from fedepth.simulation.worker.protocol import RESULT, Evaluate, Open, Train
 from fedepth.task import Failure, Outcome, Result, Task, TrainingSpec
 
 EVALUATED_AT_ONCE = 4  # batches of test data in one request: small enough to fill gaps
-_DIVERGED = "training diverged with them, and may do so again"
 _UNLIMITED = 1 << 62  # for plans that are trained whatever is free
 
 
@@ -342,10 +341,6 @@ class Run:
                 left_out_output=str(residuals_folder(output / RESIDUALS, task)),
             )
         if peers is not None:
-            known_failure = self._record.diverged(output, weights.digest)
-            if known_failure is not None:
-                await asyncio.to_thread(peers.drop, _DIVERGED)
-                return known_failure
             found = await asyncio.to_thread(peers.of, task)
             request = replace(
                 request,
@@ -355,9 +350,6 @@ class Run:
         outcome = await self._trained(request, client, work)
         if isinstance(outcome, Result):
             await asyncio.to_thread(self._keep, client, output)
-        elif peers is not None and outcome.outcome is Outcome.DIVERGED and plan.models > 1:
-            await asyncio.to_thread(self._record.note_diverged, output, weights.digest, outcome)
-            await asyncio.to_thread(peers.drop, _DIVERGED)
         return outcome
 
     def _keep(self, client: Client, output: Path) -> None:
@@ -384,6 +376,12 @@ class Run:
                 request = replace(request, release_freed=True)
                 continue
             outcome = Outcome(told["outcome"])
+            if (outcome is Outcome.DIVERGED or told["peers"]) and request.plan.models > 1 and any(request.peers):
+                # An interruption here changes nothing: with them, the task would fail in the same way.
+                why = f"training failed with them, and begins again with new ones: {told['message']}"
+                await asyncio.to_thread(self._record.peers(client.number).drop, why)
+                request = replace(request, peers=("",) * len(request.peers))
+                continue
             if outcome is Outcome.ERROR:
                 raise as_error(told)
             smaller += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fedepth.errors import StateError
+from fedepth.errors import PeerError, StateError
 from fedepth.kept_files import kept_name
 from fedepth.models.run import Model, RunnableUnit
 from fedepth.training.block import BlockTraining
@@ -35,7 +35,7 @@ def begin_peers(
         begin: begins the stage for another model.
 
     Raises:
-        StateError: a file of a peer is not one of this model.
+        PeerError: a file of a peer is not one of this model.
     """
     # FedProx holds what is averaged near the global weights; a peer is not.
     task = replace(context.task, training=replace(context.task.training, proximal_mu=0.0))
@@ -69,12 +69,15 @@ def _opened(context: TrainingContext, path: Path) -> dict[str, Reader]:
 
     One of a round whose BatchNorm statistics were fixed has none; those of the global weights are its own as well.
     """
-    reader = open_weights(path)
+    try:
+        reader = open_weights(path)
+    except StateError as error:
+        raise PeerError(str(error)) from None
     units = _units(context.model)
     found = {name for unit in units for name in unit.unit.trained_names} & set(reader.names)
     whole = found >= {name for unit in units for name in unit.unit.parameters}
     if not whole or any(reader.info(name) != context.weights.info(name) for name in found):
-        raise StateError(f"{path} holds another model than the one of this task; delete it, and a new one begins")
+        raise PeerError(f"{path} holds another model than the one of this task")
     return dict.fromkeys(found, reader)
 
 

@@ -128,7 +128,8 @@ def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
     elif kind == "over":
         failed("over_budget", stage=0, miss_bytes=scene["miss"], capped=scene.get("capped", False))
     elif kind == "fail":
-        failed(scene["outcome"], needed_bytes=7, budget_bytes=5, damaged=scene.get("damaged", False))
+        causes = {cause: scene.get(cause, False) for cause in ("damaged", "peers")}
+        failed(scene["outcome"], needed_bytes=7, budget_bytes=5, **causes)
     elif kind == "disk":
         failed("error", disk=True, disk_bytes=scene.get("bytes", 0))
     else:

@@ -17,7 +17,7 @@ import pytest
 
 from edge_client.outbox import Outbox
 from fedepth.errors import DiskError
-from fedepth.files import file_digest
+from fedepth.files import delete, file_digest
 from fedepth.kept_files import kept_name, number_and_digest
 from fedepth.peers import Peers
 from fedepth.task import Task
@@ -241,15 +241,29 @@ def test_each_step_of_keeping_may_fail_and_be_made_again(tmp_path: Path, monkeyp
         assert (root / "peers" / "job" / "00000001" / kept_name(1, "0" * 64)).read_bytes() == b"peer"
 
 
-def test_peers_with_which_training_diverged_are_not_used_again(
-    bench: Bench, transport: FakeTransport, in_round: InRound
+@pytest.mark.parametrize(
+    "failure", [{"do": "fail", "outcome": "diverged"}, {"do": "fail", "outcome": "error", "peers": True}]
+)
+def test_a_task_that_fails_with_its_peers_is_trained_with_new_ones(
+    bench: Bench, transport: FakeTransport, in_round: InRound, failure: dict[str, Any]
 ) -> None:
     transport.answers = [in_round(1)]
     bench.run(transport, OK)
     transport.answers = [in_round(2)]
+    bench.run(transport, OK, failure, OK)
+    assert held(bench) == {(2, 1): "new\nt2\n"}
+    (said,) = bench.said("all peers are deleted")
+    assert "begins again with new ones" in said["reason"]
+    assert [result.round for result in transport.delivered] == [1, 2]
+
+
+def test_training_that_diverges_with_new_peers_is_told(
+    bench: Bench, transport: FakeTransport, in_round: InRound
+) -> None:
+    transport.answers = [in_round(1)]
     bench.run(transport, {"do": "fail", "outcome": "diverged"})
     assert held(bench) == {}
-    assert len(bench.said("all peers are deleted")) == 1
+    assert not bench.said("all peers are deleted")
 
 
 def test_the_smaller_plan_of_a_device_with_less_memory_leaves_its_peer_as_it_is(
@@ -279,3 +293,53 @@ def test_room_is_looked_for_for_every_model(bench: Bench, transport: FakeTranspo
         transport.answers = [in_round(1, weights_bytes=100 << 20)]
         bench.run(transport, OK)
     assert wanted[-1] == 200 << 20
+
+
+def a_file(place: Path) -> None:
+    place.write_bytes(b"x")
+
+
+def a_link_to_itself(place: Path) -> None:
+    place.symlink_to(place)
+
+
+def a_dangling_link(place: Path) -> None:
+    place.symlink_to(place.with_name("nowhere"))
+
+
+def a_folder(place: Path) -> None:
+    place.mkdir()
+    (place / "of whom").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("made", [a_file, a_link_to_itself, a_dangling_link, a_folder])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_whatever_lies_where_a_peer_belongs_is_in_nobodys_way(
+    bench: Bench, transport: FakeTransport, in_round: InRound, depth: int, made: Callable[[Path], None]
+) -> None:
+    transport.answers = [in_round(1), in_round(2)]
+    bench.run(transport, OK)
+    (peer,) = bench.state.glob("peers/*/00000002/*")
+    place = Path(*peer.parts[: len(bench.state.parts) + depth])  # peers, the job, the round, or the file
+    delete(place)
+    made(place)
+    transport.answers = [in_round(3), in_round(4)]
+    bench.run(transport, OK)
+    assert [result.round for result in transport.delivered] == [1, 2, 3, 4]
+    assert sorted(held(bench)) == [(3, 1), (4, 1)]
+    assert not bench.said("peers cannot be kept yet") and not bench.said("a task waits for the disk")
+
+
+def test_a_peer_larger_than_the_model_is_not_even_read(
+    bench: Bench, transport: FakeTransport, in_round: InRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport.answers = [in_round(1)]
+    bench.run(transport, OK)
+    (peer,) = bench.state.glob("peers/*/*/*")
+    os.truncate(peer, 300 << 30)  # sparse
+    monkeypatch.setattr("fedepth.kept_files.file_digest", lambda *_, **__: pytest.fail("it is read"))
+    transport.answers = [in_round(2)]
+    bench.run(transport, OK)
+    assert held(bench) == {(2, 1): "new\nt2\n"}
+    (said,) = bench.said("a peer is damaged; it is deleted")
+    assert "more than the model" in said["problem"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedepth.errors import OverBudgetError, StateError
+from fedepth.errors import OverBudgetError, PeerError
 from fedepth.estimate.peak import needed_bytes
 from fedepth.files import file_digest
 from fedepth.kept_files import number_and_digest
@@ -266,7 +266,7 @@ def test_fedprox_holds_the_update_alone(tmp_path: Path) -> None:
 
 def test_a_peer_of_another_model_is_refused(tmp_path: Path) -> None:
     one = job(tmp_path, SPEC, SGD)
-    with pytest.raises(StateError, match="holds another model than the one of this task; delete it"):
+    with pytest.raises(PeerError, match="holds another model than the one of this task"):
         trained_tensors(replace(one, peers=(written_peer(tmp_path, PRERESNET, 1),)))
 
 

@@ -28,6 +28,7 @@ from fedepth.errors import (
     FedepthError,
     ModelError,
     OverBudgetError,
+    PeerError,
     PlanError,
     ProtocolError,
 )
@@ -118,6 +119,7 @@ class Worker:
                     "disk": isinstance(error, DiskError),
                     "capped": getattr(error, "capped", False),
                     "miss_bytes": getattr(error, "miss_bytes", 0),
+                    "peers": isinstance(error, PeerError),
                 },
                 "cpu_seconds": time.process_time() - began,
             }
