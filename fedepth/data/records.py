@@ -36,7 +36,7 @@ _OTHERS = (
     (b"PK\x03\x04", "is a spreadsheet or a ZIP file; save the sheet as CSV"),
     (b"\xd0\xcf\x11\xe0", "is an old spreadsheet; save it as CSV"),
     (b"SQLite format 3\0", "is a SQLite database; export its table as CSV"),
-    (b"%PDF", "is a PDF document"),
+    (b"%PDF", "is a PDF document; save its table as CSV"),
     (_GZIP, "is compressed twice; unpack it once"),
     (b"\x89PNG", "is an image"),
     (b"\xff\xd8\xff", "is an image"),
@@ -172,6 +172,11 @@ def _text(file: IO[bytes], name: str, head: bytes, columns: Sequence[str]) -> It
 
 
 def _refuse_others(head: bytes, name: str) -> None:
+    if head and not head.strip(b"\0"):
+        raise DataError(
+            f"{name} begins with nothing but zeros, as a file that was being written when the power went; copy it "
+            "there again"
+        )
     for signature, what in _OTHERS:
         if head.startswith(signature):
             raise DataError(f"{name} {what}")
@@ -303,7 +308,9 @@ def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[Record]:
                 number += 1
                 yield _without_bytes(number, values)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: UnicodeDecodeError, dates
-        raise DataError(f"{name} is damaged behind row {number}: {str(error).splitlines()[0]}") from None
+        raise DataError(
+            f"{name} is damaged behind row {number}: {str(error).splitlines()[0].rstrip('.')}; write it anew"
+        ) from None
 
 
 def _values(column: Any) -> list[Any]:

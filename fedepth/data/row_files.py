@@ -78,6 +78,12 @@ def find_rows(source: Path, split: str) -> tuple[Path, ...]:
             f"{printable(str(source))} holds no file for {split}: one is called as {split}.csv, or with another of "
             f"{', '.join(SUFFIXES)}, also gzipped; the files with rows there are: {shown}"
         )
+    for path in found:
+        if path.suffix.lower() == ".gz" and path.with_suffix("") in found:
+            raise DataError(
+                f"{printable(str(source))} holds {printable(path.name)} unpacked as well, so that its rows would count "
+                "twice; leave one of the two there"
+            )
     return found
 
 

@@ -179,6 +179,7 @@ REFUSED = {
     "UTF-16 that is damaged": ("label,text\n".encode("utf-16") + b"\x00\xdc\x41", "saved as UTF-16 and damaged"),
     "one list of JSON": (b'[{"label": "a", "text": "one"}]', "is one list of JSON"),
     "a web page": (b"<html></html>", "is XML or a web page"),
+    "zeros of a power cut": (bytes(2000), "begins with nothing but zeros, as a file that was being written"),
     "gzip that is cut off": (gzip.compress(b"label,text\n" + b"a,one\n" * 999)[:40], "is damaged"),
     "gzipped twice": (gzip.compress(gzip.compress(b"label,text\na,one\n")), "is compressed twice; unpack it once"),
     "JSON lines in UTF-16": ('{"label": "a"}'.encode("utf-16"), "is JSON saved as UTF-16"),
@@ -398,6 +399,9 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         find_rows(single, "train")
     with pytest.raises(DataError, match="does not exist"):
         find_rows(tmp_path / "no.csv", "train")
+    (tmp_path / "train.csv.gz").touch()
+    with pytest.raises(DataError, match=r"holds train\.csv\.gz unpacked as well, so that its rows would count twice"):
+        find_rows(tmp_path, "train")
 
 
 def test_classes_that_are_called_as_numbers_are_found_with_a_point() -> None:
