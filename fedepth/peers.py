@@ -67,7 +67,7 @@ class Peers:
         found = []
         for slot in range(1, wanted + 1):
             peer = next((each for each in earlier if each.slot == slot and self._is_sound(each, task)), None)
-            if peer:
+            if peer and slot < task.plan.models:  # the others wait for a plan that has room for them
                 self._log.info("a peer goes on", slot=slot, of_round=peer.round, sha256=peer.digest)
             found.append(peer.path if peer else None)
         return tuple(found)
