@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -49,8 +50,9 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def make_folder(folder: Path, root: Path) -> None:
+def make_folder(folder: Path, root: Path, log: Any) -> None:
     """Makes a folder below `root`. What is in its way, up to `root` itself, is deleted: nobody else has files there.
+    `log` is told of it.
 
     Raises:
         OSError: it cannot be made.
@@ -59,6 +61,7 @@ def make_folder(folder: Path, root: Path) -> None:
     for part in ("", *folder.relative_to(root).parts):
         way /= part
         if os.path.lexists(way) and not way.is_dir():
+            log.warning("it is deleted, since a folder belongs there", file=str(way))
             delete(way)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -83,7 +83,7 @@ class Peers:
             for job in entries(left):
                 for found in list(self._known(job)):
                     target = self._folder / job.name / found.path.parent.name / found.path.name
-                    make_folder(target.parent, self._folder)
+                    make_folder(target.parent, self._folder, self._log)
                     if target.is_dir():
                         delete(target)
                     found.path.rename(target)
@@ -103,15 +103,16 @@ class Peers:
         """Of this slot: what is of its round or a later one, which came of another course of the job, and what is too
         old. And what is no peer."""
         known = list(self._known(job))
+        peers = {each.path for each in known}
         of_slot = [each for each in known if each.slot == kept.slot and each.round < kept.round]
         earlier = sorted(of_slot, key=lambda each: -each.round)[: ROUNDS_KEPT - 1]
         stay = {each.path for each in (kept, *earlier, *(each for each in known if each.slot != kept.slot))}
         for folder in entries(job):
-            for path in entries(folder):
+            for path in entries(folder) if folder.is_dir() else [folder]:
                 if path not in stay:
+                    if path not in peers:
+                        self._log.warning("it is deleted, since only peers belong there", file=str(path))
                     delete(path)
-            if not folder.is_dir():
-                delete(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where nothing is left
 

@@ -78,7 +78,7 @@ class Residuals:
                     if found.name == self._refused:
                         continue
                     target = self._folder / job.name / found.name
-                    make_folder(target.parent, self._folder)
+                    make_folder(target.parent, self._folder, self._log)
                     # First, so that there are never two: the update, which holds what they hold, is kept by now.
                     for other in entries(target.parent):
                         if other.is_dir() and not other.is_symlink():

@@ -133,7 +133,7 @@ def run(assignment: Assignment, hooks: SessionHooks, device: torch.device, known
 
     Raises:
         DataError: the images cannot be read, or do not fit the model.
-        ModelError: the graph is damaged, or asks for an operator that is not run here.
+        ModelError: the graph is damaged, is for other inputs or classes, or asks for an operator that is not run here.
         PlanError: nothing fits what is free now.
         OverBudgetError: a stage met its limit.
         DivergedError: the loss or the weights are not finite any more.

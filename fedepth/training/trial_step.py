@@ -3,8 +3,7 @@ trainer uses, is found where the model came from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -20,10 +19,9 @@ from fedepth.training.objective import any_exit, objective
 
 # Of a gradient's largest value. The same kernels run in the same order, on the same strides or nearly.
 TOLERANCE = 1e-3
-# Some gradients are zero but for rounding, such as that of a scale whose output is normalised again: of what is left,
-# any part may differ. Nudging all parameters by a few units in their last place shows how much that is.
-_NUDGE = 8  # units in the last place of 1
-_ROUNDING = 30.0  # times what the nudge makes of a gradient
+# Of the largest gradient of a unit: some units in the last place of float32. A gradient no larger than that is a zero
+# of which rounding has left something, such as that of a scale whose output is normalised again: all of it may differ.
+ROUNDING = 1e-6
 _SEED = 11
 T = TypeVar("T")
 
@@ -43,33 +41,20 @@ def try_one_step(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torc
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     plain = _fresh(graph, tensors)
+    loss_of = partial(_loss, targets)
     torch.manual_seed(_SEED)
-    _step(plain, inputs, targets, lambda unit, exit_, given: _alone(graph, tensors, unit, exit_, given, targets))
-    again = _fresh(graph, tensors)
-    torch.manual_seed(_SEED)
-    finish = partial(_loss, targets, again.head)
-    _guarded("a checkpointed step of all units", lambda: checkpoint.forward_backward(again.units, inputs, finish))
-    if found := _differences(plain, again):
-        nudged = _fresh(graph, _nudged(graph, tensors))
-        torch.manual_seed(_SEED)
-        _step(nudged, inputs, targets)
-        _refuse(found, _apart(plain, nudged))
-
-
-def _step(
-    model: Model,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    also: Callable[[Unit, Unit, torch.Tensor], None] = lambda unit, exit_, given: None,
-) -> None:
-    """All units at once. `also` is called with each, its exit, and what it is given, after it has run."""
     x = inputs
-    for index, unit in enumerate(model.units):
+    for index, unit in enumerate(plain.units):
         with torch.no_grad():
             given = x.detach()
         x = _guarded(f"unit {unit.unit.name}", partial(unit, x))
-        also(unit.unit, model.exit(index).unit, given)
-    _guarded("the backward pass of all units", lambda: torch.autograd.backward(_loss(targets, model.head, x)))
+        _alone(graph, tensors, unit.unit, plain.exit(index).unit, given, targets)
+    _guarded("the backward pass of all units", lambda: torch.autograd.backward(loss_of(plain.head, x)))
+    again = _fresh(graph, tensors)
+    torch.manual_seed(_SEED)
+    finish = partial(loss_of, again.head)
+    _guarded("a checkpointed step of all units", lambda: checkpoint.forward_backward(again.units, inputs, finish))
+    _compare(plain, again)
 
 
 def _alone(
@@ -120,55 +105,20 @@ def _load(graph: Graph, unit: RunnableUnit, tensors: Mapping[str, torch.Tensor])
         unit.tensors[name] = tensor.requires_grad_() if name in unit.unit.parameters else tensor
 
 
-def _nudged(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(_SEED)
-    nudged = dict(tensors)
-    for unit in (*graph.units, graph.head):
-        for name in unit.parameters:
-            tensor = tensors[name].detach()
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-            nudged[name] = tensor * (1 + _NUDGE * torch.finfo(tensor.dtype).eps * noise)
-    return nudged
-
-
-@dataclass(frozen=True)
-class _Apart:
-    """How far two steps are apart in a tensor of a unit, or in its gradient, and the largest value of that."""
-
-    unit: str
-    name: str
-    difference: float
-    size: float
-
-
-def _apart(one: Model, other: Model) -> Iterator[_Apart]:
-    """In all tensors of all units, also those that nothing should have written."""
-    for here, there in zip((*one.units, one.head), (*other.units, other.head), strict=True):
-        for name in here.unit.tensor_names:
-            mine, theirs = here.tensors[name], there.tensors[name]
-            if name in here.unit.parameters:
+def _compare(plain: Model, checkpointed: Model) -> None:
+    for one, other in zip((*plain.units, plain.head), (*checkpointed.units, checkpointed.head), strict=True):
+        gradients = [one.tensors[name].grad for name in one.unit.parameters]
+        largest = max((float(each.abs().max()) for each in gradients if each is not None and each.numel()), default=0.0)
+        for name in one.unit.tensor_names:  # also those that nothing should have written
+            mine, theirs, rounding = one.tensors[name], other.tensors[name], 0.0
+            if name in one.unit.parameters:
                 mine, theirs = (each if each.grad is None else each.grad for each in (mine, theirs))
-            if mine.numel():
-                mine, theirs = mine.detach().double(), theirs.detach().double()
-                size = max(float(mine.abs().max()), 1e-6)
-                yield _Apart(here.unit.name, name, float((mine - theirs).abs().max()), size)
-
-
-def _differences(plain: Model, checkpointed: Model) -> list[_Apart]:
-    return [each for each in _apart(plain, checkpointed) if not each.difference <= TOLERANCE * each.size]
-
-
-def _refuse(found: Iterable[_Apart], nudged: Iterable[_Apart]) -> None:
-    """Refuses a difference that rounding cannot have made.
-
-    Raises:
-        ModelError: names the first.
-    """
-    rounding = {(each.unit, each.name): _ROUNDING * each.difference for each in nudged}
-    for each in found:
-        if not each.difference <= rounding[each.unit, each.name]:
-            raise ModelError(
-                f"unit {each.unit} of the model gives other results when it is run again for its backward pass: "
-                f"{each.name} differs by {each.difference / each.size:.2g} of its size; devices train so where memory "
-                "is short"
-            )
+                rounding = ROUNDING * largest
+            size = max(float(mine.detach().double().abs().max()), 1e-6) if mine.numel() else 1.0
+            difference = float((mine.detach().double() - theirs.detach().double()).abs().max()) if mine.numel() else 0.0
+            if not difference <= max(TOLERANCE * size, rounding):
+                raise ModelError(
+                    f"unit {one.unit.name} of the model gives other results when it is run again for its backward "
+                    f"pass: {name} differs by {difference / size:.2g} of its size; devices train so where memory is "
+                    "short"
+                )

@@ -327,6 +327,8 @@ def test_whatever_lies_where_a_peer_belongs_is_in_nobodys_way(
     bench.run(transport, OK)
     assert [result.round for result in transport.delivered] == [1, 2, 3, 4]
     assert sorted(held(bench)) == [(3, 1), (4, 1)]
+    told = [line for line in bench.logs if "deleted" in line["event"]]
+    assert any(str(line.get("file", line.get("folder"))).startswith(str(place)) for line in told)
     assert not bench.said("peers cannot be kept yet") and not bench.said("a task waits for the disk")
 
 
