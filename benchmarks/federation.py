@@ -98,7 +98,7 @@ async def run_federation(
             running.start_agent(LabDevice(shard.name, shard.data, caps[shard.tier]), *agent_options)
             console.print(f"  {shard.name}: {shard.samples} images, {describe_cap(caps[shard.tier])} for training")
         console.print(
-            "agents measure this machine at their first start on it, which takes about 40 seconds; then they train"
+            "agents measure this machine at their first start on it, which takes one or two minutes; then they train"
         )
         try:
             events, peaks = await asyncio.wait_for(_watch(running, console), time_limit_s)
