@@ -27,8 +27,9 @@ class Scale:
     """How much is done.
 
     Attributes:
-        images: of the training images; 0 for all of scikit-learn's digits instead.
+        images: of the training images, or rows; 0 for all of scikit-learn's digits instead.
         mean, std: of every channel.
+        rows: lines of a job that stand for these and the shape where the data are rows, from the classes on.
     """
 
     model: str
@@ -43,6 +44,8 @@ class Scale:
     seeds: tuple[int, ...]
     mean: float = 0.29
     std: float = 0.33
+    optimizer: str = "sgd"
+    rows: str = ""
 
 
 JOB = """\
@@ -55,20 +58,24 @@ policy = "{policy}"
 
 [model]
 name = "{model}"
-classes = 10
-input_shape = {shape}
-mean = {mean}
-std = {std}
-
+{inputs}
 [training]
 batch = {batch}
 local_epochs = {epochs}
+optimizer = "{optimizer}"
 learning_rate = {rate}
 learning_rate_end = {rate_end}
 {training}
 
 [test]
 data = {data}
+"""
+
+IMAGES = """\
+classes = 10
+input_shape = {shape}
+mean = {mean}
+std = {std}
 """
 
 
@@ -96,11 +103,12 @@ def job_text(
         training: further lines of its section [training].
         rate_end: the learning rate of the last round, to which it falls.
     """
-    channels = scale.input_shape[0]
+    shape, channels = list(scale.input_shape), scale.input_shape[0]
+    images = IMAGES.format(shape=shape, mean=[scale.mean] * channels, std=[scale.std] * channels)
     return JOB.format(
         name=name, rounds=scale.rounds, drawn=scale.drawn, seed=seed, policy=policy, model=scale.model,
-        shape=list(scale.input_shape), mean=[scale.mean] * channels, std=[scale.std] * channels, batch=scale.batch,
-        epochs=scale.epochs, rate=scale.rate, rate_end=rate_end, training=training, data=json.dumps(data),
+        inputs=scale.rows or images, batch=scale.batch, epochs=scale.epochs, optimizer=scale.optimizer,
+        rate=scale.rate, rate_end=rate_end, training=training, data=json.dumps(data),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from benchmarks.experiments.ground import Ground
 from benchmarks.experiments.niid_bench import dealt
 from edge_client.measure.trial import TrialModel
 from fedepth.costs import Size
+from fedepth.data.read import DIGITS
 from fedepth.planning.check import check_plan
 from tests.experiment_tables import tables
 from tests.pages import ROOT
@@ -125,7 +126,7 @@ def test_the_set_ups_are_plans_that_can_be_trained(tmp_path: Path, monkeypatch: 
         input_bytes=1 << 10,
         raw_input_bytes=256,
     )
-    ground = Ground(experiments.EXPERIMENTS["blocks"].full, tmp_path, lambda text: None)
+    ground = Ground(experiments.EXPERIMENTS["blocks"].full, tmp_path, DIGITS, lambda text: None)
     model = TrialModel(ground.spec, ground.training, costs, tmp_path / "graph", tmp_path / "weights")
     asked: list[Fraction] = []
 
@@ -137,7 +138,7 @@ def test_the_set_ups_are_plans_that_can_be_trained(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ground, "network", network)
     monkeypatch.setattr(ground, "peak", lambda plan, width=Fraction(1): int(plan.predicted_peak_bytes * width))
     clients = ground.scale.clients
-    for experiment in (depth.budgets, depth.blocks, depth.partial, depth.slices):
+    for experiment in (depth.budgets, depth.blocks, depth.epochs, depth.partial, depth.slices):
         setups = list(experiment(ground))
         assert len({setup.name for setup in setups}) == len(setups) > 4
         for setup in setups:

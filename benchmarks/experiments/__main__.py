@@ -10,6 +10,10 @@ where the experiment is about plans. `measured_peak_bytes` is what a plan took i
     blocks              PreResNet-20 in 1, 2, 3, 5 and 9 equal blocks
     partial             a share of the clients trains the last units only: what they add, and what they spoil
     slices              depth-wise, layer-wise and by slices of the width, at equal measured memory
+    blocks_cifar10      the same on CIFAR-10, with --cifar10
+    epochs              1, 2 and 5 blocks with few and many local epochs: do more steps close the gap?
+    text                texts of AG News by a transformer in 1 to 9 blocks, with --ag-news
+    table               diamonds, numbers and categories, by a residual network in 1 to 5 blocks, with --diamonds
     niid_bench_fashion  FedAvg as in Flower's baseline niid_bench, against its published accuracy
     niid_bench_cifar10  the same, with --cifar10
 
@@ -33,7 +37,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.experiments import depth, niid_bench
+from benchmarks.experiments import depth, niid_bench, rows
 from benchmarks.experiments.ground import WEIGHT_DECAY, Ground, Setup, digits_labels
 from benchmarks.runs import Scale, fashion, figures, job_text, processor_seconds, simulate, table
 from fedepth.data.read import DIGITS, open_images
@@ -54,12 +58,36 @@ def narrow(spec):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Data that are given by an option.
+
+    Attributes:
+        what: is to be given.
+        prepare: makes so many training samples of it in a folder, and returns where they lie.
+    """
+
+    option: str
+    what: str
+    prepare: Callable[[Path, int, Path], Path]
+
+
+CIFAR10 = Source("--cifar10", "CIFAR-10 as class folders: DIR/train and DIR/test", niid_bench.cifar10)
+AG_NEWS = Source("--ag-news", "AG News as gzipped CSV without a line of names: label, title, description", rows.ag_news)
+DIAMONDS = Source("--diamonds", "plotnine/data/diamonds.csv of the package plotnine", rows.diamonds)
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """What is compared, and how much of it is done in full and with --quick."""
+    """What is compared, and how much of it is done in full and with --quick.
+
+    Attributes:
+        source: of the data; none for Fashion-MNIST, and with --quick scikit-learn's digits.
+    """
 
     setups: Callable[[Ground], Iterable[Setup]]
     full: Scale
     quick: Scale
+    source: Source | None = None
 
 
 def _published(ground: Ground) -> Iterable[Setup]:
@@ -71,6 +99,12 @@ def _published(ground: Ground) -> Iterable[Setup]:
 
 _PRERESNET = Scale("preresnet20", (1, 16, 16), 4000, 20, 5, 40, 2, 32, 0.1, (1, 2))
 _QUICK = replace(_PRERESNET, images=0, clients=8, drawn=2, rounds=4, seeds=(1,))
+# So many epochs that eight times as many can be run.
+_EPOCHS = replace(_PRERESNET, epochs=1)
+_TEXT = replace(_PRERESNET, model="text-transformer", rate=1e-3, optimizer="adamw", rows=rows.AG_NEWS)
+_TABLE = replace(_PRERESNET, model="table-resnet", rate=1e-3, optimizer="adamw", rows=rows.DIAMONDS)
+_CIFAR10 = replace(_PRERESNET, input_shape=(3, 16, 16), images=10_000, mean=0.47, std=0.25)
+_FEW: Mapping[str, Any] = {"images": 400, "clients": 8, "drawn": 2, "rounds": 4, "seeds": (1,)}
 _LENET = Scale("lenet:lenet", (1, 28, 28), 60_000, 10, 10, 50, 10, 64, 0.01, (1,), mean=0.0, std=1.0)
 _QUICK_LENET = replace(_LENET, images=0, rounds=5)
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -82,14 +116,18 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "blocks": Experiment(depth.blocks, _PRERESNET, _QUICK),
     "partial": Experiment(depth.partial, _PRERESNET, _QUICK),
     "slices": Experiment(depth.slices, _PRERESNET, _QUICK),
+    "blocks_cifar10": Experiment(depth.blocks, _CIFAR10, _QUICK, CIFAR10),
+    "epochs": Experiment(depth.epochs, _EPOCHS, replace(_QUICK, epochs=1)),
+    "text": Experiment(depth.blocks, _TEXT, replace(_TEXT, **_FEW), AG_NEWS),
+    "table": Experiment(depth.blocks, _TABLE, replace(_TABLE, **_FEW), DIAMONDS),
     "niid_bench_fashion": Experiment(_published, _LENET, _QUICK_LENET),
-    "niid_bench_cifar10": Experiment(_published, replace(_LENET, input_shape=(3, 32, 32)), _QUICK_LENET),
+    "niid_bench_cifar10": Experiment(_published, replace(_LENET, input_shape=(3, 32, 32)), _QUICK_LENET, CIFAR10),
 }
 
 
-def play(ground: Ground, setup: Setup, seed: int, data: str) -> Path:
+def play(ground: Ground, setup: Setup, seed: int) -> Path:
     """One run, or what is missing of it. Returns its folder."""
-    scale, folder = ground.scale, ground.folder
+    scale, folder, data = ground.scale, ground.folder, ground.data
     name, calibrates = f"{setup.name}-{seed}", scale.model.startswith(niid_bench.LENET.stem)
     options = ["--name", setup.name, "--clients", str(scale.clients), "--partition", PARTITION]
     training, rate_end = f"weight_decay = {WEIGHT_DECAY}", scale.rate / 20
@@ -99,7 +137,6 @@ def play(ground: Ground, setup: Setup, seed: int, data: str) -> Path:
         niid_bench.write_partition(shares, labels, scale.clients, seed)
         options[2:] = ["--partition", f"file:{shares}"]
         training, rate_end = niid_bench.job_lines(scale), scale.rate
-        shutil.copyfile(niid_bench.LENET, folder / niid_bench.LENET.name)
     if setup.plans:
         plans = folder / f"{setup.name}-plans.json"
         plans.write_bytes(msgspec.json.encode({_client(number): plan for number, plan in enumerate(setup.plans)}))
@@ -112,6 +149,8 @@ def play(ground: Ground, setup: Setup, seed: int, data: str) -> Path:
         options += ["--trace", str(trace)]
     if setup.width != 1:
         scale = replace(scale, model=_narrow(scale.model, setup.width, folder))
+    if setup.epochs:
+        scale = replace(scale, epochs=setup.epochs)
     text = job_text(scale, name=setup.name, seed=seed, data=data, training=training, rate_end=rate_end)
     return simulate(folder / f"{name}.toml", text, data, folder / name, *options)
 
@@ -129,15 +168,21 @@ def _narrow(model: str, width: Fraction, folder: Path) -> str:
     return f"{stem}:narrow"
 
 
-def data_of(name: str, scale: Scale, folder: Path, images: Path | None) -> str:
-    """Where the experiment's data lie, prepared."""
+def data_of(name: str, scale: Scale, folder: Path, given: Mapping[str, Path | None]) -> str:
+    """Where the experiment's data lie, prepared.
+
+    Args:
+        given: what the options of the sources name.
+    """
+    source = EXPERIMENTS[name].source
     if not scale.images:
         return DIGITS
-    if scale.input_shape[0] == 1:
+    if source is None:
         return str(fashion(scale.images, folder / f"fashion-{scale.images}"))
-    if images is None:
-        raise ConfigError(f"{name} needs CIFAR-10 as class folders; give --cifar10 DIR, with DIR/train and DIR/test")
-    return str(niid_bench.cifar10(images, folder / "cifar10"))
+    place = given[source.option]
+    if place is None:
+        raise ConfigError(f"{name} needs {source.option}: {source.what}")
+    return str(source.prepare(place, scale.images, folder / f"{source.option.strip('-')}-{scale.images}"))
 
 
 @dataclass
@@ -151,7 +196,6 @@ class Begun:
     name: str
     ground: Ground
     setups: Sequence[Setup]
-    data: str
     runs: list[Path] = field(default_factory=list)
 
     def play(self, seed: int, output: Path, quick: bool, console: Console) -> None:
@@ -160,7 +204,7 @@ class Begun:
             self.write(output, quick)
         for setup in self.setups:
             console.print(f"{self.name}: {setup.name}, seed {seed}")
-            self.runs.append(play(self.ground, setup, seed, self.data))
+            self.runs.append(play(self.ground, setup, seed))
             self.write(output, quick)
 
     def write(self, output: Path, quick: bool) -> None:
@@ -186,12 +230,12 @@ def _known(output: Path) -> dict[str, Any]:
     return found
 
 
-def _begin(name: str, scale: Scale, folder: Path, cifar10: Path | None, console: Console) -> Begun:
+def _begin(name: str, scale: Scale, folder: Path, given: Mapping[str, Path | None], console: Console) -> Begun:
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    ground = Ground(scale, place, console.print)
-    data = data_of(name, scale, folder.parent / "data", cifar10)
-    return Begun(name, ground, list(EXPERIMENTS[name].setups(ground)), data)
+    shutil.copyfile(niid_bench.LENET, place / niid_bench.LENET.name)  # for jobs whose model it is
+    ground = Ground(scale, place, data_of(name, scale, folder.parent / "data", given), console.print)
+    return Begun(name, ground, list(EXPERIMENTS[name].setups(ground)))
 
 
 def main(
@@ -199,6 +243,8 @@ def main(
     output: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
     quick: Annotated[bool, typer.Option(help="Digits, a few clients and rounds.")] = False,
     cifar10: Annotated[Path | None, typer.Option(help="Class folders of CIFAR-10.", file_okay=False)] = None,
+    ag_news: Annotated[Path | None, typer.Option(help="AG News as gzipped CSV.", dir_okay=False)] = None,
+    diamonds: Annotated[Path | None, typer.Option(help="diamonds.csv of plotnine.", dir_okay=False)] = None,
     folder: Annotated[Path, typer.Option(help="For data and runs.")] = Path("runs/experiments"),
 ) -> None:
     """Simulated federations that say what depth-wise training gives and costs."""
@@ -208,12 +254,13 @@ def main(
         raise SystemExit(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
     place = folder.resolve() / ("quick" if quick else "full")
     scales = {name: EXPERIMENTS[name].quick if quick else EXPERIMENTS[name].full for name in names}
+    given = {CIFAR10.option: cifar10, AG_NEWS.option: ag_news, DIAMONDS.option: diamonds}
     begun: dict[str, Begun] = {}
     for seed in sorted({seed for scale in scales.values() for seed in scale.seeds}):
         for name, scale in scales.items():  # so that all have a first seed soon
             if seed in scale.seeds:
                 if name not in begun:
-                    begun[name] = _begin(name, scale, place, cifar10, console)
+                    begun[name] = _begin(name, scale, place, given, console)
                 begun[name].play(seed, output, quick, console)
     for each in begun.values():
         console.print(each.name, table(compare([read_run(run) for run in each.runs])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from fedepth.planning.planner import make_plan, smallest_peak
 
 _RUNGS = 6
 _BLOCKS = (1, 2, 3, 5, 9)
+_FEW_BLOCKS, _MANY_EPOCHS = (1, 2, 5), 8
 _LAST_UNITS = 3  # what the weakest clients can train: of PreResNet-20 those at the highest width
 _SHARES = (Fraction(1, 2), Fraction(3, 4))  # of clients so weak
 _WIDTHS = 16  # widths to choose from are sixteenths
@@ -34,10 +36,21 @@ def budgets(ground: Ground) -> Iterator[Setup]:
 
 
 def blocks(ground: Ground) -> Iterator[Setup]:
-    """The model in 1 to 9 blocks of as equal numbers of units as can be; the larger ones come first, where a unit, the
-    stem, is a small one."""
+    """The model in 1 to 9 blocks, as far as it has units, of as equal numbers of them as can be; the larger ones come
+    first, where a unit, the stem, is a small one."""
+    units = len(ground.whole.costs.units)
     for count in _BLOCKS:
-        yield ground.everyone(f"blocks-{count}", ground.pinned(*even(len(ground.whole.costs.units), count)))
+        if count <= units:
+            yield ground.everyone(f"blocks-{count}", ground.pinned(*even(units, count)))
+
+
+def epochs(ground: Ground) -> Iterator[Setup]:
+    """A few numbers of blocks, with the usual local epochs and with more of them."""
+    few = ground.scale.epochs
+    for number in (few, few * _MANY_EPOCHS):
+        for count in _FEW_BLOCKS:
+            plan = ground.pinned(*even(len(ground.whole.costs.units), count))
+            yield replace(ground.everyone(f"blocks-{count}-epochs-{number}", plan), epochs=number)
 
 
 def even(units: int, count: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.runs import Scale
+from benchmarks.runs import Scale, job_text
 from edge_client.config import TrainerConfig
 from edge_client.measure.trial import TrialModel, trial_request, try_in_fresh_trainer, write_noise
 from edge_client.trainer.protocol import Failed
@@ -23,6 +23,7 @@ from fedepth.data.read import Labels
 from fedepth.errors import ChildError
 from fedepth.estimate.peak import build_peak, needed_bytes
 from fedepth.files import write_atomically
+from fedepth.job import load_config, model_spec, training_spec
 from fedepth.models.traced import write_traced
 from fedepth.plan import CachePlace, Plan, Policy
 from fedepth.planning.needs import raw_limit
@@ -30,7 +31,6 @@ from fedepth.planning.planner import Planner
 from fedepth.planning.search import Found
 from fedepth.planning.ways import Way
 from fedepth.prepare import trace_model
-from fedepth.task import ModelSpec, TrainingSpec
 from fedepth.weights import save
 
 WEIGHT_DECAY = 5e-4
@@ -46,6 +46,7 @@ class Setup:
         plans: of every client by its number; none where the planner is asked.
         width: of the network that is trained, as a share of the model's.
         drawn_from: the clients that may be drawn; none for all.
+        epochs: of a task, instead of the scale's.
         facts: figures that are known before it is run.
     """
 
@@ -53,6 +54,7 @@ class Setup:
     plans: Sequence[Plan] = ()
     width: Fraction = _WHOLE
     drawn_from: Sequence[int] = ()
+    epochs: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,15 +67,16 @@ class Ground:
     """The model and the clients of one experiment. What takes long or is measured is remembered in `folder`: a run that
     goes on has to find the plans that it began with."""
 
-    def __init__(self, scale: Scale, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, scale: Scale, folder: Path, data: str, say: Callable[[str], None]) -> None:
         self.scale = scale
         self.folder = folder
+        self.data = data
         self._say = say
-        channels = scale.input_shape[0]
-        self.spec = ModelSpec(
-            scale.model, tuple("0123456789"), scale.input_shape, (scale.mean,) * channels, (scale.std,) * channels
-        )
-        self.training = TrainingSpec(scale.batch, 1, "sgd", scale.rate, 0.9, WEIGHT_DECAY, 0.0, "none", 1)
+        job = folder / "ground.toml"
+        training = f"weight_decay = {WEIGHT_DECAY}"
+        job.write_text(job_text(replace(scale, epochs=1), name="ground", seed=1, data=data, training=training))
+        config = load_config(job)
+        self.spec, self.training = model_spec(config), training_spec(config, 1)
         self.samples = (scale.images or len(digits_labels())) // scale.clients
 
     @cached_property
@@ -118,8 +121,13 @@ class Ground:
 
         def measured() -> int:
             model = self.whole if width == _WHOLE else self.network(width)
+            # Noise is no file with rows; the network is the same, and takes what such files become.
+            count = self.spec.input_shape[0]
+            mean, std = self.spec.mean or (0.0,) * count, self.spec.std or (1.0,) * count
+            spec = replace(self.spec, text=None, table=None, first_label=0, mean=mean, std=std)
+            model = replace(model, spec=spec)
             self._say(f"measuring {plan.blocks}, {width} as wide")
-            noise = write_noise(self.folder / "noise", self.spec, self.samples)
+            noise = write_noise(self.folder / "noise", model.spec, self.samples)
             run = self.folder / "trial"
             request = trial_request(model, plan, EVERYTHING, noise, run, enforce=False)
             try:

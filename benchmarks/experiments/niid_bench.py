@@ -26,6 +26,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 _ALPHA = 0.5
 _LEAST = 10  # samples of a client; as long as one has fewer, all are dealt again
 _PIECE = 1000
+_SEED = 1  # of the images that are taken where not all are
 
 
 def dealt(labels: Labels, clients: int, seed: int) -> list[Indices]:
@@ -53,9 +54,9 @@ def write_partition(path: Path, labels: Labels, clients: int, seed: int) -> None
     save_partition(path, Partition("niid_bench", seed, len(labels), tuple(shares)))
 
 
-def cifar10(images: Path, folder: Path) -> Path:
+def cifar10(images: Path, count: int, folder: Path) -> Path:
     """Class folders of CIFAR-10, DIR/train/CLASS and DIR/test/CLASS, as IDX files: JPEG need not be decoded in every
-    epoch."""
+    epoch. Of the training images `count` as they come in a drawn order, or all where there are fewer."""
     spec = ModelSpec("cifar10", CLASSES, (3, 32, 32), (0.0,) * 3, (1.0,) * 3)
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in (("train", "train"), ("test", "t10k")):
@@ -63,8 +64,11 @@ def cifar10(images: Path, folder: Path) -> Path:
         if target.exists():
             continue
         found = open_images(images, spec, split)
-        pieces = np.split(np.arange(len(found)), range(_PIECE, len(found), _PIECE))
-        write_idx(folder / f"{name}-labels-idx1-ubyte", found.labels.astype(np.uint8))
+        chosen = np.arange(len(found))
+        if split == "train" and count < len(found):
+            chosen = np.sort(np.random.default_rng(_SEED).permutation(len(found))[:count])
+        pieces = np.split(chosen, range(_PIECE, len(chosen), _PIECE))
+        write_idx(folder / f"{name}-labels-idx1-ubyte", found.labels[chosen].astype(np.uint8))
         write_idx(target, np.ascontiguousarray(np.concatenate([found.read(piece) for piece in pieces])))
     return folder
 
