@@ -68,6 +68,7 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
+_MOST_PORT = 65535
 OperatorOption = Annotated[
     Path | None,
     typer.Option(
@@ -87,7 +88,7 @@ def serve_command(
     config: ConfigOption,
     state: StateOption,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option(min=0, max=_MOST_PORT, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: JsonLogsOption = False,
@@ -100,7 +101,10 @@ def serve_command(
     enroll_port: Annotated[
         int | None,
         typer.Option(
-            min=0, max=65535, show_default=False, help="Port at which devices enrol; default: the one after --port."
+            min=0,
+            max=_MOST_PORT,
+            show_default=False,
+            help="Port at which devices enrol; default: the one after --port.",
         ),
     ] = None,
     no_enroll: Annotated[bool, typer.Option("--no-enroll", help="Enrol no devices.")] = False,
@@ -118,7 +122,9 @@ def serve_command(
 
     share_one_arena()
     configure_logs(renderer(json_logs))
-    if enroll_port is None and not no_enroll:
+    if enroll_port is None and not (no_enroll or insecure):
+        if port == _MOST_PORT:
+            raise ConfigError(f"no port comes after --port {port} at which devices could enrol; give --enroll-port")
         enroll_port = port and port + 1  # of any free port, another one
     options = ServeOptions(
         state,

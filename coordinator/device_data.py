@@ -1,24 +1,41 @@
 """What devices with many classes say of their data (fedepth_wire.report_messages), by digest.
 
 It is in memory only, and bounded, for each device as well, so that none can push out what others have sent. What is
-forgotten, by a restart too, is asked for again.
+forgotten, by a restart too, is asked for again. To read 65,536 names takes half a second of a processor, and a device
+asks for work again and again: that is done in a thread, and once for as long as the device says the same.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterable, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from fedepth_wire.bounds import CHUNK_BYTES
-from fedepth_wire.report_messages import MOST_DATA_BYTES
-from fedepth_wire.v1.federation_pb2 import Chunk
+from fedepth_wire.bounds import CHUNK_BYTES, check_message
+from fedepth_wire.convert import from_message
+from fedepth_wire.report_messages import MOST_DATA_BYTES, put_into
+from fedepth_wire.v1 import federation_pb2 as pb
 
+from coordinator.admission import counted_for
 from fedepth.errors import ProtocolError
+from fedepth.task import DeviceReport
 
 MOST_BYTES = 64 << 20  # of all devices together
 MOST_DEVICES = 20_000
+MOST_NAMES = 500_000  # that are kept as they were read, some 100 bytes each; others are read again
+
+Classes = Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A report of these classes, with what the file with this digest says."""
+
+    digest: str
+    classes: Classes
+    report: DeviceReport
 
 
 @dataclass
@@ -29,6 +46,12 @@ class _Held:
     whole: bytes = b""
     growing_digest: str = ""
     growing: bytearray = field(default_factory=bytearray)
+    read: _Read | None = None
+
+    @property
+    def names(self) -> int:
+        """So many are kept as they were read."""
+        return 0 if self.read is None else len(self.read.report.class_names) + len(self.read.report.folder_names)
 
     @property
     def size_bytes(self) -> int:
@@ -38,8 +61,10 @@ class _Held:
 class DeviceData:
     """Files in memory: of every device its last one. What was used last stays longest."""
 
-    def __init__(self, most_bytes: int = MOST_BYTES, most_devices: int = MOST_DEVICES) -> None:
-        self._most_bytes, self._most_devices = most_bytes, most_devices
+    def __init__(
+        self, most_bytes: int = MOST_BYTES, most_devices: int = MOST_DEVICES, most_names: int = MOST_NAMES
+    ) -> None:
+        self._most_bytes, self._most_devices, self._most_names = most_bytes, most_devices, most_names
         self._held: OrderedDict[str, _Held] = OrderedDict()
 
     def find(self, device_id: str, digest: str) -> bytes | None:
@@ -50,12 +75,38 @@ class DeviceData:
         self._held.move_to_end(device_id)
         return held.whole
 
+    async def report(self, message: pb.DeviceReport, classes: Classes) -> DeviceReport | None:
+        """The report in a message, with what it says by digest; None if that has to be asked for.
+
+        Args:
+            classes: of the job, by which samples are counted where names of folders left open what they are; None
+                leaves it open.
+
+        Raises:
+            ProtocolError: it cannot be read.
+        """
+        check_message(message)
+        if not message.data_digest:
+            return await asyncio.to_thread(_read, message, None, classes)
+        content = self.find(message.device_id, message.data_digest)
+        if content is None:
+            return None
+        known = self._held[message.device_id].read
+        if known is not None and (known.digest, known.classes) == (message.data_digest, classes):
+            return _with_data(from_message(message, DeviceReport), known.report)
+        report = await asyncio.to_thread(_read, message, content, classes)
+        held = self._held.get(message.device_id)
+        if held is not None and held.digest == message.data_digest:
+            held.read = _Read(held.digest, classes, report)
+            self._forget_read()
+        return report
+
     async def receive(
         self,
         device_id: str,
         digest: str,
         size_bytes: int,
-        chunks: AsyncIterable[Chunk],
+        chunks: AsyncIterable[pb.Chunk],
         acknowledge: Callable[[int], Awaitable[None]],
     ) -> None:
         """Takes a file, from where an earlier stream has ended. A device that begins another one lets go of it.
@@ -96,7 +147,7 @@ class DeviceData:
             held.growing_digest, held.growing = "", bytearray()
         if got != digest:
             raise ProtocolError(f"what a device says of its data has the sha256 {got[:12]}…, not {digest[:12]}…")
-        held.digest, held.whole = digest, bytes(growing)
+        held.digest, held.whole, held.read = digest, bytes(growing), None
         self._forget()
 
     def _begin(self, device_id: str, digest: str) -> bytearray:
@@ -112,3 +163,31 @@ class DeviceData:
         total = sum(held.size_bytes for held in self._held.values())
         while total > self._most_bytes or len(self._held) > self._most_devices:
             total -= self._held.popitem(last=False)[1].size_bytes
+
+    def _forget_read(self) -> None:
+        """Keeps within the bound of what is kept as it was read."""
+        total = sum(held.names for held in self._held.values())
+        for held in self._held.values():
+            if total <= self._most_names:
+                return
+            total -= held.names
+            held.read = None
+
+
+def _read(message: pb.DeviceReport, content: bytes | None, classes: Classes) -> DeviceReport:
+    if content is not None:
+        put_into(message, content)
+    report = from_message(message, DeviceReport)
+    return report if classes is None else counted_for(report, classes)
+
+
+def _with_data(report: DeviceReport, read: DeviceReport) -> DeviceReport:
+    """A report with the data that an earlier one named by the same digest."""
+    return replace(
+        report,
+        class_counts=read.class_counts,
+        class_names=read.class_names,
+        folder_names=read.folder_names,
+        folder_counts=read.folder_counts,
+        sample_count=read.sample_count if read.folder_names else report.sample_count,
+    )

@@ -19,14 +19,13 @@ from fedepth_wire.bounds import CHUNK_BYTES, check_message
 from fedepth_wire.chunks import Pieces
 from fedepth_wire.convert import from_message
 from fedepth_wire.pace import LEAST_PIECE_BYTES
-from fedepth_wire.report_messages import put_into
 from fedepth_wire.task_messages import task_message
 from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
 from fedepth_wire.tls import caller_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
-from coordinator.admission import check_report, check_settings, counted_for
+from coordinator.admission import check_report, check_settings
 from coordinator.device_data import DeviceData
 from coordinator.job import Job
 from coordinator.survey import Survey
@@ -69,26 +68,23 @@ class FederationService(FederationServicer):
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
-            if request.device.data_digest:
-                check_message(request)
-                data = self._data.find(request.device.device_id, request.device.data_digest)
-                if data is None:
-                    return pb.NextTaskReply(describe=pb.Describe())
-                put_into(request.device, data)
-            report = from_message(request.device, DeviceReport)
-            caller = caller_of(context.auth_context())
-            if caller is not None:  # by the name that the operator gave it, whatever it calls itself
-                report = replace(report, name=caller.name)
+            check_message(request)
             try:
+                survey = self._survey  # which may end while a report is read
+                report = await self._data.report(request.device, self._job.model.classes if survey is None else None)
+                if report is None:
+                    return pb.NextTaskReply(describe=pb.Describe())
+                caller = caller_of(context.auth_context())
+                if caller is not None:  # by the name that the operator gave it, whatever it calls itself
+                    report = replace(report, name=caller.name)
+                if survey is not None:
+                    return survey.answer(report)
                 return await self._next_task(report, request.wait_ms, context.peer())
             except UnavailableError as error:
                 return _retry(int(BUSY_RETRY_S * 1000), f"busy: {error}")
 
     async def _next_task(self, report: DeviceReport, wait_ms: int, peer: str) -> pb.NextTaskReply:
-        if self._survey is not None:
-            return self._survey.answer(report)
         job = self._job
-        report = counted_for(report, job.model.classes)
         problem = check_report(report, job.model.classes, job.config.limits, job.model.first_label)
         problem = problem or check_settings(report, training_spec(job.config, job.state.round))
         if problem:
@@ -142,11 +138,15 @@ class FederationService(FederationServicer):
             if outside is not None:
                 beyond = ProtocolError(f"bytes {outside[0]} to {outside[1]} of a file of {source.size_bytes} bytes")
                 await _abort(context, grpc.StatusCode.OUT_OF_RANGE, beyond)
+            total = sum(end - begin for begin, end in ranges)
+            if total > source.size_bytes:
+                more = ProtocolError(f"{total} bytes in {len(ranges)} ranges of a file of {source.size_bytes} bytes")
+                await _abort(context, grpc.StatusCode.OUT_OF_RANGE, more)
             if asked.verify:
                 await self._read(asked.digest, source.verify)
             pieces = await self._read(asked.digest, source.pieces, ranges)
             try:
-                await self._send(asked, pieces, sum(end - begin for begin, end in ranges), context)
+                await self._send(asked, pieces, total, context)
             finally:
                 await asyncio.to_thread(pieces.close)
 

@@ -71,7 +71,7 @@ class Uploads:
         self._base = base
         self._training = training
         self._learn_norms = learn_norms
-        self._declared: dict[Path, dict[int, int]] = {}
+        self._declared: dict[Path, dict[tuple[int, bool], int]] = {}  # bytes by part, and whether it is whole
         self._streams: dict[Path, object] = {}
         self._growing: dict[Path, PartialFile] = {}  # by what they will be called
         self._digests = Digests()  # of whole parts
@@ -146,8 +146,8 @@ class Uploads:
     async def _begin(self, header: PartHeader, whole: Path) -> PartialFile | None:
         """Makes the folder of an attempt, and looks what is there of the part; None: all of it.
 
-        The attempts before the last one are deleted: a device that trains a task for the third time has nothing of the
-        first, and a task must not fill the disk by its attempts.
+        Beside it the last of the other attempts stays, and no more: a device that trains a task for the third time has
+        nothing of the first, and a task must not fill the disk by its attempts, in whatever order they are sent.
         """
         path = _partial_path(whole.parent, header.part, header.digest)
         growing = self._growing.get(whole)
@@ -155,10 +155,13 @@ class Uploads:
             growing = PartialFile(path, header.size_bytes, header.digest)
         if not await asyncio.to_thread(self._found_ready, whole, growing):
             return None
+        if await self._store.short(self._store.update, header.task_id) is not None:
+            raise late(header.task_id)  # recorded while this stream waited: nothing here may change any more
         if not await asyncio.to_thread(whole.parent.exists):
-            for earlier in range(1, header.attempt - 1):
-                await asyncio.to_thread(self._store.files.drop_spool, header.task_id, earlier)
-                self._forget(header.task_id, earlier)
+            others = await asyncio.to_thread(self._store.files.spooled_attempts, header.task_id)
+            for other in others[:-1]:
+                await asyncio.to_thread(self._store.files.drop_spool, header.task_id, other)
+                self._forget(header.task_id, other)
         await asyncio.to_thread(_make_ready, whole, path)
         self._growing[whole] = growing
         return growing
@@ -179,6 +182,9 @@ class Uploads:
     async def _seal(self, header: PartHeader, growing: PartialFile, whole: Path) -> None:
         if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
             await asyncio.to_thread(_seal, growing, whole, self._digests)
+            sizes = self._declared.get(whole.parent, {})
+            sizes[header.part, True] = header.size_bytes
+            sizes.pop((header.part, False), None)
         self._growing.pop(whole, None)
 
     async def commit(self, result: Result) -> bool:
@@ -283,10 +289,11 @@ class Uploads:
         folder = self._store.files.spool(header.task_id, header.attempt)
         held = {} if folder in self._declared else await asyncio.to_thread(_sizes, folder)
         declared = self._declared.setdefault(folder, held)
-        total = sum(size for part, size in declared.items() if part != header.part) + header.size_bytes
+        growing = header.part, False
+        total = sum(size for part, size in declared.items() if part != growing) + header.size_bytes
         if total > self.limit_bytes:
             raise UpdateError("size", f"parts of {total} bytes together, allowed are {self.limit_bytes}")
-        declared[header.part] = header.size_bytes
+        declared[growing] = header.size_bytes
 
     def _recorded_part(self, task_id: str, part: int, digest: str) -> PartInfo | None:
         result = self._store.update(task_id)
@@ -331,12 +338,12 @@ def _seal(growing: PartialFile, whole: Path, digests: Digests) -> None:
         digests.note(whole, growing.digest)
 
 
-def _sizes(folder: Path) -> dict[int, int]:
-    """What a spool holds after a restart, by part."""
-    sizes: dict[int, int] = {}
+def _sizes(folder: Path) -> dict[tuple[int, bool], int]:
+    """What a spool holds after a restart, by part: whole, and what grows beside that with another digest."""
+    sizes: dict[tuple[int, bool], int] = {}
     for path in filter(is_own_file, folder.glob("part-*")):
-        part = int(path.name[5:9])
-        sizes[part] = max(sizes.get(part, 0), path.stat().st_size)
+        key = int(path.name[5:9]), path.suffix != ".partial"
+        sizes[key] = max(sizes.get(key, 0), path.stat().st_size)
     return sizes
 
 

@@ -30,7 +30,7 @@ from edge_client.measure.trial import MOST_SAMPLES
 from edge_client.memory.budget import Budgets
 from edge_client.memory.probe import Memory, measure
 from edge_client.trainer.client import torch_version
-from fedepth.address import parse_address
+from fedepth.address import ENROLL_PORT, parse_address
 from fedepth.budget import Budget
 from fedepth.child import module_argv
 from fedepth.commands import JsonLogsOption, JsonOption, command_line, examples, picture_maker
@@ -125,7 +125,7 @@ def enroll(
     if bundle is not None and not address and not token:
         facts = enroll_with_bundle(bundle, chosen.state_dir)
     elif address and token and bundle is None:
-        facts = enroll_with_token(parse_address(address), parse_token(token), chosen.state_dir)
+        facts = enroll_with_token(parse_address(address, ENROLL_PORT), parse_token(token), chosen.state_dir)
     else:
         raise ConfigError(
             "give HOST:PORT and --token TOKEN, as fedepth-coordinator enroll prints them, or --bundle FILE"

@@ -73,7 +73,12 @@ class Delivery:
         self._lease.note(Progress(result.task_id, result.attempt, self._device_id, "uploading"))
         # Whether it is still wanted is for CommitUpdate to say: only that answer is final.
         async with self._lease.renewed():
-            answer = await self._transport.deliver(entry)
+            try:
+                answer = await self._transport.deliver(entry)
+            except ServerError:
+                # Such as bytes that were others than announced: they may have changed on the disk here.
+                self._outbox.doubt(entry)
+                raise
         self._backoff.reset()
         if isinstance(answer, Accepted):
             _log.info("update accepted", task=result.task_id, round=answer.round)

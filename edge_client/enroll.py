@@ -86,6 +86,12 @@ def enroll_with_bundle(bundle: Path, state: Path) -> Facts:
     role, identifier = parse_uri(facts.uri)
     if role is not Role.DEVICE:
         raise TrustError(f"{printable(str(bundle))} is for {_KINDS[role]}, not for a device")
+    now = time.time()
+    if now >= facts.not_after:  # not yet valid may be the clock here, which is set one day
+        raise TrustError(
+            f"{printable(str(bundle))} is for {printable(facts.name)} until {day(facts.not_after)}, and here it is "
+            f"{day(now)}; if the clock is right, have fedepth-coordinator certs issue make another"
+        )
     with disk_errors("the certificate cannot be kept", state):
         state.mkdir(parents=True, exist_ok=True)
         adopt_id(state, identifier)

@@ -246,6 +246,10 @@ class Outbox:
         )
         self._drop_oldest(self._undelivered)
 
+    def doubt(self, entry: Entry) -> None:
+        """Has `entries` read the update again before it is sent again."""
+        self._verified.discard(entry.folder.name)
+
     def remove(self, entry: Entry) -> None:
         """Deletes an update that was acknowledged or finally refused; later, if the disk does not let it go now."""
         self._acknowledged.add(entry.folder.name)
@@ -312,7 +316,7 @@ class Outbox:
         entry = Entry(folder, sealed.result)
         if folder.name != f"{sealed.result.task_id}-{sealed.result.attempt}":
             raise StateError(f"{folder.name} holds task {sealed.result.task_id}, attempt {sealed.result.attempt}")
-        if folder.name not in self._verified:  # once per start: parts are immutable while we run
+        if folder.name not in self._verified:  # once per start, and where the coordinator got something else
             for part in sealed.result.parts:
                 _verify(entry.part_path(part), part)
             self._verified.add(folder.name)

@@ -19,6 +19,7 @@ from fedepth.errors import ConfigError
 from fedepth.printable import quoted
 
 DEFAULT_PORT = 8970
+ENROLL_PORT = DEFAULT_PORT + 1  # where devices get their certificates
 EXAMPLE = "192.168.1.10:8970"
 
 _MOST_PORT = 65535
@@ -56,16 +57,28 @@ class Address:
         return self.host if self.host.isascii() else self.host.encode("idna").decode("ascii")
 
 
-def parse_address(text: str) -> Address:
+def parse_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
     """Where to reach a coordinator.
+
+    Args:
+        default_port: of an address without one.
 
     Raises:
         ConfigError: it is not HOST or HOST:PORT, or nobody can be reached there. Says what to write.
     """
-    host, port = _split(text)
-    address = Address(_host(host, text), DEFAULT_PORT if port is None else _port(port, text))
+    address = heard_address(text, default_port)
     _check_destination(address, text)
     return address
+
+
+def heard_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
+    """The same of one that somebody listens at, which may stand for all addresses of the machine.
+
+    Raises:
+        ConfigError: it is not HOST or HOST:PORT.
+    """
+    host, port = _split(text)
+    return Address(_host(host, text), default_port if port is None else _port(port, text))
 
 
 def listening_address(host: str, port: int) -> Address:

@@ -38,6 +38,7 @@ def kinds() -> Iterator[Kind]:
         many_stages,
         many_digests,
         many_attempts,
+        attempts_backwards,
         huge_texts,
         foreign_tasks,
         odd_numbers,
@@ -91,6 +92,16 @@ async def many_attempts(scene: Scene, device: SimulatedDevice) -> None:
         if task is not None:
             part = Part(0, bytes(task.weights_bytes))
             await _try(device.upload(task, part, size_bytes=len(part.data) + 1, digest=f"{number:064x}"))
+
+
+async def attempts_backwards(scene: Scene, device: SimulatedDevice) -> None:
+    """A part of each of many attempts, the last attempt first."""
+    task = await _must_have(device)
+    for _ in range(10):
+        task = await device.next_task(wait_s=5) or task
+    part = Part(0, bytes(task.weights_bytes))
+    for attempt in range(task.attempt, 0, -1):
+        await _try(device.upload(task, part, attempt=attempt, size_bytes=len(part.data) + 1))
 
 
 async def huge_texts(scene: Scene, device: SimulatedDevice) -> None:

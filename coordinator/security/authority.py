@@ -158,6 +158,16 @@ def public_key_digest(key: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
+def belongs_together(identity: Identity) -> bool:
+    """Whether key, certificate and authority of a bundle can be read, and are of one another."""
+    try:
+        certificate = x509.load_pem_x509_certificate(identity.certificate)
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(identity.authority))
+        return load_pem_private_key(identity.key, None).public_key() == certificate.public_key()
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+
+
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
     """The public key of a certificate request (PKCS #10, DER), whose sender has shown that the private key is its own.
 

@@ -31,6 +31,7 @@ from coordinator.security.authority import (
     Authority,
     Issued,
     Subject,
+    belongs_together,
     key_pem,
     make_authority,
     make_enrollment,
@@ -75,10 +76,10 @@ def check_name(name: str) -> str:
         TrustError: it is none.
     """
     size = len(name.encode("utf-8", "replace"))
-    if not 0 < size <= MOST_NAME_BYTES or printable(name) != name or name != name.strip():
+    if not 0 < size <= MOST_NAME_BYTES or printable(name) != name or name != name.strip() or name.startswith("-"):
         raise TrustError(
             f"{quoted(name)} is not a name for a certificate: 1 to {MOST_NAME_BYTES} bytes as UTF-8, of characters "
-            "that can be shown"
+            "that can be shown, and without a '-' in front, which commands take for an option"
         )
     return name
 
@@ -244,7 +245,7 @@ class Certificates:
     # --- the coordinator's own
 
     def coordinator(self) -> Identity:
-        """The coordinator's bundle, made anew first if it is due, revoked, not valid yet, or in no record.
+        """The coordinator's bundle, made anew first if it is due, revoked, damaged, not valid yet, or in no record.
 
         One that is due is used as long as it is valid, where no other can be made.
 
@@ -262,8 +263,12 @@ class Certificates:
         path, now = self.folder / file, self._clock()
         held, entry = None, None
         if os.path.lexists(path):
-            held = read_identity(path)
-            entry = self.registry.find(fingerprint(held.certificate))
+            try:
+                held = read_identity(path)
+            except TrustError as error:
+                raise TrustError(f"{error}. A file that is deleted is made anew") from None
+            whole = belongs_together(held)
+            entry = self.registry.find(fingerprint(held.certificate)) if whole else None
             # One from the future was made while the clock here was ahead: nobody would believe it for years.
             if (
                 entry
@@ -296,7 +301,7 @@ class Certificates:
     def enrollment_address(self) -> str:
         """What `note_enrollment` kept; "" if nothing was."""
         try:
-            return read_regular(self.folder / "enrollment", _MOST_ADDRESS_BYTES).decode("ascii", "replace").strip()
+            return read_regular(self.folder / "enrollment", _MOST_ADDRESS_BYTES).decode("utf-8", "replace").strip()
         except OSError:
             return ""
 

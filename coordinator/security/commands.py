@@ -177,8 +177,8 @@ def enroll_command(
     The device needs a running coordinator for it. Whoever has the token first can be this device.
     """
     found = opened(certs)
+    where = reachable(address or found.enrollment_address())  # a token that nobody is told would be out there
     token, expires = found.make_token(name, hours * 3600)
-    where = reachable(address or found.enrollment_address())
     command = f"fedepth-client enroll {where} --token {token}"
     if as_json:
         print_json({"name": name, "token": str(token), "expires_at": expires, "command": command})

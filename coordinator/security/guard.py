@@ -159,12 +159,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
 
         Returns who that is, and a function that says for how long its next message should wait.
         """
-        caller, entry = await self._caller(context)
-        kind, who = method.rpartition("/")[2], f"{caller.role.value} {caller.id}"
+        caller, entry = await self._caller(context, size_bytes)
+        kind, who = method.rpartition("/")[2], _who(caller)
         if why := self._limits.take(who, caller.name, kind):
-            # A large request would be held with its call.
-            if size_bytes <= _HELD_BYTES:
-                await self._hold(who)
+            await self._hold(who, size_bytes)
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         if caller.role not in rule.roles:
             allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles)) or "nobody"
@@ -197,8 +195,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             self._calls.discard(call)
             self._limits.leave(who, kind, call)
 
-    async def _hold(self, who: str) -> None:
-        if self._held[who] >= _MOST_HELD:
+    async def _hold(self, who: str, size_bytes: int) -> None:
+        # A large request would be held with its call.
+        if self._held[who] >= _MOST_HELD or size_bytes > _HELD_BYTES:
             return
         self._held[who] += 1
         try:
@@ -208,7 +207,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             if not self._held[who]:
                 del self._held[who]
 
-    async def _caller(self, context: Context) -> tuple[Caller, Entry]:
+    async def _caller(self, context: Context, size_bytes: int) -> tuple[Caller, Entry]:
+        caller = None
         try:
             caller = caller_of(context.auth_context())
             if caller is None:
@@ -217,6 +217,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             if why := self._refusal(entry):
                 raise TrustError(why)
         except TrustError as error:
+            if caller is not None:  # such as one that was revoked since it floods
+                await self._hold(_who(caller), size_bytes)
             await _abort(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
         except FedepthError as error:
             await _abort(
@@ -277,7 +279,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
 class _Read:
     """A context whose messages are decoded and checked as they are read, by whichever of grpc's two ways that is.
 
-    Too many are read more slowly: flow control then holds up whoever sends them.
+    Too many are read more slowly: flow control then holds up whoever sends them. So it is with those that are written:
+    a device decides how small the pieces are in which a file is sent to it.
     """
 
     def __init__(
@@ -288,12 +291,19 @@ class _Read:
         self._pause = pause
 
     async def read(self) -> Any:
-        if seconds := self._pause():
-            await asyncio.sleep(seconds)
+        await self._counted()
         encoded = await self._context.read()
         if encoded is grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
             return encoded
         return await self._checked(encoded)
+
+    async def write(self, message: Any) -> None:
+        await self._counted()
+        await self._context.write(message)
+
+    async def _counted(self) -> None:
+        if seconds := self._pause():
+            await asyncio.sleep(seconds)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (request := await self.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -329,6 +339,10 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+def _who(caller: Caller) -> str:
+    return f"{caller.role.value} {caller.id}"
 
 
 def _again(who: Caller | Subject) -> str:

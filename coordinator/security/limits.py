@@ -15,8 +15,9 @@ meets them is broken or hostile, and well below what would keep a coordinator fr
     Renew           one in months                                      1 in 20 s, 5 at once
     operators'      by hand, or by a program that watches              50 a second, 200 at once
 
-A stream costs by its messages: agents send some hundred a second at most, of 512 bytes and more. Of all streams of one
-device 500 a second are read, 2,000 at once. Others are not refused but wait, which holds up their sender alone.
+A stream costs by its messages: agents send and get some hundred a second at most, of 512 bytes and more. Of all
+streams of one device 500 a second are read or written, 2,000 at once. Others are not refused but wait, which holds up
+that device alone.
 
 Calls that last count as well: a device whose link is cut on one side only comes back while its old calls still seem to
 go on, so that of too many the oldest is ended, not the newest refused.
@@ -126,7 +127,7 @@ class Limits(Generic[T]):
         return f"busy: {printable(name)} calls {kind} more often than {rate}; come back in {after_s} s"
 
     def message_pause(self, who: str) -> float:
-        """Counts a message of a stream; how long to wait before it is read, in seconds."""
+        """Counts a message of a stream; how long to wait before it is read or written, in seconds."""
         bucket = self._bucket(who, _MESSAGES)
         bucket.tokens -= 1
         return max(0.0, -bucket.tokens / LIMITS[_MESSAGES].per_s)

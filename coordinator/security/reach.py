@@ -5,10 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from fedepth.address import DEFAULT_PORT, Address, parse_address
-from fedepth.errors import ConfigError
+from fedepth.address import ENROLL_PORT, Address, heard_address, parse_address
 
-ENROLL_PORT = DEFAULT_PORT + 1
 # Nothing is sent there: the system only says which of our addresses it would use (RFC 5737, RFC 3849).
 _ELSEWHERE = {4: (socket.AF_INET, "192.0.2.1"), 6: (socket.AF_INET6, "2001:db8::1")}
 
@@ -16,23 +14,21 @@ _ELSEWHERE = {4: (socket.AF_INET, "192.0.2.1"), 6: (socket.AF_INET6, "2001:db8::
 def reachable(listening: str) -> str:
     """The address to dial for one that is listened on: of 0.0.0.0 or ::, this machine's on its way out.
 
-    Without one, loopback and the default port.
+    Without one, loopback; without a port, that of enrolment.
 
     Raises:
         ConfigError: it is no address.
     """
     if not listening:
         return str(Address("127.0.0.1", ENROLL_PORT))
-    host, _, port = listening.rpartition(":")
+    heard = heard_address(listening, ENROLL_PORT)
     try:
-        ip = ipaddress.ip_address(host.strip("[]"))
+        ip = ipaddress.ip_address(heard.host)
     except ValueError:
-        return str(parse_address(listening))
-    if not ip.is_unspecified:
-        return str(parse_address(listening))
-    if not port.isdigit():
-        raise ConfigError(f"{listening} is not HOST:PORT")
-    return str(Address(_own_address(ip.version), int(port)))
+        ip = None
+    if ip is None or not ip.is_unspecified:
+        return str(parse_address(listening, ENROLL_PORT))
+    return str(Address(_own_address(ip.version), heard.port))
 
 
 def _own_address(version: int) -> str:

@@ -118,6 +118,11 @@ class Files:
         """Where the parts of this attempt's update are received."""
         return self._directory / "spool" / f"{task_id}-{attempt}"
 
+    def spooled_attempts(self, task_id: str) -> list[int]:
+        """The attempts at a task of whose updates something is here, the last one last."""
+        folders = (self._directory / "spool").glob(f"{task_id}-*")
+        return sorted(int(folder.name.rpartition("-")[2]) for folder in folders)
+
     def drop_spool(self, task_id: str, attempt: int) -> None:
         """Deletes the parts of this attempt, if there are any."""
         self.storage.remove(f"spool/{task_id}-{attempt}")

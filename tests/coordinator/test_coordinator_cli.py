@@ -60,6 +60,17 @@ def test_errors_are_one_message_and_status_1(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_port_leaves_none_to_enrol_at(tmp_path: Path) -> None:
+    command = ("serve", "--config", str(tmp_path / "job.toml"), "--state", str(tmp_path), "--port", "65535")
+    told = run(*command)
+    assert (told.returncode, told.stderr) == (
+        1,
+        "fedepth-coordinator: no port comes after --port 65535 at which devices could enrol; give --enroll-port\n",
+    )
+    for option in ("--no-enroll", "--insecure", "--enroll-port=0"):
+        assert "job.toml" in run(*command, option).stderr  # goes on, and looks for the job
+
+
 def test_status_of_nobody_says_where_it_looked() -> None:
     told = run("status", "--coordinator", "127.0.0.1:1", "--insecure")
     assert told.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from fedepth_wire.convert import from_message
 from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
 from fedepth_wire.v1 import federation_pb2 as pb
 
+from coordinator import device_data
 from coordinator.device_data import DeviceData
 from fedepth.errors import ProtocolError
 from fedepth.task import DeviceReport
@@ -137,3 +139,74 @@ def test_a_large_report_travels_by_digest_and_a_small_one_whole(kit: Any) -> Non
     assert from_message(message, DeviceReport) == replace(large)
     with pytest.raises(ProtocolError, match="cannot be read"):
         put_into(message, b"\xff\xff")
+
+
+def named(kit: Any, device: str, count: int, **changes: Any) -> tuple[pb.DeviceReport, bytes]:
+    """A report whose folders only the job's classes tell apart from a split, as it travels."""
+    names = tuple(f"{top}/{n}" for n in range(count) for top in ("cat", "dog"))
+    report = replace(kit.report(device), folder_names=names, folder_counts=(2,) * len(names), **changes)
+    return report_message(report)
+
+
+def test_what_a_device_says_of_its_data_is_read_once_for_each_digest_and_job(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+
+    def put(message: pb.DeviceReport, content: bytes) -> None:
+        reads.append(len(content))
+        put_into(message, content)
+
+    monkeypatch.setattr(device_data, "put_into", put)
+    held = DeviceData()
+    (message, data), (other, other_data) = named(kit, "a", 1000), named(kit, "a", 1001)
+    assert asyncio.run(held.report(message, ["cat", "dog"])) is None
+    send(held, data)
+
+    def asked(message: pb.DeviceReport, classes: list[str] | None) -> DeviceReport:
+        copy = pb.DeviceReport()
+        copy.CopyFrom(message)
+        report = asyncio.run(held.report(copy, classes))
+        assert report is not None
+        return report
+
+    first = asked(message, ["cat", "dog"])
+    assert (first.class_names, first.class_counts, first.sample_count) == (("cat", "dog"), (2000, 2000), 4000)
+    assert asked(message, ["cat", "dog"]) == first and len(reads) == 1
+    message.hostname = "moved"  # what is not of the data is what the message says
+    assert asked(message, ["cat", "dog"]) == replace(first, hostname="moved") and len(reads) == 1
+    assert asked(message, None).class_names == () and len(reads) == 2  # before there is a job
+    assert asked(message, ["cat"]).sample_count == 4000 and len(reads) == 3
+    send(held, other_data)
+    assert asked(other, ["cat"]).sample_count == 4004 and len(reads) == 4
+
+
+def test_what_is_kept_as_it_was_read_is_bounded(kit: Any) -> None:
+    held = DeviceData(most_names=5000)
+    for device in ("a", "b", "c"):
+        message, data = named(kit, device, 1000)
+        send(held, data, device=device)
+        assert asyncio.run(held.report(message, ["cat", "dog"])) is not None
+    assert [bool(each.names) for each in held._held.values()] == [False, True, True]  # 2,002 each; the oldest is gone
+
+
+def test_a_report_of_many_names_leaves_the_event_loop_free(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are answered while it is read, for which a lock stands here that only the loop can open."""
+    opened = threading.Event()
+
+    def slow(message: pb.DeviceReport, content: bytes) -> None:
+        assert opened.wait(20)
+        put_into(message, content)
+
+    monkeypatch.setattr(device_data, "put_into", slow)
+    held = DeviceData()
+    message, data = named(kit, "a", 1000)
+    send(held, data)
+
+    async def scene() -> DeviceReport | None:
+        reading = asyncio.ensure_future(held.report(message, ["cat", "dog"]))
+        await asyncio.sleep(0)
+        opened.set()
+        return await reading
+
+    assert asyncio.run(scene()) is not None

@@ -251,6 +251,11 @@ def test_ranges_of_weights_and_graph_are_sent(play: Play) -> None:
             (pb.FetchFileRequest(digest="0" * 64), grpc.StatusCode.NOT_FOUND),
             (pb.FetchFileRequest(digest=digest, ranges=[pb.Range(end=99)]), grpc.StatusCode.OUT_OF_RANGE),
             (pb.FetchFileRequest(digest=digest, ranges=[pb.Range(begin=3, end=3)]), grpc.StatusCode.OUT_OF_RANGE),
+            # A file and a byte: what is sent has an end that does not grow with the number of ranges.
+            (
+                pb.FetchFileRequest(digest=digest, ranges=[pb.Range(end=1), pb.Range(end=len(WEIGHTS))]),
+                grpc.StatusCode.OUT_OF_RANGE,
+            ),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await chunks(rig, request)

@@ -460,12 +460,40 @@ def test_a_part_under_many_digests_takes_the_room_of_one(setup: Setup) -> None:
     assert [path.stat().st_size for path in folder.iterdir()] == [500]
 
 
-def test_only_the_last_two_attempts_of_a_task_have_a_spool(setup: Setup) -> None:
-    for attempt in range(1, 8):
-        setup.store.record_task(setup.kit.task(attempt=attempt))
+@pytest.mark.parametrize("order", [range(1, 8), range(7, 0, -1), (4, 1, 7, 2, 6, 3, 5)])
+def test_only_two_attempts_of_a_task_have_a_spool_in_whatever_order_they_come(
+    setup: Setup, order: Sequence[int]
+) -> None:
+    setup.store.record_task(setup.kit.task(attempt=7))
+    sent: list[int] = []
+    for attempt in order:
         setup.send(setup.header(attempt=attempt))
-    spools = sorted(path.name for path in (setup.store.directory / "spool").iterdir())
-    assert spools == ["t-0001-0000-6", "t-0001-0000-7"]
+        newest = max((each for each in sent), default=attempt)
+        sent = [attempt, newest] if sent else [attempt]
+        spools = {path.name for path in (setup.store.directory / "spool").iterdir()}
+        assert spools == {f"t-0001-0000-{each}" for each in sent}
+
+
+def test_a_whole_part_counts_beside_one_of_another_digest(setup: Setup) -> None:
+    size = setup.uploads.limit_bytes * 2 // 3
+    setup.send(setup.header(bytes(size)), bytes(size))
+    for uploads in (setup.uploads, setup.new_uploads()):
+        setup.uploads = uploads
+        with pytest.raises(UpdateError, match=f"parts of {2 * size} bytes together") as caught:
+            setup.send(setup.header(b"1" * size), b"1" * size)
+        assert caught.value.reason == "size"
+
+
+def test_other_attempts_change_nothing_of_what_is_recorded(setup: Setup) -> None:
+    setup.store.record_task(setup.kit.task(attempt=3))
+    setup.send(setup.header())
+    assert setup.commit() is True
+    for attempt in (2, 3):
+        with pytest.raises(UpdateError) as caught:
+            setup.send(setup.header(DATA[::-1], attempt=attempt), DATA[::-1])
+        assert caught.value.reason == "late"
+    [stored] = setup.store.updates_of(1)
+    assert [path.read_bytes() for path in setup.uploads.paths(stored)] == [DATA]
 
 
 def test_without_room_nothing_is_written_and_the_same_part_is_welcome_later(setup: Setup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from edge_client.call_errors import BusyError, ServerError, UnreachableError
 from edge_client.delivery import DELIVERY_TRIES
 from edge_client.outbox import Entry, Outbox
 from edge_client.task_run import DISK_WAITS
-from edge_client.transport import Answer, Refused, Rejected, RetryLater
+from edge_client.transport import Accepted, Answer, Refused, Rejected, RetryLater
 from fedepth.errors import DiskError, FedepthError, TransportError
 from fedepth.task import DeviceReport, Failure, Outcome, Result, Task
 from tests.edge_client.bench import OK, Bench, FakeTransport, Insisting, MakeTask
@@ -452,3 +453,29 @@ def test_every_start_draws_an_instance_and_says_where_it_runs(bench: Bench, tran
     assert first == again != other
     assert len(first) == 16
     assert {report.hostname for report in transport.reports} == {os.uname().nodename}
+
+
+def test_an_update_whose_bytes_have_changed_on_this_disk_holds_up_nothing(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask
+) -> None:
+    """The coordinator gets another sha256 than it was told, and asks for the part again, each time."""
+
+    class Checking(Insisting):
+        async def deliver(self, entry: Entry) -> Accepted | Refused:
+            self.calls.append("deliver")
+            [part] = entry.result.parts
+            if self.calls.count("deliver") == 1:  # after the trainer, and before anything was sent
+                path = entry.part_path(part)
+                path.write_bytes(path.read_bytes()[::-1])
+            if hashlib.sha256(entry.part_path(part).read_bytes()).hexdigest() != part.digest:
+                raise ServerError("host:1: ABORTED: part 0: sha256 is another one; send it again")
+            self.delivered.append(entry.result)
+            return Accepted(entry.result.round)
+
+    checking = Checking(transport.weights, [], task=make_task())
+    bench.run(checking, OK, OK)
+    assert checking.calls.count("deliver") == 2  # not again what is damaged, but what was trained anew
+    assert len(bench.requests) == 2
+    assert [result.task_id for result in checking.delivered] == ["t1"]
+    assert len(bench.said("a kept update is damaged and was moved aside")) == 1
+    assert len(list((bench.state / "damaged").iterdir())) == 1

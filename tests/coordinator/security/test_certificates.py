@@ -6,7 +6,9 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from fedepth_wire.tls import COORDINATOR_NAME, Role, fingerprint, parse_uri, read_identity, write_identity
+from fedepth_wire.tls import COORDINATOR_NAME, Identity, Role, fingerprint, parse_uri, read_identity, write_identity
 
-from coordinator.security.authority import new_key, public_key_digest
+from coordinator.security.authority import belongs_together, key_pem, make_authority, new_key, public_key_digest
 from coordinator.security.certificates import Certificates
 from coordinator.security.registry import Registry
 from edge_client.certificate.keys import facts_of
@@ -142,7 +144,7 @@ def test_two_that_init_at_once_make_one_authority(tmp_path: Path) -> None:
     facts_of(found.operator())
 
 
-@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J", "ü" * 33, "\ud800"])
+@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "\x1b[2J", "ü" * 33, "\ud800", "-x", "--help"])
 def test_what_is_no_name(made: Made, name: str) -> None:
     says = "is not a name for a certificate"
     with pytest.raises(TrustError, match=says):
@@ -236,6 +238,36 @@ def test_what_is_due_is_used_until_it_ends_where_it_cannot_be_renewed(
 
 def _full(registry: Registry, *_: Any) -> None:
     raise UnavailableError("record.sqlite cannot be used now: database or disk is full")
+
+
+def _another_key(identity: Identity) -> Identity:
+    return replace(identity, key=key_pem(new_key()))
+
+
+def _no_key(identity: Identity) -> Identity:
+    lines = identity.key.splitlines(keepends=True)
+    return replace(identity, key=b"".join([lines[0], b"AAAAAAAA" + lines[1][8:], *lines[2:]]))
+
+
+def _another_authority(identity: Identity) -> Identity:
+    return replace(identity, authority=make_authority(time.time()).pem)
+
+
+@pytest.mark.parametrize("damage", [_another_key, _no_key, _another_authority])
+def test_what_does_not_belong_together_is_made_anew(made: Made, damage: Callable[[Identity], Identity]) -> None:
+    """gRPC would say no more than that it cannot listen."""
+    path = made.folder / "coordinator.pem"
+    write_identity(path, damaged := damage(read_identity(path)))
+    assert read_identity(path) == damaged
+    found = made.certificates.coordinator()
+    assert belongs_together(found) and not belongs_together(damaged) and read_identity(path) == found
+    assert facts_of(found)
+
+
+def test_a_bundle_of_ours_that_is_none_says_that_it_can_be_deleted(made: Made) -> None:
+    (made.folder / "coordinator.pem").write_bytes(b"")
+    with pytest.raises(TrustError, match=r"it is damaged\. A file that is deleted is made anew"):
+        made.certificates.coordinator()
 
 
 def test_what_was_made_while_the_clock_was_ahead_is_made_anew(made: Made) -> None:

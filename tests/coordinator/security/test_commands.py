@@ -88,6 +88,9 @@ def test_enroll_prints_what_the_device_types(typed: Any) -> None:
         ("127.0.0.1:9", "127.0.0.1:9"),
         ("[::1]:9", "[::1]:9"),
         ("desk.local:9", "desk.local:9"),
+        ("192.168.1.10", "192.168.1.10:8971"),  # not where devices are served
+        ("desk.local", "desk.local:8971"),
+        ("::1", "[::1]:8971"),
     ],
 )
 def test_where_a_device_reaches_us(listening: str, dialled: str) -> None:
@@ -98,3 +101,23 @@ def test_where_a_device_reaches_us(listening: str, dialled: str) -> None:
 def test_all_addresses_stand_for_one_of_ours(listening: str) -> None:
     host, _, port = reachable(listening).rpartition(":")
     assert port == "9" and host not in ("0.0.0.0", "[::]")
+
+
+@pytest.mark.parametrize("listening", ["0.0.0.0", "::", "[::]"])
+def test_all_addresses_without_a_port_have_that_of_enrolment(listening: str) -> None:
+    assert reachable(listening).endswith(":8971")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:²", "0.0.0.0:99999", "[::]:0", "0.0.0.0:", ":::9", "x y", "-:9:"])
+def test_an_address_that_cannot_be_dialled_makes_no_token(typed: Any, address: str) -> None:
+    """It would be out there, and nobody would have been told."""
+    with pytest.raises(ConfigError, match="is not an address that can be used"):
+        typed("enroll", "kitchen", f"--address={address}")
+    with pytest.raises(TrustError, match="no certificate or token has the name"):
+        typed("certs", "revoke", "kitchen")
+
+
+def test_a_coordinators_host_may_be_no_ascii(tmp_path: Path) -> None:
+    found = Certificates(tmp_path)
+    found.note_enrollment("küche.local:4711")
+    assert reachable(found.enrollment_address()) == "küche.local:4711"

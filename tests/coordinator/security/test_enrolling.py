@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 from coordinator.security.authority import make_enrollment
 from coordinator.security.enrolling import EnrollmentService, enrollment_credentials, enrollment_server
 from coordinator.security.registry import Registry
+from edge_client import enroll
 from edge_client.certificate.client import bundle_of
 from edge_client.certificate.keys import facts_of
 from edge_client.enroll import enroll_with_bundle, enroll_with_token
@@ -253,6 +254,18 @@ def test_a_token_survives_being_copied(made: Made) -> None:
 
 
 # --- bundles
+
+
+def test_a_bundle_that_has_expired_replaces_nothing(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, state = tmp_path / "old.pem", tmp_path / "state"
+    write_identity(old, made.device(days=30))
+    monkeypatch.setattr(enroll, "time", made)  # whose time is the test's
+    made.time.now += 40 * DAY_S
+    with pytest.raises(TrustError, match=r"old\.pem is for kitchen until 20.*if the clock is right, have .* another"):
+        enroll_with_bundle(old, state)
+    assert not state.exists()
 
 
 def test_a_bundle_brings_its_id_along(made: Made, tmp_path: Path) -> None:

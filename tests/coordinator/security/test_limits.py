@@ -175,6 +175,26 @@ def test_a_refusal_comes_late_but_not_for_more_than_one_connection(made: Made, m
     play(made, scene)
 
 
+def test_who_was_revoked_is_answered_late_too(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been revoked because it floods."""
+    held: list[str] = []
+
+    async def hold(guard: guards.Guard, who: str, size_bytes: int) -> None:
+        held.append(who)
+
+    monkeypatch.setattr(guards.Guard, "_hold", hold)
+
+    async def scene(rig: Rig) -> None:
+        async with open_channel(rig.address, made.device()) as channel:
+            made.certificates.registry.revoke("kitchen")
+            await rig.guard.look()
+            code, why = await ended(started(channel, "Renew", REQUESTS["Renew"](DEVICE, "")))
+            assert code is grpc.StatusCode.UNAUTHENTICATED and "was revoked" in why
+
+    play(made, scene)
+    assert held == [f"device {DEVICE}"]
+
+
 def test_the_oldest_of_too_many_streams_is_told_why(made: Made) -> None:
     async def scene(rig: Rig) -> None:
         most = LIMITS["FetchFile"].at_once
@@ -221,6 +241,30 @@ def test_a_flood_of_messages_is_read_slowly(made: Made, monkeypatch: pytest.Monk
     play(made, scene)
     assert len(paused) == 11  # the end of the stream is read as well
     assert paused[-1] == pytest.approx(11 / 500)
+
+
+def test_what_is_written_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device decides in which pieces a file is sent to it."""
+    paused, written = [], []
+
+    async def sleep(seconds: float) -> None:
+        paused.append(seconds)
+
+    class Context:
+        async def write(self, message: int) -> None:
+            written.append(message)
+
+    monkeypatch.setattr(guards, "asyncio", _WithSleep(sleep))
+    limits: Limits[Any] = Limits(Clock())
+    context: Any = guards._Read(Context(), lambda encoded: encoded, lambda: limits.message_pause("a"))  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        for number in range(2010):
+            await context.write(number)
+
+    asyncio.run(scene())
+    assert written == list(range(2010))
+    assert len(paused) == 10 and paused[-1] == pytest.approx(10 / 500)
 
 
 class _WithSleep:
