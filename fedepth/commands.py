@@ -17,6 +17,7 @@ import typer
 from fedepth import __version__
 from fedepth.errors import ConfigError
 from fedepth.files import disk_errors, not_writable, user_folder
+from fedepth.job_sections import DIGITS
 from fedepth.printable import printable, quoted
 from fedepth.program import STATUSES
 
@@ -42,6 +43,11 @@ def _path(text: str) -> Path:
         raise typer.BadParameter(
             f"there is no home directory for {quoted(text)}; write the path in full, or ./ before a name that begins so"
         ) from None
+
+
+def data_place(text: str) -> str:
+    """Where data lie, as it is typed: an absolute path, or DIGITS, of which `./digits` is none."""
+    return text if text == DIGITS else str(_path(text).absolute())
 
 
 def _of_paths(annotation: Any) -> bool:

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedepth.commands import JsonOption, picture_maker
+from fedepth.commands import JsonOption, data_place, picture_maker
 from fedepth.errors import ConfigError
 from fedepth.files import not_writable
 from fedepth.job import model_spec
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 def simulate_command(
     job: Annotated[Path, typer.Argument(help="A job file, as a coordinator serves it.")],
-    data: Annotated[Path, typer.Option(help='Folder with the training data of all clients, or "digits".')],
+    data: Annotated[
+        str,
+        typer.Option(
+            parser=data_place, metavar="PATH", help='Folder or file with the training data of all clients, or "digits".'
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for everything that comes of it; to go on, give it again.")],
     clients: Annotated[
         int | None, typer.Option(min=1, max=MOST_DEVICES, help="How many; not where the partition says so.")
@@ -60,7 +65,10 @@ def simulate_command(
     threads: Annotated[
         int, typer.Option(min=1, max=MOST_WORKERS, help="Of each worker; another number gives other last digits.")
     ] = 1,
-    enforce: Annotated[bool, typer.Option(help="Hold every client to its budget, as a device does.")] = False,
+    enforce: Annotated[
+        bool,
+        typer.Option(help="Hold every client to its budget, as a device does; see docs/simulation.md on last digits."),
+    ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster that sees the same folders.")] = "local",
     name: Annotated[str, typer.Option(help="By which runs are compared; by default the job's.")] = "",
     onnx: Annotated[
@@ -73,8 +81,6 @@ def simulate_command(
     Results are the same, bit for bit, for any number of workers, and after an interruption: the same command goes on
     where it stopped. rounds.jsonl in the output folder has one line for every round.
     """
-    if budgets is not None and tiers != "full":
-        raise ConfigError("--budgets and --tiers both say how much memory clients have; give one of them")
     try:
         from fedepth.simulation.setup import Options
         from fedepth.simulation.simulate import simulate
@@ -82,7 +88,7 @@ def simulate_command(
         raise ConfigError(f"{error}. A simulation needs torch: pip install 'fedepth[train]'") from error
     export_weights = _exporter(onnx) if onnx is not None else None
     options = Options(
-        job=job, data=str(data), output=output, clients=clients, partition=partition, tiers=tiers, budgets=budgets,
+        job=job, data=data, output=output, clients=clients, partition=partition, tiers=tiers, budgets=budgets,
         trace=trace, plans=plans, seed=seed, workers=workers, threads=threads, enforce=enforce, name=name,
         engine=engine,
     )  # fmt: skip
@@ -94,9 +100,11 @@ def simulate_command(
         return
     out = console()
     last = lines[-1]
-    best = max((line.accuracy for line in lines if line.published and line.accuracy is not None), default=None)
-    if last.accuracy is not None and best is not None:
-        out.print(f"accuracy {last.accuracy:.2%} after round {last.round}, at best {best:.2%}")
+    known = [line.accuracy for line in lines if line.published and line.accuracy is not None]
+    if known:  # of the weights in force, which are those of an earlier round where the last was not published
+        out.print(f"accuracy {known[-1]:.2%} after round {last.round}, at best {max(known):.2%}")
+    if last.note:
+        out.print(f"round {last.round} was not published: {printable(last.note)}", markup=False, soft_wrap=True)
     weights = output / "weights" / f"round-{last.weights_round:04d}.safetensors"
     out.print(f"weights: {printable(str(weights))}", markup=False, soft_wrap=True)
     if report is not None:
@@ -180,8 +188,9 @@ def _percent(value: Spread | None) -> str:
 def _draw_partition(simulation: Simulation) -> None:
     """Leaves a picture of who has what beside it, where pictures can be made."""
     from fedepth.simulation.partitions import class_counts
+    from fedepth.simulation.record import PARTITION_PICTURE
 
-    path = simulation.record.folder / "partition.png"
+    path = simulation.record.folder / PARTITION_PICTURE
     plot = _plotting()
     if plot is not None and not path.exists():
         classes = model_spec(simulation.config).classes

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fedepth.errors import StateError
-from fedepth.printable import printable
+import msgspec
+
+from fedepth.errors import ConfigError, StateError
+from fedepth.printable import printable, quoted
+from fedepth.simulation.partitions import FROM_FILES
 from fedepth.simulation.record import Asked, Record, RoundLine
 
 
@@ -17,9 +21,16 @@ class Run:
     """One simulation as its folder tells it."""
 
     folder: Path
-    name: str
-    seed: int
+    asked: Asked
     rounds: tuple[RoundLine, ...]
+
+    @property
+    def name(self) -> str:
+        return self.asked.name
+
+    @property
+    def seed(self) -> int:
+        return self.asked.seed
 
     @property
     def accuracies(self) -> tuple[tuple[int, float], ...]:
@@ -79,18 +90,71 @@ def read_run(folder: Path) -> Run:
     lines = record.rounds()
     if not lines:
         raise StateError(f"{printable(str(folder))} has no closed round yet")
-    return Run(folder, asked.name, asked.seed, tuple(lines))
+    return Run(folder, asked, tuple(lines))
 
 
 def compare(runs: Sequence[Run]) -> tuple[Comparison, ...]:
-    """The runs by their names, in the order in which those come first."""
+    """The runs by their names, in the order in which those come first.
+
+    Raises:
+        ConfigError: runs of one name are no seeds of one set-up.
+    """
     names = dict.fromkeys(run.name for run in runs)
+    for name in names:
+        _check_seeds([run for run in runs if run.name == name])
     return tuple(_compared(name, [run for run in runs if run.name == name]) for name in names)
 
 
 def spread(values: Sequence[float]) -> Spread:
     """Of at least one value."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def _check_seeds(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    seen: dict[int, Run] = {}
+    for run in runs:
+        other = seen.setdefault(run.seed, run)
+        if other is not run:
+            raise _no_seeds(other, run, f"have the same seed, {run.seed}")
+        if different := [what for what, same in _SAME.items() if not same(first.asked, run.asked)]:
+            raise _no_seeds(first, run, f"differ in {' and '.join(different)}")
+
+
+def _no_seeds(one: Run, other: Run, why: str) -> ConfigError:
+    return ConfigError(
+        f"{printable(str(one.folder))} and {printable(str(other.folder))} are both called {quoted(one.name)}, which "
+        f"makes them seeds of one set-up, but they {why}; leave one out, or give fedepth simulate another --name"
+    )
+
+
+def _job(asked: Asked) -> Any:
+    try:
+        job = msgspec.toml.decode(asked.job_file)
+    except msgspec.DecodeError:
+        return asked.job_file
+    job.get("job", {}).pop("seed", None)
+    return job
+
+
+def _same_partition(one: Asked, other: Asked) -> bool:
+    """Each seed may have a file of its own."""
+    kinds = {asked.partition.partition(":")[0] for asked in (one, other)}
+    return one.partition == other.partition or (len(kinds) == 1 and kinds <= FROM_FILES)
+
+
+def _same_memory(one: Asked, other: Asked) -> bool:
+    """What was measured in a run may be given to the next."""
+    return one.tiers == other.tiers or bool(one.budgets or other.budgets)
+
+
+_SAME: Mapping[str, Callable[[Asked, Asked], bool]] = {
+    "job file": lambda one, other: bool(_job(one) == _job(other)),
+    "data": lambda one, other: one.data == other.data,
+    "partition": _same_partition,
+    "tiers": _same_memory,
+    "clients": lambda one, other: one.clients == other.clients,
+}
 
 
 def _compared(name: str, runs: Sequence[Run]) -> Comparison:

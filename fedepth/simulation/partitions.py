@@ -29,6 +29,7 @@ FORMS = (
 
 
 _SUFFIXES = {"csv": "csv", "file": "json"}
+FROM_FILES = frozenset(_SUFFIXES)  # kinds of partitions that a file says
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -62,7 +63,7 @@ def file_of(how: str) -> Path | None:
         ConfigError: it has no name.
     """
     kind, _, argument = how.partition(":")
-    if kind not in ("csv", "file"):
+    if kind not in FROM_FILES:
         return None
     if not argument:
         raise ConfigError(f"--partition {kind}: names a file, as in --partition {kind}:owners.{_SUFFIXES[kind]}")
@@ -71,12 +72,17 @@ def file_of(how: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Source:
-    """What is dealt: the labels of a data set, and where it lies; without files that are damaged, by their keys."""
+    """What is dealt: the labels of a data set, and where it lies; without files that are damaged, by their keys.
+
+    Attributes:
+        left_out: so many samples were, since they are damaged.
+    """
 
     data: Path | str
     spec: ModelSpec
     labels: Labels
     damage: frozenset[int] = frozenset()
+    left_out: int = 0
 
 
 def make_partition(how: str, clients: int | None, seed: int, source: Source) -> Partition:
@@ -91,11 +97,11 @@ def make_partition(how: str, clients: int | None, seed: int, source: Source) -> 
     """
     kind, _, argument = how.partition(":")
     file = file_of(how)
+    if clients is not None and kind in ("folder", "csv", "file"):
+        raise ConfigError(f"--clients: leave it out with --partition {kind}, which says itself who there is")
     if kind == "file" and file is not None:
         return _checked(load_partition(file), source.labels, argument)
     if kind in ("folder", "csv"):
-        if clients is not None:
-            raise ConfigError(f"--clients: leave it out with --partition {kind}, which says itself who there is")
         owners = _owners_by_folder(source, argument) if file is None else _owners_by_csv(source, file)
         named = partition.by_owner(owners)
         if not named:
@@ -205,11 +211,23 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
         text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--partition csv: {printable(str(path))} cannot be read: {error}") from None
-    rows = csv.DictReader(io.StringIO(text))
+    try:
+        return _owners(source, path, csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:  # such as a quotation mark that is not closed
+        raise ConfigError(f"--partition csv: {printable(str(path))} is not CSV: {error}") from None
+
+
+def _owners(source: Source, path: Path, rows: csv.DictReader[str]) -> list[str]:
     columns = set(rows.fieldnames or ())
     if "client" not in columns or not columns & {"file", "index"}:
         raise ConfigError(f"--partition csv: {printable(str(path))} needs the columns client, and file or index")
+    if "index" in columns and source.left_out:
+        raise ConfigError(
+            f"--partition csv: {source.left_out} samples are damaged and left out, so that places behind them are "
+            "others than in the data; take them out of the data"
+        )
     owners = [""] * len(source.labels)
+    lines = [0] * len(owners)
     places: dict[str, int] = {}
     damaged: set[str] = set()
     if "index" not in columns:
@@ -227,7 +245,14 @@ def _owners_by_csv(source: Source, path: Path) -> list[str]:
         if place is None or not 0 <= place < len(owners):
             what = row.get("index") or row.get("file") or ""
             raise ConfigError(f"--partition csv: line {rows.line_num}: {quoted(what)} is not in the data")
-        owners[place] = (row["client"] or "").strip()
+        owner = (row["client"] or "").strip()
+        if lines[place] and owners[place] != owner:
+            what = row.get("index") or row.get("file") or ""
+            raise ConfigError(
+                f"--partition csv: line {rows.line_num}: {quoted(what)} belongs to {quoted(owner)} here and to "
+                f"{quoted(owners[place])} by line {lines[place]}; a sample has one client"
+            )
+        owners[place], lines[place] = owner, rows.line_num
     return owners
 
 

@@ -11,9 +11,12 @@
     weights/           global weights after a round
     clients/           what clients keep for themselves: peers (fedepth.peers), residuals (fedepth.residuals)
     updates/           of the rounds that are not closed: trained tasks, each whole or not at all
+    work/              scratch files of the workers, until the run has ended
+    partition.png, accuracy.png
 
-A run that ended anywhere goes on from here: rounds are played again from the last line, and tasks that are trained lie
-in updates/.
+Nothing else lies there: a folder with files in it and without run.json is somebody's own, and refused. A run that
+ended anywhere goes on from here: rounds are played again from the last line, and tasks that are trained lie in
+updates/.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ VERSION = 1
 PEERS = "peers"  # in the folder of an update: those that its client is to keep
 RESIDUALS = "residuals"  # the same of these
 STATISTICS = "statistics.json"
-_MADE_FIRST = ("prepared.json", "tiers.json", "partition.json", STATISTICS)
+LOCK = "lock"
+PARTITION_PICTURE = "partition.png"
+_RUN = "run.json"
+MADE_FIRST = ("prepared.json", "tiers.json", "partition.json", STATISTICS, PARTITION_PICTURE)
 _MOST_BYTES = 1 << 30
 T = TypeVar("T")
 
@@ -55,6 +61,7 @@ class Asked(msgspec.Struct, frozen=True):
         clients: None where the partition says how many.
         threads: of every worker: other numbers of threads add up in another order.
         budgets: what the file with reports holds; so with trace and plans. Empty without one.
+        weights: digest of the file that the model begins with; so with tokenizer and the module of a custom model.
     """
 
     version: int
@@ -70,6 +77,9 @@ class Asked(msgspec.Struct, frozen=True):
     budgets: str = ""
     trace: str = ""
     plans: str = ""
+    weights: str = ""
+    tokenizer: str = ""
+    module: str = ""
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -162,31 +172,50 @@ class Record:
         """Makes the folder, or finds the same simulation in it.
 
         Raises:
-            ConfigError: another one lies there.
+            ConfigError: another one lies there, or something else.
             DiskError: it cannot be written.
         """
-        path = self.folder / "run.json"
         with disk_errors("the simulation cannot be recorded", self.folder):
-            for name in ("weights", "updates"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            known = self.read("run.json", Asked)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = self.read(_RUN, Asked)
+            if known is None:
+                self._check_empty()
             if known is None or (known != asked and not self._has_trained()):
                 # What was made for other options that came to nothing, such as those with a mistake.
-                for name in _MADE_FIRST:
+                for name in MADE_FIRST:
                     (self.folder / name).unlink(missing_ok=True)
-                write_atomically(path, msgspec.json.encode(asked) + b"\n")
+                write_atomically(self.folder / _RUN, msgspec.json.encode(asked) + b"\n")
             elif known != asked:
                 fields = [name for name in Asked.__struct_fields__ if getattr(known, name) != getattr(asked, name)]
                 raise ConfigError(
                     f"{printable(str(self.folder))} holds another simulation, with other {', '.join(fields)}; give "
                     "another --output, or delete that folder"
                 )
-            # Of writes that were cut short.
-            for leftover in self.folder.rglob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            for name in ("weights", "updates"):
+                (self.folder / name).mkdir(exist_ok=True)
+            self._delete_unfinished()
             whole = self._whole_lines()
             if self._rounds_path.exists() and self._rounds_path.stat().st_size > len(whole):
                 os.truncate(self._rounds_path, len(whole))
+
+    def _check_empty(self) -> None:
+        """Sees that nothing lies here that a run could delete or go on from."""
+        ours = (LOCK, f".{_RUN}.")
+        found = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
+        if found:
+            raise ConfigError(
+                f"--output {printable(str(self.folder))} is no simulation's folder: it holds {printable(found[0])}"
+                f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}, and no {_RUN}; give a new or an empty one"
+            )
+
+    def _delete_unfinished(self) -> None:
+        """Deletes what is left of writes that were cut short (fedepth.files.replacing)."""
+        names = (_RUN, "graph.json", *MADE_FIRST)
+        leftovers = [path for name in names for path in self.folder.glob(f".{name}.*.tmp")]
+        for name in ("weights", "updates", "clients"):
+            leftovers += (self.folder / name).rglob(".*.tmp")
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
 
     def _has_trained(self) -> bool:
         return bool(self._whole_lines()) or any((self.folder / "updates").glob("*/*"))

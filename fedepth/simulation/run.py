@@ -131,6 +131,7 @@ class Run:
                 if pending is not None:
                     line, weights = await self._settle(pending)
                     lines.append(line)
+                    self._keep_weights(lines)
                     self._check_guard(lines)
                     was, pending = pending, None
                     if not line.published and was.new is not None:
@@ -161,9 +162,7 @@ class Run:
         config, folder = self._config, self._record.folder
         self._tests = await self._engine.start(
             Open(
-                data=self._simulation.options.data
-                if self._simulation.options.data == "digits"
-                else str(Path(self._simulation.options.data).resolve()),
+                data=str(self._simulation.options.source),
                 model=model_spec(config),
                 graph=str(folder / "graph.json"),
                 partition=str(folder / "partition.json"),
@@ -254,13 +253,12 @@ class Run:
         return self._answers[asked]
 
     def _tell_left_out(self, left_out: dict[str, PlanError | str], able: int) -> None:
-        if left_out:
-            client, why = next(reversed(left_out.items()))
-            self._reporter.say(
-                f"{len(left_out)} of {len(left_out) + able} clients cannot take part, as {client}: {why}"
-            )
+        if not left_out:
+            return
+        client, why = next(reversed(left_out.items()))
         if not able:
-            raise JobError("no client can train this job; see why above, and give them other budgets or samples")
+            raise JobError(f"no client can train this job, as {client}: {why}")
+        self._reporter.say(f"{len(left_out)} of {len(left_out) + able} clients cannot take part, as {client}: {why}")
 
     def _seconds(self, client: str, plan: Plan, training: TrainingSpec, weights: InForce) -> float:
         """How long a task takes in simulated seconds, from the first byte down to the last byte up."""
@@ -496,10 +494,20 @@ class Run:
             weights_round=in_force.round,
         )
         self._record.close_round(line)
-        kept = range(max(0, closing.number - self._config.retention.keep_last + 1), closing.number + 2)
-        self._record.keep_weights([0, in_force.round, *kept])
         self._reporter.round_closed(line)
         return line, in_force
+
+    def _keep_weights(self, lines: Sequence[RoundLine]) -> None:
+        """Deletes weights as a coordinator does ([retention]), but for the first and for a round that is played."""
+        retention, last = self._config.retention, lines[-1]
+        published = [line for line in lines if line.published]
+        kept = {0, last.weights_round, *range(max(0, last.round - retention.keep_last + 1), last.round + 2)}
+        evaluated = [(line.accuracy, -line.round) for line in published if line.accuracy is not None]
+        if retention.keep_best and evaluated:
+            kept.add(-max(evaluated)[1])
+        if retention.keep_every:
+            kept.update(line.round for line in published if line.round % retention.keep_every == 0)
+        self._record.keep_weights(sorted(kept))
 
     def _check_guard(self, lines: Sequence[RoundLine]) -> None:
         after = self._config.guard.pause_after

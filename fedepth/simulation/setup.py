@@ -24,7 +24,7 @@ from fedepth.data.rows import Rows
 from fedepth.data.scan import left_out
 from fedepth.data.text import read_tokenizer
 from fedepth.errors import ConfigError, FedepthError
-from fedepth.files import read_regular
+from fedepth.files import file_digest, read_regular
 from fedepth.job import load_config, model_spec, training_spec
 from fedepth.job_rows import lacks_statistics, with_statistics
 from fedepth.job_sections import JobConfig
@@ -95,6 +95,16 @@ class Options:
     name: str = ""
     engine: str = "local"
 
+    def __post_init__(self) -> None:
+        for field in ("job", "output", "budgets", "trace", "plans"):
+            if isinstance(given := getattr(self, field), str):
+                object.__setattr__(self, field, Path(given))
+
+    @property
+    def source(self) -> Path | str:
+        """Where the data lie, or DIGITS."""
+        return self.data if self.data == DIGITS else Path(self.data).resolve()
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -136,7 +146,7 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
         FedepthError: something of it is wrong, or cannot be made.
     """
     spec, seed = model_spec(config), config.job.seed
-    source: Path | str = options.data if options.data == DIGITS else Path(options.data).resolve()
+    source = options.source
     record.open(_asked(options, config, str(source)))
     images, damage = _sound_samples(source, config, record, say)
     _tell_left_out("--data", source, spec, "train", say)
@@ -144,7 +154,8 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
     labels = images.labels
     partition = record.read("partition.json", Partition)
     if partition is None:
-        dealt = Source(source, spec, labels, damage)
+        left = images.damaged.count if isinstance(images, Rows) else len(damage)
+        dealt = Source(source, spec, labels, damage, left)
         partition = make_partition(options.partition, options.clients, seed, dealt)
         save_partition(record.folder / "partition.json", partition)
     elif partition.labels not in ("", labels_digest(labels)):
@@ -152,6 +163,8 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
             f"{printable(str(source))} holds other samples than when this simulation began ({partition.samples} then, "
             f"{len(labels)} now, or other labels); bring those back, or give another --output"
         )
+    if nobodys := len(labels) - sum(len(each.samples) for each in partition.clients):
+        say(f"{nobodys} of {len(labels)} samples are no client's, by --partition {printable(options.partition)}")
     config = _with_statistics(config, record, images, partition, say)
     trace = load_trace(options.trace, {each.id for each in partition.clients}) if options.trace else Trace()
     plans = load_plans(options.plans) if options.plans else {}
@@ -253,7 +266,22 @@ def _asked(options: Options, config: JobConfig, source: str) -> Asked:
         budgets=text(options.budgets),
         trace=text(options.trace),
         plans=text(options.plans),
+        weights=_digest(Path(config.model.weights)) if config.model.weights else "",
+        tokenizer=config.tokenizer_digest,
+        module=_digest(module) if (module := _module_of(config)).is_file() else "",
     )
+
+
+def _module_of(config: JobConfig) -> Path:
+    """Where the code of a custom model is, if it lies beside the job file. What that imports is not looked at."""
+    return Path(config.folder) / f"{config.model.name.partition(':')[0].replace('.', '/')}.py"
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise ConfigError(f"{printable(str(path))} cannot be read: {error.strerror}") from None
 
 
 Ask = Callable[[Request], Any]

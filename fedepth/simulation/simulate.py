@@ -6,20 +6,27 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
+from fedepth.data.read import DIGITS
 from fedepth.errors import ConfigError, LockedError, StateError
 from fedepth.files import disk_errors, lock_file
 from fedepth.job_sections import MOST_DEVICES, MOST_SEED, MOST_WORKERS
 from fedepth.printable import printable
+from fedepth.simulation.clients import FULL
 from fedepth.simulation.engine import Engine, LocalEngine
+from fedepth.simulation.partitions import file_of
 from fedepth.simulation.progress import Reporter
-from fedepth.simulation.record import Record, RoundLine
+from fedepth.simulation.record import LOCK, MADE_FIRST, Record, RoundLine
 from fedepth.simulation.run import Run
 from fedepth.simulation.setup import Options, Simulation, job_of, set_up
 from fedepth.terminal import console
 
 ENGINES = ("local", "ray")
+T = TypeVar("T")
 
 
 def simulate(
@@ -40,7 +47,7 @@ def simulate(
     with disk_errors("the simulation cannot be recorded", options.output):
         record.folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = lock_file(record.folder / "lock")
+            lock = lock_file(record.folder / LOCK)
         except LockedError as error:
             raise StateError(
                 f"{printable(str(record.folder))} is in use by another simulation (process {error.holder}); wait for "
@@ -50,14 +57,55 @@ def simulate(
     out.quiet = quiet
     with lock, Reporter(out, config.job.rounds) as reporter:
         try:
-            return asyncio.run(_simulated(options, record, reporter, drawn))
+            return _run(lambda: _simulated(options, record, reporter, drawn))
         except KeyboardInterrupt:
             reporter.say("stopped; the same command goes on from here")
             raise
 
 
+def _run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Runs what `make` returns to its end, also inside of a running event loop, such as that of a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(make())
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.set_result((asyncio.get_running_loop(), task))
+        return await make()
+
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(lambda: asyncio.run(main()))
+        try:
+            return ended.result()
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
 def _check(options: Options) -> None:
-    """What the command line sees to by itself: without a worker, nothing would ever be trained."""
+    """What cannot be done, whether it was said on a command line or to the library."""
+    if options.budgets is not None and options.tiers != FULL:
+        raise ConfigError("--budgets and --tiers both say how much memory clients have; give one of them")
+    if options.data == DIGITS and Path(DIGITS).exists():
+        raise ConfigError(
+            f"--data {DIGITS} means scikit-learn's digits, and there is a folder of this name: give --data ./{DIGITS} "
+            "for that, or go to another folder for the others"
+        )
+    output = options.output.resolve()
+    for name, path in (
+        ("partition", file_of(options.partition)),
+        ("budgets", options.budgets),
+        ("trace", options.trace),
+        ("plans", options.plans),
+    ):
+        # Of a run that is made anew there, they would be gone before they are read.
+        if path is not None and path.resolve().parent == output and path.name in MADE_FIRST:
+            raise ConfigError(f"--{name} {printable(str(path))} belongs to the run in --output; copy it elsewhere")
     if options.engine not in ENGINES:
         raise ConfigError(f"--engine {options.engine}: there are {', '.join(ENGINES)}")
     for name, value, least, most in (

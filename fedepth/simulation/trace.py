@@ -123,10 +123,19 @@ def load_trace(path: Path, clients: Collection[str]) -> Trace:
         if unknown:
             raise ConfigError(f"{where}: there is no client {quoted(unknown[0])}")
         if isinstance(found, _Chosen):
+            if found.round < 1:
+                raise ConfigError(f"{where}: rounds count from 1, this is {found.round}")
+            if EVERYBODY in names:
+                raise ConfigError(f"{where}: everybody may be drawn in a round without a line; name clients here")
+            again = found.round in chosen
             chosen[found.round] = frozenset(names)
         else:
             _check(found, where)
+            again = found.client in conditions
             conditions[found.client] = found
+        if again:
+            what = f"round {found.round}" if isinstance(found, _Chosen) else f"client {quoted(found.client)}"
+            raise ConfigError(f"{where}: there is another line about {what}; put all of it into one")
     return Trace(conditions, chosen)
 
 

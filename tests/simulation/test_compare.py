@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedepth.errors import StateError
+from fedepth.errors import ConfigError, StateError
 from fedepth.simulation.compare import Spread, compare, read_run
 from fedepth.simulation.record import VERSION, Asked, Record, RoundLine, TierLine
 
@@ -24,9 +24,9 @@ def line(number: int, accuracy: float | None, **changes: Any) -> RoundLine:
     return RoundLine(**{**fields, **changes})
 
 
-def run(folder: Path, name: str, seed: int, lines: list[RoundLine]) -> Path:
-    record = Record(folder / f"{name}-{seed}")
-    record.open(Asked(VERSION, name, "", "", 1, "", "", seed, 1, False))
+def run(folder: Path, name: str, seed: int, lines: list[RoundLine], **changes: Any) -> Path:
+    record = Record(folder / f"{name}-{seed}{''.join(changes)}")
+    record.open(msgspec.structs.replace(Asked(VERSION, name, "", "", 1, "", "", seed, 1, False), **changes))
     for each in lines:
         record.close_round(each)
     return record.folder
@@ -86,3 +86,32 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plot.save_partition(tmp_path / "partition.png", [[1, 2], [3, 0]], ("a", "b"), "two")
     for name in ("runs.png", "partition.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"seed": 1}, "have the same seed, 1; leave one out, or give fedepth simulate another --name"),
+        ({"data": "other"}, "differ in data;"),
+        ({"partition": "iid", "tiers": "fair"}, "differ in partition and tiers;"),
+        ({"job_file": "[job]\nseed = 2\nrounds = 8\n"}, "differ in job file;"),
+        ({"partition": "csv:b.csv x"}, "differ in partition;"),
+        ({"clients": 2}, "differ in clients;"),
+    ],
+)
+def test_runs_of_a_name_that_are_no_seeds_of_one_set_up_are_not_averaged(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    job = {"job_file": "[job]\nseed = 1\nrounds = 9\n", "partition": "file:a.json x"}
+    one = run(tmp_path, "deep", 1, [line(1, 0.5)], **job)
+    fields = {**job, "job_file": "[job]\nseed = 2\nrounds = 9\n", **changes}
+    other = run(tmp_path / "other", "deep", fields.pop("seed", 2), [line(1, 0.7)], **fields)
+    with pytest.raises(ConfigError, match=f"deep.* and .*deep.* are both called 'deep', .* but they {why}"):
+        compare([read_run(one), read_run(other)])
+
+
+def test_seeds_may_have_files_of_their_own_and_budgets_that_one_has_measured(tmp_path: Path) -> None:
+    one = run(tmp_path, "deep", 1, [line(1, 0.5)], partition="file:a.json x", tiers="fair")
+    two = run(tmp_path, "deep", 2, [line(1, 0.7)], partition="file:b.json y", tiers="full", budgets="[]")
+    (found,) = compare([read_run(one), read_run(two)])
+    assert found.seeds == (1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,17 @@ def test_a_table_may_name_the_owner_of_files_or_of_places(tmp_path: Path) -> Non
                   frozenset({damaged}))  # fmt: skip
     found = make_partition(f"csv:{table}", None, 0, left)
     assert {share.id: share.samples for share in found.clients} == {"a": (0,), "b": (1,)}
+    table.write_text("index,client\n0,b\n")
+    with pytest.raises(ConfigError, match="1 samples are damaged and left out, so that places behind them are others"):
+        make_partition(f"csv:{table}", None, 0, replace(left, left_out=1))
+    table.write_text("index,client\n3,b\n0,b\n3,b\n3,a\n")
+    with pytest.raises(
+        ConfigError, match="line 5: '3' belongs to 'a' here and to 'b' by line 4; a sample has one client"
+    ):
+        make_partition(f"csv:{table}", None, 0, source)
+    table.write_text('index,client\n0,"' + "b" * 200_000)
+    with pytest.raises(ConfigError, match="is not CSV: field larger than"):
+        make_partition(f"csv:{table}", None, 0, source)
     table.write_text("place,client\n")
     with pytest.raises(ConfigError, match="needs the columns client, and file or index"):
         make_partition(f"csv:{table}", None, 0, source)
@@ -113,6 +125,8 @@ def test_what_was_saved_is_read_again_and_checked(tmp_path: Path) -> None:
     save_partition(path, Partition("iid", 1, 6, (Share("b", (0, 5)), Share("a", ()))))
     assert load_partition(path).clients == (Share("b", (0, 5)), Share("a", ()))
     assert numbers(f"file:{path}", None) == {"b": [0, 5], "a": []}
+    with pytest.raises(ConfigError, match="--clients: leave it out with --partition file"):
+        numbers(f"file:{path}", 2)
     for clients, message in [
         ([("a", [0]), ("a", [1])], "clients need names, each its own"),
         ([("a", [1, 0])], "the samples of 'a' must be places in rising order, from 0 to 5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, Job
 from fedepth.peers import Peers
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.residuals import Residuals
-from fedepth.simulation import setup
+from fedepth.simulation import setup, simulate
+from fedepth.simulation.setup import Options
 from fedepth.simulation.worker import process
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
 from fedepth.task import ModelSpec, Result
@@ -111,6 +113,141 @@ def test_options_with_a_mistake_can_be_corrected_in_the_same_folder(lab: Any) ->
     lab.run(job)
     lab.run(job, "untouched")
     assert lab.digests() == lab.digests("untouched")
+
+
+def test_a_folder_that_holds_somebodys_files_stays_as_it_is(lab: Any) -> None:
+    mine = {"work/thesis.txt": "a", ".notes.tmp": "b", "sub/.draft.tmp": "c", "partition.json": "d"}
+    for name, text in mine.items():
+        (lab.folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (lab.folder / "mine" / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"mine is no simulation's folder: it holds \.notes\.tmp and 3 more, and no"):
+        lab.run(lab.job(rounds="1"), "mine")
+    assert {name: (lab.folder / "mine" / name).read_text() for name in mine} == mine
+    lines = lab.run(lab.job(rounds="1"))
+    (lab.folder / "run" / ".mine.tmp").write_text("e")  # in a folder that is a run's
+    (lab.folder / "run" / ".run.json.0123.tmp").write_text("of a crash")
+    assert lab.run(lab.job(rounds="1")) == lines
+    assert (lab.folder / "run" / ".mine.tmp").exists() and not (lab.folder / "run" / ".run.json.0123.tmp").exists()
+    (lab.folder / "run" / "run.json").unlink()  # its rounds may be of anything
+    with pytest.raises(ConfigError, match=r"and no run\.json"):
+        lab.run(lab.job(rounds="1"))
+
+
+@pytest.mark.parametrize("option", ["partition", "budgets"])
+def test_what_a_run_is_given_is_not_its_own(lab: Any, option: str) -> None:
+    lab.run(lab.job(rounds="1"))
+    path = lab.folder / "run" / {"partition": "partition.json", "budgets": "tiers.json"}[option]
+    before = path.read_bytes()
+    given: Any = f"file:{path}" if option == "partition" else str(path)
+    with pytest.raises(ConfigError, match=f"^--{option} .* belongs to the run in --output; copy it elsewhere"):
+        lab.run(lab.job(rounds="1"), **{option: given})
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_called_digits_is_not_taken_for_scikit_learns(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lab.folder)
+    for label in range(10):
+        for number in range(3):
+            path = lab.folder / "digits" / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 9 * number, np.uint8)).save(path)
+    job = lab.job(rounds="1", devices_per_round="2")
+    for number, data in enumerate(("./digits", "digits/", str(lab.folder / "digits"))):
+        (line,) = lab.run(job, f"run-{number}", data=data, clients=2)
+        assert line.samples == 30
+    with pytest.raises(ConfigError, match=r"give --data \./digits for that"):
+        lab.run(job, "other", data="digits", clients=2)
+
+
+def test_samples_without_a_client_are_told(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(simulate.Reporter, "say", lambda reporter, text: said.append(text))
+    lab.run(lab.job(rounds="1"))
+    assert any(each.startswith("1294 of 1438 samples are no client's, by --partition file:") for each in said)
+    said.clear()
+    lab.run(lab.job(rounds="1"), "all", clients=6)
+    assert not any("no client's" in each for each in said)
+
+
+def test_a_file_of_weights_that_has_changed_is_another_simulation(lab: Any) -> None:
+    lab.run(lab.job(rounds="1"), "first")
+    weights, other = (lab.folder / "first" / "weights" / f"round-000{number}.safetensors" for number in (0, 1))
+    mine = lab.folder / "w.safetensors"
+    mine.write_bytes(weights.read_bytes())
+    text = lab.job(rounds="1").read_text().replace('"digits-cnn"', '"digits-cnn"\nweights = "w.safetensors"')
+
+    def job() -> Path:
+        path = lab.job()
+        path.write_text(text)
+        return Path(path)
+
+    lab.run(job())
+    mine.write_bytes(other.read_bytes())
+    with pytest.raises(ConfigError, match="another simulation, with other weights;"):
+        lab.run(job())
+
+
+def test_the_code_of_a_model_beside_the_job_is_part_of_what_was_asked(lab: Any) -> None:
+    job = lab.job()
+    job.write_text(job.read_text().replace('"digits-cnn"', '"net:make"'))
+    options = Options(job=job, data="digits", output=lab.folder / "run", clients=2)
+    asked = []
+    for text in ("def make(): ...", "def make(): pass"):
+        (lab.folder / "net.py").write_text(text)
+        asked.append(setup._asked(options, simulate.job_of(options), "digits"))
+    assert asked[0].module and asked[0].module != asked[1].module
+    assert len({msgspec.structs.replace(each, module="") for each in asked}) == 1
+
+
+def test_a_simulation_runs_inside_of_a_running_event_loop(lab: Any) -> None:
+    """Such as that of a notebook."""
+    job = lab.job(rounds="1")
+
+    async def cell() -> Any:
+        return lab.run(job, "cell")
+
+    assert len(asyncio.run(cell())) == 1
+    lab.run(job)
+    assert lab.digests("cell") == lab.digests()
+
+
+def test_an_interruption_ends_a_simulation_inside_of_a_running_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[bool] = []
+
+    async def simulated() -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def cell() -> None:
+        simulate._run(simulated)
+
+    class Interrupting(simulate.ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            ended = super().submit(*args)
+
+            def result() -> None:
+                raise KeyboardInterrupt
+
+            ended.result = result  # type: ignore[assignment]
+            return ended
+
+    monkeypatch.setattr(simulate, "ThreadPoolExecutor", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(cell())
+    assert cancelled == [True]
+
+
+@pytest.mark.parametrize("retention", ["", "keep_best = false", "keep_best = false\nkeep_every = 2"])
+def test_weights_are_kept_as_a_coordinator_keeps_them(lab: Any, retention: str) -> None:
+    lines = lab.run(lab.job(rounds="6", sections=f"[retention]\nkeep_last = 1\n{retention}"))
+    held = {int(path.stem[-4:]) for path in (lab.folder / "run" / "weights").glob("round-*.safetensors")}
+    best = max(lines, key=lambda line: line.accuracy or 0.0).round
+    assert held == {0, 6} | ({best} if not retention else set()) | ({2, 4} if "every" in retention else set())
 
 
 @pytest.mark.parametrize(
@@ -243,7 +380,7 @@ def test_an_update_that_was_damaged_meanwhile_is_trained_again(lab: Any) -> None
 def test_nobody_who_can_train_is_told_with_the_reason(lab: Any) -> None:
     budgets = lab.folder / "reports.json"
     budgets.write_text('{"budget": {"budget_bytes": 1000}}')
-    with pytest.raises(JobError, match="no client can train this job"):
+    with pytest.raises(JobError, match=r"no client can train this job, as client-00\d: .* only 1000 B is free"):
         lab.run(lab.job(), budgets=budgets)
 
 

@@ -54,6 +54,10 @@ def test_dropping_out_is_decided_by_seed_round_client_and_attempt() -> None:
         ('{"client": "a", "available": [[5, 1]]}', "available from 5.0 to 1.0 is no time"),
         ('{"round": 1, "clients": ["x"]}', "there is no client 'x'"),
         ("nonsense", "line 1: "),
+        ('{"client": "a", "dropout": 1}\n{"client": "a"}', "line 2: there is another line about client 'a'"),
+        ('{"round": 2, "clients": ["a"]}\n{"round": 2, "clients": []}', "line 2: there is another line about round 2"),
+        ('{"round": 0, "clients": ["a"]}', "rounds count from 1, this is 0"),
+        ('{"round": 1, "clients": ["*"]}', "name clients here"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, message: str) -> None:
