@@ -30,6 +30,7 @@ class Scale:
         images: of the training images, or rows; 0 for all of scikit-learn's digits instead.
         mean, std: of every channel.
         rows: lines of a job that stand for these and the shape where the data are rows, from the classes on.
+        training: further lines of its section [training].
     """
 
     model: str
@@ -44,8 +45,8 @@ class Scale:
     seeds: tuple[int, ...]
     mean: float = 0.29
     std: float = 0.33
-    optimizer: str = "sgd"
     rows: str = ""
+    training: str = ""
 
 
 JOB = """\
@@ -62,7 +63,6 @@ name = "{model}"
 [training]
 batch = {batch}
 local_epochs = {epochs}
-optimizer = "{optimizer}"
 learning_rate = {rate}
 learning_rate_end = {rate_end}
 {training}
@@ -103,12 +103,13 @@ def job_text(
         training: further lines of its section [training].
         rate_end: the learning rate of the last round, to which it falls.
     """
+    training = f"{training}\n{scale.training}" if scale.training else training
     shape, channels = list(scale.input_shape), scale.input_shape[0]
     images = IMAGES.format(shape=shape, mean=[scale.mean] * channels, std=[scale.std] * channels)
     return JOB.format(
         name=name, rounds=scale.rounds, drawn=scale.drawn, seed=seed, policy=policy, model=scale.model,
-        inputs=scale.rows or images, batch=scale.batch, epochs=scale.epochs, optimizer=scale.optimizer,
-        rate=scale.rate, rate_end=rate_end, training=training, data=json.dumps(data),
+        inputs=scale.rows or images, batch=scale.batch, epochs=scale.epochs, rate=scale.rate,
+        rate_end=rate_end, training=training, data=json.dumps(data),
     )  # fmt: skip
 
 

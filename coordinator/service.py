@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ from fedepth.job import training_spec
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
 SPREAD_MS = 1_000  # reconnects of many devices are spread over this
+VERIFIED_S = 10.0  # so long a file that was found sound counts as sound
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +52,8 @@ class FederationService(FederationServicer):
         self._survey: Survey | None = None
         self._stall_s = stall_s
         self._data = DeviceData()
+        self._verifying = asyncio.Lock()
+        self._verified: dict[str, float] = {}  # when, by digest
 
     def ask(self, survey: Survey) -> None:
         """Answers devices as this survey does, until there is a job."""
@@ -143,12 +147,22 @@ class FederationService(FederationServicer):
                 more = ProtocolError(f"{total} bytes in {len(ranges)} ranges of a file of {source.size_bytes} bytes")
                 await _abort(context, grpc.StatusCode.OUT_OF_RANGE, more)
             if asked.verify:
-                await self._read(asked.digest, source.verify)
+                await self._verify(asked.digest, source.verify)
             pieces = await self._read(asked.digest, source.pieces, ranges)
             try:
                 await self._send(asked, pieces, total, context)
             finally:
                 await asyncio.to_thread(pieces.close)
+
+    async def _verify(self, digest: str, verify: Callable[[], None]) -> None:
+        """Reads a file as a whole and compares its digest. That costs whoever asks a few bytes, so it is done for one
+        file at a time, and not again for a while."""
+        async with self._verifying:
+            now = time.monotonic()
+            self._verified = {each: at for each, at in self._verified.items() if now < at + VERIFIED_S}
+            if digest not in self._verified:
+                await self._read(digest, verify)
+                self._verified[digest] = time.monotonic()
 
     async def _send(
         self, asked: pb.FetchFileRequest | None, pieces: Pieces, total_bytes: int, context: Context

@@ -135,6 +135,8 @@ def enroll(
         print_json({"name": facts.name, "id": facts.uri, "not_after": int(facts.not_after), "bundle": str(path)})
         return
     print(f"this device is {printable(facts.name)} until {day(facts.not_after)}, and renews its certificate before")
+    if bundle is not None:
+        print(f"delete {printable(str(bundle))} now: whoever can read it can be this device")
 
 
 @app.command(epilog=examples("fedepth-client probe --json"))

@@ -81,7 +81,7 @@ def enroll_with_bundle(bundle: Path, state: Path) -> Facts:
         TrustError: it cannot be used, or this device has another id already.
         DiskError, StateError: the state folder cannot be used.
     """
-    identity = read_identity(bundle)
+    identity = read_identity(bundle, carried=True)
     facts = facts_of(identity)
     role, identifier = parse_uri(facts.uri)
     if role is not Role.DEVICE:

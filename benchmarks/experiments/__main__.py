@@ -101,8 +101,9 @@ _PRERESNET = Scale("preresnet20", (1, 16, 16), 4000, 20, 5, 40, 2, 32, 0.1, (1, 
 _QUICK = replace(_PRERESNET, images=0, clients=8, drawn=2, rounds=4, seeds=(1,))
 # So many epochs that eight times as many can be run.
 _EPOCHS = replace(_PRERESNET, epochs=1)
-_TEXT = replace(_PRERESNET, model="text-transformer", rate=1e-3, optimizer="adamw", rows=rows.AG_NEWS)
-_TABLE = replace(_PRERESNET, model="table-resnet", rate=1e-3, optimizer="adamw", rows=rows.DIAMONDS)
+_ADAMW = 'optimizer = "adamw"'
+_TEXT = replace(_PRERESNET, model="text-transformer", rate=1e-3, training=_ADAMW, rows=rows.AG_NEWS)
+_TABLE = replace(_PRERESNET, model="table-resnet", rate=1e-3, training=_ADAMW, rows=rows.DIAMONDS)
 _CIFAR10 = replace(_PRERESNET, input_shape=(3, 16, 16), images=10_000, mean=0.47, std=0.25)
 _FEW: Mapping[str, Any] = {"images": 400, "clients": 8, "drawn": 2, "rounds": 4, "seeds": (1,)}
 _LENET = Scale("lenet:lenet", (1, 28, 28), 60_000, 10, 10, 50, 10, 64, 0.01, (1,), mean=0.0, std=1.0)

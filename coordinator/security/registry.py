@@ -87,7 +87,7 @@ class Registry:
     """The record of one authority. Every method opens the file and closes it, and may be called in any thread."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
+        self._path = path.absolute()  # as seen from here, wherever the process goes
         self._clock = clock
 
     def create(self) -> None:
@@ -321,7 +321,7 @@ class Registry:
         """
         shown = printable(str(self._path))
         try:
-            database = sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)
+            database = sqlite3.connect(f"{self._path.as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)
             try:
                 database.isolation_level = None
                 database.execute("PRAGMA synchronous = EXTRA")

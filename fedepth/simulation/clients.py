@@ -99,8 +99,10 @@ def load_budgets(path: Path) -> tuple[Tier, ...]:
             calibration = msgspec.convert(report.get("calibration") or {}, Calibration)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}: {error}") from None
-        name = str(report.get("name") or f"device {number}")
-        found.append(Tier(printable(name[:60]), size, "a report", 0, calibration))
+        name = printable(str(report.get("name") or f"device {number}")[:60])
+        same = sum(each.name.rpartition(" (")[0] == name or each.name == name for each in found)
+        # Of one name, they would be one tier in the record.
+        found.append(Tier(f"{name} ({same + 1})" if same else name, size, "a report", 0, calibration))
     if not found:
         raise ConfigError(f"--budgets: {printable(str(path))} holds no report")
     return tuple(found)

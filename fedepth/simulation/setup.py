@@ -176,6 +176,11 @@ async def set_up(options: Options, config: JobConfig, record: Record, say: Say) 
             tiers = await _tiers(options, config, record, ask, say)
         record.write("prepared.json", prepared)
         record.write("tiers.json", tiers)
+    if options.budgets is not None and len(tiers) > len(partition.clients):
+        say(
+            f"--budgets has {len(tiers)} reports for {len(partition.clients)} clients: the first "
+            f"{len(partition.clients)} are used"
+        )
     clients = make_clients(partition, tiers, seed, plans)
     training = training_spec(config, 1)
     check_pinned(plans, clients, read_costs(record.folder / "graph.json").of(training), training)

@@ -102,8 +102,12 @@ def parse_uri(uri: str) -> tuple[Role, str]:
     return Role(kind), identifier
 
 
-def read_identity(path: Path) -> Identity:
+def read_identity(path: Path, *, carried: bool = False) -> Identity:
     """What a bundle holds; see `write_identity`.
+
+    Args:
+        carried: it is on its way to where it will be used, perhaps on a stick whose file system knows no owners: others
+            may read it here.
 
     Raises:
         TrustError: it is missing, others may read it, or it holds something else.
@@ -115,12 +119,12 @@ def read_identity(path: Path) -> Identity:
             text = file.read(_MOST_BUNDLE_BYTES + 1)
     except OSError as error:
         raise TrustError(f"{shown} cannot be read: {error.strerror or error}") from None
-    if stat.S_IMODE(facts.st_mode) & 0o077:
+    if not carried and stat.S_IMODE(facts.st_mode) & 0o077:
         raise TrustError(
             f"{shown} holds a private key, and others may read or change it (mode {stat.S_IMODE(facts.st_mode):04o}); "
             f"make it yours alone: chmod 600 {shown}"
         )
-    if facts.st_uid not in (os.geteuid(), 0):
+    if not carried and facts.st_uid not in (os.geteuid(), 0):
         raise TrustError(f"{shown} holds a private key and belongs to another user (uid {facts.st_uid}); chown it")
     blocks = [(match["kind"], match[0]) for match in _BLOCK.finditer(text)]
     if [kind for kind, _ in blocks] != [b"PRIVATE KEY", b"CERTIFICATE", b"CERTIFICATE"]:

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import structlog
 from fedepth_wire.channel import SERVER_OPTIONS, open_channel
+from fedepth_wire.chunks import Source
 from fedepth_wire.convert import to_message
 from fedepth_wire.report_messages import report_message
 from fedepth_wire.task_messages import task_of
@@ -22,6 +23,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from msgspec import structs
 
+from coordinator import service
 from coordinator.job import Job
 from coordinator.service import FederationService
 from coordinator.store.records import Store
@@ -343,6 +345,27 @@ async def fetch(rig: Rig, digest: str, size: int, *, verify: bool = True) -> byt
     wanted = [pb.Range(begin=0, end=size)]
     request = pb.FetchFileRequest(digest=digest, ranges=wanted, credit_bytes=size, verify=verify)
     return b"".join([chunk.data for chunk in await chunks(rig, request)])
+
+
+def test_a_file_is_looked_at_once_for_all_who_doubt_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for it spends a few bytes, and a large model takes seconds to read."""
+    looks: list[Path] = []
+    verify = Source.verify
+
+    def counted(source: Source) -> None:
+        looks.append(Path())
+        verify(source)
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(Source, "verify", counted)
+        digest = rig.kit.sha256(WEIGHTS)
+        assert await asyncio.gather(*(fetch(rig, digest, len(WEIGHTS)) for _ in range(8))) == [WEIGHTS] * 8
+        assert len(looks) == 1
+        monkeypatch.setattr(service, "VERIFIED_S", 0)  # some time later
+        await fetch(rig, digest, len(WEIGHTS))
+        assert len(looks) == 2
+
+    play(scene)
 
 
 def test_a_call_that_meets_a_state_that_cannot_be_used_is_logged_in_a_sentence(

@@ -51,6 +51,12 @@ def test_budgets_are_what_devices_report(tmp_path: Path, form: str) -> None:
     assert found[-1].calibration.fixed_bytes == (found[0].calibration.fixed_bytes if form == "indented" else 7)
 
 
+def test_devices_of_one_name_are_tiers_of_their_own(tmp_path: Path) -> None:
+    reports = [{"name": "pi", "budget": {"budget_bytes": size}} for size in (1, 2, 3)]
+    (tmp_path / "reports.json").write_text(json.dumps(reports))
+    assert [tier.name for tier in load_budgets(tmp_path / "reports.json")] == ["pi", "pi (2)", "pi (3)"]
+
+
 def test_budgets_may_be_the_tiers_of_another_run(tmp_path: Path) -> None:
     tiers = (Tier("1/6", 100, "measured", 90), Tier("1", 700, "measured", 600))
     (tmp_path / "tiers.json").write_bytes(msgspec.json.encode(tiers))

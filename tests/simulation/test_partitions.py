@@ -142,6 +142,7 @@ def test_what_was_saved_is_read_again_and_checked(tmp_path: Path) -> None:
     ("how", "message"),
     [
         ("halves", "--partition 'halves': there are iid, dirichlet:ALPHA"),
+        ("iid:0.3", "--partition iid: stands alone, without '0.3'"),
         ("dirichlet", "alpha must be a number above 0, is ''"),
         ("dirichlet:-1", "a finite alpha -1.0 > 0"),
         ("shards:x", "must be a whole number, is 'x'"),
