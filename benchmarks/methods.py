@@ -85,6 +85,8 @@ def main(
     methods: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
     images: Annotated[int, typer.Option(min=0, help="Training images instead of the usual number.")] = 0,
     batch: Annotated[int, typer.Option(min=0, help="Instead of the usual batch.")] = 0,
+    epochs: Annotated[int, typer.Option(min=0, help="Local epochs instead of the usual number.")] = 0,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rate instead of the usual one.")] = 0.0,
     partition: Annotated[str, typer.Option(help="As of fedepth simulate.")] = PARTITION,
     seeds: Annotated[str, typer.Option(help="Instead of the usual seeds, separated by commas.")] = "",
     folder: Annotated[Path, typer.Option(help="For data and runs.")] = Path("runs/methods"),
@@ -93,8 +95,10 @@ def main(
     console = Console()
     scale = QUICK if quick else FULL
     scale = replace(scale, images=images or scale.images, batch=batch or scale.batch)
+    scale = replace(scale, epochs=epochs or scale.epochs, rate=rate or scale.rate)
     scale = replace(scale, seeds=tuple(map(int, seeds.split(","))) if seeds else scale.seeds)
-    folder = (folder / ("quick" if quick else f"full-{scale.images}-{scale.batch}-{partition}")).resolve()
+    full = f"full-{scale.images}-{scale.batch}-{scale.epochs}-{scale.rate:g}-{partition}"
+    folder = (folder / ("quick" if quick else full)).resolve()
     unknown = sorted(set(methods.split(",")) - {"", *METHODS})
     if unknown:
         raise SystemExit(f"--methods {', '.join(unknown)}: there are {', '.join(METHODS)}")

@@ -25,6 +25,7 @@ from fedepth.task import DeviceReport
 MOST_BYTES = 64 << 20  # of all devices together
 MOST_DEVICES = 20_000
 MOST_NAMES = 500_000  # that are kept as they were read, some 100 bytes each; others are read again
+_FEW_NAMES = 1000  # which are read faster than a thread begins
 
 Classes = Sequence[str] | None
 
@@ -87,6 +88,9 @@ class DeviceData:
         """
         check_message(message)
         if not message.data_digest:
+            names = len(message.class_counts) + len(message.class_names) + len(message.folder_names)
+            if names <= _FEW_NAMES:
+                return _read(message, None, classes)
             return await asyncio.to_thread(_read, message, None, classes)
         content = self.find(message.device_id, message.data_digest)
         if content is None:
