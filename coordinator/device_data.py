@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from fedepth_wire.bounds import CHUNK_BYTES, check_message
 from fedepth_wire.convert import from_message
-from fedepth_wire.report_messages import MOST_DATA_BYTES, put_into
+from fedepth_wire.report_messages import DATA_FIELDS, INLINE_BYTES, MOST_DATA_BYTES, put_into
 from fedepth_wire.v1 import federation_pb2 as pb
 
 from coordinator.admission import counted_for
@@ -25,7 +25,6 @@ from fedepth.task import DeviceReport
 MOST_BYTES = 64 << 20  # of all devices together
 MOST_DEVICES = 20_000
 MOST_NAMES = 500_000  # that are kept as they were read, some 100 bytes each; others are read again
-_FEW_NAMES = 1000  # which are read faster than a thread begins
 
 Classes = Sequence[str] | None
 
@@ -88,10 +87,10 @@ class DeviceData:
         """
         check_message(message)
         if not message.data_digest:
-            names = len(message.class_counts) + len(message.class_names) + len(message.folder_names)
-            if names <= _FEW_NAMES:
-                return _read(message, None, classes)
-            return await asyncio.to_thread(_read, message, None, classes)
+            counted = sum(len(getattr(message, name)) for name in DATA_FIELDS)
+            if counted > INLINE_BYTES:  # each takes a byte and more; reading them takes the loop's time
+                raise ProtocolError(f"a report has {counted} names and counts; more than {INLINE_BYTES} go by digest")
+            return _read(message, None, classes)
         content = self.find(message.device_id, message.data_digest)
         if content is None:
             return None

@@ -71,7 +71,6 @@ class Uploads:
         self._base = base
         self._training = training
         self._learn_norms = learn_norms
-        self._declared: dict[Path, dict[tuple[int, bool], int]] = {}  # bytes by part, and whether it is whole
         self._streams: dict[Path, object] = {}
         self._growing: dict[Path, PartialFile] = {}  # by what they will be called
         self._digests = Digests()  # of whole parts
@@ -157,6 +156,9 @@ class Uploads:
             return None
         if await self._store.short(self._store.update, header.task_id) is not None:
             raise late(header.task_id)  # recorded while this stream waited: nothing here may change any more
+        total = await self._claimed(whole) + header.size_bytes
+        if total > self.limit_bytes:
+            raise UpdateError("size", f"parts of {total} bytes together, allowed are {self.limit_bytes}")
         if not await asyncio.to_thread(whole.parent.exists):
             others = await asyncio.to_thread(self._store.files.spooled_attempts, header.task_id)
             for other in others[:-1]:
@@ -165,6 +167,21 @@ class Uploads:
         await asyncio.to_thread(_make_ready, whole, path)
         self._growing[whole] = growing
         return growing
+
+    async def _claimed(self, whole: Path) -> int:
+        """Bytes that are in the folder of an attempt, or on their way into it, beside those of a part that begins.
+
+        What is whole of that part counts: it stays until it is replaced. What was growing of it goes.
+        """
+        growing = {
+            each.path: each.size_bytes
+            for other, each in self._growing.items()
+            if other.parent == whole.parent and other != whole
+        }
+        there = await asyncio.to_thread(_sizes, whole.parent)
+        own = f"{whole.stem}."
+        goes = {path for path in there if path.suffix == ".partial" and path.name.startswith(own)}
+        return sum({path: size for path, size in {**there, **growing}.items() if path not in goes}.values())
 
     def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
         """Whether there is something to receive, and room for it."""
@@ -182,10 +199,8 @@ class Uploads:
     async def _seal(self, header: PartHeader, growing: PartialFile, whole: Path) -> None:
         if await self._store.short(self._store.update, header.task_id) is None:  # what is recorded never changes
             await asyncio.to_thread(_seal, growing, whole, self._digests)
-            sizes = self._declared.get(whole.parent, {})
-            sizes[header.part, True] = header.size_bytes
-            sizes.pop((header.part, False), None)
-        self._growing.pop(whole, None)
+        if self._growing.get(whole) is growing:
+            del self._growing[whole]
 
     async def commit(self, result: Result) -> bool:
         """Checks and records an update. True if it is new, False if it was recorded before.
@@ -226,7 +241,6 @@ class Uploads:
 
     def forget_round(self) -> None:
         """Drops what is remembered of uploads; for when a round has closed."""
-        self._declared.clear()
         self._growing.clear()
         self._scales.clear()
         self._locks = {task: lock for task, lock in self._locks.items() if lock.locked()}
@@ -286,14 +300,8 @@ class Uploads:
             raise ProtocolError(f"{header.digest[:80]!r} is not a sha256 in hex")
         if header.size_bytes <= 0:
             raise ProtocolError(f"a part of {header.size_bytes} bytes")
-        folder = self._store.files.spool(header.task_id, header.attempt)
-        held = {} if folder in self._declared else await asyncio.to_thread(_sizes, folder)
-        declared = self._declared.setdefault(folder, held)
-        growing = header.part, False
-        total = sum(size for part, size in declared.items() if part != growing) + header.size_bytes
-        if total > self.limit_bytes:
-            raise UpdateError("size", f"parts of {total} bytes together, allowed are {self.limit_bytes}")
-        declared[growing] = header.size_bytes
+        if header.size_bytes > self.limit_bytes:
+            raise UpdateError("size", f"a part of {header.size_bytes} bytes, allowed are {self.limit_bytes}")
 
     def _recorded_part(self, task_id: str, part: int, digest: str) -> PartInfo | None:
         result = self._store.update(task_id)
@@ -305,7 +313,6 @@ class Uploads:
 
     def _forget(self, task_id: str, attempt: int) -> None:
         folder = self._store.files.spool(task_id, attempt)
-        self._declared.pop(folder, None)
         self._growing = {whole: each for whole, each in self._growing.items() if whole.parent != folder}
 
 
@@ -338,13 +345,9 @@ def _seal(growing: PartialFile, whole: Path, digests: Digests) -> None:
         digests.note(whole, growing.digest)
 
 
-def _sizes(folder: Path) -> dict[tuple[int, bool], int]:
-    """What a spool holds after a restart, by part: whole, and what grows beside that with another digest."""
-    sizes: dict[tuple[int, bool], int] = {}
-    for path in filter(is_own_file, folder.glob("part-*")):
-        key = int(path.name[5:9]), path.suffix != ".partial"
-        sizes[key] = max(sizes.get(key, 0), path.stat().st_size)
-    return sizes
+def _sizes(folder: Path) -> dict[Path, int]:
+    """What is there of all parts, whole or growing; nothing where there is no such folder."""
+    return {path: path.stat().st_size for path in folder.glob("part-*") if is_own_file(path)}
 
 
 def _part_path(folder: Path, part: int) -> Path:

@@ -15,9 +15,9 @@ meets them is broken or hostile, and well below what would keep a coordinator fr
     Renew           one in months                                      1 in 20 s, 5 at once
     operators'      by hand, or by a program that watches              50 a second, 200 at once
 
-A stream costs by its messages: agents send and get some hundred a second at most, of 512 bytes and more. Of all
-streams of one device 500 a second are read or written, 2,000 at once. Others are not refused but wait, which holds up
-that device alone.
+A stream costs by its messages: agents send and get some hundred a second at most on any link that is measured, of 512
+bytes and more. Of all streams of one device 1,000 a second are read or written, 4,000 at once. Others are not refused
+but wait, which holds up that device alone.
 
 Calls that last count as well: a device whose link is cut on one side only comes back while its old calls still seem to
 go on, so that of too many the oldest is ended, not the newest refused.
@@ -63,7 +63,7 @@ _SAYING = Limit(5, 60, 8)
 _OPERATOR = Limit(50, 200, 16)
 _MESSAGES = "messages of streams"
 LIMITS = {
-    _MESSAGES: Limit(500, 2000, 0),
+    _MESSAGES: Limit(1000, 4000, 0),
     "NextTask": Limit(5, 100, 2),
     "FetchFile": _STREAM,
     "UploadPart": _STREAM,

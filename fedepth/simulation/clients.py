@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,23 @@ def load_budgets(path: Path) -> tuple[Tier, ...]:
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}: {error}") from None
         name = printable(str(report.get("name") or f"device {number}")[:60])
-        same = sum(each.name.rpartition(" (")[0] == name or each.name == name for each in found)
-        # Of one name, they would be one tier in the record.
-        found.append(Tier(f"{name} ({same + 1})" if same else name, size, "a report", 0, calibration))
+        found.append(Tier(name, size, "a report", 0, calibration))
     if not found:
         raise ConfigError(f"--budgets: {printable(str(path))} holds no report")
-    return tuple(found)
+    return tuple(_named_apart(found))
+
+
+def _named_apart(tiers: Sequence[Tier]) -> Iterator[Tier]:
+    """The same, each with a name of its own: those of one name would be one in the record."""
+    taken = {tier.name for tier in tiers}
+    seen: set[str] = set()
+    for tier in tiers:
+        name = tier.name
+        if name in seen:
+            name = next(each for n in count(2) if (each := f"{tier.name} ({n})") not in taken)
+            taken.add(name)
+        seen.add(name)
+        yield msgspec.structs.replace(tier, name=name)
 
 
 def _tier(fields: dict[str, Any], where: str) -> Tier:

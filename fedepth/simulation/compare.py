@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 
 from fedepth.errors import ConfigError, StateError
 from fedepth.printable import printable, quoted
+from fedepth.simulation.clients import FULL
 from fedepth.simulation.partitions import FROM_FILES
 from fedepth.simulation.record import Asked, Record, RoundLine
 
@@ -145,7 +147,13 @@ def _same_partition(one: Asked, other: Asked) -> bool:
 
 def _same_memory(one: Asked, other: Asked) -> bool:
     """What was measured in a run may be given to the next."""
-    return one.tiers == other.tiers or bool(one.budgets or other.budgets)
+    if bool(one.budgets) == bool(other.budgets):
+        return (one.tiers, one.budgets) == (other.tiers, other.budgets)
+    return (other if one.budgets else one).tiers != FULL
+
+
+def _same_field(field: str, one: Asked, other: Asked) -> bool:
+    return bool(getattr(one, field) == getattr(other, field))
 
 
 _SAME: Mapping[str, Callable[[Asked, Asked], bool]] = {
@@ -153,7 +161,10 @@ _SAME: Mapping[str, Callable[[Asked, Asked], bool]] = {
     "data": lambda one, other: one.data == other.data,
     "partition": _same_partition,
     "tiers": _same_memory,
-    "clients": lambda one, other: one.clients == other.clients,
+    **{
+        field: partial(_same_field, field)
+        for field in ("clients", "trace", "plans", "weights", "tokenizer", "module", "enforce", "threads")
+    },
 }
 
 

@@ -200,8 +200,8 @@ class Record:
 
     def _check_empty(self) -> None:
         """Sees that nothing lies here that a run could delete or go on from."""
-        ours = (LOCK, f".{_RUN}.")
-        found = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
+        names = (path.name for path in self.folder.iterdir())
+        found = sorted(name for name in names if name != LOCK and not name.startswith(f".{_RUN}."))
         if found:
             raise ConfigError(
                 f"--output {printable(str(self.folder))} is no simulation's folder: it holds {printable(found[0])}"
@@ -210,8 +210,8 @@ class Record:
 
     def _delete_unfinished(self) -> None:
         """Deletes what is left of writes that were cut short (fedepth.files.replacing)."""
-        names = (_RUN, "graph.json", *MADE_FIRST)
-        leftovers = [path for name in names for path in self.folder.glob(f".{name}.*.tmp")]
+        names = (_RUN, "graph.json", "data-check", "accuracy.png", *MADE_FIRST)
+        leftovers = [path for name in names for path in self.folder.glob(f".{name}*.tmp")]
         for name in ("weights", "updates", "clients"):
             leftovers += (self.folder / name).rglob(".*.tmp")
         for leftover in leftovers:

@@ -498,10 +498,12 @@ class Run:
         return line, in_force
 
     def _keep_weights(self, lines: Sequence[RoundLine]) -> None:
-        """Deletes weights as a coordinator does ([retention]), but for the first and for a round that is played."""
+        """Deletes weights as a coordinator does ([retention]), but for the first, and averages that were not published
+        among the last `keep_last` numbers."""
         retention, last = self._config.retention, lines[-1]
         published = [line for line in lines if line.published]
         kept = {0, last.weights_round, *range(max(0, last.round - retention.keep_last + 1), last.round + 2)}
+        kept.update(line.round for line in published[-retention.keep_last :])
         evaluated = [(line.accuracy, -line.round) for line in published if line.accuracy is not None]
         if retention.keep_best and evaluated:
             kept.add(-max(evaluated)[1])

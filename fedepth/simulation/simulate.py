@@ -91,12 +91,12 @@ def _check(options: Options) -> None:
     """What cannot be done, whether it was said on a command line or to the library."""
     if options.budgets is not None and options.tiers != FULL:
         raise ConfigError("--budgets and --tiers both say how much memory clients have; give one of them")
-    if options.data == DIGITS and Path(DIGITS).exists():
+    output = options.output.resolve()
+    if options.data == DIGITS and Path(DIGITS).is_dir() and Path(DIGITS).resolve() != output:
         raise ConfigError(
             f"--data {DIGITS} means scikit-learn's digits, and there is a folder of this name: give --data ./{DIGITS} "
             "for that, or go to another folder for the others"
         )
-    output = options.output.resolve()
     for name, path in (
         ("partition", file_of(options.partition)),
         ("budgets", options.budgets),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fedepth_wire.convert import from_message
+from fedepth_wire.convert import from_message, to_message
 from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
 from fedepth_wire.v1 import federation_pb2 as pb
 
@@ -179,6 +179,12 @@ def test_what_a_device_says_of_its_data_is_read_once_for_each_digest_and_job(
     assert asked(message, ["cat"]).sample_count == 4000 and len(reads) == 3
     send(held, other_data)
     assert asked(other, ["cat"]).sample_count == 4004 and len(reads) == 4
+
+
+def test_what_a_message_may_hold_by_itself_is_what_agents_put_there(kit: Any) -> None:
+    report = replace(kit.report("a"), folder_names=("a",) * 5000, folder_counts=(1,) * 5000)
+    with pytest.raises(ProtocolError, match=r"has 1000\d names and counts; more than 8192 go by digest"):
+        asyncio.run(DeviceData().report(to_message(report, pb.DeviceReport), ["a"]))
 
 
 def test_what_is_kept_as_it_was_read_is_bounded(kit: Any) -> None:

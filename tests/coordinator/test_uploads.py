@@ -484,6 +484,40 @@ def test_a_whole_part_counts_beside_one_of_another_digest(setup: Setup) -> None:
         assert caught.value.reason == "size"
 
 
+def test_parts_that_come_beside_one_that_is_being_sealed_count(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large part begins while a small one of the same number is made durable, again and again."""
+    size = setup.uploads.limit_bytes * 2 // 3
+    seal = uploads_module._seal
+    sealing, begun = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> None:
+        sealing.set()
+        begun.wait(0.2)
+        seal(*args)
+
+    async def both(part: int) -> None:
+        sealing.clear()
+        small = asyncio.ensure_future(setup.receive(setup.header(b"x", part=part), b"x"))
+        await asyncio.to_thread(sealing.wait, 10)
+        large = bytes(size)
+        results = await asyncio.gather(
+            small, setup.receive(setup.header(large, part=part), large, end=500), return_exceptions=True
+        )
+        assert not isinstance(results[0], Exception) or isinstance(results[0], ProtocolError), results
+
+    monkeypatch.setattr(uploads_module, "_seal", slow)
+    asyncio.run(both(0))
+    with pytest.raises(UpdateError, match="bytes together"):
+        setup.send(setup.header(bytes(size), part=1), bytes(size), end=500)
+
+
+def test_a_whole_part_that_is_sent_again_counts_once(setup: Setup) -> None:
+    size = setup.uploads.limit_bytes * 3 // 5
+    for _ in range(3):
+        setup.send(setup.header(bytes(size)), bytes(size))
+    assert setup.send(setup.header(DATA, part=1)) != []
+
+
 def test_other_attempts_change_nothing_of_what_is_recorded(setup: Setup) -> None:
     setup.store.record_task(setup.kit.task(attempt=3))
     setup.send(setup.header())

@@ -52,9 +52,12 @@ def test_budgets_are_what_devices_report(tmp_path: Path, form: str) -> None:
 
 
 def test_devices_of_one_name_are_tiers_of_their_own(tmp_path: Path) -> None:
-    reports = [{"name": "pi", "budget": {"budget_bytes": size}} for size in (1, 2, 3)]
+    names = ["pi (2)", "pi", "pi", "pi", "pi (left)"]
+    reports = [{"name": name, "budget": {"budget_bytes": size}} for size, name in enumerate(names)]
     (tmp_path / "reports.json").write_text(json.dumps(reports))
-    assert [tier.name for tier in load_budgets(tmp_path / "reports.json")] == ["pi", "pi (2)", "pi (3)"]
+    found = load_budgets(tmp_path / "reports.json")
+    assert [tier.name for tier in found] == ["pi (2)", "pi", "pi (3)", "pi (4)", "pi (left)"]
+    assert [tier.budget_bytes for tier in found] == [0, 1, 2, 3, 4]
 
 
 def test_budgets_may_be_the_tiers_of_another_run(tmp_path: Path) -> None:

@@ -97,12 +97,15 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         ({"job_file": "[job]\nseed = 2\nrounds = 8\n"}, "differ in job file;"),
         ({"partition": "csv:b.csv x"}, "differ in partition;"),
         ({"clients": 2}, "differ in clients;"),
+        ({"budgets": "[1]"}, "differ in tiers;"),  # beside one without a limit
+        *[({field: "x"}, f"differ in {field};") for field in ("trace", "plans", "weights", "tokenizer", "module")],
+        ({"enforce": True, "threads": 2}, "differ in enforce and threads;"),
     ],
 )
 def test_runs_of_a_name_that_are_no_seeds_of_one_set_up_are_not_averaged(
     tmp_path: Path, changes: dict[str, Any], why: str
 ) -> None:
-    job = {"job_file": "[job]\nseed = 1\nrounds = 9\n", "partition": "file:a.json x"}
+    job = {"job_file": "[job]\nseed = 1\nrounds = 9\n", "partition": "file:a.json x", "tiers": "full"}
     one = run(tmp_path, "deep", 1, [line(1, 0.5)], **job)
     fields = {**job, "job_file": "[job]\nseed = 2\nrounds = 9\n", **changes}
     other = run(tmp_path / "other", "deep", fields.pop("seed", 2), [line(1, 0.7)], **fields)

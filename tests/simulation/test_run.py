@@ -18,7 +18,7 @@ from fedepth.errors import ConfigError, DataError, DiskError, DivergedError, Job
 from fedepth.peers import Peers
 from fedepth.plan import CachePlace, PeakComponents, Plan, Policy, Stage
 from fedepth.residuals import Residuals
-from fedepth.simulation import setup, simulate
+from fedepth.simulation import run, setup, simulate
 from fedepth.simulation.setup import Options
 from fedepth.simulation.worker import process
 from fedepth.simulation.worker.protocol import Evaluate, Request, Train
@@ -161,6 +161,12 @@ def test_a_folder_that_is_called_digits_is_not_taken_for_scikit_learns(
         lab.run(job, "other", data="digits", clients=2)
 
 
+def test_a_run_may_be_called_digits_and_goes_on(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lab.folder)
+    lines = lab.run(lab.job(rounds="1"), "digits")
+    assert (lab.folder / "digits").is_dir() and lab.run(lab.job(rounds="1"), "digits") == lines
+
+
 def test_samples_without_a_client_are_told(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(simulate.Reporter, "say", lambda reporter, text: said.append(text))
@@ -248,6 +254,19 @@ def test_weights_are_kept_as_a_coordinator_keeps_them(lab: Any, retention: str) 
     held = {int(path.stem[-4:]) for path in (lab.folder / "run" / "weights").glob("round-*.safetensors")}
     best = max(lines, key=lambda line: line.accuracy or 0.0).round
     assert held == {0, 6} | ({best} if not retention else set()) | ({2, 4} if "every" in retention else set())
+
+
+def test_weights_in_force_are_kept_beside_rounds_that_were_not_published(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds are published and three are not; a rollback by hand needs the round before the last in force."""
+    answers = iter(["", "", "", "no", "no", "no"])
+    monkeypatch.setattr(run, "objection", lambda *_: next(answers))
+    job = lab.job(rounds="6", sections="[retention]\nkeep_last = 2\nkeep_best = false\n[guard]\npause_after = 9")
+    lines = lab.run(job)
+    assert [line.published for line in lines] == [True] * 3 + [False] * 3
+    held = {int(path.stem[-4:]) for path in (lab.folder / "run" / "weights").glob("round-*.safetensors")}
+    assert {0, 2, 3} <= held and 1 not in held
 
 
 @pytest.mark.parametrize(
