@@ -1,7 +1,8 @@
 """Depth-wise fine-tuning of a pretrained Vision Transformer, by tiers of memory.
 
-    python -m benchmarks.fine_tuning --images DIR --json FILE          ViT-Tiny, 100 + 100 classes: many hours
-    python -m benchmarks.fine_tuning --images DIR --quick --json FILE  a few classes and rounds: minutes
+    python -m benchmarks.fine_tuning --images DIR --json FILE           ViT-Tiny, 100 + 100 classes: many hours
+    python -m benchmarks.fine_tuning --images DIR --coarse --json FILE  the same with 2×2 patches of 16 pixels: an hour
+    python -m benchmarks.fine_tuning --images DIR --quick --json FILE   and a few classes and rounds: minutes
 
 DIR holds Tiny-ImageNet as DIR/train/WNID and DIR/val/WNID. The model is pretrained on the last classes in the order of
 their names, which the task does not use, and then fine-tuned in a federation on the first ones. Clients have one of the
@@ -76,7 +77,9 @@ class Scale:
 
 
 FULL = Scale("vit-tiny", 100, 500, 50, 40, 20, 4, 40, 64)
-QUICK = Scale("timm:vit_tiny_patch16_224", 4, 50, 20, 4, 4, 4, 3, 25)  # of 2×2 patches
+_COARSE = "timm:vit_tiny_patch16_224"  # at 32 pixels 2×2 patches, a sixteenth of the work
+COARSE = Scale(_COARSE, 100, 500, 50, 12, 20, 4, 16, 64)
+QUICK = Scale(_COARSE, 4, 50, 20, 4, 4, 4, 3, 25)
 
 # name: begins with the pretrained weights, all clients at full depth, what is trained
 METHODS: dict[str, tuple[bool, bool, TuningSection]] = {
@@ -243,14 +246,15 @@ def pretrained(images: Path, names: Sequence[str], scale: Scale, folder: Path, c
 def main(
     images: Annotated[Path, typer.Option(help="Tiny-ImageNet: train/WNID and val/WNID.", file_okay=False, exists=True)],
     output: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
-    quick: Annotated[bool, typer.Option(help="A few classes, a smaller grid of patches, a few rounds.")] = False,
+    coarse: Annotated[bool, typer.Option(help="A smaller grid of patches, fewer epochs and rounds.")] = False,
+    quick: Annotated[bool, typer.Option(help="The same, with a few classes and rounds.")] = False,
     methods: Annotated[str, typer.Option(help="Only these, separated by commas.")] = ",".join(METHODS),
     folder: Annotated[Path | None, typer.Option(help="For weights and figures of every round.")] = None,
 ) -> None:
     """Pretraining on one half of the classes, federated fine-tuning on the other."""
     console = Console()
-    scale = QUICK if quick else FULL
-    work = folder or Path("runs") / ("fine_tuning_quick" if quick else "fine_tuning")
+    size, scale = ("_quick", QUICK) if quick else ("_coarse", COARSE) if coarse else ("", FULL)
+    work = folder or Path("runs") / f"fine_tuning{size}"
     names = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
     before = pretrained(images, names[-scale.classes :], scale, work / "pretraining", console)
     mine = names[: scale.classes]

@@ -485,30 +485,33 @@ def test_a_whole_part_counts_beside_one_of_another_digest(setup: Setup) -> None:
 
 
 def test_parts_that_come_beside_one_that_is_being_sealed_count(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large part begins while a small one of the same number is made durable, again and again."""
-    size = setup.uploads.limit_bytes * 2 // 3
-    seal = uploads_module._seal
-    sealing, begun = threading.Event(), threading.Event()
+    """A large part begins while a small one of the same number is made durable."""
+    large = bytes(setup.uploads.limit_bytes * 2 // 3)
+    seal, check = uploads_module._seal, Uploads._check_header
+    sealing, checked = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> None:
         sealing.set()
-        begun.wait(0.2)
+        assert checked.wait(20)
         seal(*args)
 
-    async def both(part: int) -> None:
-        sealing.clear()
-        small = asyncio.ensure_future(setup.receive(setup.header(b"x", part=part), b"x"))
-        await asyncio.to_thread(sealing.wait, 10)
-        large = bytes(size)
-        results = await asyncio.gather(
-            small, setup.receive(setup.header(large, part=part), large, end=500), return_exceptions=True
-        )
-        assert not isinstance(results[0], Exception) or isinstance(results[0], ProtocolError), results
+    async def noted(uploads: Uploads, header: PartHeader) -> None:
+        await check(uploads, header)
+        if header.size_bytes == len(large):
+            checked.set()
+
+    async def both() -> None:
+        small = asyncio.ensure_future(setup.receive(setup.header(b"x"), b"x"))
+        assert await asyncio.to_thread(sealing.wait, 20)
+        with pytest.raises(ProtocolError, match="the stream ended at 500"):
+            await setup.receive(setup.header(large), large, end=500)
+        await small
 
     monkeypatch.setattr(uploads_module, "_seal", slow)
-    asyncio.run(both(0))
-    with pytest.raises(UpdateError, match="bytes together"):
-        setup.send(setup.header(bytes(size), part=1), bytes(size), end=500)
+    monkeypatch.setattr(Uploads, "_check_header", noted)
+    asyncio.run(both())
+    with pytest.raises(UpdateError, match=f"parts of {2 * len(large) + 1} bytes together"):
+        setup.send(setup.header(large, part=1), large, end=500)
 
 
 def test_a_whole_part_that_is_sent_again_counts_once(setup: Setup) -> None:
