@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from coordinator.security import guard as guards
 from coordinator.security.rules import RULES
 from tests.coordinator.security.conftest import DAY_S, DEVICE, OTHER, Made, guarded
 
@@ -321,7 +322,11 @@ def test_a_call_that_its_caller_ends_is_no_refusal(made: Made) -> None:
     play(made, scene)
 
 
-def test_what_the_authority_signed_and_nobody_recorded_is_not_believed(made: Made) -> None:
+def test_what_the_authority_signed_and_nobody_recorded_is_not_believed(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "HELD_S", 0)
+
     async def scene(rig: Rig) -> None:
         for role, identifier in ((Role.DEVICE, DEVICE), (Role.OPERATOR, "boss")):
             for method, request in REQUESTS.items():
