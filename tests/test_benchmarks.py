@@ -3,6 +3,7 @@ and shares of benchmarks.experiments are what it says. What others say is shown 
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
@@ -22,13 +23,14 @@ from typer.core import TyperGroup
 
 from benchmarks import encodings, federation
 from benchmarks.experiments import __main__ as experiments
-from benchmarks.experiments import depth
+from benchmarks.experiments import depth, rows
 from benchmarks.experiments.depth import even
 from benchmarks.experiments.ground import Ground
 from benchmarks.experiments.niid_bench import dealt
 from edge_client.measure.trial import TrialModel
 from fedepth.costs import Size
 from fedepth.data.read import DIGITS
+from fedepth.errors import ConfigError
 from fedepth.planning.check import check_plan
 from tests.experiment_tables import tables
 from tests.pages import ROOT
@@ -157,6 +159,32 @@ def test_the_set_ups_are_plans_that_can_be_trained(tmp_path: Path, monkeypatch: 
         assert by_name[f"depth-{level}"]["measured_peak_bytes"] <= most
         assert by_name[f"width-{level}"]["measured_peak_bytes"] <= most
     assert asked
+
+
+def test_rows_are_split_in_an_order_that_is_drawn_and_always_the_same(tmp_path: Path) -> None:
+    news = tmp_path / "news.csv.gz"
+    with gzip.open(news, "wt") as file:
+        file.writelines(f'"{1 + number % 4}","title {number}","a ""text"", {number}"\n' for number in range(50))
+    diamonds = tmp_path / "diamonds.csv"
+    diamonds.write_text('"carat","cut"\n' + "".join(f'{number},"Ideal"\n' for number in range(50)))
+    for make, file, tests in ((rows.ag_news, news, 30), (rows.diamonds, diamonds, 5)):
+        found = []
+        for folder in (tmp_path / "one", tmp_path / "two"):
+            made = make(file, 20, folder)
+            found.append([(made / f"{split}.csv").read_text().splitlines() for split in ("train", "test")])
+        train, test = found[0]
+        assert found[0] == found[1] and (len(train), len(test)) == (21, 1 + tests)  # with the names of the columns
+        assert not {*train[1:]} & {*test[1:]} and train[1:] != sorted(train[1:])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, experiment in experiments.EXPERIMENTS.items() if experiment.source is not None]
+)
+def test_data_that_are_not_given_are_asked_for_by_their_option(tmp_path: Path, name: str) -> None:
+    experiment = experiments.EXPERIMENTS[name]
+    assert experiment.source is not None
+    with pytest.raises(ConfigError, match=f"^{name} needs {experiment.source.option}: "):
+        experiments.data_of(name, experiment.full, tmp_path, {experiment.source.option: None})
 
 
 @pytest.mark.parametrize("event", [{"event": "task_failed", "device": "small-1"}, {"event": "log"}])
