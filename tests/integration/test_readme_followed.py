@@ -198,7 +198,7 @@ def test_the_readme_works_as_it_says(reader: Reader, calibration_told: Path) -> 
     port = reader.port
     reader.enrolls(enroll, enroll_here)
     reader.starts("device", run)
-    own = said(r"state directory of its own: `(--state [^ `]+)`")
+    own = said(r"its own state directory: `(--state [^ `]+)`")
     reader.enrolls(enroll.replace("kitchen", "hall"), enroll_here, own)
     reader.starts("device-2", f"{run} {own}")
 
