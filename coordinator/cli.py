@@ -22,7 +22,7 @@ from rich.text import Text
 from coordinator.observe.words import in_words
 from coordinator.security import commands as security
 from coordinator.security.commands import CertsOption, InsecureOption
-from fedepth.address import DEFAULT_PORT, parse_address
+from fedepth.address import DEFAULT_PORT, MOST_PORT, parse_address
 from fedepth.commands import AddressOption, JsonLogsOption, JsonOption, command_line, examples
 from fedepth.errors import ConfigError, FedepthError, ProtocolError, StateError, TransportError, TrustError
 from fedepth.files import NOT_JSON, disk_errors, not_writable
@@ -68,7 +68,6 @@ FilesOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="The job file.")]
-_MOST_PORT = 65535
 OperatorOption = Annotated[
     Path | None,
     typer.Option(
@@ -88,7 +87,7 @@ def serve_command(
     config: ConfigOption,
     state: StateOption,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=_MOST_PORT, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option(min=0, max=MOST_PORT, help="Port; 0 lets the system choose.")] = DEFAULT_PORT,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once serving.")] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="Exit after the last round.")] = False,
     json_logs: JsonLogsOption = False,
@@ -102,7 +101,7 @@ def serve_command(
         int | None,
         typer.Option(
             min=0,
-            max=_MOST_PORT,
+            max=MOST_PORT,
             show_default=False,
             help="Port at which devices enrol; default: the one after --port.",
         ),
@@ -123,7 +122,7 @@ def serve_command(
     share_one_arena()
     configure_logs(renderer(json_logs))
     if enroll_port is None and not (no_enroll or insecure):
-        if port == _MOST_PORT:
+        if port == MOST_PORT:
             raise ConfigError(f"no port comes after --port {port} at which devices could enrol; give --enroll-port")
         enroll_port = port and port + 1  # of any free port, another one
     options = ServeOptions(

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedepth_wire.bounds import CHUNK_BYTES, check_message
+from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.convert import from_message
 from fedepth_wire.report_messages import DATA_FIELDS, INLINE_BYTES, MOST_DATA_BYTES, put_into
 from fedepth_wire.v1 import federation_pb2 as pb
@@ -79,25 +79,25 @@ class DeviceData:
         """The report in a message, with what it says by digest; None if that has to be asked for.
 
         Args:
+            message: that has been checked (`fedepth_wire.bounds`).
             classes: of the job, by which samples are counted where names of folders left open what they are; None
                 leaves it open.
 
         Raises:
             ProtocolError: it cannot be read.
         """
-        check_message(message)
         if not message.data_digest:
             counted = sum(len(getattr(message, name)) for name in DATA_FIELDS)
             if counted > INLINE_BYTES:  # each takes a byte and more; reading them takes the loop's time
                 raise ProtocolError(f"a report has {counted} names and counts; more than {INLINE_BYTES} go by digest")
-            return _read(message, None, classes)
+            return _converted(message, None, classes)
         content = self.find(message.device_id, message.data_digest)
         if content is None:
             return None
         known = self._held[message.device_id].read
         if known is not None and (known.digest, known.classes) == (message.data_digest, classes):
             return _with_data(from_message(message, DeviceReport), known.report)
-        report = await asyncio.to_thread(_read, message, content, classes)
+        report = await asyncio.to_thread(_converted, message, content, classes)
         held = self._held.get(message.device_id)
         if held is not None and held.digest == message.data_digest:
             held.read = _Read(held.digest, classes, report)
@@ -177,7 +177,7 @@ class DeviceData:
             held.read = None
 
 
-def _read(message: pb.DeviceReport, content: bytes | None, classes: Classes) -> DeviceReport:
+def _converted(message: pb.DeviceReport, content: bytes | None, classes: Classes) -> DeviceReport:
     if content is not None:
         put_into(message, content)
     report = from_message(message, DeviceReport)

@@ -181,7 +181,7 @@ class Uploads:
         there = await asyncio.to_thread(_sizes, whole.parent)
         own = f"{whole.stem}."
         goes = {path for path in there if path.suffix == ".partial" and path.name.startswith(own)}
-        return sum({path: size for path, size in {**there, **growing}.items() if path not in goes}.values())
+        return sum(size for path, size in {**there, **growing}.items() if path not in goes)
 
     def _found_ready(self, whole: Path, growing: PartialFile) -> bool:
         """Whether there is something to receive, and room for it."""

@@ -22,7 +22,7 @@ DEFAULT_PORT = 8970
 ENROLL_PORT = DEFAULT_PORT + 1  # where devices get their certificates
 EXAMPLE = "192.168.1.10:8970"
 
-_MOST_PORT = 65535
+MOST_PORT = 65535
 _MOST_NAME = 253
 _MOST_DIGITS = 20  # of a port in a message
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<slashes>/{1,3})(?P<rest>.*)", re.DOTALL)
@@ -197,11 +197,11 @@ def _port(port: str, text: str) -> int:
     if not port:
         raise _refused(text, f"no port follows the colon; write one, or leave the colon out for port {DEFAULT_PORT}")
     if not (port.isascii() and _PORT.fullmatch(port)):
-        raise _refused(text, f"the port must be a number from 1 to {_MOST_PORT}, is {quoted(port)}")
+        raise _refused(text, f"the port must be a number from 1 to {MOST_PORT}, is {quoted(port)}")
     digits = port.lstrip("0") or "0"
-    if len(digits) > len(str(_MOST_PORT)) or not 0 < int(digits) <= _MOST_PORT:
+    if len(digits) > len(str(MOST_PORT)) or not 0 < int(digits) <= MOST_PORT:
         shown = digits if len(digits) <= _MOST_DIGITS else f"{digits[:_MOST_DIGITS]}…"
-        raise _refused(text, f"the port must be 1 to {_MOST_PORT}, is {shown}")
+        raise _refused(text, f"the port must be 1 to {MOST_PORT}, is {shown}")
     return int(digits)
 
 

@@ -8,11 +8,11 @@ where the experiment is about plans. `measured_peak_bytes` is what a plan took i
 
     budgets             digits-cnn under a ladder of budgets, from the smallest plan to full training
     blocks              PreResNet-20 in 1, 2, 3, 5 and 9 equal blocks
+    blocks_cifar10      the same on CIFAR-10, with --cifar10
     partial             a share of the clients trains the last units only: what they add, and what they spoil
     slices              depth-wise, layer-wise and by slices of the width, at equal measured memory
-    blocks_cifar10      the same on CIFAR-10, with --cifar10
     epochs              1, 2 and 5 blocks with few and many local epochs: do more steps close the gap?
-    text                texts of AG News by a transformer in 1 to 9 blocks, with --ag-news
+    text                texts of AG News by a transformer in 1 to 5 blocks, with --ag-news
     table               diamonds, numbers and categories, by a residual network in 1 to 5 blocks, with --diamonds
     niid_bench_fashion  FedAvg as in Flower's baseline niid_bench, against its published accuracy
     niid_bench_cifar10  the same, with --cifar10

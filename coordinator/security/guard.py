@@ -25,7 +25,7 @@ from fedepth_wire.tls import Caller, Role, caller_of
 from google.protobuf.message import DecodeError
 
 from coordinator.security.authority import Subject
-from coordinator.security.limits import Limits, too_many
+from coordinator.security.limits import READ, WRITTEN, Limits, too_many
 from coordinator.security.registry import Entry, Registry
 from coordinator.security.rules import RULES, Rule
 from fedepth.errors import FedepthError, TrustError
@@ -154,10 +154,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
     @contextlib.asynccontextmanager
     async def _admitted(
         self, rule: Rule, method: str, size_bytes: int, streams_out: bool, context: Context
-    ) -> AsyncIterator[tuple[Caller, Callable[[], float]]]:
+    ) -> AsyncIterator[tuple[Caller, Callable[[str], float]]]:
         """Lets a call in while its certificate is valid, and within the limits of its caller.
 
-        Returns who that is, and a function that says for how long its next message should wait.
+        Returns who that is, and a function that says for how long its next message, READ or WRITTEN, should wait.
         """
         caller, entry = await self._caller(context, size_bytes)
         kind, who = method.rpartition("/")[2], _who(caller)
@@ -182,7 +182,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         if (oldest := self._limits.enter(who, caller.name, kind, call)) is not None:
             oldest.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_many(kind))
         try:
-            yield caller, lambda: self._limits.message_pause(who)
+            yield caller, lambda kind: self._limits.message_pause(who, kind)
         except asyncio.CancelledError:
             if not call.refused:
                 raise
@@ -284,25 +284,25 @@ class _Read:
     """
 
     def __init__(
-        self, context: Context, checked: Callable[[bytes], Awaitable[Any]], pause: Callable[[], float]
+        self, context: Context, checked: Callable[[bytes], Awaitable[Any]], pause: Callable[[str], float]
     ) -> None:
         self._context = context
         self._checked = checked
         self._pause = pause
 
     async def read(self) -> Any:
-        await self._counted()
+        await self._counted(READ)
         encoded = await self._context.read()
         if encoded is grpc.aio.EOF:  # type: ignore[attr-defined]  # not in the stubs
             return encoded
         return await self._checked(encoded)
 
     async def write(self, message: Any) -> None:
-        await self._counted()
+        await self._counted(WRITTEN)
         await self._context.write(message)
 
-    async def _counted(self) -> None:
-        if seconds := self._pause():
+    async def _counted(self, kind: str) -> None:
+        if seconds := self._pause(kind):
             await asyncio.sleep(seconds)
 
     async def __aiter__(self) -> AsyncIterator[Any]:

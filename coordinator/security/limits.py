@@ -16,8 +16,8 @@ meets them is broken or hostile, and well below what would keep a coordinator fr
     operators'      by hand, or by a program that watches              50 a second, 200 at once
 
 A stream costs by its messages: agents send and get some hundred a second at most on any link that is measured, of 512
-bytes and more. Of all streams of one device 1,000 a second are read or written, 4,000 at once. Others are not refused
-but wait, which holds up that device alone.
+bytes and more. Of all streams of one device 500 a second are read, and 500 written, 2,000 at once each. Others are not
+refused but wait, which holds up that device alone.
 
 Calls that last count as well: a device whose link is cut on one side only comes back while its old calls still seem to
 go on, so that of too many the oldest is ended, not the newest refused.
@@ -61,9 +61,11 @@ class Limit:
 _STREAM = Limit(20, 200, 8)
 _SAYING = Limit(5, 60, 8)
 _OPERATOR = Limit(50, 200, 16)
-_MESSAGES = "messages of streams"
+_MESSAGES = Limit(500, 2000, 0)
+READ, WRITTEN = "messages read", "messages written"
 LIMITS = {
-    _MESSAGES: Limit(1000, 4000, 0),
+    READ: _MESSAGES,
+    WRITTEN: _MESSAGES,
     "NextTask": Limit(5, 100, 2),
     "FetchFile": _STREAM,
     "UploadPart": _STREAM,
@@ -126,11 +128,11 @@ class Limits(Generic[T]):
         self._note(who, name, kind)
         return f"busy: {printable(name)} calls {kind} more often than {rate}; come back in {after_s} s"
 
-    def message_pause(self, who: str) -> float:
-        """Counts a message of a stream; how long to wait before it is read or written, in seconds."""
-        bucket = self._bucket(who, _MESSAGES)
+    def message_pause(self, who: str, kind: str) -> float:
+        """Counts a message of a stream, READ or WRITTEN; how long it has to wait, in seconds."""
+        bucket = self._bucket(who, kind)
         bucket.tokens -= 1
-        return max(0.0, -bucket.tokens / LIMITS[_MESSAGES].per_s)
+        return max(0.0, -bucket.tokens / LIMITS[kind].per_s)
 
     def enter(self, who: str, name: str, kind: str, call: T) -> T | None:
         """Notes a call that begins. Returns the oldest of its kind, to be ended, if there are too many."""

@@ -177,14 +177,14 @@ def _whole(argument: str, what: str) -> int:
         raise ConfigError(f"--partition: {what} must be a whole number, is {quoted(argument)}") from None
 
 
-def _without(argument: str, clients: int) -> int:
+def _iid(labels: Labels, clients: int, argument: str, seed: int) -> Sequence[Indices]:
     if argument:
         raise ConfigError(f"--partition iid: stands alone, without {quoted(argument)}; there are {FORMS}")
-    return clients
+    return partition.iid(len(labels), clients, seed)
 
 
 _DEALT: dict[str, Callable[[Labels, int, str, int], Sequence[Indices]]] = {
-    "iid": lambda labels, clients, text, seed: partition.iid(len(labels), _without(text, clients), seed),
+    "iid": _iid,
     "dirichlet": lambda labels, clients, text, seed: partition.dirichlet_balanced(labels, clients, _alpha(text), seed),
     "dirichlet-unbalanced": lambda labels, clients, text, seed: partition.dirichlet(
         labels, clients, _alpha(text), seed

@@ -14,7 +14,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from structlog.testing import capture_logs
 
 from coordinator.security import guard as guards
-from coordinator.security.limits import LIMITS, LOG_EVERY_S, Limits, limit_of
+from coordinator.security.limits import LIMITS, LOG_EVERY_S, READ, WRITTEN, Limits, limit_of
 from coordinator.security.rules import RULES
 from tests.coordinator.security.conftest import DEVICE, OTHER, Made
 from tests.coordinator.security.test_guard import DENIED, OK, REQUESTS, Rig, ended, play, started
@@ -71,12 +71,13 @@ def test_of_too_many_calls_the_oldest_is_ended(clock: Clock) -> None:
 
 def test_messages_wait_and_are_not_refused(clock: Clock) -> None:
     limits: Limits[int] = Limits(clock)
-    assert not any(limits.message_pause("a") for _ in range(4000))
-    assert limits.message_pause("a") == pytest.approx(1 / 1000)
-    assert limits.message_pause("a") == pytest.approx(2 / 1000)  # of another stream, and after that
-    assert limits.message_pause("b") == 0
+    assert not any(limits.message_pause("a", READ) for _ in range(2000))
+    assert limits.message_pause("a", READ) == pytest.approx(1 / 500)
+    assert limits.message_pause("a", READ) == pytest.approx(2 / 500)  # of another stream, and after that
+    assert limits.message_pause("b", READ) == 0
+    assert limits.message_pause("a", WRITTEN) == 0
     clock.now += 1
-    assert limits.message_pause("a") == 0
+    assert limits.message_pause("a", READ) == 0
     assert limits.refused == 0
 
 
@@ -227,7 +228,7 @@ def test_a_flood_of_messages_is_read_slowly(made: Made, monkeypatch: pytest.Monk
         rig.guard._limits = Limits(clock)
 
         async def requests() -> AsyncIterator[Any]:
-            for _ in range(4010):
+            for _ in range(2010):
                 yield pb.UploadPartRequest(header=pb.UploadHeader(device_id=DEVICE))
 
         async with open_channel(rig.address, made.device()) as channel:
@@ -240,7 +241,7 @@ def test_a_flood_of_messages_is_read_slowly(made: Made, monkeypatch: pytest.Monk
 
     play(made, scene)
     assert len(paused) == 11  # the end of the stream is read as well
-    assert paused[-1] == pytest.approx(11 / 1000)
+    assert paused[-1] == pytest.approx(11 / 500)
 
 
 def test_what_is_written_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,15 +257,15 @@ def test_what_is_written_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(guards, "asyncio", _WithSleep(sleep))
     limits: Limits[Any] = Limits(Clock())
-    context: Any = guards._Read(Context(), lambda encoded: encoded, lambda: limits.message_pause("a"))  # type: ignore[arg-type]
+    context: Any = guards._Read(Context(), lambda encoded: encoded, lambda kind: limits.message_pause("a", kind))  # type: ignore[arg-type]
 
     async def scene() -> None:
-        for number in range(4010):
+        for number in range(2010):
             await context.write(number)
 
     asyncio.run(scene())
-    assert written == list(range(4010))
-    assert len(paused) == 10 and paused[-1] == pytest.approx(10 / 1000)
+    assert written == list(range(2010))
+    assert len(paused) == 10 and paused[-1] == pytest.approx(10 / 500)
 
 
 class _WithSleep:
