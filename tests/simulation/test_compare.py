@@ -7,10 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
+from fedepth.cli import app
 from fedepth.errors import ConfigError, StateError
+from fedepth.simulation import commands, simulate
 from fedepth.simulation.compare import Spread, compare, read_run
-from fedepth.simulation.record import VERSION, Asked, Record, RoundLine, TierLine
+from fedepth.simulation.record import MADE_FIRST, PARTITION_PICTURE, VERSION, Asked, Record, RoundLine, TierLine
 
 
 def line(number: int, accuracy: float | None, **changes: Any) -> RoundLine:
@@ -118,3 +121,30 @@ def test_seeds_may_have_files_of_their_own_and_budgets_that_one_has_measured(tmp
     two = run(tmp_path, "deep", 2, [line(1, 0.7)], partition="file:b.json y", tiers="full", budgets="[]")
     (found,) = compare([read_run(one), read_run(two)])
     assert found.seeds == (1, 2)
+
+
+def test_what_was_made_for_other_options_is_made_anew(tmp_path: Path) -> None:
+    """As long as nothing is trained; the picture of a partition as well, which would show another one."""
+    record = Record(tmp_path / "run")
+    asked = Asked(VERSION, "deep", "", "", 1, "iid", "", 1, 1, False)
+    record.open(asked)
+    for name in MADE_FIRST:
+        (record.folder / name).write_bytes(b"{}")
+    record.open(asked)
+    assert all((record.folder / name).exists() for name in MADE_FIRST) and PARTITION_PICTURE in MADE_FIRST
+    record.open(msgspec.structs.replace(asked, partition="shards:1"))
+    assert not any((record.folder / name).exists() for name in MADE_FIRST)
+
+
+def test_the_accuracy_that_is_told_is_that_of_the_weights_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line(1, 0.42), line(2, 0.38, published=False, note="the accuracy fell by 4 points", weights_round=1)]
+    monkeypatch.setattr(simulate, "simulate", lambda *_, **__: lines)
+    monkeypatch.setattr(commands, "_draw_runs", lambda *_: None)
+    told = CliRunner().invoke(app, ["simulate", "job.toml", "--data", "digits", "--output", str(tmp_path)])
+    assert told.stdout.splitlines() == [
+        "accuracy 42.00% after round 2, at best 42.00%",
+        "round 2 was not published: the accuracy fell by 4 points",
+        f"weights: {tmp_path / 'weights' / 'round-0001.safetensors'}",
+    ]
