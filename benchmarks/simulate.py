@@ -8,8 +8,9 @@ equal_to_processes      the job run by a coordinator and three agents, two of wh
 equal_across_workers    so do 1, 2 and 3 workers
 equal_on_ray            so does Ray; null where it is not installed
 equal_after_kill        so does a run that was killed (-9) at random moments until it was through
-images_per_second_ratio images that workers train per second of processor time, by those of one plain training loop
-                        over the same images: other programs on the machine do not count
+images_per_second_ratio images that workers train per second of processor time, by those of as many plain training
+                        loops over the same images, side by side, before and after: two cores may be one with two
+                        threads, and other programs on the machine should not count
 busy_fraction           share of the time from the first to the last round in which workers worked on requests
 rss_bytes_*_clients     peak resident memory of all processes together, for 100 and 1,000 clients on one data set
 """
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,14 +185,30 @@ def killed_until_done(job: Path, output: Path, options: Sequence[str], seconds: 
             return final_digest(output)
 
 
+def plain_images_per_second(plain: Plain, loops: int) -> float:
+    """Images per second of processor time of so many plain loops, side by side."""
+    argv, request = module_argv("benchmarks.plain_training"), msgspec.json.encode(plain)
+    env = {**os.environ, **environment("auto", 1)}
+
+    def one(_: int) -> dict[str, float]:
+        told = subprocess.run(argv, input=request, check=True, capture_output=True, env=env)
+        return msgspec.json.decode(told.stdout, type=dict[str, float])
+
+    with ThreadPoolExecutor(loops) as threads:
+        ended = list(threads.map(one, range(loops)))
+    return sum(each["images"] for each in ended) / sum(each["cpu_seconds"] for each in ended)
+
+
 def speed(folder: Path, workers: int, quick: bool, console: Console) -> dict[str, float]:
-    """How much of their time workers train, and how fast, beside one plain loop."""
+    """How much of their time workers train, and how fast, against as many plain loops."""
     epochs = 1 if quick else 3
     job = job_file(folder, "speed", model="preresnet20", side=16, devices=4, rounds=3 if quick else 6, epochs=epochs)
     record = Record(folder / "speed")
     record.folder.mkdir()
     options = Options(job=job, data="digits", output=record.folder, clients=4, workers=workers)
     config = load_config(job)
+
+    plain = Plain(model_spec(config), training_spec(config, 1), "digits", str(record.folder / "graph.json"), 2 * epochs)
 
     async def measured() -> dict[str, float]:
         out = quiet_console(stderr=True)
@@ -201,9 +219,11 @@ def speed(folder: Path, workers: int, quick: bool, console: Console) -> dict[str
         run = Run(simulation, engine, reporter)
         try:
             await run.open()
+            before = plain_images_per_second(plain, workers)
             began = time.monotonic()
             lines = await run.play()
             wall = time.monotonic() - began
+            after = plain_images_per_second(plain, workers)
         finally:
             await engine.close()
         return {
@@ -211,19 +231,10 @@ def speed(folder: Path, workers: int, quick: bool, console: Console) -> dict[str
             "processor_fraction": sum(engine.cpu_seconds.values()) / (workers * wall),
             "images": float(sum(line.samples_seen for line in lines)),
             "images_per_second": sum(line.samples_seen for line in lines) / engine.cpu_seconds["train"],
+            "plain_images_per_second": (before + after) / 2,
         }
 
     found = asyncio.run(measured())
-    plain = Plain(model_spec(config), training_spec(config, 1), "digits", str(record.folder / "graph.json"), 3 * epochs)
-    told = subprocess.run(
-        module_argv("benchmarks.plain_training"),
-        input=msgspec.json.encode(plain),
-        check=True,
-        capture_output=True,
-        env={**os.environ, **environment("auto", 1)},
-    )
-    loop = json.loads(told.stdout)
-    found["plain_images_per_second"] = loop["images"] / loop["cpu_seconds"]
     found["images_per_second_ratio"] = found["images_per_second"] / found["plain_images_per_second"]
     console.print(
         f"{found['images_per_second']:.0f} images per second of a core, a plain loop "
