@@ -114,12 +114,12 @@ class Course:
             await job.weights.close(number, results, job.uploads.paths)
         why_paused = await job.store.short(job.weights.why_paused)
         await job.apply(RoundDone(number, job.now(), why_paused))
+        job.uploads.forget_round()  # once: what streams of the next round have claimed of the spool must count
         self._to_tidy = True
 
     async def _tidy(self) -> None:
         """What a closed round leaves to do, or a crash has left."""
         job = self._job
-        job.uploads.forget_round()
         await asyncio.to_thread(job.store.prune, job.config.retention)
         await job.weights.make_up()
         self._to_tidy = False

@@ -2,7 +2,8 @@
 
 It is in memory only, and bounded, for each device as well, so that none can push out what others have sent. What is
 forgotten, by a restart too, is asked for again. To read 65,536 names takes half a second of a processor, and a device
-asks for work again and again: that is done in a thread, and once for as long as the device says the same.
+asks for work again and again: that is done in a thread, one for all devices, and once for as long as the device says
+the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedepth_wire.bounds import CHUNK_BYTES
 from fedepth_wire.convert import from_message
@@ -26,15 +28,13 @@ MOST_BYTES = 64 << 20  # of all devices together
 MOST_DEVICES = 20_000
 MOST_NAMES = 500_000  # that are kept as they were read, some 100 bytes each; others are read again
 
-Classes = Sequence[str] | None
-
 
 @dataclass(frozen=True)
 class _Read:
     """A report of these classes, with what the file with this digest says."""
 
     digest: str
-    classes: Classes
+    classes: Sequence[str]
     report: DeviceReport
 
 
@@ -58,6 +58,20 @@ class _Held:
         return len(self.whole) + len(self.growing)
 
 
+def check_lengths(message: pb.DeviceReport) -> None:
+    """What a report may say by itself of its device's data, before any of it is looked at: names and counts take a byte
+    each and more, and reading them takes the loop's time. The rest goes by digest.
+
+    Raises:
+        ProtocolError: it says more.
+    """
+    counted = sum(len(getattr(message, name)) for name in DATA_FIELDS)
+    most = 0 if message.data_digest else INLINE_BYTES
+    if counted > most:
+        beside = " beside a digest of them" if message.data_digest else ""
+        raise ProtocolError(f"a report has {counted} names and counts{beside}; more than {most} go by digest")
+
+
 class DeviceData:
     """Files in memory: of every device its last one. What was used last stays longest."""
 
@@ -66,6 +80,8 @@ class DeviceData:
     ) -> None:
         self._most_bytes, self._most_devices, self._most_names = most_bytes, most_devices, most_names
         self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._reading: dict[str, asyncio.Task[_Read]] = {}  # by device
+        self._one_at_a_time = asyncio.Lock()
 
     def find(self, device_id: str, digest: str) -> bytes | None:
         """The file with this digest, if this device has sent it and it is still here."""
@@ -75,34 +91,56 @@ class DeviceData:
         self._held.move_to_end(device_id)
         return held.whole
 
-    async def report(self, message: pb.DeviceReport, classes: Classes) -> DeviceReport | None:
+    async def report(self, message: pb.DeviceReport, classes: Sequence[str]) -> DeviceReport | None:
         """The report in a message, with what it says by digest; None if that has to be asked for.
 
         Args:
-            message: that has been checked (`fedepth_wire.bounds`).
-            classes: of the job, by which samples are counted where names of folders left open what they are; None
-                leaves it open.
+            message: that has been checked (`check_lengths`, `fedepth_wire.bounds`).
+            classes: of the job, by which samples are counted where names of folders left open what they are.
 
         Raises:
             ProtocolError: it cannot be read.
         """
         if not message.data_digest:
-            counted = sum(len(getattr(message, name)) for name in DATA_FIELDS)
-            if counted > INLINE_BYTES:  # each takes a byte and more; reading them takes the loop's time
-                raise ProtocolError(f"a report has {counted} names and counts; more than {INLINE_BYTES} go by digest")
             return _converted(message, None, classes)
-        content = self.find(message.device_id, message.data_digest)
-        if content is None:
-            return None
-        known = self._held[message.device_id].read
-        if known is not None and (known.digest, known.classes) == (message.data_digest, classes):
-            return _with_data(from_message(message, DeviceReport), known.report)
-        report = await asyncio.to_thread(_converted, message, content, classes)
-        held = self._held.get(message.device_id)
-        if held is not None and held.digest == message.data_digest:
-            held.read = _Read(held.digest, classes, report)
-            self._forget_read()
-        return report
+        known = await self._read(message, classes)
+        return None if known is None else _with_data(from_message(message, DeviceReport), known.report)
+
+    async def _read(self, message: pb.DeviceReport, classes: Sequence[str]) -> _Read | None:
+        """What the file that a report names says. It is read once, and to its end, whoever still waits: a call that is
+        ended does not end its thread, and the next call would begin another."""
+        device_id, digest = message.device_id, message.data_digest
+        while (content := self.find(device_id, digest)) is not None:
+            held = self._held[device_id]
+            found = held.read
+            if found is None or (found.digest, found.classes) != (digest, classes):
+                if device_id not in self._reading:
+                    copy = pb.DeviceReport()
+                    copy.CopyFrom(message)
+                    reading = asyncio.create_task(self._read_alone(held, copy, content, classes))
+                    reading.add_done_callback(partial(self._end_reading, device_id))
+                    self._reading[device_id] = reading
+                found = await asyncio.shield(self._reading[device_id])
+            if (found.digest, found.classes) == (digest, classes):
+                return found
+        return None
+
+    async def _read_alone(self, held: _Held, message: pb.DeviceReport, content: bytes, classes: Sequence[str]) -> _Read:
+        try:
+            async with self._one_at_a_time:  # of all devices: each takes half a second of a processor
+                report = await asyncio.to_thread(_converted, message, content, classes)
+        except ProtocolError:
+            if held.whole is content:  # nobody has to read it a second time
+                held.digest, held.whole = "", b""
+            raise
+        found = held.read = _Read(message.data_digest, classes, report)
+        self._forget_read()
+        return found
+
+    def _end_reading(self, device_id: str, reading: asyncio.Task[_Read]) -> None:
+        del self._reading[device_id]
+        if not reading.cancelled():
+            reading.exception()  # is told to whoever still waits
 
     async def receive(
         self,
@@ -177,11 +215,11 @@ class DeviceData:
             held.read = None
 
 
-def _converted(message: pb.DeviceReport, content: bytes | None, classes: Classes) -> DeviceReport:
+def _converted(message: pb.DeviceReport, content: bytes | None, classes: Sequence[str]) -> DeviceReport:
     if content is not None:
         put_into(message, content)
     report = from_message(message, DeviceReport)
-    return report if classes is None else counted_for(report, classes)
+    return counted_for(report, classes)
 
 
 def _with_data(report: DeviceReport, read: DeviceReport) -> DeviceReport:

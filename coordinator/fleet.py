@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from coordinator.admission import lacking_classes
 from coordinator.instances import Caller, Instances
 from coordinator.observe.events import Events
+from coordinator.security.limits import CLONES, Limits
 from coordinator.store.records import Store
 from fedepth.task import DeviceReport, ModelSpec
 
@@ -48,6 +49,7 @@ class Fleet:
         self._clock = clock
         self._model = model  # says which classes a device lacks
         self._instances = Instances(clock)
+        self._limits = Limits[object](clock)
         self._names = store.device_names()  # for messages, which must neither wait nor fail
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
@@ -60,13 +62,14 @@ class Fleet:
         caller = Caller(report.instance, report.hostname, peer)
         rival = self._instances.rival(report.device_id, caller)
         if rival is not None:
-            self._events.send(
-                "cloned_identity",
-                device=report.name,
-                device_id=report.device_id,
-                refused=caller.place,
-                served=rival.place,
-            )
+            if not self._limits.take(report.device_id, report.name, CLONES):
+                self._events.send(
+                    "cloned_identity",
+                    device=report.name,
+                    device_id=report.device_id,
+                    refused=caller.place,
+                    served=rival.place,
+                )
             return Refusal(
                 f"another agent with the identity of this one, {report.device_id}, is alive on {rival.place}; stop one "
                 "of the two, and delete device-id in its state folder if it is to join as a device of its own",

@@ -26,6 +26,7 @@ from coordinator.global_model import GlobalModel
 from coordinator.model_worker.client import Models
 from coordinator.observe.events import Events, encode_event
 from coordinator.plans import Plans
+from coordinator.security.limits import UNKNOWN_TASKS, Limits
 from coordinator.store.records import EndedTask, Prepared, Store, TaskRecord
 from coordinator.uploads import Uploads, late
 from fedepth.aggregation.rules import Norms
@@ -112,6 +113,7 @@ class Job:
         self._waiters: dict[str, _Waiter] = {}
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._commits: dict[str, _Commit] = {}  # by task
+        self._limits = Limits[object]()
         self._turn = asyncio.Lock()  # held from a decision until it is recorded and taken over
         self._begun: set[asyncio.Task[Any]] = set()  # what goes on when whoever asked for it has gone
         self._course = Course(self)
@@ -327,12 +329,21 @@ class Job:
         await self._to_its_end(self._refuse(task_id, attempt, device_id, error))
 
     async def _refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
+        if task_id not in self.state.tasks:  # such as one that never was: nobody waits for the record because of it
+            if self._limits.take(device_id, self.fleet.name(device_id), UNKNOWN_TASKS):
+                return
+            await self.store.short(self.store.count_refusal, error.reason, str(error), task_id)
+            self._tell_refused(task_id, device_id, error)
+            return
         async with self._turn:
             task = self.state.tasks.get(task_id)
             if task is not None and (task.device_id, task.attempt) == (device_id, attempt) and self.accepts(task_id):
                 await self._step(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
             else:
                 await self.store.short(self.store.count_refusal, error.reason, str(error), task_id)
+        self._tell_refused(task_id, device_id, error)
+
+    def _tell_refused(self, task_id: str, device_id: str, error: UpdateError) -> None:
         self.events.send(
             "update_refused",
             device=self.fleet.name(device_id),

@@ -27,7 +27,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
 from coordinator.admission import check_report, check_settings
-from coordinator.device_data import DeviceData
+from coordinator.device_data import DeviceData, check_lengths
 from coordinator.job import Job
 from coordinator.survey import Survey
 from coordinator.uploads import PartHeader
@@ -36,7 +36,7 @@ from fedepth.job import training_spec
 from fedepth.task import DeviceReport, Failure, Progress, Result
 
 SPREAD_MS = 1_000  # reconnects of many devices are spread over this
-VERIFIED_S = 10.0  # so long a file that was found sound counts as sound
+VERIFIED_S = 3 * BUSY_RETRY_S  # so long a file that was found sound counts as sound, for those who were sent away too
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +52,8 @@ class FederationService(FederationServicer):
         self._survey: Survey | None = None
         self._stall_s = stall_s
         self._data = DeviceData()
-        self._verifying = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
+        self._verifying: dict[str, asyncio.Task[None]] = {}  # by digest
         self._verified: dict[str, float] = {}  # when, by digest
 
     def ask(self, survey: Survey) -> None:
@@ -72,10 +73,12 @@ class FederationService(FederationServicer):
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
+            check_lengths(request.device)
             check_message(request)
             try:
                 survey = self._survey  # which may end while a report is read
-                report = await self._data.report(request.device, self._job.model.classes if survey is None else None)
+                classes = self._job.model.classes if survey is None else survey.classes
+                report = await self._data.report(request.device, classes)
                 if report is None:
                     return pb.NextTaskReply(describe=pb.Describe())
                 caller = caller_of(context.auth_context())
@@ -156,13 +159,30 @@ class FederationService(FederationServicer):
 
     async def _verify(self, digest: str, verify: Callable[[], None]) -> None:
         """Reads a file as a whole and compares its digest. That costs whoever asks a few bytes, so it is done for one
-        file at a time, and not again for a while."""
-        async with self._verifying:
-            now = time.monotonic()
-            self._verified = {each: at for each, at in self._verified.items() if now < at + VERIFIED_S}
-            if digest not in self._verified:
+        file at a time, to its end, whoever still waits for it, and not again for a while.
+
+        Raises:
+            UnavailableError: it is another file, or not through yet.
+        """
+        now = time.monotonic()
+        self._verified = {each: at for each, at in self._verified.items() if now < at + VERIFIED_S}
+        if digest in self._verified:
+            return
+        if digest not in self._verifying:
+            self._verifying[digest] = asyncio.create_task(self._verify_alone(digest, verify))
+        task = self._verifying[digest]
+        done, _ = await asyncio.wait({task}, timeout=BUSY_RETRY_S)  # which leaves it alone when this call is cancelled
+        if not done:
+            raise UnavailableError("the file is still being compared with its digest")
+        task.result()
+
+    async def _verify_alone(self, digest: str, verify: Callable[[], None]) -> None:
+        try:
+            async with self._one_at_a_time:
                 await self._read(digest, verify)
-                self._verified[digest] = time.monotonic()
+            self._verified[digest] = time.monotonic()
+        finally:
+            del self._verifying[digest]
 
     async def _send(
         self, asked: pb.FetchFileRequest | None, pieces: Pieces, total_bytes: int, context: Context
@@ -269,6 +289,7 @@ class FederationService(FederationServicer):
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateReply:
         async with _answering(context):
+            _check_lengths(request.result, self._job.uploads.limit_parts)
             result = from_message(request.result, Result)
         # The device keeps the update and sends what is missing.
         async with _answering(context, unreadable=grpc.StatusCode.ABORTED):
@@ -298,6 +319,23 @@ class FederationService(FederationServicer):
         async with _answering(context):
             async for line in self._job.events.watch(self._job.state_event()):
                 yield pb.Event(json=line)
+
+
+def _check_lengths(result: pb.Result, most: int) -> None:
+    """Before any of it is converted, which takes the loop's time.
+
+    Args:
+        most: parts of an update; it has no more stages, and its plan no more units.
+
+    Raises:
+        ProtocolError: something is longer.
+    """
+    plan = result.plan
+    for found in (result.parts, result.stages, result.trained_units, plan.stages, plan.untrained):
+        if len(found) > most:
+            raise ProtocolError(
+                f"an update says {len(found)} things of its parts, stages or units; at most {most} can be"
+            )
 
 
 def _retry(after_ms: int, reason: str) -> pb.NextTaskReply:

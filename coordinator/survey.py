@@ -17,7 +17,7 @@ from fedepth_wire.convert import to_message
 from fedepth_wire.times import REJECTED_RETRY_S
 from fedepth_wire.v1 import federation_pb2 as pb
 
-from coordinator.admission import check_report, counted_for
+from coordinator.admission import check_report
 from coordinator.store.records import Store
 from fedepth.data.column_sums import ColumnSums, Statistics, statistics_of
 from fedepth.data.row_files import asked_of
@@ -50,13 +50,17 @@ class Survey:
         self._more = asyncio.Event()
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Of the job."""
+        return self._model.classes
+
+    @property
     def missing(self) -> int:
         """How many devices have to tell their sums yet."""
         return max(0, self._config.job.devices_per_round - len(self._sums))
 
     def answer(self, report: DeviceReport) -> pb.NextTaskReply:
         """What a device that asks for work is told."""
-        report = counted_for(report, self._model.classes)
         problem = check_report(report, self._model.classes, self._config.limits, self._model.first_label)
         if not problem and report.columns is not None:
             problem = self._objection(report.columns, report.sample_count)

@@ -101,9 +101,23 @@ class Uploads:
             UnavailableError: there is no room for it now.
             ProtocolError: the stream cannot be used; what is here of the part stays, if that is right.
         """
-        recorded = self._store.short(self._recorded_part, header.task_id, header.part, header.digest)
-        if await recorded is not None:
+        if await self._is_recorded(header):
             return
+        try:
+            await self._receive(header, chunks, acknowledge)
+        except UpdateError:
+            # The update may have been recorded meanwhile, by a commit whose answer was lost: then it counts, and a
+            # device that is told "late" would take back what it has kept of it.
+            if not await self._is_recorded(header):
+                raise
+
+    async def _is_recorded(self, header: PartHeader) -> bool:
+        found = self._store.short(self._recorded_part, header.task_id, header.part, header.digest)
+        return await found is not None
+
+    async def _receive(
+        self, header: PartHeader, chunks: AsyncIterable[Chunk], acknowledge: Callable[[int], Awaitable[None]]
+    ) -> None:
         await self._check_header(header)
         whole = _part_path(self._store.files.spool(header.task_id, header.attempt), header.part)
         stream = object()

@@ -20,7 +20,7 @@ from fedepth.printable import quoted
 
 DEFAULT_PORT = 8970
 ENROLL_PORT = DEFAULT_PORT + 1  # where devices get their certificates
-EXAMPLE = "192.168.1.10:8970"
+EXAMPLE_HOST = "192.168.1.10"
 
 MOST_PORT = 65535
 _MOST_NAME = 253
@@ -77,8 +77,8 @@ def heard_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
     Raises:
         ConfigError: it is not HOST or HOST:PORT.
     """
-    host, port = _split(text)
-    return Address(_host(host, text), default_port if port is None else _port(port, text))
+    host, port = _split(text, default_port)
+    return Address(_host(host, text, default_port), default_port if port is None else _port(port, text, default_port))
 
 
 def listening_address(host: str, port: int) -> Address:
@@ -89,13 +89,13 @@ def listening_address(host: str, port: int) -> Address:
     """
     if host == "*":
         raise _refused(host, "write 0.0.0.0 for all IPv4 addresses of this machine, or :: for those of IPv6 as well")
-    _check_text(host)
+    _check_text(host, DEFAULT_PORT)
     bracketed = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if _ip(bracketed) is None:
-        _, given = _split(host)
+        _, given = _split(host, DEFAULT_PORT)
         if given is not None:
             raise _refused(host, "it has a port, which is given apart: --host HOST --port PORT")
-    found = Address(_host(host, host), port)
+    found = Address(_host(host, host, DEFAULT_PORT), port)
     ip = _ip(found.host)
     if ip is not None and (ip.is_multicast or found.host == "255.255.255.255"):
         raise _refused(host, "it stands for many machines, and nobody can listen there")
@@ -103,45 +103,51 @@ def listening_address(host: str, port: int) -> Address:
     return found
 
 
-def _split(text: str) -> tuple[str, str | None]:
+def _split(text: str, default_port: int) -> tuple[str, str | None]:
     """Host, still in brackets if it has them, and the port's text; None if there is none."""
-    _check_text(text)
-    _check_prefix(text)
+    _check_text(text, default_port)
+    _check_prefix(text, default_port)
     if text.startswith("["):
         inside, closing, rest = text[1:].partition("]")
         if not closing:
             raise _refused(
-                text, f"a bracket is not closed; write [{inside.partition(':')[0] or '::1'}…]:{DEFAULT_PORT}"
+                text, f"a bracket is not closed; write [{inside.partition(':')[0] or '::1'}…]:{default_port}"
             )
         if rest and not rest.startswith(":"):
-            raise _refused(text, "after the closing bracket only a colon and a port may follow, as in [::1]:8970")
+            raise _refused(
+                text, "after the closing bracket only a colon and a port may follow, as in [::1]:{default_port}"
+            )
         return f"[{inside}]", rest[1:] if rest else None
     if text.count(":") > 1:
-        return _without_brackets(text), None
+        return _without_brackets(text, default_port), None
     host, colon, port = text.partition(":")
     if not host:
-        raise _refused(text, f"it names no host; write HOST:PORT, such as {EXAMPLE}")
+        raise _refused(text, f"it names no host; write HOST:PORT, such as {EXAMPLE_HOST}:{default_port}")
     return host, port if colon else None
 
 
-def _without_brackets(text: str) -> str:
+def _without_brackets(text: str, default_port: int) -> str:
     """An IPv6 address without a port, if that is the only thing that it can be."""
     shorter, _, last = text.rpartition(":")
     with_port = _ip(shorter) is not None and _PORT.fullmatch(last) is not None
     if _ip(text) is None:
         if with_port:
             raise _refused(text, f"an IPv6 address stands in brackets before a port; write [{shorter}]:{last}")
-        raise _refused(text, f"it is neither one HOST:PORT, such as {EXAMPLE}, nor an IPv6 address, such as [::1]:8970")
+        raise _refused(
+            text,
+            f"it is neither one HOST:PORT, such as {EXAMPLE_HOST}:{default_port}, nor an IPv6 address, such as "
+            f"[::1]:{default_port}",
+        )
     if with_port:
         raise _refused(
             text,
             f"it can be read in two ways; write [{shorter}]:{last} for port {last} of {shorter}, "
-            f"or [{text}]:{DEFAULT_PORT} for the address {text}",
+            f"or [{text}]:{default_port} for the address {text}",
         )
     return text
 
 
-def _host(host: str, text: str) -> str:
+def _host(host: str, text: str, default_port: int) -> str:
     bracketed = host.startswith("[")
     if bracketed:
         host = host[1:-1]
@@ -151,29 +157,29 @@ def _host(host: str, text: str) -> str:
     if bracketed:
         raise _refused(
             text,
-            f"brackets are for IPv6 addresses, such as [::1]:{DEFAULT_PORT}, and {quoted(host)} is not one"
-            + ("; leave them out" if ip is not None or _name_fault(host) == "" else ""),
+            f"brackets are for IPv6 addresses, such as [::1]:{default_port}, and {quoted(host)} is not one"
+            + ("; leave them out" if ip is not None or _name_fault(host, default_port) == "" else ""),
         )
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if _NUMBERS.fullmatch(host):
-        raise _refused(text, _number_fault(host))
-    fault = _name_fault(host)
+        raise _refused(text, _number_fault(host, default_port))
+    fault = _name_fault(host, default_port)
     if fault:
         raise _refused(text, fault)
     return host
 
 
-def _number_fault(host: str) -> str:
+def _number_fault(host: str, default_port: int) -> str:
     if host.isdecimal():
-        return f"it names no host; write HOST:PORT, such as {EXAMPLE}"
+        return f"it names no host; write HOST:PORT, such as {EXAMPLE_HOST}:{default_port}"
     fault = "an IPv4 address has four numbers from 0 to 255"
     if _LEADING_ZERO.search(host):
         fault += ", without zeros in front, which some programs read as octal"
     return f"{fault}; write it like 192.168.1.10"
 
 
-def _name_fault(name: str) -> str:
+def _name_fault(name: str, default_port: int) -> str:
     """What is wrong with a host's name; "" if nothing is.
 
     Underscores are no part of what RFC 1123 allows, but Docker gives such names and systems resolve them. A dot at the
@@ -189,13 +195,16 @@ def _name_fault(name: str) -> str:
     if len(ascii_name) > _MOST_NAME or any(len(label) > 63 for label in labels):
         return f"a host's name has at most {_MOST_NAME} characters, and 63 between two dots"
     if not all(_LABEL.fullmatch(label) for label in labels):
-        return f"a host's name is made of letters, digits, '-', '_' and '.'; write HOST:PORT, such as {EXAMPLE}"
+        return (
+            "a host's name is made of letters, digits, '-', '_' and '.'; write HOST:PORT, such as "
+            f"{EXAMPLE_HOST}:{default_port}"
+        )
     return ""
 
 
-def _port(port: str, text: str) -> int:
+def _port(port: str, text: str, default_port: int) -> int:
     if not port:
-        raise _refused(text, f"no port follows the colon; write one, or leave the colon out for port {DEFAULT_PORT}")
+        raise _refused(text, f"no port follows the colon; write one, or leave the colon out for port {default_port}")
     if not (port.isascii() and _PORT.fullmatch(port)):
         raise _refused(text, f"the port must be a number from 1 to {MOST_PORT}, is {quoted(port)}")
     digits = port.lstrip("0") or "0"
@@ -205,11 +214,13 @@ def _port(port: str, text: str) -> int:
     return int(digits)
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, default_port: int) -> None:
     if not text.strip():
-        raise ConfigError(f"the address is empty; write HOST:PORT, such as {EXAMPLE}")
+        raise ConfigError(f"the address is empty; write HOST:PORT, such as {EXAMPLE_HOST}:{default_port}")
     if any(character.isspace() or not character.isprintable() for character in text):
-        raise _refused(text, f"it has a blank or a character that cannot be shown in it; write {EXAMPLE}, say")
+        raise _refused(
+            text, f"it has a blank or a character that cannot be shown in it; write {EXAMPLE_HOST}:{default_port}, say"
+        )
     if _plain(text) != text:
         raise _refused(
             text,
@@ -228,29 +239,35 @@ def _plain(text: str) -> str:
     return "".join(found)
 
 
-def _check_prefix(text: str) -> None:
+def _check_prefix(text: str, default_port: int) -> None:
     match = _SCHEME.fullmatch(text)
     prefix = match or _PREFIX.fullmatch(text)
     # "unix:8970" is a host of this name.
     if prefix and not (match is None and _PORT.fullmatch(prefix["rest"])):
         scheme = prefix["scheme"].lower()
         if scheme.startswith("unix") or scheme == "vsock":
-            raise _refused(text, f"coordinators listen on TCP only; write HOST:PORT, such as {EXAMPLE}")
+            raise _refused(
+                text, f"coordinators listen on TCP only; write HOST:PORT, such as {EXAMPLE_HOST}:{default_port}"
+            )
         head = text[: prefix.start("rest")]
-        raise _refused(text, f"leave out {quoted(_without_user(head))}{_rather(prefix['rest'].strip('/'))}")
+        raise _refused(
+            text, f"leave out {quoted(_without_user(head))}{_rather(prefix['rest'].strip('/'), default_port)}"
+        )
     if "/" in text:
-        raise _refused(text, f"leave out the slash and what follows it{_rather(text)}")
+        raise _refused(text, f"leave out the slash and what follows it{_rather(text, default_port)}")
     if "@" in text:
-        raise _refused(text, f"leave out the '@' and what stands before it{_rather(text.rpartition('@')[2])}")
+        raise _refused(
+            text, f"leave out the '@' and what stands before it{_rather(text.rpartition('@')[2], default_port)}"
+        )
 
 
-def _rather(text: str) -> str:
+def _rather(text: str, default_port: int) -> str:
     """The end of a message: what is left of an address, if that is one."""
     host = text.partition("/")[0]
     try:
-        return f", and write {parse_address(host)}"
+        return f", and write {parse_address(host, default_port)}"
     except ConfigError:
-        return f", and write HOST:PORT, such as {EXAMPLE}"
+        return f", and write HOST:PORT, such as {EXAMPLE_HOST}:{default_port}"
 
 
 def _check_destination(address: Address, text: str) -> None:

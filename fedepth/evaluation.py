@@ -125,7 +125,7 @@ def total(figures: Iterator[BatchFigures] | Sequence[BatchFigures], count: int, 
         most_damaged: share of them that may be damaged.
 
     Raises:
-        DataError: more are damaged.
+        DataError: more are damaged, or all.
     """
     samples, correct, loss = 0, 0, 0.0
     damaged: dict[int, str] = {}
@@ -133,4 +133,6 @@ def total(figures: Iterator[BatchFigures] | Sequence[BatchFigures], count: int, 
         samples, correct, loss = samples + each.samples, correct + each.correct, loss + each.loss
         damaged.update((len(damaged) + number, text) for number, text in enumerate(each.damaged))
         check_share(count - len(damaged), len(damaged), most_damaged, damaged, "[test] most_damaged")
+    if not samples:
+        raise DataError(f"none of the {count} test samples can be read, such as {next(iter(damaged.values()), 'none')}")
     return Evaluated(correct / samples, loss / samples, samples, tuple(damaged.values()))

@@ -340,6 +340,10 @@ def _out_of_range(config: JobConfig, file: SettingsFile) -> Iterator[ConfigError
             "input_shape",
             f"must begin with at most {MOST_CHANNELS} channels, has {model.input_shape[0]}",
         )
+    is_image = len(model.input_shape) == 3 and model.input_type is InputType.FLOAT
+    if training.augmentation != "none" and not is_image and config.text is None and config.table is None:
+        what = f'is for images ([channels, height, width]), must be "none" for samples of {list(model.input_shape)}'
+        yield _wrong(file, "training", "augmentation", what)
     for field, values in (("mean", model.mean), ("std", model.std)):
         if values and len(values) != model.input_shape[0]:
             yield _wrong(

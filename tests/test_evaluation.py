@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedepth.evaluation import open_test_images
+import pytest
+
+from fedepth.errors import DataError
+from fedepth.evaluation import BatchFigures, open_test_images, total
 from fedepth.task import InputType, ModelSpec, TextSpec
 
 SPEC = ModelSpec("texts", ("a", "b"), (4,), (), (), InputType.TOKENS, text=TextSpec("label", ("text",), 50))
@@ -21,3 +24,10 @@ def test_rows_are_read_again_only_where_they_are_other_ones(tmp_path: Path) -> N
     path.write_text("label,text\nb,one\nb,two\n")
     os.utime(path, ns=(1, 1))  # a clock may stand still
     assert open_test_images(str(path), SPEC).labels.tolist() == [1, 1]
+
+
+def test_figures_of_all_batches_are_added_up_and_nothing_is_no_accuracy() -> None:
+    found = total([BatchFigures(3, 1, 1.5, ("bad",)), BatchFigures(1, 1, 0.5, ())], 5, 0.5)
+    assert (found.accuracy, found.loss, found.samples) == (0.5, 0.5, 4)
+    with pytest.raises(DataError, match="none of the 1 test samples can be read, such as bad"):
+        total([BatchFigures(0, 0, 0.0, ("bad",))], 1, 1.0)

@@ -60,6 +60,18 @@ def test_test_data_is_relative_to_the_job_file(tmp_path: Path) -> None:
     assert config.test.data == str(tmp_path / "images")
 
 
+@pytest.mark.parametrize(
+    ("shape", "kind"), [("[64]", "float"), ("[8, 8]", "float"), ("[8]", "tokens"), ("[1, 8, 8]", "tokens")]
+)
+def test_views_are_of_images(tmp_path: Path, shape: str, kind: str) -> None:
+    text = GOOD.replace("mean = [0.3]\nstd = [0.4]\n", f'input_type = "{kind}"\n').replace("[1, 8, 8]", shape)
+    load_config(write(tmp_path, text))
+    with pytest.raises(
+        ConfigError, match=r"\[training\] augmentation: is for images .* must be \"none\" for samples of"
+    ):
+        load_config(write(tmp_path, text.replace("batch = 16", 'batch = 16\naugmentation = "crop-flip"')))
+
+
 def test_numbers_that_float32_cannot_be_computed_with_are_told_as_that(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, with_value("training", "learning_rate", "1e39")))

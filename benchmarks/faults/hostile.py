@@ -35,6 +35,7 @@ def kinds() -> Iterator[Kind]:
     for attack in (
         many_samples,
         many_class_counts,
+        names_beside_a_digest,
         many_stages,
         many_digests,
         many_attempts,
@@ -64,6 +65,14 @@ async def many_samples(scene: Scene, device: SimulatedDevice) -> None:
 async def many_class_counts(scene: Scene, device: SimulatedDevice) -> None:
     """Lists of four million numbers in a message that is below the limit."""
     await device.ask(device.report(class_counts=[1] * 4_100_000), wait_s=1)
+
+
+async def names_beside_a_digest(scene: Scene, device: SimulatedDevice) -> None:
+    """Names and counts in a report that says that they go by digest."""
+    names, counts = ["x"] * 65_536, [1] * 65_536
+    report = device.report(data_digest="0" * 64, folder_names=names, folder_counts=counts)
+    for _ in range(_ASKS):
+        await _try(device.ask(report, wait_s=0.1))
 
 
 async def many_stages(scene: Scene, device: SimulatedDevice) -> None:

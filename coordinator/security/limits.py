@@ -63,9 +63,14 @@ _SAYING = Limit(5, 60, 8)
 _OPERATOR = Limit(50, 200, 16)
 _MESSAGES = Limit(500, 2000, 0)
 READ, WRITTEN = "messages read", "messages written"
+# What is not refused, but neither recorded nor told beyond this: a device could fill the record and the log with it.
+UNKNOWN_TASKS, CLONES = "updates of tasks that are not in work", "questions of a clone"
+_TOLD = Limit(0.1, 20, 0)
 LIMITS = {
     READ: _MESSAGES,
     WRITTEN: _MESSAGES,
+    UNKNOWN_TASKS: _TOLD,
+    CLONES: _TOLD,
     "NextTask": Limit(5, 100, 2),
     "FetchFile": _STREAM,
     "UploadPart": _STREAM,

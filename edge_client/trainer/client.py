@@ -7,8 +7,10 @@ import importlib.util
 import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import psutil
 import structlog
 from fedepth_wire.times import within
 
@@ -23,6 +25,8 @@ from fedepth.task import Outcome
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer.process"))
 START_S = 600.0  # importing torch from an SD card takes a minute
+HANG_S = 600.0  # in which a trainer that works says something, or takes some of the processor's time
+IDLE_SHARE = 1e-4  # of a processor that a trainer takes which does nothing
 _log = structlog.get_logger()
 
 
@@ -84,11 +88,11 @@ class TrainerProcess:
         A trainer that has met its limit is gone afterwards (see fedepth.training.limits).
 
         Raises:
-            ChildError: the trainer died or broke its protocol.
+            ChildError: the trainer died, broke its protocol, or hangs.
         """
         await self._child.send({"do": "train", **msgspec.to_builtins(request)})
         while True:
-            message = await self._child.receive()
+            message = await self._receive()
             try:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
@@ -100,6 +104,31 @@ class TrainerProcess:
             yield event
             if isinstance(event, (Done, Failed)):
                 return
+
+    async def _receive(self) -> Any:
+        """The next message. A step may take any time, as long as it takes the processor's as well: a trainer that does
+        neither waits for what does not come, such as a file on a disk that is gone, and its task would never end."""
+        receiving = asyncio.ensure_future(self._child.receive())
+        try:
+            used = self._processor_seconds()
+            while not (await asyncio.wait({receiving}, timeout=HANG_S))[0]:
+                before, used = used, self._processor_seconds()
+                if used - before < HANG_S * IDLE_SHARE:
+                    self._child.kill()
+                    raise ChildError(
+                        f"the trainer (pid {self.pid}) has said nothing for {HANG_S:g} s, and done nothing; does it "
+                        "wait for a disk or a network folder that does not answer?"
+                    )
+            return receiving.result()
+        finally:
+            receiving.cancel()
+
+    def _processor_seconds(self) -> float:
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.Error:  # it is gone, of which its pipe tells
+            return 0.0
+        return float(times.user + times.system)
 
     async def answer(self, budget: Budget) -> None:
         await self._child.send({"budget": budget})

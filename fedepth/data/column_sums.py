@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from fedepth.errors import DataError
 
+_ROUNDING = 1e-13  # of a mean: what differs by less is equal
+_LEAST_STD = 1e-18  # that a job file may give: fedepth.job_sections.LEAST_FLOAT
+
 
 @dataclass(frozen=True)
 class ColumnSums:
@@ -37,7 +40,7 @@ class Statistics:
 
     Attributes:
         mean: of each column.
-        std: standard deviations, in the sense of the whole population; 1 where all numbers are equal.
+        std: standard deviations, in the sense of the whole population; 1 where all numbers are equal but for rounding.
         devices: how many were asked.
     """
 
@@ -84,13 +87,15 @@ def statistics_of(sums: Sequence[ColumnSums], columns: Sequence[str]) -> Statist
             more = each.counts[place]
             if not more:
                 continue
+            if not count:
+                mean = each.means[place]  # to the last bit: equal numbers must not differ by how they were added up
             apart = each.means[place] - mean
             squares += each.squares[place] + apart * apart * count * more / (count + more)
             count += more
             mean += apart * more / count
         if not count:
             raise DataError(f"no device has a number in the column {column!r}; leave it out of [table] numeric")
-        variance = squares / count
+        deviation = math.sqrt(max(0.0, squares / count))
         means.append(mean)
-        deviations.append(math.sqrt(variance) if variance > 0 else 1.0)
+        deviations.append(deviation if deviation > max(_ROUNDING * abs(mean), _LEAST_STD) else 1.0)
     return Statistics(tuple(means), tuple(deviations), len(sums))

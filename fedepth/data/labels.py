@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from fedepth.data.damage import RowError
 from fedepth.printable import printable, shortened, visible
 
 _NAMES_SHOWN = 10
-_MOST_COMPARED = 1000  # classes; comparing takes a while, and a device may send any names
+_NAMES_COMPARED = 3  # with classes, to suggest one: it takes a while, and a device may send any names
+_MOST_COMPARED = 200  # classes, letter by letter
 _NAME_SHOWN = 60
 _MOST_TOLD = 2000  # characters, fewer than a message to a device may have
 _NEAR = 0.6  # difflib's own measure of what is similar
@@ -44,7 +46,11 @@ def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str:
     unknown = [name for name in names if normalised(name) not in known]
     if not unknown:
         return ""
-    near = [(name, _nearest(name, classes)) for name in unknown[:_NAMES_SHOWN]]
+    loose = _loose(classes)
+    near = [
+        (name, _nearest(name, loose) if number < _NAMES_COMPARED else "")
+        for number, name in enumerate(unknown[:_NAMES_SHOWN])
+    ]
     told = [
         f"folder {visible(name, _NAME_SHOWN)}"
         + (f" - did you mean class {visible(match, _NAME_SHOWN)}{_difference(name, match)}?" if match else "")
@@ -147,15 +153,24 @@ class RowLabels:
             raise RowError(
                 f"has the label {label}; the job has {len(self._classes)} classes, labels {self._first_label} to {last}"
             )
-        near = _nearest(label[:_NAME_SHOWN], self._classes)
+        near = _nearest(label[:_NAME_SHOWN], _loose(self._classes))
         meant = f" - did you mean {visible(near, _NAME_SHOWN)}?" if near else ""
         what = f"has the label {visible(label, _NAME_SHOWN)}, which is not a class of the job"
         raise RowError(f"{what} ({listed(self._classes)}){meant}")
 
 
-def _nearest(name: str, classes: Sequence[str]) -> str:
+def _loose(classes: Sequence[str]) -> Mapping[str, str]:
+    """The classes, by what `_nearest` compares of them."""
+    return _loose_of(tuple(classes))
+
+
+@lru_cache(maxsize=1)  # twenty thousand of them take a tenth of a second
+def _loose_of(classes: tuple[str, ...]) -> Mapping[str, str]:
+    return {_loosely(each): each for each in reversed(classes)}
+
+
+def _nearest(name: str, loose: Mapping[str, str]) -> str:
     """The class that a folder was probably meant for; empty if none is like it."""
-    loose = {_loosely(each): each for each in reversed(classes)}
     if _loosely(name) in loose:
         return loose[_loosely(name)]
     if len(loose) > _MOST_COMPARED:

@@ -122,7 +122,8 @@ def open_tokenizer(spec: TextSpec, length: int, contents: str = "") -> Tokenize:
         contents: of the tokenizer file, where the job has one.
 
     Raises:
-        DataError: the contents are not those that the job names, or the tokenizers library is missing or refuses them.
+        DataError: the contents are not those that the job names, the tokenizers library is missing or refuses them, or
+            they add so much of their own that no word of a text is left.
     """
     least = NO_WORD + 1 if spec.tokenizer else SMALLEST_VOCABULARY
     if not least <= spec.vocabulary <= MOST_VOCABULARY:
@@ -144,6 +145,12 @@ def open_tokenizer(spec: TextSpec, length: int, contents: str = "") -> Tokenize:
         tokenizer = Tokenizer.from_str(contents)
     except Exception as error:  # noqa: BLE001 - the library has no type of its own
         raise DataError(f"the job's tokenizer cannot be used by tokenizers here: {error}") from None
+    added = tokenizer.num_special_tokens_to_add(False)
+    if added >= length:
+        raise DataError(
+            f"the job's tokenizer adds {added} ids of its own to every text, so that nothing of a text is left in "
+            f"{length}; raise [text] length in the job file"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     _, is_padding = tokenizer_vocabulary(contents.encode(), "the job's tokenizer")

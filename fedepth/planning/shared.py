@@ -40,6 +40,12 @@ def rounded_samples(costs: ModelCosts, training: TrainingSpec, sample_count: int
     return min(-(-sample_count >> shift) << shift, steps * training.batch)
 
 
+def kept_budget(budget_bytes: int) -> int:
+    """The smallest budget from this one on that `rounded_budget` leaves as it is."""
+    shift = max(0, budget_bytes.bit_length() - _LEADING_BITS)
+    return -(-budget_bytes >> shift) << shift
+
+
 @dataclass(frozen=True)
 class Question:
     """All that a plan depends on, rounded."""

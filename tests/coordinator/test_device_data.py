@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from fedepth_wire.convert import from_message, to_message
-from fedepth_wire.report_messages import INLINE_BYTES, put_into, report_message
+from fedepth_wire.report_messages import DATA_FIELDS, INLINE_BYTES, put_into, report_message
 from fedepth_wire.v1 import federation_pb2 as pb
 
 from coordinator import device_data
-from coordinator.device_data import DeviceData
+from coordinator.device_data import DeviceData, check_lengths
 from fedepth.errors import ProtocolError
 from fedepth.task import DeviceReport
 
@@ -163,7 +163,7 @@ def test_what_a_device_says_of_its_data_is_read_once_for_each_digest_and_job(
     assert asyncio.run(held.report(message, ["cat", "dog"])) is None
     send(held, data)
 
-    def asked(message: pb.DeviceReport, classes: list[str] | None) -> DeviceReport:
+    def asked(message: pb.DeviceReport, classes: list[str]) -> DeviceReport:
         copy = pb.DeviceReport()
         copy.CopyFrom(message)
         report = asyncio.run(held.report(copy, classes))
@@ -175,16 +175,22 @@ def test_what_a_device_says_of_its_data_is_read_once_for_each_digest_and_job(
     assert asked(message, ["cat", "dog"]) == first and len(reads) == 1
     message.hostname = "moved"  # what is not of the data is what the message says
     assert asked(message, ["cat", "dog"]) == replace(first, hostname="moved") and len(reads) == 1
-    assert asked(message, None).class_names == () and len(reads) == 2  # before there is a job
-    assert asked(message, ["cat"]).sample_count == 4000 and len(reads) == 3
+    assert asked(message, ["cat"]).sample_count == 4000 and len(reads) == 2  # another job
     send(held, other_data)
-    assert asked(other, ["cat"]).sample_count == 4004 and len(reads) == 4
+    assert asked(other, ["cat"]).sample_count == 4004 and len(reads) == 3
 
 
 def test_what_a_message_may_hold_by_itself_is_what_agents_put_there(kit: Any) -> None:
     report = replace(kit.report("a"), folder_names=("a",) * 5000, folder_counts=(1,) * 5000)
     with pytest.raises(ProtocolError, match=r"has 1000\d names and counts; more than 8192 go by digest"):
-        asyncio.run(DeviceData().report(to_message(report, pb.DeviceReport), ["a"]))
+        check_lengths(to_message(report, pb.DeviceReport))
+    small = to_message(replace(report, folder_names=("a",), folder_counts=(1,)), pb.DeviceReport)
+    check_lengths(small)
+    small.data_digest = "0" * 64
+    with pytest.raises(
+        ProtocolError, match=r"has \d+ names and counts beside a digest of them; more than 0 go by digest"
+    ):
+        check_lengths(small)
 
 
 def test_what_is_kept_as_it_was_read_is_bounded(kit: Any) -> None:
@@ -194,6 +200,53 @@ def test_what_is_kept_as_it_was_read_is_bounded(kit: Any) -> None:
         send(held, data, device=device)
         assert asyncio.run(held.report(message, ["cat", "dog"])) is not None
     assert [bool(each.names) for each in held._held.values()] == [False, True, True]  # 2,002 each; the oldest is gone
+
+
+def test_calls_that_are_ended_begin_no_second_reading(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread goes on when its call is ended: sixty calls were fifty-five threads."""
+    opened = threading.Event()
+    reads: list[str] = []
+
+    def slow(message: pb.DeviceReport, content: bytes) -> None:
+        reads.append(message.device_id)
+        assert opened.wait(20)
+        put_into(message, content)
+
+    monkeypatch.setattr(device_data, "put_into", slow)
+    held = DeviceData()
+    (message, data), (others, others_data) = named(kit, "a", 1000), named(kit, "b", 1000)
+    send(held, data)
+    send(held, others_data, device="b")
+
+    async def scene() -> list[DeviceReport | None]:
+        ended = [asyncio.ensure_future(held.report(message, ["cat", "dog"])) for _ in range(20)]
+        other = asyncio.ensure_future(held.report(others, ["cat", "dog"]))
+        while not reads:
+            await asyncio.sleep(0.001)
+        for call in ended:
+            call.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+        last = asyncio.ensure_future(held.report(message, ["cat", "dog"]))
+        await asyncio.sleep(0)
+        assert reads == ["a"]  # one at a time, of all devices
+        opened.set()
+        return [await last, await other]
+
+    assert all(asyncio.run(scene()))
+    assert reads == ["a", "b"]
+
+
+def test_a_file_that_cannot_be_read_is_read_once(kit: Any) -> None:
+    held = DeviceData()
+    content = b"\xff" * 300
+    send(held, content)
+    message = to_message(kit.report("a"), pb.DeviceReport)
+    for name in DATA_FIELDS:
+        message.ClearField(name)
+    message.data_digest = sha256(content)
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        asyncio.run(held.report(message, ["cat"]))
+    assert asyncio.run(held.report(message, ["cat"])) is None  # it is asked for again
 
 
 def test_a_report_of_many_names_leaves_the_event_loop_free(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

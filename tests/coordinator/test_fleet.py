@@ -56,6 +56,25 @@ def test_a_poll_that_says_nothing_new_writes_nothing(rig: Rig) -> None:
     assert rig.fleet.name("a") == "porch"
 
 
+def test_a_clone_that_asks_again_and_again_is_told_of_within_a_bound(
+    tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, kit, monkeypatch)
+    sent: list[str] = []
+    monkeypatch.setattr(Events, "send", lambda events, kind, **more: sent.append(kind))
+    report = rig.kit.report("a")
+    assert rig.see(replace(report, instance="one")) is None
+    assert rig.see(replace(report, instance="two")) is None
+    for _ in range(50):
+        refused = rig.see(replace(report, instance="one"))
+        assert refused is not None and refused.reason == "clone"
+    assert sent.count("cloned_identity") == 20
+    rig.now = 10.0
+    rig.see(replace(report, instance="one"))
+    assert sent.count("cloned_identity") == 21
+    rig.store.close()
+
+
 def test_a_device_is_told_with_the_classes_that_it_lacks(
     tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

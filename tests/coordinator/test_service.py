@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from coordinator.job import Job
 from coordinator.service import FederationService
 from coordinator.store.records import Store
 from coordinator.store.storage import Directory
-from fedepth.errors import StateError
+from fedepth.errors import StateError, UpdateError
 from fedepth.task import Distil, Failure, Heads, Outcome, Progress, Result, Task
 
 WEIGHTS = b"initial weights"
@@ -366,6 +367,67 @@ def test_a_file_is_looked_at_once_for_all_who_doubt_it(play: Play, monkeypatch: 
         assert len(looks) == 2
 
     play(scene)
+
+
+def test_a_look_at_a_file_goes_on_when_nobody_waits_for_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is ended does not end its thread: forty calls were thirty-two looks at once. And where a look takes
+    longer than a device waits, its next question finds the answer."""
+    looks: list[Path] = []
+    opened = threading.Event()
+    verify = Source.verify
+
+    def slow(source: Source) -> None:
+        looks.append(Path())
+        assert opened.wait(20)
+        verify(source)
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(Source, "verify", slow)
+        monkeypatch.setattr(service, "BUSY_RETRY_S", 0.05)
+        digest = rig.kit.sha256(WEIGHTS)
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError, match="still being compared with its digest; come back") as caught:
+                await fetch(rig, digest, len(WEIGHTS))
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        opened.set()
+        monkeypatch.setattr(service, "BUSY_RETRY_S", 20)
+        assert await fetch(rig, digest, len(WEIGHTS)) == WEIGHTS
+        assert len(looks) == 1
+
+    play(scene)
+
+
+def test_what_an_update_says_is_bounded_before_it_is_converted(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        task, _ = await asyncio.gather(rig.task("a"), rig.task("b"))
+        message = to_message(rig.result(task, "a"), pb.Result)
+        message.stages.extend([pb.StageResult()] * 900)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"says 90[0-9] things of its parts, stages or units") as caught:
+            await rig.stub.CommitUpdate(pb.CommitUpdateRequest(result=message))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    play(scene, quorum=1)
+
+
+def test_names_beside_a_digest_of_them_are_refused(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        message = to_message(rig.kit.report("a"), pb.DeviceReport)
+        message.data_digest = "0" * 64
+        message.folder_names.extend(["x"] * 30_000)
+        with pytest.raises(grpc.aio.AioRpcError, match="beside a digest of them; more than 0 go by digest") as caught:
+            await rig.stub.NextTask(pb.NextTaskRequest(device=message, wait_ms=0))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    play(scene, quorum=1)
+
+
+def test_updates_of_tasks_that_never_were_are_counted_within_a_bound(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        for number in range(30):
+            await rig.job.refuse(f"made-up-{number}", 1, "a", UpdateError("late", "never existed"))
+        assert rig.job.store.failure_counts() == {"refused/late": 20}
+
+    play(scene, quorum=1)
 
 
 def test_a_call_that_meets_a_state_that_cannot_be_used_is_logged_in_a_sentence(

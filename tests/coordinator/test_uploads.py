@@ -348,6 +348,25 @@ def test_a_round_that_closes_during_an_upload_ends_it(setup: Setup) -> None:
     assert caught.value.reason == "late"
 
 
+def test_an_update_that_is_recorded_while_its_part_comes_again_is_not_told_as_late(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit was cut and goes through meanwhile. A device that is told "late" takes back what its encoding has left
+    out of the update, which counts."""
+    setup.send(setup.header())
+    check = setup.uploads._check_header
+
+    async def recorded_by_now(header: PartHeader) -> None:
+        await setup.uploads.commit(setup.kit.result(setup.task, {0: DATA}))
+        setup.open = False
+        await check(header)
+
+    monkeypatch.setattr(setup.uploads, "_check_header", recorded_by_now)
+    assert setup.send(setup.header()) == []
+    with pytest.raises(UpdateError, match="is no longer wanted"):
+        setup.send(setup.header(b"another"))
+
+
 def test_a_round_that_closes_during_the_check_takes_no_update(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def close(paths: Sequence[Path], layout: ModelLayout, result: Result) -> None:
         setup.open = False

@@ -37,6 +37,25 @@ def test_equal_numbers_have_the_deviation_one() -> None:
     assert statistics_of([sums_of([(5.0,)]), sums_of([(5.0,), (5.0,)])], ["a"]) == Statistics((5.0,), (1.0,), 2)
 
 
+@given(
+    value=st.integers(-10_000, 10_000).map(lambda number: number / 1000) | st.floats(-1e15, 1e15),
+    rows=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
+)
+def test_a_constant_has_the_deviation_one_however_its_rows_are_spread_over_devices(
+    value: float, rows: list[int]
+) -> None:
+    found = statistics_of([sums_of([(value,)] * count) for count in rows], ["a"])
+    assert (found.mean, found.std) == ((value,), (1.0,))
+
+
+def test_numbers_that_differ_by_rounding_alone_are_equal() -> None:
+    """0.1 and 0.30000000000000004 / 3, of a column that somebody has computed."""
+    found = statistics_of([sums_of([(0.1,), (0.1,)]), sums_of([((0.1 + 0.1 + 0.1) / 3,)])], ["a"])
+    assert found.std == (1.0,)
+    small = statistics_of([sums_of([(1e-25,)]), sums_of([(3e-25,)])], ["a"])
+    assert small.std == (1.0,)  # float32 cannot be computed with 1e-25
+
+
 def test_a_column_without_any_number_is_named() -> None:
     with pytest.raises(DataError, match="no device has a number in the column 'a'"):
         statistics_of([sums_of([(math.nan,)]), sums_of([])], ["a"])

@@ -125,6 +125,24 @@ def test_ids_of_a_tokenizer_leave_0_to_padding(tokenizer: dict[str, object], exp
     assert list(tokens("")) == [1]
 
 
+@has_tokenizers
+def test_a_tokenizer_that_leaves_no_room_for_a_word_is_refused() -> None:
+    """With [CLS] and [SEP] around a text, the library truncates to nothing, and not at all below that."""
+    word, text = {"SpecialToken": {"id": "cat", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    around = {
+        "type": "TemplateProcessing",
+        "single": [word, text, word],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"cat": {"id": "cat", "ids": [1], "tokens": ["cat"]}},
+    }
+    contents = json.dumps({**WORD_LEVEL, "post_processor": around})
+    spec = TextSpec("label", ("text",), 5, tokenizer_digest(contents))
+    for length in (1, 2):
+        with pytest.raises(DataError, match=f"adds 2 ids of its own to every text, .* left in {length}; raise"):
+            open_tokenizer(spec, length, contents)
+    assert list(open_tokenizer(spec, 3, contents)("dog bird")) == [2, 3, 2]
+
+
 @pytest.mark.parametrize("vocabulary", [-1, 0, 2, 3, 1 << 40])
 def test_a_vocabulary_that_no_job_has(vocabulary: int) -> None:
     with pytest.raises(DataError, match="allowed are 4 to 1048576"):

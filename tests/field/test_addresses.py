@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import coordinator.cli
 from coordinator import listening
 from edge_client.config import load
-from fedepth.address import Address, listening_address, parse_address
+from fedepth.address import ENROLL_PORT, Address, listening_address, parse_address
 from fedepth.errors import ConfigError, TransportError
 
 # What is written, and what it means.
@@ -127,6 +127,30 @@ def test_what_is_no_address_is_refused_with_what_to_write(text: str, says: str) 
         parse_address(text)
     assert str(caught.value).isprintable()
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host:",
+        ":8971",
+        "[::1",
+        "[::1]8",
+        "a:b:c",
+        "http://host",
+        "a_b c",
+        "host/x",
+        "user@host",
+        "fe80::1:1",
+        "ho$t",
+    ],
+)
+def test_what_to_write_has_the_port_of_what_is_asked_for(text: str) -> None:
+    """Whoever enrols, and follows what a message says, must not dial the port for devices."""
+    with pytest.raises(ConfigError) as caught:
+        parse_address(text, ENROLL_PORT)
+    assert "8970" not in str(caught.value)
 
 
 @settings(max_examples=60)

@@ -5,8 +5,10 @@ A further case is a row of one of the tables.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,24 @@ def test_many_unknown_names_are_cut() -> None:
     assert len(told) < 2000
     hostile = unknown_names(["\U000e0100" * 200] * 20, ("\U000e0100" * 200, "b"))
     assert len(hostile) <= 2001
+
+
+def test_names_are_compared_with_classes_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may send any names, again and again, and the coordinator compares them between its other work."""
+    compared: list[int] = []
+    matches = difflib.get_close_matches
+
+    def counted(word: str, possible: Sequence[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
+        compared.append(len(possible))
+        return matches(word, possible, n, cutoff)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    told = unknown_names([f"class 1{letter}" for letter in "abcdefgh"], [f"class {number}" for number in range(200)])
+    assert compared == [200] * 3
+    assert told.count("did you mean") == 3
+    unknown_names(["clas 7"], [f"class {number}" for number in range(201)])
+    assert len(compared) == 3
+    assert "did you mean class 'class 7'" in unknown_names(["Class-7"], [f"class {number}" for number in range(201)])
 
 
 @pytest.mark.parametrize(

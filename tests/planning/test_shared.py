@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedepth.costs import ModelCosts
 from fedepth.estimate.peak import batches_per_epoch, effective_batch
-from fedepth.planning.shared import rounded_budget, rounded_samples
+from fedepth.planning.shared import kept_budget, rounded_budget, rounded_samples
 from fedepth.task import TrainingSpec
 from tests.unit_costs import model_costs, unit_cost
 
@@ -20,6 +20,14 @@ MIB = 1 << 20
 @given(st.integers(0, 1 << 50))
 def test_a_budget_loses_at_most_one_percent(budget: int) -> None:
     assert 0.99 * budget <= rounded_budget(budget) <= budget
+
+
+@given(st.integers(0, 1 << 50))
+def test_a_kept_budget_is_the_next_that_is_not_rounded(budget: int) -> None:
+    kept = kept_budget(budget)
+    assert budget <= kept <= 1.01 * budget
+    assert rounded_budget(kept) == kept
+    assert kept == budget or rounded_budget(kept - 1) < budget
 
 
 def test_a_fleet_has_few_budgets() -> None:

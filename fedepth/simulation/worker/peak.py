@@ -19,6 +19,7 @@ from fedepth.models.traced import read_traced, write_traced
 from fedepth.models.zoo import has_width
 from fedepth.plan import Policy
 from fedepth.planning.planner import make_plan
+from fedepth.planning.shared import kept_budget
 from fedepth.prepare import trace_model
 from fedepth.simulation.worker.protocol import MeasurePeak
 from fedepth.task import Distil, InputType, ModelSpec, Task
@@ -90,5 +91,6 @@ def measure_peak(request: MeasurePeak) -> dict[str, Any]:
         "scales": scales,
         "measured_peak_bytes": measured,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
-        "needed_bytes": max(needed_bytes(measured), needed_bytes(plan.predicted_peak_bytes)),
+        # Such that it still holds the network after the planner's rounding.
+        "needed_bytes": kept_budget(needed_bytes(max(measured, plan.predicted_peak_bytes))),
     }

@@ -7,6 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from edge_client.config import TrainerConfig
+from edge_client.trainer import client
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from fedepth.errors import ChildError
 
@@ -94,6 +95,33 @@ def test_what_does_not_say_ready_is_ended(line: str) -> None:
     argv = [sys.executable, "-c", f"print({line!r}, flush=True); input()"]
     with pytest.raises(ChildError, match="did not say that it is ready"):
         asyncio.run(TrainerProcess.start(TrainerConfig(), argv))
+
+
+READY = '{"event": "ready", "start_bytes": 1, "allocator": "none"}'
+
+
+async def said_by(code: str) -> object:
+    """The first event of a trainer that is ready, and then does this."""
+    trainer = await TrainerProcess.start(
+        TrainerConfig(), [sys.executable, "-c", f"print({READY!r}, flush=True)\n{code}"]
+    )
+    try:
+        return await trainer._receive()
+    finally:
+        await trainer.kill()
+
+
+def test_a_trainer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its task would never end: the lease is renewed as long as the trainer lives."""
+    monkeypatch.setattr(client, "HANG_S", 0.5)
+    with pytest.raises(ChildError, match=r"has said nothing for 0\.5 s, and done nothing; does it wait for a disk"):
+        asyncio.run(said_by("input()"))
+
+
+def test_a_step_may_take_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "HANG_S", 0.05)
+    works = "import time\nwhile time.process_time() < 1: pass\nprint('{}', flush=True)\ninput()"
+    assert asyncio.run(said_by(works)) == {}
 
 
 def test_a_trainer_that_cannot_be_started_is_an_error_of_the_child() -> None:
