@@ -46,13 +46,16 @@ def normalise(batch: npt.NDArray[np.uint8], spec: ModelSpec) -> npt.NDArray[np.f
     return result
 
 
-def augment(batch: npt.NDArray[np.uint8], kind: str, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def augment(batch: npt.NDArray[np.uint8], kind: str, key: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """Random views of a batch; both shapes (n, C, H, W).
 
-    "none" returns the batch itself and draws nothing. "crop-flip" pads with 4 black pixels on each side,
-    cuts the original size out at random, and flips half of the images (He et al., arXiv 1512.03385, section
-    4.2). Each image takes three draws, so that the views do not depend on how a sequence of images is cut
-    into batches.
+    "none" returns the batch itself. "crop-flip" pads with 4 black pixels on each side, cuts the original size out at
+    random, and flips half of the images (He et al., arXiv 1512.03385, section 4.2).
+
+    Args:
+        key: `views_key`.
+        indices: (n,), of the images in their data set. The view of an image depends on this and the key alone, and not
+            on how images are cut into batches, or how often they are read.
 
     Raises:
         ConfigError: there is no such kind.
@@ -61,23 +64,34 @@ def augment(batch: npt.NDArray[np.uint8], kind: str, rng: np.random.Generator) -
         return batch
     if kind != "crop-flip":
         raise ConfigError(f"augmentation {kind!r}: there are {', '.join(AUGMENTATIONS)}")
-    draws = rng.random((len(batch), 3))
-    corners = (draws[:, :2] * (2 * _PADDING + 1)).astype(np.int64)
+    if batch.ndim != 4:
+        raise ConfigError(f"augmentation {kind!r} is for images (channels, height, width), not for {batch.shape[1:]}")
+    corners = 2 * _PADDING + 1
+    drawn = _drawn(key, indices)
+    tops, lefts, flips = drawn % corners, drawn // corners % corners, drawn // corners**2 % 2
     height, width = batch.shape[2:]
     padded = np.zeros((batch.shape[1], height + 2 * _PADDING, width + 2 * _PADDING), np.uint8)
     views = np.empty_like(batch, order="C")
-    for place, (top, left) in enumerate(corners.tolist()):
+    for place, (top, left, flip) in enumerate(zip(tops.tolist(), lefts.tolist(), flips.tolist(), strict=True)):
         padded[:, _PADDING : _PADDING + height, _PADDING : _PADDING + width] = batch[place]
         view = padded[:, top : top + height, left : left + width]
-        views[place] = view[:, :, ::-1] if draws[place, 2] < 0.5 else view
+        views[place] = view[:, :, ::-1] if flip else view
     return views
 
 
-def views_rng(seed: int, round: int, device_id: str) -> np.random.Generator:
-    """The source of a task's random views: the same at every call, another for each round and device.
+def views_key(seed: int, round: int, device_id: str, epoch: int = 0) -> int:
+    """What the views of an epoch are drawn by: 64 bits, others for each task and epoch."""
+    text = f"{seed}/{round}/{device_id}/{epoch}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
-    A stage that starts anew with it, and draws for its samples in the same order, sees the same views as
-    the stage before; that makes a cache of a block's inputs valid under augmentation.
+
+def _drawn(key: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """64 random bits for each index: the output of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
+    generators", OOPSLA 2014, figure 17) that starts at `key`, at these places of its sequence.
+
+    numpy's generators would have to draw for all images, and keep that, or be set up for each image.
     """
-    text = f"{seed}/{round}/{device_id}".encode()
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest(), "little"))
+    z = np.uint64(key) + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

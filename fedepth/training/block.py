@@ -22,6 +22,7 @@ from fedepth.training.context import TrainingContext, load, read, to_device
 from fedepth.training.objective import Teachers, objective
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
+from fedepth.training.views import views
 
 
 class BlockTraining:
@@ -58,6 +59,7 @@ class BlockTraining:
         self._micro_batch = micro_batch
         self.steps = 0
         self.samples_seen = 0
+        self._epoch = -1
         self._context = context
         self._stage = stage
         self._inputs = inputs
@@ -99,6 +101,8 @@ class BlockTraining:
 
     def epoch_batches(self) -> tuple[torch.Tensor, ...]:
         """Index batches of the next epoch."""
+        for each in (self, *self.peers):
+            each._epoch += 1
         task = self._context.task
         count = len(self._labels)
         return epoch_batches(count, batches_per_epoch(self._context.costs, task.training, count), self._shuffle)
@@ -165,7 +169,10 @@ class BlockTraining:
 
     def _read(self, piece: torch.Tensor) -> torch.Tensor:
         # Anew for every pass: the first unit may change its input in place.
-        return to_device(self._context, self._inputs.read(piece), from_data=self._stage.first == 0)
+        x, is_data = self._inputs.read(piece), self._stage.first == 0
+        if is_data:
+            x = views(self._context, x, piece, self._epoch)
+        return to_device(self._context, x, from_data=is_data)
 
     def _accumulate(
         self,

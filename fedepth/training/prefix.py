@@ -1,20 +1,22 @@
-"""The inputs of a stage, computed once: augmented views before the first unit, activations behind frozen ones after.
-And what the global model says of them, for tasks that distil from it."""
+"""The inputs of a stage, computed once: samples as they are stored before the first unit, activations behind frozen
+ones after. And what the global model says of them, for tasks that distil from it.
+
+Of augmented samples, what is computed follows from one view of each, the task's first (fedepth.training.views). Only a
+stage that begins with the first unit sees others, since it computes nothing before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from fedepth.data.transforms import augment, views_rng
 from fedepth.estimate.peak import logits_way
 from fedepth.estimate.teachers import logits_place
 from fedepth.models.run import DTYPES, RunnableUnit
 from fedepth.plan import CachePlace, CacheType, Stage
 from fedepth.training.cache import Cache, RowFormat, filling_order, open_cache
 from fedepth.training.context import TrainingContext, load, to_device
+from fedepth.training.views import views
 
 
 def build_inputs(
@@ -46,8 +48,8 @@ def global_logits(context: TrainingContext, stage: Stage, source: Cache, between
 
     Args:
         stage: the first of its task.
-        source: its inputs, which are the very views that the task trains on, or follow from them by the global weights.
-            It stays as it is.
+        source: its inputs, which are the samples that the task trains on, or follow from their first views by the
+            global weights. It stays as it is.
         between: called after every batch; may wait.
     """
     count, training = context.cached_samples, context.task.training
@@ -121,17 +123,14 @@ def _fill(
     *,
     from_data: bool,
 ) -> None:
-    rng = views_rng(context.task.training.seed, context.task.round, context.device_id)
     count = len(context.images)
     with torch.inference_mode():
         for positions in filling_order(count, batch, target.rows, source):
-            indices = np.arange(positions.start, positions.stop)
-            if source is None:
-                views = augment(context.images.read(indices), context.task.training.augmentation, rng)
-                x = torch.from_numpy(views)
-            else:
-                x = source.read(torch.from_numpy(indices))
+            indices = torch.arange(positions.start, positions.stop)
+            x = torch.from_numpy(context.images.read(indices.numpy())) if source is None else source.read(indices)
             if units:
+                if from_data:
+                    x = views(context, x, indices)
                 x = to_device(context, x, from_data=from_data)
                 for unit in units:
                     x = unit(x)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedepth.data.transforms import augment, views_rng
+from fedepth.data.transforms import augment, views_key
 from fedepth.estimate import teachers
 from fedepth.memory.meter import Meter
 from fedepth.models.skip import skip
@@ -56,12 +56,14 @@ def pixels(job_images: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
     return (torch.from_numpy(job_images).float() / 255 - 0.5) / 0.5
 
 
-def by_hand(folder: Path, spec: ModelSpec, blocks: list[tuple[int, int]]) -> Tensors:
+def by_hand(folder: Path, spec: ModelSpec, blocks: list[tuple[int, int]], training: TrainingSpec) -> Tensors:
     """Blocks with a shared head, cross-entropy, and the divergence from what the model said before the task."""
-    job = context(folder, [stage(*block) for block in blocks], spec, DISTILLING)
+    job = context(folder, [stage(*block) for block in blocks], spec, training)
     module = fresh(spec)
     units, head = parts_of(module)
-    x, y = pixels(job.images.read(np.arange(16))), torch.from_numpy(job.images.labels)
+    raw, key = job.images.read(np.arange(16)), views_key(training.seed, 1, "d")
+    x = pixels(augment(raw, training.augmentation, key, np.arange(16)))
+    y = torch.from_numpy(job.images.labels)
     with torch.no_grad():
         wanted = functional.softmax(module.eval()(x) / 3, 1)
     for index, (first, last) in enumerate(blocks):
@@ -81,15 +83,18 @@ def by_hand(folder: Path, spec: ModelSpec, blocks: list[tuple[int, int]]) -> Ten
     return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
 
 
+@pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
 @pytest.mark.parametrize("on_disk", [False, True], ids=["logits in RAM", "logits on disk"])
 def test_every_stage_learns_from_what_the_model_said_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool, augmentation: str
 ) -> None:
+    """Of one view of each sample, the one that the model spoke of."""
+    training = replace(DISTILLING, augmentation=augmentation)
     if on_disk:
         monkeypatch.setattr(teachers, "LOGITS_IN_RAM_BYTES", 0)
     blocks = [(0, 1), (2, 3), (4, 5)]
-    job = job_of(tmp_path, [stage(*block, micro_batch=3) for block in blocks], SPEC, DISTILLING)
-    assert_equal(trained_tensors(job), by_hand(tmp_path, SPEC, blocks))
+    job = job_of(tmp_path, [stage(*block, micro_batch=3) for block in blocks], SPEC, training)
+    assert_equal(trained_tensors(job), by_hand(tmp_path, SPEC, blocks, training))
     assert open_files(tmp_path / "cache") == []
 
 
@@ -132,7 +137,7 @@ def test_the_logits_are_those_of_the_views_that_are_trained_on(tmp_path: Path) -
         job = job_of(tmp_path, [planned], SPEC, training)
         source = build_inputs(job, planned, None, None, lambda: None)
         logits = global_logits(job, planned, source, lambda: None)
-        views = augment(job.images.read(np.arange(16)), "crop-flip", views_rng(training.seed, 1, "d"))
+        views = augment(job.images.read(np.arange(16)), "crop-flip", views_key(training.seed, 1, "d"), np.arange(16))
         with torch.no_grad():
             expected = fresh(SPEC).eval()(pixels(views))
         torch.testing.assert_close(logits.read(torch.arange(16)), expected, rtol=1e-4, atol=1e-5)
