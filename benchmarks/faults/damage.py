@@ -19,7 +19,7 @@ from coordinator.cli import read_record
 from fedepth.errors import ChildError
 from fedepth.files import file_digest
 
-SERVE_S = 15.0  # in which a coordinator has to say that it does not serve
+SERVE_S = 60.0  # in which a coordinator has to say that it does not serve
 _REMEDY = re.compile(r"restore|backup|rollback|put .* back|new --state|another --state|delete")
 _CLONE = re.compile(r"instance|clone|copied|same identity|another agent", re.IGNORECASE)
 
@@ -185,8 +185,8 @@ def _must_refuse(scene: Scene) -> None:
         said, _ = process.communicate(timeout=SERVE_S)
     except subprocess.TimeoutExpired:
         status = scene.federation.status()
-        where = f"round {status.round}" if status else "nobody"
-        scene.fail(f"a damaged state is served ({scene.said[-1]}): {where}")
+        what = f"is served, at round {status.round}" if status else f"is not refused in {SERVE_S:g} s"
+        scene.fail(f"a damaged state {what}: {scene.said[-1]}")
         process.kill()
         process.communicate()
         return
