@@ -3,8 +3,8 @@ arXiv 2102.02079), whose authors publish 88.09 ± 0.29 % on Fashion-MNIST and 62
 
 As there: LeNet, 10 clients that all take part in every round, Dirichlet(0.5) with unequal sizes, 50 rounds of 10 local
 epochs, batch 64, SGD at 0.01 with momentum 0.9 and weight decay 1e-5, pixels from 0 to 1, the best accuracy of all
-rounds; on CIFAR-10 crops and flips. Different here: crops are padded with black pixels, there with reflected ones, and
-views are drawn once for a task instead of once for an epoch; CIFAR-10 is a copy of JPEG files.
+rounds; on CIFAR-10 crops and flips. Different here: crops are padded with black pixels, there with reflected ones;
+CIFAR-10 is a copy of JPEG files.
 """
 
 from __future__ import annotations
