@@ -170,6 +170,7 @@ class FederationService(FederationServicer):
             return
         if digest not in self._verifying:
             self._verifying[digest] = asyncio.create_task(self._verify_alone(digest, verify))
+            self._verifying[digest].add_done_callback(_retrieved)
         task = self._verifying[digest]
         done, _ = await asyncio.wait({task}, timeout=BUSY_RETRY_S)  # which leaves it alone when this call is cancelled
         if not done:
@@ -336,6 +337,12 @@ def _check_lengths(result: pb.Result, most: int) -> None:
             raise ProtocolError(
                 f"an update says {len(found)} things of its parts, stages or units; at most {most} can be"
             )
+
+
+def _retrieved(task: asyncio.Task[None]) -> None:
+    """Nobody may wait for it any more, and asyncio would log what came of it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _retry(after_ms: int, reason: str) -> pb.NextTaskReply:
