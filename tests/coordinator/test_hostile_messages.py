@@ -30,7 +30,10 @@ def play(kit: Any) -> Play:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         noted: list[Any] = []
         job: Any = SimpleNamespace(
-            config=config, model=model_spec(config), rejected=lambda *rejection: noted.append(rejection)
+            config=config,
+            model=model_spec(config),
+            rejected=lambda *rejection: noted.append(rejection),
+            uploads=SimpleNamespace(limit_parts=9),
         )
         add_FederationServicer_to_server(FederationService(job), server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -68,7 +71,7 @@ def test_a_report_out_of_bounds_is_refused_before_it_is_read(play: Play, kit: An
         report.class_counts.extend([1] * 1_000_000)
         code, said = await status(stub.NextTask(pb.NextTaskRequest(device=report)))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert said == "DeviceReport.class_counts has 1000002 elements, allowed are 32768"
+        assert said == "a report has 1000002 names and counts; more than 8192 go by digest"
 
     play(scene)
 
@@ -93,9 +96,10 @@ def test_results_failures_and_progress_out_of_bounds_are_refused(play: Play) -> 
     async def scene(stub: Any) -> None:
         outcome = pb.Outcome.Value(f"OUTCOME_{Outcome.DATA.name}")
         calls = {
-            "Plan.stages has 1025": stub.CommitUpdate(
-                pb.CommitUpdateRequest(result=pb.Result(plan=pb.Plan(stages=[pb.Stage()] * 1025)))
+            "an update says 10 things of its parts, stages or units; at most 9 can be": stub.CommitUpdate(
+                pb.CommitUpdateRequest(result=pb.Result(plan=pb.Plan(stages=[pb.Stage()] * 10)))
             ),
+            "Result.sample_count is -1": stub.CommitUpdate(pb.CommitUpdateRequest(result=pb.Result(sample_count=-1))),
             "Failure.message has 4097": stub.ReportFailure(pb.Failure(message="x" * 4097, outcome=outcome)),
             "Progress.stage is -1": stub.ReportProgress(pb.Progress(stage=-1)),
         }
