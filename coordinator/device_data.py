@@ -58,7 +58,7 @@ class _Held:
         return len(self.whole) + len(self.growing)
 
 
-def check_lengths(message: pb.DeviceReport) -> None:
+def check_inline(message: pb.DeviceReport) -> None:
     """What a report may say by itself of its device's data, before any of it is looked at: names and counts take a byte
     each and more, and reading them takes the loop's time. The rest goes by digest.
 
@@ -95,7 +95,7 @@ class DeviceData:
         """The report in a message, with what it says by digest; None if that has to be asked for.
 
         Args:
-            message: that has been checked (`check_lengths`, `fedepth_wire.bounds`).
+            message: that has been checked (`check_inline`, `fedepth_wire.bounds`).
             classes: of the job, by which samples are counted where names of folders left open what they are.
 
         Raises:

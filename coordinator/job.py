@@ -329,11 +329,9 @@ class Job:
         await self._to_its_end(self._refuse(task_id, attempt, device_id, error))
 
     async def _refuse(self, task_id: str, attempt: int, device_id: str, error: UpdateError) -> None:
-        if task_id not in self.state.tasks:  # such as one that never was: nobody waits for the record because of it
-            if self._limits.take(device_id, self.fleet.name(device_id), UNKNOWN_TASKS):
-                return
-            await self.store.short(self.store.count_refusal, error.reason, str(error), task_id)
-            self._tell_refused(task_id, device_id, error)
+        # Of tasks that never were a device can name any number, and each would take the turn, the record and the log.
+        unknown = task_id not in self.state.tasks
+        if unknown and self._limits.take(device_id, self.fleet.name(device_id), UNKNOWN_TASKS):
             return
         async with self._turn:
             task = self.state.tasks.get(task_id)
@@ -341,9 +339,6 @@ class Job:
                 await self._step(TaskFailed(task_id, self._clock(), "refused", error.reason, str(error)))
             else:
                 await self.store.short(self.store.count_refusal, error.reason, str(error), task_id)
-        self._tell_refused(task_id, device_id, error)
-
-    def _tell_refused(self, task_id: str, device_id: str, error: UpdateError) -> None:
         self.events.send(
             "update_refused",
             device=self.fleet.name(device_id),

@@ -27,7 +27,7 @@ from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
 
 from coordinator.admission import check_report, check_settings
-from coordinator.device_data import DeviceData, check_lengths
+from coordinator.device_data import DeviceData, check_inline
 from coordinator.job import Job
 from coordinator.survey import Survey
 from coordinator.uploads import PartHeader
@@ -73,7 +73,7 @@ class FederationService(FederationServicer):
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.NextTaskReply:
         context.set_compression(grpc.Compression.Gzip)
         async with _answering(context):
-            check_lengths(request.device)
+            check_inline(request.device)
             check_message(request)
             try:
                 survey = self._survey  # which may end while a report is read

@@ -115,7 +115,7 @@ def _split(text: str, default_port: int) -> tuple[str, str | None]:
             )
         if rest and not rest.startswith(":"):
             raise _refused(
-                text, "after the closing bracket only a colon and a port may follow, as in [::1]:{default_port}"
+                text, f"after the closing bracket only a colon and a port may follow, as in [::1]:{default_port}"
             )
         return f"[{inside}]", rest[1:] if rest else None
     if text.count(":") > 1:

@@ -134,5 +134,5 @@ def total(figures: Iterator[BatchFigures] | Sequence[BatchFigures], count: int, 
         damaged.update((len(damaged) + number, text) for number, text in enumerate(each.damaged))
         check_share(count - len(damaged), len(damaged), most_damaged, damaged, "[test] most_damaged")
     if not samples:
-        raise DataError(f"none of the {count} test samples can be read, such as {next(iter(damaged.values()), 'none')}")
+        raise DataError("; ".join([f"none of the {count} test samples can be read", *list(damaged.values())[:1]]))
     return Evaluated(correct / samples, loss / samples, samples, tuple(damaged.values()))

@@ -29,5 +29,5 @@ def test_rows_are_read_again_only_where_they_are_other_ones(tmp_path: Path) -> N
 def test_figures_of_all_batches_are_added_up_and_nothing_is_no_accuracy() -> None:
     found = total([BatchFigures(3, 1, 1.5, ("bad",)), BatchFigures(1, 1, 0.5, ())], 5, 0.5)
     assert (found.accuracy, found.loss, found.samples) == (0.5, 0.5, 4)
-    with pytest.raises(DataError, match="none of the 1 test samples can be read, such as bad"):
+    with pytest.raises(DataError, match="none of the 1 test samples can be read; bad"):
         total([BatchFigures(0, 0, 0.0, ("bad",))], 1, 1.0)

@@ -19,7 +19,7 @@ from coordinator.cli import read_record
 from fedepth.errors import ChildError
 from fedepth.files import file_digest
 
-SERVE_S = 60.0  # in which a coordinator has to say that it does not serve
+SERVE_S = 15.0  # in which a coordinator has to say that it does not serve
 _REMEDY = re.compile(r"restore|backup|rollback|put .* back|new --state|another --state|delete")
 _CLONE = re.compile(r"instance|clone|copied|same identity|another agent", re.IGNORECASE)
 

@@ -114,6 +114,8 @@ class TrainerProcess:
             while not (await asyncio.wait({receiving}, timeout=HANG_S))[0]:
                 before, used = used, self._processor_seconds()
                 if used - before < HANG_S * IDLE_SHARE:
+                    # Told before it is waited for: one that hangs in the kernel may not even end when it is killed.
+                    _log.warning("the trainer hangs and is killed", pid=self.pid, silent_s=HANG_S)
                     self._child.kill()
                     raise ChildError(
                         f"the trainer (pid {self.pid}) has said nothing for {HANG_S:g} s, and done nothing; does it "

@@ -15,8 +15,7 @@ from fedepth.data.damage import RowError
 from fedepth.printable import printable, shortened, visible
 
 _NAMES_SHOWN = 10
-_NAMES_COMPARED = 3  # with classes, to suggest one: it takes a while, and a device may send any names
-_MOST_COMPARED = 200  # classes, letter by letter
+_MOST_COMPARED = 1000  # pairs of a name and a class; comparing takes a while, and a device may send any names
 _NAME_SHOWN = 60
 _MOST_TOLD = 2000  # characters, fewer than a message to a device may have
 _NEAR = 0.6  # difflib's own measure of what is similar
@@ -46,10 +45,9 @@ def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str:
     unknown = [name for name in names if normalised(name) not in known]
     if not unknown:
         return ""
-    loose = _loose(classes)
     near = [
-        (name, _nearest(name, loose) if number < _NAMES_COMPARED else "")
-        for number, name in enumerate(unknown[:_NAMES_SHOWN])
+        (name, _nearest(name, classes, _MOST_COMPARED // number))
+        for number, name in enumerate(unknown[:_NAMES_SHOWN], 1)
     ]
     told = [
         f"folder {visible(name, _NAME_SHOWN)}"
@@ -153,27 +151,25 @@ class RowLabels:
             raise RowError(
                 f"has the label {label}; the job has {len(self._classes)} classes, labels {self._first_label} to {last}"
             )
-        near = _nearest(label[:_NAME_SHOWN], _loose(self._classes))
+        near = _nearest(label[:_NAME_SHOWN], self._classes, _MOST_COMPARED)
         meant = f" - did you mean {visible(near, _NAME_SHOWN)}?" if near else ""
         what = f"has the label {visible(label, _NAME_SHOWN)}, which is not a class of the job"
         raise RowError(f"{what} ({listed(self._classes)}){meant}")
 
 
-def _loose(classes: Sequence[str]) -> Mapping[str, str]:
-    """The classes, by what `_nearest` compares of them."""
-    return _loose_of(tuple(classes))
-
-
 @lru_cache(maxsize=1)  # twenty thousand of them take a tenth of a second
-def _loose_of(classes: tuple[str, ...]) -> Mapping[str, str]:
+def _loose(classes: tuple[str, ...]) -> Mapping[str, str]:
+    """The classes, by what `_nearest` compares of them."""
     return {_loosely(each): each for each in reversed(classes)}
 
 
-def _nearest(name: str, loose: Mapping[str, str]) -> str:
-    """The class that a folder was probably meant for; empty if none is like it."""
+def _nearest(name: str, classes: Sequence[str], most: int) -> str:
+    """The class that a folder was probably meant for; empty if none is like it. More classes than `most` are not
+    compared letter by letter."""
+    loose = _loose(tuple(classes))
     if _loosely(name) in loose:
         return loose[_loosely(name)]
-    if len(loose) > _MOST_COMPARED:
+    if len(loose) > most:
         return ""
     import difflib  # where something is wrong, and never in an idle agent
 

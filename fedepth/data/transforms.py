@@ -58,7 +58,7 @@ def augment(batch: npt.NDArray[np.uint8], kind: str, key: int, indices: npt.NDAr
             on how images are cut into batches, or how often they are read.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: there is no such kind, or these are no images.
     """
     if kind == "none":
         return batch

@@ -15,7 +15,7 @@ from fedepth_wire.report_messages import DATA_FIELDS, INLINE_BYTES, put_into, re
 from fedepth_wire.v1 import federation_pb2 as pb
 
 from coordinator import device_data
-from coordinator.device_data import DeviceData, check_lengths
+from coordinator.device_data import DeviceData, check_inline
 from fedepth.errors import ProtocolError
 from fedepth.task import DeviceReport
 
@@ -183,14 +183,14 @@ def test_what_a_device_says_of_its_data_is_read_once_for_each_digest_and_job(
 def test_what_a_message_may_hold_by_itself_is_what_agents_put_there(kit: Any) -> None:
     report = replace(kit.report("a"), folder_names=("a",) * 5000, folder_counts=(1,) * 5000)
     with pytest.raises(ProtocolError, match=r"has 1000\d names and counts; more than 8192 go by digest"):
-        check_lengths(to_message(report, pb.DeviceReport))
+        check_inline(to_message(report, pb.DeviceReport))
     small = to_message(replace(report, folder_names=("a",), folder_counts=(1,)), pb.DeviceReport)
-    check_lengths(small)
+    check_inline(small)
     small.data_digest = "0" * 64
     with pytest.raises(
         ProtocolError, match=r"has \d+ names and counts beside a digest of them; more than 0 go by digest"
     ):
-        check_lengths(small)
+        check_inline(small)
 
 
 def test_what_is_kept_as_it_was_read_is_bounded(kit: Any) -> None:

@@ -129,11 +129,13 @@ def test_names_are_compared_with_classes_within_bounds(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(difflib, "get_close_matches", counted)
     told = unknown_names([f"class 1{letter}" for letter in "abcdefgh"], [f"class {number}" for number in range(200)])
-    assert compared == [200] * 3
-    assert told.count("did you mean") == 3
-    unknown_names(["clas 7"], [f"class {number}" for number in range(201)])
-    assert len(compared) == 3
-    assert "did you mean class 'class 7'" in unknown_names(["Class-7"], [f"class {number}" for number in range(201)])
+    assert compared == [200] * 5  # a thousand pairs
+    assert told.count("did you mean") == 5
+    thousand, more = ([f"class {number}" for number in range(count)] for count in (1000, 1001))
+    assert unknown_names(["clas 7", "clas 8"], thousand).count("did you mean") == 1
+    assert "did you mean" not in unknown_names(["clas 7"], more)
+    assert len(compared) == 6
+    assert unknown_names([f"Class-{letter}" for letter in range(10)], more).count("did you mean") == 10
 
 
 @pytest.mark.parametrize(
