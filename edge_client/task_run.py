@@ -403,7 +403,7 @@ class TaskRunner:
             await self._keeper.drop()  # which is how a training ends before its time
             raise
         except ChildError as error:
-            if not rehearsing:
+            if not rehearsing or error.returncode is None:  # it has hung, or writes nonsense, whatever its plan needs
                 raise
             await self._keeper.drop()
             return Failed(Outcome.OVER_BUDGET, f"the trainer died in its rehearsal: {error}")

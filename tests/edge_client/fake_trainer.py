@@ -115,10 +115,13 @@ def failed(outcome: str, **more: int) -> None:
 
 def play(scene: dict[str, Any], request: dict[str, Any], journal: Path) -> None:
     kind = scene["do"]
-    if kind == "die_rehearsing":
+    if kind in ("die_rehearsing", "hang_rehearsing"):
         tell(event="rehearsing")
     if kind in ("die", "die_rehearsing"):
         os.kill(os.getpid(), 11)
+    if kind == "hang_rehearsing":
+        sys.stdin.readline()
+        sys.exit()
     stage_started(request["plan"])
     if kind == "hang":
         sys.stdin.readline()

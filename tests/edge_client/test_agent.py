@@ -17,6 +17,7 @@ from edge_client.agent import AFTER_FAILURE_S, FINISHED_POLL_S, Agent, Surroundi
 from edge_client.call_errors import UnreachableError
 from edge_client.memory.probe import Memory
 from edge_client.outbox import Outbox
+from edge_client.trainer import client
 from edge_client.transport import Accepted, Answer, Finished, Refused, Rejected, RetryLater
 from fedepth.budget import Budget, MemoryLimit
 from fedepth.errors import ChildError, DataError, ProtocolError, TransportError
@@ -272,6 +273,19 @@ def test_a_death_in_the_rehearsal_is_a_plan_that_needs_too_much(
     assert second == plan_for(needed - int(needed * 0.05))  # nobody could tell by how much
     assert bench.said("planning smaller from now on") == []  # it was this plan, not the device
     assert len(transport.delivered) == 1
+
+
+def test_a_trainer_that_hangs_is_replaced_and_its_plan_stays(
+    bench: Bench, transport: FakeTransport, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a rehearsal, where a death would mean that the plan needs too much."""
+    monkeypatch.setattr(client, "HANG_S", 0.5)
+    transport.answers = [make_task("t1"), make_task("t2")]
+    bench.run(transport, {"do": "hang_rehearsing"}, OK, {"do": "hang"}, OK)
+    first, *others = bench.plans()
+    assert others == [first] * 3
+    assert len(bench.said("the trainer hangs and is killed")) == 2
+    assert len(transport.delivered) == 2
 
 
 def test_after_four_smaller_plans_the_device_gives_up(
