@@ -11,7 +11,7 @@ from fedepth.costs import Calibration
 from fedepth.data.transforms import model_inputs
 from fedepth.models.traced import read_costs, write_traced
 from fedepth.plan import Plan, Policy
-from fedepth.planning.shared import SharedPlanner, question
+from fedepth.planning.shared import SharedPlanner, question, rounded_budget
 from fedepth.prepare import trace_model
 from fedepth.simulation.worker.peak import Noise, measure_peak
 from fedepth.simulation.worker.protocol import MeasurePeak
@@ -52,6 +52,7 @@ def test_a_tier_holds_the_network_that_it_was_measured_by(tmp_path: Path, batch:
     save(weights, {name: tensor.detach().numpy() for name, tensor in prepared.tensors.items()})
     request = MeasurePeak(spec, training, 1, 1, str(graph), str(weights), str(tmp_path / "scratch"))
     budget = measure_peak(request)["needed_bytes"]
+    assert rounded_budget(budget) == budget
     tables = read_costs(graph)
     asked = question(tables.of(training), Calibration(), training, 360, budget)
     answer = SharedPlanner(tables, Policy.PAPER).answer(asked)

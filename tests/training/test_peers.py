@@ -180,6 +180,28 @@ def test_steps_are_those_of_whole_models_that_learn_from_each_other(
     assert_alike(by_blocks(one, stage, steps), expected)
 
 
+def test_all_models_see_the_same_views_in_every_epoch(tmp_path: Path) -> None:
+    one = job(tmp_path, SPEC, replace(SGD, augmentation="crop-flip"), models=3)
+    stage, indices = one.plan.stages[0], torch.arange(COUNT)
+    load(one, one.model.head, trainable=True)
+    inputs = build_inputs(one, stage, None, None, lambda: None)
+    labels = torch.from_numpy(one.images.labels.astype(np.int64))
+    micro_batch = MicroBatch(one.costs, one.task.training, stage, COUNT)
+    begin = partial(
+        BlockTraining, stage=stage, inputs=inputs, labels=labels, index=0, micro_batch=micro_batch, trains_head=True
+    )
+    block = begin(one)
+    block.peers = begin_peers(one, 2, begin)
+    seen = []
+    for _ in range(2):
+        block.epoch_batches()
+        mine, *others = (each._read(indices) for each in (block, *block.peers))
+        assert all(torch.equal(mine, its) for its in others)
+        seen.append(mine)
+    assert not torch.equal(*seen)
+    inputs.close()
+
+
 def test_adamw_moves_every_model_by_moments_of_its_own(tmp_path: Path) -> None:
     one = job(tmp_path, SPEC, ADAMW)
     peers = [written_peer(tmp_path, SPEC, 1)]
