@@ -138,6 +138,19 @@ def test_free_pages_are_returned_with_every_round(play: Play, monkeypatch: pytes
     assert returned == [2, 3]  # when the round is in the record, beside the one before all
 
 
+def test_a_job_of_many_rounds_remembers_the_uploads_of_none(play: Play) -> None:
+    async def scene(rig: Rig) -> None:
+        uploads = rig.job.uploads
+        for _ in range(3):
+            first, second = await asyncio.gather(rig.ask("a"), rig.ask("b"))
+            await rig.deliver(first, "a")
+            assert uploads._locks
+            await rig.deliver(second, "b")
+            await rig.reach(lambda: not (uploads._locks or uploads._scales or uploads._growing))
+
+    play(scene, rounds=3)
+
+
 def test_an_update_counts_once_it_is_recorded_though_the_word_of_it_was_lost(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
