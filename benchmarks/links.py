@@ -26,7 +26,6 @@ import msgspec
 import numpy as np
 import structlog
 import typer
-from fedepth_wire.times import within
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +41,7 @@ from fedepth.errors import ChildError, ProtocolError
 from fedepth.files import file_digest, write_atomically
 from fedepth.sizes import format_size
 from fedepth.task import SETTINGS, DeviceReport, PartInfo, Result, StageResult, Task
+from fedepth.timeout import within
 from fedepth.weights import load_numpy, save
 
 RETRY_S = 0.2  # an agent's shortest pause

@@ -21,7 +21,7 @@ from fedepth_wire.chunks import Pieces
 from fedepth_wire.convert import from_message
 from fedepth_wire.pace import LEAST_PIECE_BYTES
 from fedepth_wire.task_messages import task_message
-from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S, within
+from fedepth_wire.times import BUSY_RETRY_S, LONGEST_POLL_S, REJECTED_RETRY_S, STALL_S
 from fedepth_wire.tls import caller_of
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationServicer
@@ -34,6 +34,7 @@ from coordinator.uploads import PartHeader
 from fedepth.errors import FedepthError, PlanError, ProtocolError, TransportError, UnavailableError, UpdateError
 from fedepth.job import training_spec
 from fedepth.task import DeviceReport, Failure, Progress, Result
+from fedepth.timeout import within
 
 SPREAD_MS = 1_000  # reconnects of many devices are spread over this
 VERIFIED_S = 3 * BUSY_RETRY_S  # so long a file that was found sound counts as sound, for those who were sent away too

@@ -35,7 +35,7 @@ class UntrustedError(UnreachableError):
 
 
 class CutError(UnreachableError):
-    """A transfer was cut that had moved something: it can go on from there at once."""
+    """A transfer was cut that had moved something, or gave way to a new connection: it can go on at once."""
 
 
 class BusyError(TemporaryError):

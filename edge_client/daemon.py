@@ -141,10 +141,18 @@ async def _run(config: Config, state: Path, exit_when_done: bool, surroundings: 
             await asyncio.wait({working, keeping})
 
     task = asyncio.ensure_future(kept_up())
-    stop_on_signals(task.cancel)
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        stopping.set()
+        task.cancel()
+
+    stop_on_signals(stop)
     try:
         await task
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        if not stopping.is_set():  # status 0 would say that nobody need start it again
+            raise RuntimeError("the agent's work was cancelled, and no signal had asked for it") from error
         structlog.get_logger().info("stopped; what was trained is kept and delivered at the next start")
 
 

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import structlog
-from fedepth_wire.times import BEAT_S, within
+from fedepth_wire.times import BEAT_S
 
 from edge_client.transport import Transport
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.task import Progress
+from fedepth.timeout import within
 
 _log = structlog.get_logger()
 

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO, TypeVar
 import grpc
 import grpc.aio
 from fedepth_wire.pace import Pace
-from fedepth_wire.times import within
 from fedepth_wire.v1 import federation_pb2 as pb
 from fedepth_wire.v1.federation_pb2_grpc import FederationStub
 
 from edge_client.call_errors import CutError, UnreachableError
 from fedepth.errors import ProtocolError, TransportError
 from fedepth.heap import moving_files
+from fedepth.timeout import within
 
 T = TypeVar("T")
 
@@ -63,8 +63,9 @@ class Streams:
         request = pb.FetchFileRequest(digest=digest, ranges=wanted, verify=verify)
         total = sum(end - begin for begin, end in ranges)
         credit = 0
-        call = self._stub().FetchFile()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
-        with self._stream(self._down, call) as stream:
+        stub = self._stub()
+        call = stub.FetchFile()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
+        with self._stream(self._down, stub, call) as stream:
             pace = stream.pace
             while pace.moved < total:
                 more = min(total, pace.moved + pace.window) - credit
@@ -103,7 +104,7 @@ class Streams:
         stub = self._stub()
         method = stub.DescribeData if describes else stub.UploadPart
         call = method()  # type: ignore[call-arg]  # grpc-stubs ask for an iterator
-        with self._stream(self._up, call) as stream:
+        with self._stream(self._up, stub, call) as stream:
             pace = stream.pace
             await stream.write(pb.UploadPartRequest(header=header))
             reply = await self._answer(stream)
@@ -136,13 +137,21 @@ class Streams:
             return reply
 
     @contextlib.contextmanager
-    def _stream(self, pace: Pace, call: Any) -> Iterator[_Stream]:
-        """A stream, whose pace learns of a cut."""
-        stream = _Stream(call, pace, self._in_time)
+    def _stream(self, pace: Pace, stub: FederationStub, call: Any) -> Iterator[_Stream]:
+        """A stream, whose pace learns of a cut. It gives way once another channel is in use."""
+
+        def check_in_use() -> None:
+            # Not left to the end of its channel, which grpc makes a cancellation of whoever reads.
+            if self._stub() is not stub:
+                raise CutError(f"{self._address}: going on over a connection with a new certificate")
+
+        stream = _Stream(call, pace, self._in_time, check_in_use)
         pace.start()
         try:
             with moving_files():
                 yield stream
+        except CutError:
+            raise
         except (grpc.aio.AioRpcError, UnreachableError) as status:
             error = self._error(status) if isinstance(status, grpc.aio.AioRpcError) else status
             if not isinstance(error, UnreachableError):
@@ -177,6 +186,7 @@ class _Stream:
 
     Attributes:
         in_time: waits for a step, which must not take too long.
+        check_in_use: raises CutError where it should give way to another.
         first: the code and details that the call had first of all.
         grpcs_own: the ones that a write has set.
     """
@@ -184,6 +194,7 @@ class _Stream:
     call: Any
     pace: Pace
     in_time: Callable[[Awaitable[Any]], Awaitable[Any]]
+    check_in_use: Callable[[], None]
     first: tuple[grpc.StatusCode, str] | None = None
     grpcs_own: tuple[grpc.StatusCode, str] | None = None
 
@@ -198,6 +209,7 @@ class _Stream:
 
     async def read(self) -> Any:
         """The next message; None after the last one, if the call ended with OK."""
+        self.check_in_use()
         return await self.in_time(self._read())
 
     async def _write(self, message: Any) -> bool:

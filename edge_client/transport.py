@@ -40,7 +40,7 @@ from fedepth.printable import printable
 from fedepth.task import DeviceReport, Failure, ModelSpec, PartInfo, Progress, Task
 from fedepth.tensor_index import MOST_INDEX_BYTES
 
-LONGEST_CALL_S = 3600.0  # of calls that go on over a channel whose certificate is replaced
+LONGEST_CALL_S = 3600.0  # of calls over a channel whose certificate is replaced: longer than any has by itself
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -171,7 +171,8 @@ class GrpcTransport:
         await self._channel.close(None)
 
     async def use(self, identity: Identity) -> None:
-        """Makes all calls from now on with another certificate; those that are going on end as they are."""
+        """Makes all calls from now on with another certificate. Calls that are going on end as they are, streams with
+        their next message; what they carry goes on over the new channel."""
         before, self._identity = self._channel, identity
         self._channel = wire_channel.open_channel(self.address, identity)
         self._stub = FederationStub(self._channel)

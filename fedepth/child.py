@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from fedepth.errors import ChildError
 from fedepth.files import NOT_JSON, has_working_directory
 from fedepth.program import tell
+from fedepth.timeout import within
 
 LINE_LIMIT_BYTES = 4 << 20
+HANG_S = 600.0  # in which a child that works says something, or takes some of the processor's time
+IDLE_SHARE = 1e-4  # of a processor that a child takes which does nothing
 _PIECE_BYTES = 64 << 10
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAST_WORDS_S = 1.0  # how long to wait for them where something else holds the pipe of a child that has ended
@@ -87,14 +91,16 @@ class Child:
             raise await self._gone() from None
 
     async def receive(self) -> Any:
-        """Reads one JSON line.
+        """Reads one JSON line, of a child that works on it.
+
+        That may take any time, as long as it takes the processor's as well: a child that does neither waits for what
+        does not come, such as a file on a disk that is gone, and whoever waits for it would do so for ever.
 
         Raises:
-            ChildError: the child ended, or wrote something else.
+            ChildError: the child ended, wrote something else, or hangs and was killed.
         """
-        assert self._process.stdout is not None
         try:
-            line = await self._process.stdout.readline()
+            line = await self._line()
         except ValueError:  # how asyncio says that the limit was passed
             raise ChildError(f"{self.name} (pid {self.pid}) wrote a line of over {LINE_LIMIT_BYTES} bytes") from None
         if not line:
@@ -103,6 +109,30 @@ class Child:
             return msgspec.json.decode(line)
         except NOT_JSON as error:
             raise ChildError(f"{self.name} (pid {self.pid}) wrote {line[:80]!r}, which is not JSON: {error}") from None
+
+    async def _line(self) -> bytes:
+        assert self._process.stdout is not None
+        reading = asyncio.ensure_future(self._process.stdout.readline())
+        try:
+            used = self._processor_seconds()
+            while not (await asyncio.wait({reading}, timeout=HANG_S))[0]:
+                before, used = used, self._processor_seconds()
+                if used - before < HANG_S * IDLE_SHARE:
+                    self.kill()
+                    raise ChildError(
+                        f"{self.name} (pid {self.pid}) has said nothing for {HANG_S:g} s, and done nothing; does it "
+                        "wait for a disk or a network folder that does not answer?"
+                    )
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    def _processor_seconds(self) -> float:
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.Error:  # it is gone, of which its pipe tells
+            return 0.0
+        return float(times.user + times.system)
 
     async def messages(self) -> AsyncIterator[Any]:
         """Every message until the child ends, which raises ChildError."""
@@ -114,7 +144,7 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            await asyncio.wait_for(self._process.wait(), grace_s)
+            await within(grace_s, self._process.wait())
         except asyncio.TimeoutError:
             self.kill()
             await self._process.wait()

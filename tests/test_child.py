@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedepth import child
 from fedepth.child import Child
 from fedepth.errors import ChildError
 
@@ -63,6 +64,42 @@ def test_lines_of_a_child_are_passed_on_also_when_it_fails() -> None:
     asyncio.run(scene())
     assert said[:2] == ["one", "tw\\xff"]
     assert "".join(said[2:-1]) == "x" * 70000
+
+
+async def said_by(code: str) -> object:
+    """The first message of a child that does this."""
+    running = await Child.start("child", [sys.executable, "-c", code])
+    try:
+        return await running.receive()
+    finally:
+        running.kill()
+        await running.stop()
+
+
+STOPPED = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+BLOCKED = """
+import sys, threading
+def lives():
+    while True:
+        threading.Event().wait(0.1)
+threading.Thread(target=lives, daemon=True).start()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("code", [STOPPED, BLOCKED])
+def test_a_child_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Whoever waits for it would wait for ever. That one of its threads lives says nothing of the others."""
+    monkeypatch.setattr(child, "IDLE_SHARE", 0.1)  # what a start takes is a large part of so short a time
+    monkeypatch.setattr(child, "HANG_S", 0.5)
+    with pytest.raises(ChildError, match=r"has said nothing for 0\.5 s, and done nothing; does it wait for a disk"):
+        asyncio.run(said_by(code))
+
+
+def test_a_step_may_take_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "HANG_S", 1.0)  # in which even a busy machine gives it a tick of the clock
+    works = "import time\nwhile time.process_time() < 2: pass\nprint('{}', flush=True)\ninput()"
+    assert asyncio.run(said_by(works)) == {}
 
 
 def test_a_child_that_ends_with_its_parent_does_so_however_that_ends() -> None:

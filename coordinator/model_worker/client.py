@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import structlog
 
 from fedepth import errors
 from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, FedepthError
+from fedepth.timeout import within
 
 IDLE_S = 60.0
-SILENT_S = (
-    60.0  # a worker gives a sign of life every few seconds; one that is stopped, or stuck in the system, does not
-)
 START_S = 300.0  # until it is ready: it loads torch, perhaps from a slow disk
-
-T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -56,11 +52,9 @@ class ModelWorker:
         argv: Sequence[str] | None = None,
         idle_s: float = IDLE_S,
         on_progress: Callable[[str], None] | None = None,
-        silent_s: float = SILENT_S,
     ) -> None:
         self._argv = argv if argv is not None else module_argv("coordinator.model_worker.process")
         self._idle_s = idle_s
-        self._silent_s = silent_s
         self._on_progress = on_progress or (lambda text: _log.info("model worker", text=text))
         self._lock = asyncio.Lock()
         self._child: Child | None = None
@@ -75,14 +69,14 @@ class ModelWorker:
 
         Raises:
             FedepthError: the class that the child names, with its message.
-            ChildError: the child ended, broke its protocol, or gave no sign of life any more; it has been ended then.
+            ChildError: the child ended, broke its protocol, or hangs; it has been ended then.
         """
         async with self._lock:
             self._cancel_idle()
             answered = False
             try:
                 child = await self._ready()
-                await _within(self._silent_s, child, child.send({"do": do, **fields}))
+                await child.send({"do": do, **fields})
                 answer = await self._answer(child, do)
                 answered = True
             finally:
@@ -103,20 +97,21 @@ class ModelWorker:
         if self._child is not None and self._child.alive:
             return self._child
         self._child = await Child.start("model worker", self._argv, on_line=_pass_on)
-        first = await _within(START_S, self._child, self._child.receive())
+        try:
+            first = await within(START_S, self._child.receive())
+        except asyncio.TimeoutError:
+            raise ChildError(f"model worker (pid {self._child.pid}) was not ready after {START_S:g} s") from None
         if not isinstance(first, dict) or first.get("event") != "ready":
             raise ChildError(f"model worker began with {str(first)[:80]!r} instead of ready")
         return self._child
 
     async def _answer(self, child: Child, do: str) -> dict[str, Any]:
         while True:
-            message = await _within(self._silent_s, child, child.receive())
+            message = await child.receive()
             if not isinstance(message, dict):
                 break
             if message.get("event") == "progress":
                 self._on_progress(str(message.get("text", "")))
-            elif message.get("event") == "alive":
-                continue
             elif isinstance(message.get("ok"), dict) or isinstance(message.get("error"), dict):
                 return message
             else:
@@ -146,16 +141,6 @@ class ModelWorker:
 def _pass_on(line: str) -> None:
     """What it writes to standard error, such as a warning of a library or a trace."""
     _log.warning("model worker", said=line)
-
-
-async def _within(limit_s: float, child: Child, work: Awaitable[T]) -> T:
-    """What is awaited of a child, unless it takes too long."""
-    try:
-        return await asyncio.wait_for(work, limit_s)
-    except asyncio.TimeoutError:
-        raise ChildError(
-            f"{child.name} (pid {child.pid}) gave no sign of life for {limit_s:g} s and was ended"
-        ) from None
 
 
 def _as_error(fields: dict[str, Any]) -> FedepthError:

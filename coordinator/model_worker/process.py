@@ -1,24 +1,21 @@
 """What runs in the model worker: `python -m coordinator.model_worker.process`.
 
 It writes {"event": "ready"}, then answers each request line with {"ok": {…}} or {"error": {"type", "message"}}, perhaps
-after some {"event": "progress", "text"}, and ends with its standard input. While it works it writes {"event": "alive"}
-every few seconds: whoever hears nothing for long may take it for stuck.
+after some {"event": "progress", "text"}, and ends with its standard input.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from coordinator.model_worker.protocol import ALIVE_S, CheckExport, Evaluate, Export
+from coordinator.model_worker.protocol import CheckExport, Evaluate, Export
 from fedepth import evaluation
 from fedepth.child import run_child
 from fedepth.data.rows import Rows
@@ -110,42 +107,19 @@ def answer(line: bytes, progress: Progress = lambda text: None) -> dict[str, Any
         return {"error": {"type": kind.__name__, "message": str(error)}}
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, alive_s: float = ALIVE_S) -> None:
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers requests until there are no more."""
-    one_writer = threading.Lock()
 
     def write(message: dict[str, Any]) -> None:
-        with one_writer:
-            answers.write(msgspec.json.encode(message) + b"\n")
-            answers.flush()
+        answers.write(msgspec.json.encode(message) + b"\n")
+        answers.flush()
 
     def progress(text: str) -> None:
         write({"event": "progress", "text": text})
 
     write({"event": "ready"})
     for line in requests:
-        with _signs_of_life(write, alive_s):
-            answered = answer(line, progress)
-        write(answered)
-
-
-@contextlib.contextmanager
-def _signs_of_life(write: Callable[[dict[str, Any]], None], alive_s: float) -> Iterator[None]:
-    """Says every `alive_s` that this process still runs. What works within the block lets other threads run."""
-    done = threading.Event()
-
-    def beat() -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more: the answer will find out
-            while not done.wait(alive_s):
-                write({"event": "alive"})
-
-    thread = threading.Thread(target=beat, name="signs of life", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        write(answer(line, progress))
 
 
 def main() -> None:

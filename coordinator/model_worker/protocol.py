@@ -12,8 +12,6 @@ from fedepth.data.damage import MOST_DAMAGED
 from fedepth.job_sections import ExportSection
 from fedepth.task import ModelSpec
 
-ALIVE_S = 5.0  # how often a worker says that it lives, while it works
-
 
 @dataclass(frozen=True)
 class Evaluate:

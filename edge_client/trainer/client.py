@@ -7,12 +7,9 @@ import importlib.util
 import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import psutil
 import structlog
-from fedepth_wire.times import within
 
 from edge_client.config import TrainerConfig
 from edge_client.memory.probe import anonymous_bytes
@@ -22,11 +19,10 @@ from fedepth.child import Child, module_argv
 from fedepth.errors import ChildError, ConfigError
 from fedepth.memory.environment import environment
 from fedepth.task import Outcome
+from fedepth.timeout import within
 
 TRAINER_ARGV = tuple(module_argv("edge_client.trainer.process"))
 START_S = 600.0  # importing torch from an SD card takes a minute
-HANG_S = 600.0  # in which a trainer that works says something, or takes some of the processor's time
-IDLE_SHARE = 1e-4  # of a processor that a trainer takes which does nothing
 _log = structlog.get_logger()
 
 
@@ -92,7 +88,12 @@ class TrainerProcess:
         """
         await self._child.send({"do": "train", **msgspec.to_builtins(request)})
         while True:
-            message = await self._receive()
+            try:
+                message = await self._child.receive()
+            except ChildError as error:
+                if self.alive:  # said before its end is waited for: what hangs in the kernel may not end when killed
+                    _log.warning("the trainer is ended", error=str(error))
+                raise
             try:
                 event: Event = msgspec.convert(message, Event)
             except msgspec.ValidationError as error:
@@ -104,33 +105,6 @@ class TrainerProcess:
             yield event
             if isinstance(event, (Done, Failed)):
                 return
-
-    async def _receive(self) -> Any:
-        """The next message. A step may take any time, as long as it takes the processor's as well: a trainer that does
-        neither waits for what does not come, such as a file on a disk that is gone, and its task would never end."""
-        receiving = asyncio.ensure_future(self._child.receive())
-        try:
-            used = self._processor_seconds()
-            while not (await asyncio.wait({receiving}, timeout=HANG_S))[0]:
-                before, used = used, self._processor_seconds()
-                if used - before < HANG_S * IDLE_SHARE:
-                    # Told before it is waited for: one that hangs in the kernel may not even end when it is killed.
-                    _log.warning("the trainer hangs and is killed", pid=self.pid, silent_s=HANG_S)
-                    self._child.kill()
-                    raise ChildError(
-                        f"the trainer (pid {self.pid}) has said nothing for {HANG_S:g} s, and done nothing; does it "
-                        "wait for a disk or a network folder that does not answer?"
-                    )
-            return receiving.result()
-        finally:
-            receiving.cancel()
-
-    def _processor_seconds(self) -> float:
-        try:
-            times = psutil.Process(self.pid).cpu_times()
-        except psutil.Error:  # it is gone, of which its pipe tells
-            return 0.0
-        return float(times.user + times.system)
 
     async def answer(self, budget: Budget) -> None:
         await self._child.send({"budget": budget})
@@ -218,8 +192,10 @@ class TrainerKeeper:
             self._timer.cancel()
             self._timer = None
         if self._stopping:
-            await self._stopping
-            self._stopping = None
+            # Not cancelled with us, who may wait on behalf of a task that is no longer wanted: it has to end.
+            await asyncio.wait({self._stopping})
+            stopping, self._stopping = self._stopping, None
+            stopping.result()
 
 
 def _pass_on(line: str) -> None:

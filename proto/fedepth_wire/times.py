@@ -17,10 +17,6 @@ side is there is answered in time however slow the link is.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
-
 STALL_S = 60.0
 POLL_S = STALL_S / 2
 LONGEST_POLL_S = STALL_S
@@ -31,24 +27,3 @@ BEAT_S = STALL_S / 12
 SYNC_S = STALL_S / 2
 BUSY_RETRY_S = STALL_S / 3
 REJECTED_RETRY_S = STALL_S / 2
-
-T = TypeVar("T")
-
-
-async def within(seconds: float, step: Awaitable[T]) -> T:
-    """The step's result, if it comes in time.
-
-    asyncio.wait_for would do, but before Python 3.12 it loses a cancellation that arrives together with the
-    result: a task that was told to stop then goes on for ever.
-
-    Raises:
-        asyncio.TimeoutError: it took longer; the step is cancelled.
-    """
-    task = asyncio.ensure_future(step)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done:
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,8 +36,10 @@ _installed = False
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _found is None or not event.startswith(_EVENTS) or event.startswith(_NOT_FILES):
         return
-    if event != "open" or not isinstance(arguments[0], int):  # which is a descriptor, as of a child's pipe
-        look(event)
+    # A descriptor, as of a child's pipe, or what the kernel says of a process, is on no disk.
+    if event == "open" and (isinstance(arguments[0], int) or os.fsdecode(arguments[0]).startswith("/proc/")):
+        return
+    look(event)
 
 
 def look(what: str) -> None:

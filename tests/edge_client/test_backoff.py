@@ -1,13 +1,13 @@
 import asyncio
 
 import pytest
-from fedepth_wire.times import within
 from structlog.testing import capture_logs
 
 from edge_client.backoff import Backoff, Clock, Reminder
 from edge_client.call_errors import BusyError, ServerError, UnreachableError
 from edge_client.config import RetryConfig
 from fedepth.errors import TransportError
+from fedepth.timeout import within
 
 
 class FakeClock(Clock):

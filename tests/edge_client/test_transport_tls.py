@@ -87,6 +87,55 @@ def test_a_new_certificate_does_not_end_what_is_under_way(tmp_path: Path, lab: L
     over_tls(lab, server, scene)
 
 
+class Slow(FederationServicer):
+    """Takes and sends files byte by byte, each when the test says so; what it holds stays."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.held = 0
+        self.moved = asyncio.Event()
+        self.next = asyncio.Event()
+
+    async def UploadPart(self, requests: Any, context: Any) -> None:
+        caller = caller_of(context.auth_context())
+        assert caller is not None
+        self.names.append(caller.name)
+        size = (await context.read()).header.size_bytes
+        await context.write(pb.UploadPartReply(held_bytes=self.held))
+        while self.held < size:
+            request = await context.read()
+            if request is grpc.aio.EOF:
+                return
+            self.held += len(request.chunk.data)
+            self.moved.set()
+            await self.next.wait()
+            if self.held < size:
+                await context.write(pb.UploadPartReply(held_bytes=self.held))
+        await context.write(pb.UploadPartReply(sealed=pb.Sealed(size_bytes=size)))
+
+
+def test_an_upload_under_way_goes_on_with_the_new_certificate(
+    tmp_path: Path, lab: LabCertificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow link it may take longer than its channel is left open, and would end as a cancellation of the agent."""
+    monkeypatch.setattr("edge_client.transport.LONGEST_CALL_S", 0.1)
+    server = Slow()
+    (tmp_path / "part").write_bytes(bytes(100_000))
+
+    async def scene(address: str) -> None:
+        client = GrpcTransport(address, tmp_path, lab.device("before")[1])
+        header = pb.UploadHeader(task_id="t", attempt=1, device_id="d", size_bytes=100_000, digest="0" * 64)
+        sending = asyncio.ensure_future(client._sent(header, lambda: open_regular(tmp_path / "part")))
+        await server.moved.wait()
+        await client.use(lab.device("after")[1])
+        server.next.set()
+        assert (await sending).sealed.size_bytes == 100_000
+        assert server.names == ["before", "after"]
+        await client.close()
+
+    over_tls(lab, server, scene)
+
+
 class Revoked(FederationServicer):
     """What a coordinator answers to a device whose certificate was revoked; once something has moved, if it should."""
 

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.model_worker import client
 from coordinator.model_worker.client import ModelWorker
+from fedepth import child
 from fedepth.errors import ChildError, ModelError
 
 CHILD = """
@@ -25,10 +26,6 @@ for line in sys.stdin:
         say(ok={"pid": os.getpid(), "echo": request.get("value")})
     elif do == "refuse":
         say(error={"type": request["kind"], "message": "no such model"})
-    elif do == "work":
-        for _ in range(request["times"]):
-            say(event="alive")
-        say(ok={})
     elif do == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif do == "die":
@@ -108,27 +105,19 @@ def test_a_child_that_does_not_begin_with_ready_is_told() -> None:
     asyncio.run(scene())
 
 
-def test_a_child_that_is_stopped_is_killed_and_replaced() -> None:
+def test_a_child_that_hangs_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         models = worker()
         first = await models.request("pid")
-        models._silent_s = 0.2
-        with pytest.raises(ChildError, match=rf"pid {first['pid']}\) gave no sign of life for 0\.2 s and was ended"):
-            await models.request("stop")
+        with monkeypatch.context() as patched:
+            patched.setattr(child, "IDLE_SHARE", 0.1)
+            patched.setattr(child, "HANG_S", 0.2)
+            with pytest.raises(ChildError, match=rf"pid {first['pid']}\) has said nothing for 0\.2 s"):
+                await models.request("stop")
         assert not models.running
         with pytest.raises(ProcessLookupError):  # not even a stopped one
             os.kill(first["pid"], 0)
-        models._silent_s = 60.0
         assert (await models.request("pid", value=1))["echo"] == 1
-        await models.stop()
-
-    asyncio.run(scene())
-
-
-def test_signs_of_life_are_no_answers() -> None:
-    async def scene() -> None:
-        models = worker()
-        assert await models.request("work", times=3) == {}
         await models.stop()
 
     asyncio.run(scene())
@@ -139,7 +128,7 @@ def test_a_child_that_is_stopped_before_it_is_ready_is_told(monkeypatch: pytest.
 
     async def scene() -> None:
         models = worker(code="import time; time.sleep(60)")
-        with pytest.raises(ChildError, match=r"gave no sign of life for 0\.1 s"):
+        with pytest.raises(ChildError, match=r"was not ready after 0\.1 s"):
             await models.request("pid")
         assert not models.running
 

@@ -7,7 +7,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from edge_client.config import TrainerConfig
-from edge_client.trainer import client
 from edge_client.trainer.client import TrainerKeeper, TrainerProcess
 from fedepth.errors import ChildError
 
@@ -54,6 +53,34 @@ def test_a_trainer_that_has_ended_is_not_told_as_idle(argv: list[str]) -> None:
     assert [line["event"] for line in told] == ["trainer started", "trainer started"]
 
 
+SLOW_TO_END = """
+import sys, time
+print('{"event": "ready", "start_bytes": 1, "allocator": "none"}', flush=True)
+sys.stdin.read()
+time.sleep(0.3)
+"""
+
+
+def test_a_task_that_is_given_up_while_the_last_trainer_ends_costs_the_next_nothing() -> None:
+    async def scene() -> None:
+        keeper = TrainerKeeper(TrainerConfig(linger_s=0.0), [sys.executable, "-c", SLOW_TO_END])
+        first = await keeper.take()
+        keeper.rest()
+        while keeper._stopping is None:
+            await asyncio.sleep(0)
+        given_up = asyncio.ensure_future(keeper.take())
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait({given_up})
+        assert first.alive
+        second = await keeper.take()
+        assert not first.alive  # two at a time need twice the memory
+        assert second.alive
+        await keeper.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
 def test_a_lingering_trainer_is_taken_again(argv: list[str]) -> None:
     async def play() -> None:
         keeper = TrainerKeeper(TrainerConfig(linger_s=60), argv)
@@ -95,33 +122,6 @@ def test_what_does_not_say_ready_is_ended(line: str) -> None:
     argv = [sys.executable, "-c", f"print({line!r}, flush=True); input()"]
     with pytest.raises(ChildError, match="did not say that it is ready"):
         asyncio.run(TrainerProcess.start(TrainerConfig(), argv))
-
-
-READY = '{"event": "ready", "start_bytes": 1, "allocator": "none"}'
-
-
-async def said_by(code: str) -> object:
-    """The first event of a trainer that is ready, and then does this."""
-    trainer = await TrainerProcess.start(
-        TrainerConfig(), [sys.executable, "-c", f"print({READY!r}, flush=True)\n{code}"]
-    )
-    try:
-        return await trainer._receive()
-    finally:
-        await trainer.kill()
-
-
-def test_a_trainer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its task would never end: the lease is renewed as long as the trainer lives."""
-    monkeypatch.setattr(client, "HANG_S", 0.5)
-    with pytest.raises(ChildError, match=r"has said nothing for 0\.5 s, and done nothing; does it wait for a disk"):
-        asyncio.run(said_by("input()"))
-
-
-def test_a_step_may_take_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "HANG_S", 1.0)  # in which even a busy machine gives it a tick of the clock
-    works = "import time\nwhile time.process_time() < 2: pass\nprint('{}', flush=True)\ninput()"
-    assert asyncio.run(said_by(works)) == {}
 
 
 def test_a_trainer_that_cannot_be_started_is_an_error_of_the_child() -> None:
