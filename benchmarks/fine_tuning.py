@@ -184,7 +184,7 @@ class Series:
     ) -> tuple[ClientUpdate, Result]:
         output = self.folder / f"update-{name}"
         shutil.rmtree(output, ignore_errors=True)
-        task = Task(name, 1, self.name, number, self.spec, training, plan.policy, plan, "", 0, "", 0, 0)
+        task = Task(name, 1, self.name, number, self.spec, training, plan.policy, plan, "", 0, "", 0, "")
         asked = Assignment(
             task=task,
             plan=plan,

@@ -28,7 +28,7 @@ class Course:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._wake = asyncio.Event()
-        self._to_tidy = True
+        self._to_tidy, self._tidy_at = True, float("-inf")  # the second: not before
         self._suspects: set[str] = set()  # digests of files that could not be sent
         self._trouble_told = float("-inf")
         self._pause_told = float("-inf")
@@ -77,7 +77,7 @@ class Course:
             await self._look_at(digest)
         if job.state.phase is Phase.AGGREGATING:
             await self._close(job.state.round)
-        if self._to_tidy:
+        if self._to_tidy and job.now() >= self._tidy_at:
             await self._tidy()
         if job.state.phase is Phase.FINISHED and not job.finished.is_set():
             job.finish()
@@ -115,14 +115,20 @@ class Course:
         why_paused = await job.store.short(job.weights.why_paused)
         await job.apply(RoundDone(number, job.now(), why_paused))
         job.uploads.forget_round()  # once: what streams of the next round have claimed of the spool must count
-        self._to_tidy = True
+        self._to_tidy, self._tidy_at = True, float("-inf")
 
     async def _tidy(self) -> None:
-        """What a closed round leaves to do, or a crash has left."""
+        """What a closed round leaves to do, or a crash has left. Files that cannot be deleted hold up nothing else."""
         job = self._job
-        await asyncio.to_thread(job.store.prune, job.config.retention)
+        pruned = True
+        try:
+            await asyncio.to_thread(job.store.prune, job.config.retention)
+        except (UnavailableError, OSError) as error:
+            pruned = False
+            self._tidy_at = job.now() + REMIND_S
+            self._tell(f"what the job no longer keeps cannot be deleted now, which is tried again: {error}")
         await job.weights.make_up()
-        self._to_tidy = False
+        self._to_tidy = not pruned
 
     def _remind_of_pause(self) -> None:
         """A pause ends only by what its operator does, who may look at the log at any time."""
@@ -132,7 +138,10 @@ class Course:
             job.events.send("paused", round=job.weights.record.round, reason=job.state.why)
 
     def tell_trouble(self, error: UnavailableError | OSError) -> None:
+        self._tell(f"the job cannot continue now, and tries again: {error}")
+
+    def _tell(self, trouble: str) -> None:
         now = self._job.now()
         if now - self._trouble_told >= REMIND_S:
             self._trouble_told = now
-            self._job.events.send("log", message=f"the job cannot go on now, and tries again: {error}")
+            self._job.events.send("log", message=trouble)

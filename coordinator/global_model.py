@@ -183,6 +183,7 @@ class GlobalModel:
             UnavailableError: something cannot be written now.
             FedepthError: they cannot be combined; the weights before stand.
         """
+        await self._store.short(self._store.check_hold)  # from here on, what is recorded is all that was
         before = await self._store.short(self._latest)
         if before.round >= number:
             await asyncio.to_thread(self._store.record_round, before)

@@ -111,6 +111,7 @@ class Job:
         self._prepared = prepared
         self._clock = clock
         self._waiters: dict[str, _Waiter] = {}
+        self._run_id = store.run_id
         self._doubtful = False  # something may be recorded of which we were told that it could not be
         self._commits: dict[str, _Commit] = {}  # by task
         self._limits = Limits[object]()
@@ -143,7 +144,7 @@ class Job:
             deadline_s=job.round_deadline_s,
             lease_s=job.lease_s,
             seed=job.seed,
-            task_prefix=self.store.run_id,
+            task_prefix=self._run_id,
         )
         kept = self._assignments(finished + 1)
         return machine.restore(rules, finished, kept, self._clock(), self.weights.why_paused())
@@ -458,6 +459,7 @@ class Job:
     async def _read_again(self) -> None:
         """Takes the round over from the record, after a write of which nobody knows what became."""
         number = self.state.round
+        await self.store.short(self.store.check_hold)  # which waits for it
         recorded = await self.store.short(self.store.accepted_ids, number)
         tasks = await self.store.short(self._assignments, number)
         self._recorded.clear()
@@ -518,7 +520,7 @@ class Job:
             plan=waiter.plan,
             weights_digest=weights.digest,
             weights_bytes=weights.size_bytes,
-            deadline_ms=max(0, int((self.state.deadline - self._clock()) * 1000)),
+            run_id=self._run_id,
             index_digest=index.digest if index else "",
             index_bytes=index.size_bytes if index else 0,
         )

@@ -123,7 +123,7 @@ class TaskRunner:
             if not _output(folder).exists():  # the update is kept, so what came with it counts
                 self._peers.keep(_peers(folder))
                 self._residuals.keep(_residuals(folder))
-            shutil.rmtree(self._left.pop(), ignore_errors=True)
+            _discard(self._left.pop())
         return found
 
     async def run(self, task: Task, planned_samples: int) -> Result | Failure:
@@ -152,7 +152,7 @@ class TaskRunner:
             if left or self.is_storing or (_output(folder) / RESULT).exists():
                 self._left.append(folder)  # for `recover`
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                _discard(folder)
 
     async def _trained_with_room(
         self, task: Task, folder: Path, planned_samples: int, reporter: ProgressReporter
@@ -413,6 +413,13 @@ class TaskRunner:
 def _output(folder: Path) -> Path:
     """Where the trainer puts the parts of a task whose folder this is."""
     return folder / "output"
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a task's folder. What goes with its update goes first: an output that is missing means that the update is
+    kept, and whoever is killed in between would have it count."""
+    for each in (_peers(folder), _residuals(folder), folder):
+        shutil.rmtree(each, ignore_errors=True)
 
 
 def _peers(folder: Path) -> Path:

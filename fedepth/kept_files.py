@@ -34,8 +34,9 @@ def number_and_digest(name: str) -> tuple[int, str] | None:
 
 
 def model_key(task: Task, *more: str) -> str:
-    """Names the job and its model: other classes, or another graph, make other files."""
-    return hashlib.sha256(msgspec.json.encode((task.job, task.model, task.graph_digest, *more))).hexdigest()[:32]
+    """Names the job, its run and its model: other classes, or another graph, make other files."""
+    named = (task.job, task.run_id, task.model, task.graph_digest, *more)
+    return hashlib.sha256(msgspec.json.encode(named)).hexdigest()[:32]
 
 
 def entries(folder: Path) -> list[Path]:

@@ -92,7 +92,7 @@ def train_task(
     else:
         opened = data
     digest = file_digest(weights)
-    task = Task(f"local-{round}", 1, "local", round, spec, training, plan.policy, plan, "", 0, digest, 0, 0)
+    task = Task(f"local-{round}", 1, "local", round, spec, training, plan.policy, plan, "", 0, digest, 0, "")
     assignment = Assignment(
         task=task,
         plan=plan,

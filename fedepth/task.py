@@ -276,7 +276,8 @@ class Task:
         attempt: counts how often this task was handed to the same device.
         graph_digest: sha256 (hex) of the job's traced model, which a device fetches once (fedepth.models.traced).
         weights_digest: sha256 (hex) of the global weights' safetensors file.
-        deadline_ms: milliseconds from now until the round may close without this update.
+        run_id: another one after a rollback, or where the job has begun anew: what a device keeps from task to task
+            belongs to one run.
         index_digest: sha256 (hex) of the weights' index (fedepth.tensor_index), by which a device that has other
             weights fetches only the tensors that it lacks; "" where there is none.
     """
@@ -293,7 +294,7 @@ class Task:
     graph_bytes: int
     weights_digest: str
     weights_bytes: int
-    deadline_ms: int
+    run_id: str
     index_digest: str = ""
     index_bytes: int = 0
 

@@ -32,6 +32,7 @@ _NAME = "job.sqlite"
 _HEADER_BYTES = 100
 _MAGIC = b"SQLite format 3\0"
 _LOCK_KEY = 0x66656465  # of PostgreSQL's advisory lock; one database holds one job
+_WRITING_KEY = _LOCK_KEY + 1  # of another, which a transaction that may write has to its end
 
 
 class Database:
@@ -71,11 +72,13 @@ class Database:
         """
         if self.path is None:
             with self._bounded():
+                self._check_durable()
                 self._take_lock()
         else:
             _check_length(self.path)
         name = f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(4)})"
         with self._bounded(MIGRATION_S), self._writing.begin() as connection:
+            self._fence(connection)
             self._check_sound(connection)
             if self.path is None:
                 connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
@@ -126,6 +129,7 @@ class Database:
         with self._one_writer, self._bounded():
             self._hold_lock()
             with self._writing.begin() as connection:
+                self._fence(connection)
                 yield connection
 
     def answer_promptly(self) -> None:
@@ -134,14 +138,15 @@ class Database:
             self._watch.set_limits(ANSWER_S)
 
     def check_hold(self) -> None:
-        """Sees that the record is still ours alone, as every transaction that writes does.
+        """Sees that the record is still ours alone, as every transaction that writes does, and that no earlier one is
+        on its way: what is read next holds.
 
         Raises:
             UnavailableError: the database cannot be reached just now.
             StateError: another program has had the record meanwhile.
         """
-        with self._one_writer, self._bounded():
-            self._hold_lock()
+        with self.begin():
+            pass
 
     def rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """What a query finds."""
@@ -235,6 +240,25 @@ class Database:
                 lock.invalidate()  # lest the lock goes back into the pool, where it has survived
                 lock.close()
         self._take_lock()
+
+    def _check_durable(self) -> None:
+        with self._engine.connect() as connection:
+            if connection.execute(sa.text("SHOW fsync")).scalar() != "on":
+                raise StateError(
+                    f"{self.label}: this PostgreSQL server runs with fsync = off, so that a power cut can cost updates "
+                    "of which devices were told that they are recorded; set fsync = on in its postgresql.conf"
+                )
+
+    def _fence(self, connection: sa.Connection) -> None:
+        """Waits for what we have written before, and sees that nobody else has written since.
+
+        A server may still be working on a transaction whose answer we gave up, because its disk or its standby keeps it
+        waiting: until it has ended, its writes are in nobody's view, and may appear at any moment.
+        """
+        if self.path is None:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITING_KEY)))
+        if self._name:
+            self._check_holder(connection)
 
     def _take_lock(self) -> None:
         lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")

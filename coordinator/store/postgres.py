@@ -34,11 +34,16 @@ _CONNECT = {
 # A server that lost sight of us must let go of the job's lock; over a Unix socket these have no effect.
 _SESSION = {
     "statement_timeout": f"{int(PATIENT_S * 1000)}",
-    "lock_timeout": f"{int(ANSWER_S * 1000)}",
+    "lock_timeout": f"{int(0.8 * ANSWER_S * 1000)}",  # before the whole call is cut off
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+
+# Somebody may have set less for the server, the database or the user, for speed; more stays.
+_DURABLE = (
+    "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') <> 'remote_apply'"
+)
 
 # Classes of SQLSTATE, and single ones (PostgreSQL's manual, appendix A), that say nothing about the statement itself:
 # connections, resources, an operator's intervention, the system; read-only for a while, as after a failover or with a
@@ -181,6 +186,7 @@ class Watch:
             self._connections[id(connection)] = connection
         settings = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
         connection.execute(f"SELECT {settings}")
+        connection.execute(_DURABLE)
         connection.commit()
 
     def _closing(self, connection: Any, _record: Any) -> None:

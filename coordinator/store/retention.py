@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from coordinator.store.database import Database
 from coordinator.store.entries import RoundRecord
 from coordinator.store.files import Files, aside_name, export_name, weights_name
-from coordinator.store.tables import dropping, tasks
+from coordinator.store.tables import dropping, rounds, tasks
 from fedepth.job_sections import RetentionSection
 
 _AT_ONCE = 500  # rows in one statement
@@ -58,6 +58,14 @@ def drop(connection: sa.Connection, names: Iterable[str]) -> None:
         new = [{"name": name} for name in some if name not in held]
         if new:
             connection.execute(dropping.insert(), new)
+
+
+def forget(connection: sa.Connection, ids: Iterable[int]) -> None:
+    """Records that the files of these rounds are kept no longer."""
+    wanted = sorted(ids)
+    for start in range(0, len(wanted), _AT_ONCE):
+        some = rounds.c.id.in_(wanted[start : start + _AT_ONCE])
+        connection.execute(rounds.update().where(some).values(kept=False, export_path=""))
 
 
 def finish_drops(database: Database, files: Files) -> None:

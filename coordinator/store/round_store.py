@@ -6,6 +6,7 @@ a file among the weights that the record does not know is the one of the intent,
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from coordinator.store.database import Database
 from coordinator.store.entries import RoundRecord, Sealed, Summary, finite, round_from, round_row
 from coordinator.store.files import LABELS, Files, aside_name, weights_name
-from coordinator.store.retention import drop, drop_spools_before, finish_drops, names_of, staying
+from coordinator.store.retention import drop, drop_spools_before, finish_drops, forget, names_of, staying
 from coordinator.store.tables import dropping, job, rounds, sealing, tasks, updates
 from fedepth.errors import StateError, UnavailableError
 from fedepth.files import disk_errors, file_digest
@@ -61,7 +62,7 @@ class RoundStore:
             if done is None:
                 self._intend(connection, Sealed(round_number, digest, size, self.files.path(name)))
             connection.execute(dropping.delete().where(dropping.c.name == name))
-        finish_drops(self._database, self.files)
+        self._drop_what_can_go()
         self.files.place(partial, name, digest)
         return Sealed(round_number, digest, size, self.files.path(name))
 
@@ -90,7 +91,7 @@ class RoundStore:
                 raise StateError(f"round {record.round} is recorded with weights {done.digest[:12]}… already")
         if record.aside_digest:
             self._move_aside(record)
-        finish_drops(self._database, self.files)
+        self._drop_what_can_go()
         self._database.checkpoint()
 
     def _add(self, connection: sa.Connection, record: RoundRecord) -> None:
@@ -111,6 +112,12 @@ class RoundStore:
                 _drop_unless_known(connection, weights_name(record.round, sealed), record.round)
         connection.execute(rounds.insert().values(round_row(record)))
         connection.execute(sealing.delete())
+
+    def _drop_what_can_go(self) -> None:
+        # A round must not wait for an old file that cannot be deleted: it stays recorded as going, and `prune`, which
+        # follows every round, tells of it.
+        with contextlib.suppress(UnavailableError, OSError):
+            finish_drops(self._database, self.files)
 
     def _move_aside(self, record: RoundRecord) -> None:
         name, aside = weights_name(record.round, record.aside_digest), aside_name(record.round, record.aside_digest)
@@ -290,9 +297,7 @@ class RoundStore:
             going = {number: each for number, each in records.items() if not any(each is one for one in stay)}
             needed = {name for each in stay for name in names_of(each)}
             drop(connection, {name for each in going.values() for name in names_of(each)} - needed)
-            for number in going:
-                gone = rounds.update().where(rounds.c.id == number).values(kept=False, export_path="")
-                connection.execute(gone)
+            forget(connection, going)
             for table in (updates, tasks):
                 connection.execute(table.delete().where(table.c.round <= latest.round - retention.history))
         finish_drops(self._database, self.files)

@@ -73,7 +73,7 @@ def trial_request(
         graph_bytes=0,
         weights_digest="",
         weights_bytes=0,
-        deadline_ms=0,
+        run_id="",
     )
     return TrainRequest(
         task=task,

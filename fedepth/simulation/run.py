@@ -311,7 +311,7 @@ class Run:
             graph_bytes=prepared.graph_bytes,
             weights_digest=weights.digest,
             weights_bytes=prepared.layout.size_bytes,
-            deadline_ms=0,
+            run_id="",
         )
         peers = self._record.peers(client.number) if training.mutual > 1 else None
         known = self._record.trained(output, weights.digest)

@@ -125,6 +125,23 @@ def test_a_round_closes_whatever_failed_on_the_way(play: Play, monkeypatch: pyte
     play(scene)
 
 
+def test_what_cannot_be_deleted_holds_up_nothing(
+    play: Play, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bucket may take files and forbid that they are deleted."""
+
+    async def scene(rig: Rig) -> None:
+        monkeypatch.setattr(rig.job.store.files, "remove_all", fails(10**9, rig.job.store.files.remove_all))
+        for number in range(4):
+            await rig.round()
+            await rig.reach(lambda number=number: rig.job.weights.record.round > number)
+        await rig.reach(rig.job.finished.is_set)
+        assert rig.job.store.summary().export_path
+
+    play(scene, rounds=4, retention={"keep_last": 1})
+    assert "what the job no longer keeps cannot be deleted now, which is tried again" in capsys.readouterr().out
+
+
 def test_free_pages_are_returned_with_every_round(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     returned: list[int] = []
 

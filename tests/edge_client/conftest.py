@@ -83,7 +83,7 @@ def make_task(plan_for: Callable[[int], Plan]) -> Callable[..., Task]:
             graph_bytes=len(GRAPH),
             weights_digest=hashlib.sha256(WEIGHTS).hexdigest(),
             weights_bytes=len(WEIGHTS),
-            deadline_ms=60_000,
+            run_id="run",
         )
 
     return task

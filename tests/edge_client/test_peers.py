@@ -105,11 +105,12 @@ def test_a_job_that_goes_back_takes_nothing_from_rounds_that_are_no_more(
     [
         {"job": "another"},
         {"graph_digest": "0" * 64},
+        {"run_id": "after a rollback"},
         {"training": None},
     ],
-    ids=["job", "model", "off"],
+    ids=["job", "model", "run", "off"],
 )
-def test_peers_go_with_their_job_and_their_model(
+def test_peers_go_with_their_job_its_run_and_their_model(
     bench: Bench, transport: FakeTransport, in_round: InRound, make_task: MakeTask, changes: dict[str, Any]
 ) -> None:
     transport.answers = [in_round(1)]

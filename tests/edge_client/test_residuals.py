@@ -6,6 +6,7 @@ The stand-in for a trainer adds a line for every task whose update left somethin
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from edge_client import task_run
 from edge_client.transport import Refused
 from fedepth.errors import DiskError
 from fedepth.files import file_digest
@@ -128,8 +130,12 @@ def test_a_task_of_a_round_before_ends_a_residual_even_if_it_comes_to_nothing(
     assert held(bench) == {"00000007-t7-1": "t7\n"}
 
 
-@pytest.mark.parametrize("changes", [{"job": "another"}, {"graph_digest": "0" * 64}], ids=["job", "model"])
-def test_it_goes_with_its_job_and_its_model(
+@pytest.mark.parametrize(
+    "changes",
+    [{"job": "another"}, {"graph_digest": "0" * 64}, {"run_id": "after a rollback"}],
+    ids=["job", "model", "run"],
+)
+def test_it_goes_with_its_job_its_run_and_its_model(
     bench: Bench, transport: FakeTransport, in_round: InRound, changes: dict[str, Any]
 ) -> None:
     transport.answers = [in_round(1)]
@@ -205,6 +211,42 @@ def test_killed_at_any_step_every_update_leaves_out_what_it_should(
         assert len(list(each.state.glob("residuals/*/*"))) == 1
     assert trained == {0, 1}
     assert len(moments) > 20
+
+
+def test_killed_while_a_task_is_given_up_nothing_of_it_seems_to_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found without an output is taken to be of an update that is kept."""
+
+    class Killed(BaseException):
+        pass
+
+    def dying(step: list[int], real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            step[0] -= 1
+            if step[0] < 0:
+                raise Killed
+            real(*args, **options)
+
+        return call
+
+    for survived in itertools.count():
+        folder = tmp_path / f"t-{survived}"
+        for name in ("cache/a", "output/part-0000.safetensors", "peers/job/7/1-x", "residuals/job/7/1-x"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+        step = [survived]
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, dying(step, getattr(os, name)))
+            try:
+                task_run._discard(folder)
+                break
+            except Killed:
+                left = {path.name for path in folder.iterdir()}
+                assert "output" in left or left.isdisjoint({"peers", "residuals"}), survived
+    assert survived > 10
+    assert not folder.exists()
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:

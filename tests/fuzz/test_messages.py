@@ -44,7 +44,7 @@ VALUES: list[Any] = [
     Result("t", 1, "d", 1, 20, PLAN, (0, 1), (STAGE,), (PartInfo(0, 10, "f" * 64),), 1.0, "malloc", 0),
     Failure("t", 1, "d", Outcome.DATA, "no data", 1, 2),
     Progress("t", 1, "d", "training", loss=float("nan")),
-    Task("t", 1, "job", 1, MODEL, TRAINING, Policy.AUTO, PLAN, "f" * 64, 10, "f" * 64, 10, 1000),
+    Task("t", 1, "job", 1, MODEL, TRAINING, Policy.AUTO, PLAN, "f" * 64, 10, "f" * 64, 10, "run"),
 ]
 CORE = {type(value).__name__: type(value) for value in VALUES}
 GOOD = {

@@ -182,7 +182,7 @@ def context(
     trained = {unit for stage in stages for unit in range(stage.first, stage.last + 1)}
     units = range(len(graph.units))
     plan = Plan(tuple(stages), tuple(unit for unit in units if unit not in trained), Policy.PAPER, 1 << 40)
-    task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, plan, "", 0, "", 0, 0)
+    task = Task("t", 1, "job", 1, spec, training, Policy.PAPER, plan, "", 0, "", 0, "")
     if training.fixed_statistics:
         graph = with_fixed_statistics(graph)
     return TrainingContext(

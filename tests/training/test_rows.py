@@ -80,7 +80,7 @@ def assignment(folder: Path, spec: ModelSpec, tokenizer: str = "", **training: o
     stages = tuple(stage(unit, unit, 4, places[unit % 2]) for unit in range(count))
     plan = Plan(stages, (), Policy.PAPER, 1 << 40)
     settings = replace(TRAINING, **training)  # type: ignore[arg-type]
-    task = Task("t", 1, "job", 1, spec, settings, Policy.PAPER, plan, file_digest(graph), 0, "", 0, 0)
+    task = Task("t", 1, "job", 1, spec, settings, Policy.PAPER, plan, file_digest(graph), 0, "", 0, "")
     return Assignment(
         task=task,
         plan=plan,

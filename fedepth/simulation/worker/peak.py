@@ -68,7 +68,7 @@ def measure_peak(request: MeasurePeak) -> dict[str, Any]:
     costs = read_traced(graph).in_training(training).costs
     count = _STEPS * training.batch
     plan = make_plan(costs, budget_bytes=_EVERYTHING, training=training, sample_count=count, policy=Policy.PAPER)
-    task = Task("peak", 1, "peak", 1, request.model, training, Policy.PAPER, plan, "", 0, "", 0, 0)
+    task = Task("peak", 1, "peak", 1, request.model, training, Policy.PAPER, plan, "", 0, "", 0, "")
     assignment = Assignment(
         task=task,
         plan=plan,

@@ -821,11 +821,11 @@ class Task(_message.Message):
     GRAPH_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
-    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     INDEX_DIGEST_FIELD_NUMBER: _builtins.int
     INDEX_BYTES_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     MODEL_BYTES_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     job: _builtins.str
@@ -835,13 +835,14 @@ class Task(_message.Message):
     graph_bytes: _builtins.int
     weights_digest: _builtins.str
     weights_bytes: _builtins.int
-    deadline_ms: _builtins.int
     index_digest: _builtins.str
     """of the index of the weights (fedepth.tensor_index); empty where there is none"""
     index_bytes: _builtins.int
     model_digest: _builtins.str
     """of a file that holds a ModelSpec, which all tasks of a job have in common"""
     model_bytes: _builtins.int
+    run_id: _builtins.str
+    """another one after a rollback: nothing that a device keeps from task to task outlives it"""
     @_builtins.property
     def model(self) -> Global___ModelSpec:
         """not sent: the device puts it in, from the file that is named below"""
@@ -865,15 +866,15 @@ class Task(_message.Message):
         graph_bytes: _builtins.int = ...,
         weights_digest: _builtins.str = ...,
         weights_bytes: _builtins.int = ...,
-        deadline_ms: _builtins.int = ...,
         index_digest: _builtins.str = ...,
         index_bytes: _builtins.int = ...,
         model_digest: _builtins.str = ...,
         model_bytes: _builtins.int = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "graph_bytes", b"graph_bytes", "graph_digest", b"graph_digest", "index_bytes", b"index_bytes", "index_digest", b"index_digest", "job", b"job", "model", b"model", "model_bytes", b"model_bytes", "model_digest", b"model_digest", "plan", b"plan", "policy", b"policy", "round", b"round", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "graph_bytes", b"graph_bytes", "graph_digest", b"graph_digest", "index_bytes", b"index_bytes", "index_digest", b"index_digest", "job", b"job", "model", b"model", "model_bytes", b"model_bytes", "model_digest", b"model_digest", "plan", b"plan", "policy", b"policy", "round", b"round", "run_id", b"run_id", "task_id", b"task_id", "training", b"training", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,11 +108,17 @@ class Postgres:
 
     socket_folder: Path
 
+    def execute(self, statement: str) -> object:
+        """The first value that a statement gives, if it gives any."""
+        with psycopg.connect(f"host={self.socket_folder} user=postgres dbname=postgres", autocommit=True) as connection:
+            done = connection.execute(statement.encode())
+            row = done.fetchone() if done.description else None
+        return row[0] if row else None
+
     def new_database(self) -> str:
         """The URL of an empty database."""
         name = f"test_{uuid.uuid4().hex[:12]}"
-        with psycopg.connect(f"host={self.socket_folder} user=postgres dbname=postgres", autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
+        self.execute(f'CREATE DATABASE "{name}"')
         return f"postgresql://postgres:secret@/{name}?host={self.socket_folder}"
 
 
@@ -137,7 +143,7 @@ def postgres() -> Iterator[Postgres]:
 
     data, log = folder / "data", folder / "log"
     run(programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C")
-    options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off -c max_connections=50"
+    options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c max_connections=50"
     # Its output must not go to the pipes of pg_ctl, which would stay open as long as it runs.
     run(programs / "pg_ctl", "-D", data, "-l", log, "-o", options, "-w", "start")
     try:

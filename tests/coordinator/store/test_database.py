@@ -6,6 +6,8 @@ import contextlib
 import socket
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,75 @@ def test_one_that_lost_its_lock_to_another_writes_no_more(
         assert not isinstance(no.value, UnavailableError)
     assert other.failure_counts() == {}
     other.close()
+    store.close()
+
+
+@pytest.mark.parametrize(("usual", "ours"), [("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")])
+def test_commits_are_synchronous_whatever_is_usual_on_the_server(
+    postgres: Any, plain: Any, usual: str, ours: str
+) -> None:
+    """Else a device may be told that its update is recorded, and it is gone after a crash of the server."""
+    plain.database = postgres.new_database()
+    postgres.execute(f"ALTER DATABASE {sa.make_url(plain.database).database} SET synchronous_commit = {usual}")
+    store = plain.open()
+    with store._database.begin() as connection:
+        assert connection.execute(sa.text("SHOW synchronous_commit")).scalar() == ours
+    store.close()
+
+
+def test_a_server_that_syncs_nothing_is_refused(postgres: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain.database = postgres.new_database()
+    real = sa.text
+    monkeypatch.setattr(sa, "text", lambda query: real("SELECT 'off'" if query == "SHOW fsync" else query))
+    with pytest.raises(StateError, match=r"runs with fsync = off, .*; set fsync = on in its postgresql\.conf"):
+        plain.open()
+
+
+@contextlib.contextmanager
+def stalling(postgres: Any) -> Iterator[None]:
+    """A server that waits at the end of every transaction that writes, as for a standby that is gone."""
+    postgres.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
+    postgres.execute("SELECT pg_reload_conf()")
+    while postgres.execute("SHOW synchronous_standby_names") != "gone":
+        pass
+    try:
+        yield
+    finally:
+        postgres.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        postgres.execute("SELECT pg_reload_conf()")
+
+
+def until(look: Callable[[], object]) -> None:
+    """Looks again until the record can be used and what is looked for is so."""
+    end = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(UnavailableError):
+            if look() is not False:
+                return
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_was_given_up_and_may_still_come_is_waited_for(postgres: Any, plain: Any, kit: Any) -> None:
+    """Until its server has ended a transaction, nobody sees what it has written; read past it, the record would say
+    that there is no update, and have one a moment later."""
+    plain.database = postgres.new_database()
+    store = plain.open()
+    plain.add_round(store, 0)
+    task = plain.task()
+    store.record_task(task)
+    plain.part(store, task)
+    result = kit.result(task, {0: b"part"})
+    store.keep_parts(result)
+    store._database._watch.set_limits(1.0, 0.1)
+    with stalling(postgres):
+        with pytest.raises(UnavailableError):
+            store.record_update(result, None)
+        until(lambda: store.accepted_ids(1) == frozenset())  # the record answers again
+        with pytest.raises(UnavailableError):
+            store.check_hold()
+    until(store.check_hold)
+    assert set(store.accepted_ids(1)) == {task.task_id}
     store.close()
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.store.entries import round_row
 from coordinator.store.records import RoundRecord
 from coordinator.store.retention import staying
-from coordinator.store.tables import dropping, tasks
+from coordinator.store.tables import dropping, rounds, tasks
 from fedepth.errors import StateError
 from fedepth.job_sections import RetentionSection
 
@@ -178,3 +181,19 @@ def test_the_section_has_defaults_and_bounds() -> None:
     for wrong in ({"keep_last": 0}, {"keep_every": -1}, {"history": 0}, {"keep": 1}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, RetentionSection)
+
+
+def test_letting_many_rounds_go_takes_few_statements(plain: Any) -> None:
+    """A transaction while devices wait has seconds, and every statement may cross a network."""
+    store = plain.open()
+    first = plain.add_round(store, 0)
+    count = 3000
+    with store._database.begin() as connection:
+        rows = [round_row(replace(first, round=number, digest=f"{number:064x}")) for number in range(1, count)]
+        connection.execute(rounds.insert(), [*rows, round_row(replace(first, round=count))])
+    statements: list[str] = []
+    sa.event.listen(store._database._engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
+    store.prune(RetentionSection(keep_last=3))
+    assert len(store.kept_rounds()) == 3
+    assert len(statements) < 100
+    store.close()
