@@ -29,6 +29,7 @@ from fedepth.models.fixed_statistics import has_statistics, with_fixed_statistic
 from fedepth.models.graph import Graph
 from fedepth.models.initial_weights import load_initial_weights
 from fedepth.models.source import error_line, first_line
+from fedepth.models.token_ids import largest_row
 from fedepth.models.traced import TracedModel, write_traced
 from fedepth.models.tuning import described, tuned
 from fedepth.models.verify import verify
@@ -122,6 +123,7 @@ def prepare_model(
         progress("exporting it as a graph")
         exported = export_model(module, spec.name, spec.input_shape, spec.input_type.dtype, classes)
         graph = tuned(exported.graph, tuning, spec.name)
+        check_vocabulary(graph, spec)
         progress(f"comparing {len(graph.units)} units with the model")
         verify(module, exported, spec.name)
         about_tuning = described(graph, exported.graph)
@@ -138,6 +140,20 @@ def prepare_model(
         progress("measuring what its units cost")
         prepared = _with_costs(exported, graph, spec, training, fixed_statistics=fixed_statistics)
         return replace(prepared, notes=(*prepared.notes, *notes, *([about_tuning] if about_tuning else [])))
+
+
+def check_vocabulary(graph: Graph, spec: ModelSpec) -> None:
+    """A device would fail at the first word whose id is too large, and one without such words would not.
+
+    Raises:
+        ModelError: the model has no row for some ids that the job's texts have.
+    """
+    rows = largest_row(graph)
+    if spec.text is not None and rows is not None and rows + 1 < spec.text.vocabulary:
+        raise ModelError(
+            f"the model {spec.name} has a table with {rows + 1} rows for token ids, and the job's texts have ids below "
+            f"{spec.text.vocabulary}; set [text] vocabulary to {rows + 1}, or make the table as large"
+        )
 
 
 def write_prepared(asked: Preparation, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

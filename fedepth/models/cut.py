@@ -114,7 +114,10 @@ def cut(
     head_at = _head(training, kept, shapes)
     chosen = [gap.narrowest for gap in kept[:head_at]]
     if head_at < len(kept):
-        chosen.append(kept[head_at].before_pooling)
+        pooled = [*chosen, kept[head_at].before_pooling]
+        # Only the narrowest has been looked at before: what stands between the two may be shared.
+        free = _without_shared(training, evaluation, pooled, trainable) == pooled
+        chosen = pooled if free else [*chosen, kept[head_at].narrowest]
     pieces = _pieces(training, evaluation, chosen, trainable)
     if head_at == len(kept):  # nothing can be cut off as a head: all of it is one unit
         last = pieces[-1]

@@ -75,6 +75,7 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
         ModelError: it cannot be exported or cut; with the user's line, the reason, and what to change.
     """
     check_module(module, name)
+    _refuse_other_precision(module, name)
     names, tensors = named_tensors(module, name)
     notes: set[str] = set()
     programs = flat_programs(module, name, (input_shape, input_type), classes, names, tensors, notes)
@@ -105,9 +106,12 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     moved = perturbed(kept, trainable & used)
     model = Model(graph)
     model.load(lambda each: moved[each] if each in moved else kept[each].clone())
-    model.train(False)
     ids = largest_id(module, programs, tensors)
+    model.train(False)
     found = _exits(model, module, name, example_inputs(input_shape, input_type, ids, 4))
+    inputs = example_inputs(input_shape, input_type, ids, 2)
+    if graph.smallest_micro_batch == 1 and not _trains_with_one(graph, kept, inputs, name):
+        graph = structs.replace(graph, smallest_micro_batch=2)
     left_out = {step.module: step.line for program in programs for step in program.left_out}
     drawing = {step.module for program in programs for step in program.steps if step.random}
     if twice := sorted(each for each in left_out.keys() & drawing if each):
@@ -259,6 +263,14 @@ def named_tensors(module: nn.Module, name: str) -> tuple[dict[str, str], dict[st
     return names, tensors
 
 
+def _refuse_other_precision(module: nn.Module, name: str) -> None:
+    """Devices train in float32, and ONNX Runtime's kernels for the CPU have little else."""
+    for each, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype is not torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"the model {name} has a parameter {each} in {kind}; call .float() on it in __init__()")
+
+
 def _refuse_shared_memory(module: nn.Module, name: str) -> None:
     """One parameter under two names is fine. A trained parameter in one storage with another one, or with a buffer, is
     not: each step of it would change the other, which no gradient shows, and a graph would lose it without a word."""
@@ -371,6 +383,24 @@ def _dtype(tensor: torch.Tensor, each: str, name: str) -> str:
     if found is None:
         raise ModelError(f"the model {name} has a tensor {each} of type {tensor.dtype}, which cannot travel")
     return found
+
+
+def _trains_with_one(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor, name: str) -> bool:
+    """Whether a batch of one has finite logits in training; of more, it has to. Statistics of a batch that a model
+    takes by itself are none of one sample."""
+    finite = []
+    for count in (1, 2):
+        model = Model(graph)
+        model.load(lambda each: tensors[each].clone())
+        model.train(True)
+        with torch.no_grad():
+            finite.append(bool(torch.isfinite(model(inputs[:count].clone())).all()))
+    if not finite[1]:
+        raise ModelError(
+            f"the logits of the model {name} are not finite in training, with fresh weights and random inputs of two "
+            "samples; does it divide by zero, or take the logarithm of something that is not positive?"
+        )
+    return finite[0]
 
 
 def _smallest_micro_batch(program: FlatProgram) -> int:

@@ -50,6 +50,12 @@ def load_initial_weights(
     own = dict(module.state_dict())
     given, prefix = _without_prefix(_read(path), own, path)
     head = classifier(module, classes)
+    if new_classifier and not head:
+        raise ModelError(
+            f"[tuning] new_classifier: which layer is the classifier cannot be told, since the last one that the model "
+            f"registers does not give a value for each of {classes} classes; assign it last in __init__(), or leave it "
+            "out of the file with the weights"
+        )
     fitting: dict[str, torch.Tensor] = {}
     fresh, resized, wrong = [], [], []
     for name, tensor in own.items():

@@ -55,12 +55,22 @@ def largest_id_of(graph: Graph) -> int:
     def shape_of(table: Argument) -> tuple[int, ...]:
         return graph.tensors[table.name][1] if isinstance(table, Tensor) else ()
 
-    if found := list(_limits(graph.units[0].evaluation.operations, shape_of)):
-        return max(0, min(found))
+    if (known := largest_row(graph)) is not None:
+        return max(0, known)
     lookups = (
         each for unit in (*graph.units, graph.head) for step in unit.evaluation.operations for each in _lookups(step)
     )
     return min([_FEW, *(shape_of(table)[0] for table, _, _ in lookups if shape_of(table))]) - 1
+
+
+def largest_row(graph: Graph) -> int | None:
+    """The largest token id that every table has a row for in which the first unit looks ids up as they come in; None
+    where there is no such table."""
+
+    def shape_of(table: Argument) -> tuple[int, ...]:
+        return graph.tensors[table.name][1] if isinstance(table, Tensor) else ()
+
+    return min(_limits(graph.units[0].evaluation.operations, shape_of), default=None)
 
 
 def _limits(operations: Iterable[Operation], shape_of: Callable[[Argument], Sequence[Any]]) -> Iterator[int]:

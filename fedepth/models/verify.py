@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from fedepth.errors import ModelError
-from fedepth.models.comparison import SEED, TOLERANCE, Outcome, Trial, backward, difference, gradients
+from fedepth.models.comparison import SEED, TOLERANCE, Outcome, Trial, backward, difference, gradients, relative
 from fedepth.models.export import Exported, perturbed
 from fedepth.models.original import Original
 from fedepth.models.run import Model
 
 # In another memory format other kernels run: logits are compared, for gradients of a hundred layers differ by percents.
 LAYOUT_TOLERANCE = 1e-3
+PROBABILITY_TOLERANCE = 1e-4
 # A backward pass is linear in the gradient that comes in, and powers of two are exact: times these, the module's own
 # gradients stay as they are. Where they do not, as with a clip in a custom backward pass, the graph's have to follow.
 FACTORS = (2.0**-40, 2.0**20)
@@ -69,9 +70,39 @@ def verify(module: nn.Module, exported: Exported, name: str) -> float:
                     if not original.repeats(start, inputs, scaled, again):
                         outcome = original.step(start, inputs, scaled)
                         _compared(original, exported, outcome, start, inputs, scaled)
+        _check_meaning(original, exported)
     finally:
         original.restore()
     return worst
+
+
+def _check_meaning(original: Original, exported: Exported) -> None:
+    """What nothing else would notice: a loss, an accuracy and an exported file come out all the same.
+
+    Raises:
+        ModelError: it returns probabilities instead of logits, or what it returns in evaluation for a sample depends on
+            the other samples of its batch.
+    """
+    start = {**original.start, **perturbed(original.start, original.writable)}
+    for trial in (Trial(4, 8.0, True, True), Trial(4, 8.0, False, True)):
+        inputs = exported.examples(trial.samples, trial.scale)
+        known = original.step(start, inputs, trial)
+        logits = known.logits
+        if bool((logits >= 0).all()) and bool((logits.sum(1) - 1).abs().max() < PROBABILITY_TOLERANCE):
+            raise ModelError(
+                f"the model {original.name} returns probabilities ({trial}), whose values add up to 1, and they would "
+                "be taken for logits in losses and exports; return what it has before its softmax, in both modes"
+            )
+    if original.draws(start, inputs, trial, known):
+        return
+    alone = torch.cat([original.step(start, each, replace(trial, samples=1)).logits for each in torch.split(inputs, 1)])
+    if (apart := relative(logits, alone)) > LAYOUT_TOLERANCE:
+        raise ModelError(
+            f"what the model {original.name} returns in evaluation for a sample depends on the other samples of its "
+            f"batch, by {apart:.3g} of its size, so that its accuracy would say nothing of single samples. Has it "
+            "a BatchNorm with track_running_stats=False, an attention layer without batch_first=True, or an operation "
+            "along dimension 0? Let every sample be computed from itself in evaluation"
+        )
 
 
 def _compared(

@@ -178,6 +178,31 @@ def test_layers_that_share_a_weight_are_one_unit() -> None:
     assert "two.weight" not in graph.tensors
 
 
+class Twice(nn.Module):
+    """A convolution that is used on both sides of the last pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.block(self.stem(x).relu()).relu(), 2)
+        logits: torch.Tensor = self.classifier(self.block(x).relu().mean((2, 3)))
+        return logits
+
+
+def test_a_weight_on_both_sides_of_a_pooling_stays_in_one_unit() -> None:
+    torch.manual_seed(0)
+    module = Twice()
+    exported = export_model(module, "twice", (1, 8, 8), "F32", 10)
+    assert [set(unit.parameters) for unit in exported.graph.units] == [
+        {"stem.weight", "stem.bias"},
+        {"block.weight", "block.bias"},
+    ]
+    verify(module, exported, "twice")
+
+
 def test_frozen_parameters_are_not_part_of_an_update() -> None:
     both = pair("frozen_backbone")
     frozen = {each for each, parameter in both.module.named_parameters() if not parameter.requires_grad}

@@ -210,6 +210,14 @@ def test_a_new_classifier_keeps_its_fresh_weights_and_is_said_once(tmp_path: Pat
     assert torch.equal(fresh.head.weight, kept)
 
 
+def test_a_new_classifier_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    """It would keep the weights of the file, and nobody would know."""
+    given = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
+    torch.save(given.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"\[tuning\] new_classifier: .* each of 3 classes; assign it last"):
+        load_initial_weights(nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), tmp_path / "w.pt", 3, new_classifier=True)
+
+
 def test_only_the_last_layer_is_the_classifier() -> None:
     """Though others give as many values: a norm before it, and a layer with as many outputs as classes."""
     module = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from fedepth.errors import ModelError
 from fedepth.models.export import Exported, example_inputs, export_model
 from fedepth.models.verify import verify
+from fedepth.prepare import check_vocabulary
+from fedepth.task import InputType, ModelSpec, TextSpec
 
 Look = Callable[["Reader", torch.Tensor], torch.Tensor]
 
@@ -56,6 +59,17 @@ def test_ids_are_drawn_over_the_whole_range(look: Look, largest: int) -> None:
     assert found.largest_id == largest
     assert int(found.examples(3).max()) == largest
     assert verify(module, found, "reader") == 0.0
+
+
+def test_a_vocabulary_for_which_a_table_has_no_rows_is_refused_at_once() -> None:
+    """Most words of a device may have small ids: it would train, and another one fail."""
+    _, found = exported(lambda m, ids: m.table[ids])
+    spec = ModelSpec("reader", ("a", "b"), (5,), (), (), InputType.TOKENS, text=TextSpec("label", ("text",), 12))
+    check_vocabulary(found.graph, spec)
+    spec = replace(spec, text=TextSpec("label", ("text",), 13))
+    with pytest.raises(ModelError, match=r"12 rows for token ids, .* ids below 13; set \[text\] vocabulary to 12"):
+        check_vocabulary(found.graph, spec)
+    check_vocabulary(exported(lambda m, ids: m.table[ids % 12])[1].graph, spec)  # it takes any id
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,86 @@ def test_a_trained_parameter_that_shares_memory_is_refused(kind: str) -> None:
         module.register_parameter("copy", nn.Parameter(module[0].weight.data, requires_grad=False))
     with pytest.raises(ModelError, match=r"copy and 0\.weight .*share memory|0\.weight and copy .*share memory"):
         proved(module)
+
+
+class Reading(Custom):
+    """A plain classifier of 6 numbers, whose logits `read` looks at last."""
+
+    def __init__(self, read: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(lambda gradient: gradient)
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self, self.first(x))
+
+
+def batch_statistics(net: Any, x: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = net.second(net.norm(x.unsqueeze(2).repeat(1, 1, 3))[:, :, 0])
+    return logits
+
+
+def attention_over_the_batch(net: Any, x: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = net.second(net.attention(x.unsqueeze(1)).mean(1))
+    return logits
+
+
+def softmax(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(net.second(x), 1)
+
+
+def softmax_in_evaluation(net: Any, x: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = net.second(x)
+    return logits if net.training else logits.softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (batch_statistics, "for a sample depends on the other samples .* a BatchNorm with track_running_stats=False"),
+        (attention_over_the_batch, "for a sample depends on the other samples .* without batch_first=True"),
+        (softmax, r"returns probabilities \(training mode"),
+        (softmax_in_evaluation, r"returns probabilities \(evaluation mode"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_what_says_something_else_than_the_logits_of_a_sample_is_refused(
+    read: Callable[[nn.Module, torch.Tensor], torch.Tensor], words: str
+) -> None:
+    """Everything would come out well: losses fall, the exported file equals the model, on the same batches."""
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=words):
+        proved(Reading(read))
+
+
+def test_dropout_in_evaluation_is_no_dependence_on_other_samples() -> None:
+    torch.manual_seed(0)
+    assert proved(Reading(lambda net, x: net.second(nn.functional.dropout(x)))) < 1e-6  # type: ignore[operator]
+
+
+def own_statistics(net: Any, x: torch.Tensor) -> torch.Tensor:
+    if net.training:
+        x = (x - x.mean(0)) / x.var(0).sqrt()
+    logits: torch.Tensor = net.second(x)
+    return logits
+
+
+def test_a_model_that_takes_the_variance_of_a_batch_is_never_given_one_sample() -> None:
+    torch.manual_seed(0)
+    exported = export_model(Reading(own_statistics), "custom", (6,), "F32", 10)
+    assert exported.graph.smallest_micro_batch == 2
+    verify(Reading(own_statistics), exported, "custom")
+
+
+def test_logits_that_are_not_finite_are_refused_before_anybody_trains() -> None:
+    with pytest.raises(ModelError, match="logits of the model custom are not finite in training"):
+        export_model(Reading(lambda net, x: net.second(x).abs().neg().log()), "custom", (6,), "F32", 10)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_other_precision_than_devices_have_is_refused(kind: torch.dtype) -> None:
+    module = Reading(lambda net, x: net.second(x.to(kind)).float())  # type: ignore[operator]
+    module.second.to(kind)
+    with pytest.raises(ModelError, match=r"has a parameter second\.weight in .*; call \.float\(\) on it"):
+        export_model(module, "custom", (6,), "F32", 10)
