@@ -121,6 +121,9 @@ def serve_command(
 
     share_one_arena()
     configure_logs(renderer(json_logs))
+    for unused, given in (("--no-enroll", no_enroll), ("--insecure", insecure)):
+        if given and enroll_port is not None:
+            raise ConfigError(f"--enroll-port: with {unused} nobody can enrol; leave one of them out")
     if enroll_port is None and not (no_enroll or insecure):
         if port == MOST_PORT:
             raise ConfigError(f"no port comes after --port {port} at which devices could enrol; give --enroll-port")

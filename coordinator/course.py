@@ -72,7 +72,7 @@ class Course:
             self._held_at = job.now()
         await job.apply(Tick(job.now()))
         if job.state.phase is Phase.STUCK:
-            raise JobError(f"{job.state.why}; mend the job file and start again")
+            raise JobError(f"{job.state.why}; fix the job file and start it again")
         for digest in tuple(self._suspects):
             await self._look_at(digest)
         if job.state.phase is Phase.AGGREGATING:
@@ -101,7 +101,7 @@ class Course:
         if digest == job.graph_digest:
             if await asyncio.to_thread(job.store.prepared) is None:
                 raise StateError(
-                    f"{job.store.files.graph()} is missing or damaged; start the coordinator again, it makes it anew"
+                    f"{job.store.files.graph()} is missing or damaged; start the coordinator again, which rebuilds it"
                 )
         else:
             await job.weights.look_at(digest)

@@ -72,14 +72,17 @@ class Fleet:
                 )
             return Refusal(
                 f"another agent with the identity of this one, {report.device_id}, is alive on {rival.place}; stop one "
-                "of the two, and delete device-id in its state folder if it is to join as a device of its own",
+                "of the two, and delete device-id in its state directory if it is to join as a device of its own",
                 "clone",
             )
         known = self._known.get(report.device_id)
         now = self._clock()
         if known is None or now - known.recorded_at >= RECORD_S or _changed(known.report, report):
             if not await self._store.short(self._store.see_device, report, self._most_devices):
-                return Refusal(f"the job has all of the {self._most_devices} devices that it takes ([limits] devices)")
+                return Refusal(
+                    f"the job has all of the {self._most_devices} devices that it takes; to admit "
+                    "more, raise [limits] devices in the job file"
+                )
             recorded_at = now
         else:
             recorded_at = known.recorded_at

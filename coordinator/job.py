@@ -210,8 +210,8 @@ class Job:
         free = self.store.files.free_bytes()
         if free < needed:
             raise UnavailableError(
-                f"the coordinator's disk has {format_size(free)} left, {format_size(needed)} are needed: "
-                "its operator must make room"
+                f"the coordinator's disk has {format_size(free)} left, {format_size(needed)} are needed; "
+                "its operator must free some space there"
             )
 
     def why_wait(self) -> str:
@@ -222,7 +222,7 @@ class Job:
         if state.phase is Phase.GATHERING:
             return machine.waits_for(state, self.facts, self._clock(), least=1)  # the one that asks
         if state.phase is Phase.TRAINING:
-            return f"round {state.round} is in work"
+            return f"round {state.round} is in progress"
         return f"round {state.round} is being closed"
 
     def rejected(self, report: DeviceReport, why: str, reason: str = "") -> None:

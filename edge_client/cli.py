@@ -251,7 +251,7 @@ def _known_budget(config: settings.Config, memory: Memory) -> Budget | None:
     try:
         budgets = Budgets(config.state_dir, config.memory, torch_version(), lambda: memory)
     except (ConfigError, StateError):
-        return None  # no torch, or no state folder: this device can be probed, but has not learnt anything
+        return None  # no torch, or no state directory: this device can be probed, but has not learnt anything
     return budgets.budget() if budgets.start_bytes is not None else None
 
 

@@ -174,7 +174,7 @@ class Downloads:
             try:
                 await self._streams.fetch(growing.digest, missing, take, verify=growing.digest in self._doubted)
             except CutError as error:
-                _log.debug("a download was cut; going on", file=growing.path.name, error=str(error))
+                _log.debug("a download was cut; resuming", file=growing.path.name, error=str(error))
 
 
 class _Assembly:

@@ -37,9 +37,9 @@ def enroll_with_token(address: Address, token: Token, state: Path) -> Facts:
     Raises:
         TransportError: nobody answers there. Try again, with the same token.
         TrustError: whoever answers is not whom the token names, or refuses.
-        DiskError, StateError: the state folder cannot be used.
+        DiskError, StateError: the state directory cannot be used.
     """
-    with disk_errors("the state folder cannot be made", state):
+    with disk_errors("the state directory cannot be made", state):
         state.mkdir(parents=True, exist_ok=True)
     identifier = device_id(state)
     pending = state / "enrollment.key"
@@ -79,7 +79,7 @@ def enroll_with_bundle(bundle: Path, state: Path) -> Facts:
 
     Raises:
         TrustError: it cannot be used, or this device has another id already.
-        DiskError, StateError: the state folder cannot be used.
+        DiskError, StateError: the state directory cannot be used.
     """
     identity = read_identity(bundle, carried=True)
     facts = facts_of(identity)

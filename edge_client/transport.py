@@ -267,7 +267,7 @@ class GrpcTransport:
             try:
                 return await self._streams.send(header, opened, describes)
             except CutError as error:
-                _log.debug("an upload was cut; going on", part=header.part, error=str(error))
+                _log.debug("an upload was cut; resuming", part=header.part, error=str(error))
 
     async def report_failure(self, failure: Failure) -> bool:
         # A path in it may not be text, and a long one must not keep the coordinator from hearing of it.

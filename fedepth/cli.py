@@ -41,7 +41,7 @@ def infer_command(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show of each file.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show what an exported model says of images, or of the rows of files. Needs no torch.
+    """Show what an exported model predicts for images, or for the rows of files. Needs no torch.
 
     Images and rows are read as in training and normalised as the file says. A file or row that cannot be read is named,
     and the exit code is then 1.

@@ -90,7 +90,7 @@ def plan_command(
         int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Passes over the samples in a round; 1 for a model.")
     ] = None,
     mutual: Annotated[
-        int | None, typer.Option(min=1, max=MOST_MODELS, help="Models at most that distil from each other.")
+        int | None, typer.Option(min=1, max=MOST_MODELS, help="Maximum number of models that distil from each other.")
     ] = None,
     round_number: Annotated[
         int, typer.Option("--round", min=1, help="Of the job: BatchNorm may have fixed statistics in later ones.")
@@ -105,7 +105,8 @@ def plan_command(
 ) -> None:
     """Show the block plan for a budget, what each stage needs, and what other budgets would buy.
 
-    Of a job file all settings hold, but those that are given as options here: so one sees what another batch would do.
+    With a job file, its settings apply unless an option here overrides them, which shows for example what another batch
+    size would change.
     The memory that kernels and the allocator take is estimated for a desktop with tcmalloc unless --calibration is
     given; a device in a job uses its own calibration.
     """

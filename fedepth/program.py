@@ -93,7 +93,7 @@ def run_program(name: str, run: Callable[[], object], folder: Callable[[], Path 
     Args:
         name: begins every message.
         run: the program. It may raise SystemExit, as libraries for command lines do.
-        folder: says where the trace of a bug is kept if it can be; in the user's state folder by default.
+        folder: says where the trace of a bug is kept if it can be; in the user's state directory by default.
     """
     _prepare_streams()
     try:

@@ -101,10 +101,12 @@ def issue_command(
     certs: CertsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make key and certificate of a device in one file, to be taken there by you. See also enroll.
+    """Make key and certificate of a device in one file, for you to take there. See also enroll.
 
     The file is all that it takes to be this device: whoever can read it can be.
     """
+    if is_operator and device_id:
+        raise ConfigError("--id is for a device, and an operator has none; leave it out")
     found = opened(certs)
     path = output or Path(f"{name}.pem")
     why = not_writable(path) or (f"{printable(str(path))} is there already" if path.exists() else "")
@@ -136,8 +138,8 @@ def revoke_command(
         return
     again = f"certs issue {as_typed(name)} --operator" if _are_operators(ended) else f"enroll {as_typed(name)}"
     print(
-        f"{printable(name)}: {len(ended)} valid certificates are revoked; to let it in again: fedepth-coordinator "
-        f"{again}"
+        f"{printable(name)}: valid certificates that were revoked: {len(ended)}; to let it in again: "
+        f"fedepth-coordinator {again}"
     )
 
 

@@ -330,7 +330,7 @@ async def _decoded(handler: Handler, encoded: bytes, context: Context) -> Any:
     try:
         return handler.request_deserializer(encoded)
     except DecodeError as error:
-        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"this is no message: {error}")
+        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"this is not a valid message: {error}")
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -64,7 +64,7 @@ _OPERATOR = Limit(50, 200, 16)
 _MESSAGES = Limit(500, 2000, 0)
 READ, WRITTEN = "messages read", "messages written"
 # What is not refused, but neither recorded nor told beyond this: a device could fill the record and the log with it.
-UNKNOWN_TASKS, CLONES = "updates of tasks that are not in work", "questions of a clone"
+UNKNOWN_TASKS, CLONES = "updates of tasks that are not open", "questions of a clone"
 _TOLD = Limit(0.1, 20, 0)
 LIMITS = {
     READ: _MESSAGES,

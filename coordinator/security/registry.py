@@ -279,8 +279,8 @@ class Registry:
                 raise TrustError(
                     f"the device {subject.id} is known as {printable(other)}, and now asks to be "
                     f"{printable(subject.name)}. If it is the same one: fedepth-coordinator certs revoke "
-                    f"{as_typed(other)}, then try again. If it is a copy of it: delete device-id in its state folder, "
-                    "and it joins as a new device"
+                    f"{as_typed(other)}, then try again. If it is a copy of it: delete device-id in its state "
+                    "directory, and it joins as a new device"
                 )
 
     def _insert(self, database: sqlite3.Connection, issued: Issued, how: str) -> None:

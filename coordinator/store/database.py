@@ -395,7 +395,7 @@ def _translated(label: str) -> Iterator[None]:
         broken = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError, sqlite3.OperationalError))
         if not (is_temporary(state) if state else broken):
             said, named = " ".join(str(cause).split()), f" (SQLSTATE {state})" if state else ""
-            raise StateError(f"{label} does not take this: {said}{named}; {advice(state)}") from error
+            raise StateError(f"{label} rejected this: {said}{named}; {advice(state)}") from error
         raise UnavailableError(
             f"{label} cannot be used now: {' '.join(str(cause).split())}; see that the database runs and its disk has "
             "room"

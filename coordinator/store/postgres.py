@@ -56,7 +56,7 @@ _ADVICE = (
     ("42501", "grant the user in --database all rights on the job's tables, and start the coordinator again"),
     ("42", "see that nobody changed the job's tables, or restore a backup of the database; then start it again"),
     ("XX", "the database is damaged, or PostgreSQL has a fault: see its log, restore a backup, and start it again"),
-    ("", "see that nothing else writes to the record, mend what it says, and start the coordinator again"),
+    ("", "see that nothing else writes to the record, fix what it names, and start the coordinator again"),
 )
 
 
@@ -107,8 +107,8 @@ def connect(dialect: sa.Dialect, positional: Sequence[Any], named: Mapping[str, 
             return answer.result()
         host = printable(str(named.get("host") or "localhost"))
         raise TimeoutError(
-            f"no connection to {host} came about within {CONNECT_S:g} s; if `getent hosts {host}` takes long as well, "
-            "mend the lookup of names, or give an IP address"
+            f"could not connect to {host} within {CONNECT_S:g} s; if `getent hosts {host}` takes long as well, "
+            "fix name resolution, or give an IP address"
         ) from None
 
 

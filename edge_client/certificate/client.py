@@ -183,9 +183,9 @@ def trouble(facts: Facts, uri: str, now: float) -> str:
         )
     if facts.uri != uri:
         return (
-            f"the certificate of this device ({name}) is for {printable(facts.uri)}, and its state folder is that of "
-            f"{uri}. If this is a copy of {name} that joins as a device of its own: fedepth-coordinator enroll DEVICE "
-            "on the coordinator's machine, with a name that no other device has"
+            f"the certificate of this device ({name}) is for {printable(facts.uri)}, and its state directory is that "
+            f"of {uri}. If this is a copy of {name} that joins as a device of its own: fedepth-coordinator enroll "
+            "DEVICE on the coordinator's machine, with a name that no other device has"
         )
     return ""
 

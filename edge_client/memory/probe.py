@@ -261,7 +261,7 @@ def _bound(path: Path, doubts: list[str]) -> int | None:
     text = text.strip()
     number = _decimal(text)
     if number is None and text not in ("max", "-1"):
-        doubts.append(f"{_shown(path)} says {quoted(text, 40)}, which is no limit, and is left out")
+        doubts.append(f"{_shown(path)} says {quoted(text, 40)}, which is not a limit, and is left out")
     return number
 
 

@@ -210,7 +210,7 @@ class IdxFile:
             wanted = (
                 "labels are integers of 1, 2 or 4 bytes" if len(kinds) > 1 else "items are unsigned bytes, 0 to 255"
             )
-            raise DataError(f"{self.path} holds {_KINDS[kind]}, and {wanted}; write it anew as these")
+            raise DataError(f"{self.path} holds {_KINDS[kind]}, and {wanted}; write it again as these")
         if expected is not None and dimensions != expected:
             wanted = ": one number for each image" if expected == 1 else ""
             raise DataError(f"{self.path} has {dimensions} dimensions, and {expected} are expected{wanted}")

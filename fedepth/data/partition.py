@@ -34,8 +34,9 @@ def dirichlet(labels: npt.NDArray[Any], clients: int, alpha: float, seed: int, m
         ConfigError: a setting is out of range.
         DataError: there are fewer than clients · minimum samples.
     """
-    if clients < 1 or minimum < 0 or not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"clients {clients} ≥ 1, minimum {minimum} ≥ 0 and a finite alpha {alpha} > 0 are needed")
+    if minimum < 0:
+        raise ConfigError(f"the fewest samples of a client must be at least 0, are {minimum}")
+    _check_settings(clients, alpha)
     if len(labels) < clients * minimum:
         raise DataError(f"{len(labels)} samples cannot give {clients} clients {minimum} each; use fewer clients")
     rng = np.random.default_rng(seed)
@@ -125,7 +126,7 @@ def shards(labels: npt.NDArray[Any], clients: int, each: int, seed: int) -> list
         DataError: there are fewer samples than shards.
     """
     if each < 1:
-        raise ConfigError(f"every client needs at least one shard, not {each}")
+        raise ConfigError(f"the shards of a client must be at least 1, are {each}")
     _check(len(labels), clients * each)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
@@ -149,7 +150,13 @@ def by_owner(owners: Sequence[str]) -> dict[str, Indices]:
 
 
 def _check(samples: int, clients: int, alpha: float = 1.0) -> None:
-    if clients < 1 or not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"clients {clients} ≥ 1 and a finite alpha {alpha} > 0 are needed")
+    _check_settings(clients, alpha)
     if samples < clients:
         raise DataError(f"{samples} samples cannot give {clients} parts one each; use fewer clients or shards")
+
+
+def _check_settings(clients: int, alpha: float) -> None:
+    if clients < 1:
+        raise ConfigError(f"there must be at least one client, not {clients}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"alpha must be a finite number above 0, is {alpha:g}")

@@ -133,7 +133,9 @@ def _in_a_sentence(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{name} does not exist") from None
-    except (WrongFileError, IsADirectoryError) as error:
+    except IsADirectoryError:
+        raise DataError(f"{name} is a folder; name the files in it") from None
+    except WrongFileError as error:
         raise DataError(f"{name} {error.strerror}") from None
     except PermissionError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}; correct its permissions") from None
@@ -309,7 +311,7 @@ def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[Record]:
                 yield _without_bytes(number, values)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: UnicodeDecodeError, dates
         raise DataError(
-            f"{name} is damaged behind row {number}: {str(error).splitlines()[0].rstrip('.')}; write it anew"
+            f"{name} is damaged behind row {number}: {str(error).splitlines()[0].rstrip('.')}; write it again"
         ) from None
 
 

@@ -135,7 +135,7 @@ def open_tokenizer(spec: TextSpec, length: int, contents: str = "") -> Tokenize:
     if tokenizer_digest(contents) != spec.tokenizer:
         raise DataError(
             f"the tokenizer that came with the model has sha256 {tokenizer_digest(contents)[:12]}…, the job names "
-            f"{spec.tokenizer[:12]}…; start the coordinator again, it sends it anew"
+            f"{spec.tokenizer[:12]}…; start the coordinator again, which sends it again"
         )
     try:
         from tokenizers import Tokenizer

@@ -36,9 +36,10 @@ def simulate_command(
             parser=data_place, metavar="PATH", help='Folder or file with the training data of all clients, or "digits".'
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for everything that comes of it; to go on, give it again.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results; give it again to continue a run.")],
     clients: Annotated[
-        int | None, typer.Option(min=1, max=MOST_DEVICES, help="How many; not where the partition says so.")
+        int | None,
+        typer.Option(min=1, max=MOST_DEVICES, help="Number of clients, unless --partition determines it."),
     ] = None,
     partition: Annotated[
         str,
@@ -58,7 +59,7 @@ def simulate_command(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="JSON lines: speeds, links, absences, dropouts.")] = None,
     plans: Annotated[Path | None, typer.Option(help="JSON: plans by client that are trained as they are.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Instead of the job's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Random seed; default: the job's.")] = None,
     workers: Annotated[
         int, typer.Option(min=0, max=MOST_WORKERS, help="Clients that train at once; 0: one for each core.")
     ] = 0,
@@ -70,7 +71,7 @@ def simulate_command(
         typer.Option(help="Hold every client to its budget, as a device does; see docs/simulation.md on last digits."),
     ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster that sees the same folders.")] = "local",
-    name: Annotated[str, typer.Option(help="By which runs are compared; by default the job's.")] = "",
+    name: Annotated[str, typer.Option(show_default=False, help="By which runs are compared; default: the job's.")] = "",
     onnx: Annotated[
         Path | None, typer.Option(help="ONNX file to write the last weights to, compared with torch.", dir_okay=False)
     ] = None,

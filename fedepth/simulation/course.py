@@ -127,7 +127,7 @@ class Round:
                 self._arrive(self._mobile)
                 self._step(Tick(self._now))
             if self._state.phase is Phase.STUCK:
-                raise JobError(f"{self._state.why}; mend the job file and start again")
+                raise JobError(f"{self._state.why}; fix the job file and start it again")
         finally:
             await self._drop()
         self.played.late += self._busy.values()

@@ -204,8 +204,9 @@ class Record:
         found = sorted(name for name in names if name != LOCK and not name.startswith(f".{_RUN}."))
         if found:
             raise ConfigError(
-                f"--output {printable(str(self.folder))} is no simulation's folder: it holds {printable(found[0])}"
-                f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}, and no {_RUN}; give a new or an empty one"
+                f"--output {printable(str(self.folder))} is not the folder of a simulation: it holds "
+                f"{printable(found[0])}{f' and {len(found) - 1} more' if len(found) > 1 else ''}, and no {_RUN}; "
+                "give a new or an empty one"
             )
 
     def _delete_unfinished(self) -> None:

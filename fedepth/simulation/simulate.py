@@ -59,7 +59,7 @@ def simulate(
         try:
             return _run(lambda: _simulated(options, record, reporter, drawn))
         except KeyboardInterrupt:
-            reporter.say("stopped; the same command goes on from here")
+            reporter.say("stopped; run the same command again to continue")
             raise
 
 

@@ -150,9 +150,7 @@ def _check(found: Conditions, where: str) -> None:
         raise ConfigError(f"{where}: every_s must be 0 or more, is {found.every_s}")
     for start, end in found.available:
         if not 0 <= start < end or not math.isfinite(start) or (found.every_s and end > found.every_s):
-            raise ConfigError(
-                f"{where}: available from {start} to {end} is no time within {found.every_s or 'the run'}"
-            )
+            raise ConfigError(f"{where}: available from {start} to {end} is not within {found.every_s or 'the run'}")
 
 
 def _draws(text: str) -> tuple[float, float]:

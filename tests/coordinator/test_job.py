@@ -404,7 +404,7 @@ def test_who_waits_is_told_for_what(play: Play) -> None:
     async def scene(rig: Rig) -> None:
         assert rig.job.why_wait() == "waiting for 1 more of 2 devices"
         await asyncio.gather(rig.ask("a"), rig.ask("b"))
-        assert rig.job.why_wait() == "round 1 is in work"
+        assert rig.job.why_wait() == "round 1 is in progress"
 
     play(scene)
 

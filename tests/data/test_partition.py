@@ -59,11 +59,17 @@ def test_samples_of_a_class_are_dealt_at_random_and_not_by_position() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clients", "alpha", "minimum"),
-    [(0, 1.0, 1), (2, 0.0, 1), (2, float("nan"), 1), (2, float("inf"), 1), (2, 1.0, -1)],
+    ("clients", "alpha", "minimum", "says"),
+    [
+        (0, 1.0, 1, "at least one client, not 0"),
+        (2, 0.0, 1, "alpha must be a finite number above 0, is 0"),
+        (2, float("nan"), 1, "alpha .* is nan"),
+        (2, float("inf"), 1, "alpha .* is inf"),
+        (2, 1.0, -1, "fewest samples of a client must be at least 0, are -1"),
+    ],
 )
-def test_settings_out_of_range_are_refused(clients: int, alpha: float, minimum: int) -> None:
-    with pytest.raises(ConfigError, match=f"clients {clients}"):
+def test_settings_out_of_range_are_refused(clients: int, alpha: float, minimum: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
         dirichlet(LABELS, clients, alpha, 1, minimum)
 
 
@@ -118,7 +124,7 @@ def test_shards_are_runs_of_samples_sorted_by_class() -> None:
     assert [len(classes) for classes in owned] == [2, 2] and sorted(owned[0] + owned[1]) == [0, 1, 2, 3]
     with pytest.raises(DataError, match="8 samples cannot give 9 parts"):
         shards(labels, 3, 3, seed=5)
-    with pytest.raises(ConfigError, match="at least one shard, not 0"):
+    with pytest.raises(ConfigError, match="the shards of a client must be at least 1, are 0"):
         shards(labels, 3, 0, seed=5)
 
 

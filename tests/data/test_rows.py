@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, cas
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     for path, words in (
-        (tmp_path, "Is a directory"),
+        (tmp_path, "is a folder; name the files in it"),
         (tmp_path / "no.csv", "does not exist"),
         (tmp_path / "pipe.csv", "is not a regular file"),
     ):

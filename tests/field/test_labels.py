@@ -232,7 +232,7 @@ UNREADABLE = [
     (idx(8, (2, 3, 4, 3), bytes(72)), r"of shape \(3, 4, 3\), .* both 3 and 3 may be the number of colours"),
     (idx(8, (2, 4, 4, 4), bytes(128)), r"of shape \(4, 4, 4\), which cannot be read as images: images are of shape"),
     (idx(8, (2, 16), bytes(32)), r"of shape \(16,\), which cannot be read as images: images are of shape"),
-    (idx(13, (2, 4, 4), bytes(128)), "holds 32-bit floats, and items are unsigned bytes, 0 to 255; write it anew"),
+    (idx(13, (2, 4, 4), bytes(128)), "holds 32-bit floats, and items are unsigned bytes, 0 to 255; write it again"),
     (idx(12, (2, 4, 4), bytes(128)), "holds 32-bit integers, and items are unsigned bytes"),
     (b"PK\x03\x04", "is damaged or of another kind: it begins with 50 4b 03 04"),
 ]

@@ -124,7 +124,7 @@ def test_who_comes_seldom_is_waited_for_however_often_others_come() -> None:
 
 
 def test_a_round_that_can_never_close_says_why() -> None:
-    with pytest.raises(JobError, match="all 3 devices failed in the same way: nan; mend the job file"):
+    with pytest.raises(JobError, match="all 3 devices failed in the same way: nan; fix the job file"):
         play({"a": 1.0, "b": 1.0, "c": 1.0}, fails=dict.fromkeys("abc", "nan"))
     with pytest.raises(JobError, match=r"round 1 cannot reach its quorum of 2: 1 updates of 3 clients .*: [ab] broke"):
         play({"a": 1.0, "b": 1.0, "c": 1.0}, fails={"a": "a broke", "b": "b broke"})

@@ -149,7 +149,7 @@ def test_what_was_saved_is_read_again_and_checked(tmp_path: Path) -> None:
         ("halves", "--partition 'halves': there are iid, dirichlet:ALPHA"),
         ("iid:0.3", "--partition iid: stands alone, without '0.3'"),
         ("dirichlet", "alpha must be a number above 0, is ''"),
-        ("dirichlet:-1", "a finite alpha -1.0 > 0"),
+        ("dirichlet:-1", "alpha must be a finite number above 0, is -1"),
         ("shards:x", "must be a whole number, is 'x'"),
         ("folder:1", "needs image files"),
         ("file:/nowhere", "/nowhere cannot be read: No such file"),

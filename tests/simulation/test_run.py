@@ -120,7 +120,9 @@ def test_a_folder_that_holds_somebodys_files_stays_as_it_is(lab: Any) -> None:
     for name, text in mine.items():
         (lab.folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (lab.folder / "mine" / name).write_text(text)
-    with pytest.raises(ConfigError, match=r"mine is no simulation's folder: it holds \.notes\.tmp and 3 more, and no"):
+    with pytest.raises(
+        ConfigError, match=r"is not the folder of a simulation: it holds \.notes\.tmp and 3 more, and no"
+    ):
         lab.run(lab.job(rounds="1"), "mine")
     assert {name: (lab.folder / "mine" / name).read_text() for name in mine} == mine
     lines = lab.run(lab.job(rounds="1"))

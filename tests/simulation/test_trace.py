@@ -51,7 +51,7 @@ def test_dropping_out_is_decided_by_seed_round_client_and_attempt() -> None:
         ('{"client": "a"}\n{"client": "a", "speed": 1}', "line 2: Object contains unknown field `speed`"),
         ('{"client": "a", "dropout": 2}', "dropout must be from 0 to 1, is 2"),
         ('{"client": "a", "images_per_second": 0}', "images_per_second must be above 0, is 0"),
-        ('{"client": "a", "available": [[5, 1]]}', "available from 5.0 to 1.0 is no time"),
+        ('{"client": "a", "available": [[5, 1]]}', "available from 5.0 to 1.0 is not within the run"),
         ('{"round": 1, "clients": ["x"]}', "there is no client 'x'"),
         ("nonsense", "line 1: "),
         ('{"client": "a", "dropout": 1}\n{"client": "a"}', "line 2: there is another line about client 'a'"),

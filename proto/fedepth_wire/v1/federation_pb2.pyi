@@ -3,8 +3,8 @@
 isort:skip_file
 The protocol between coordinator and devices. A device always calls; the coordinator never dials out, since
 devices sit behind NAT. Messages that carry core types have the same field names as their dataclasses in
-fedepth/ (plan.py, costs.py, budget.py, task.py), which document every field. Units are in the names. Fields are
-only ever added.
+fedepth/ (plan.py, costs.py, budget.py, task.py), which document every field. Units are in the names. The
+numbers of fields that were removed are reserved.
 
 RESOURCE_EXHAUSTED from any call means that the coordinator is busy, such as for want of disk space. Its text says why,
 and may end with "; come back in 20 s"; the device should keep what it has and not call again sooner.
@@ -821,11 +821,11 @@ class Task(_message.Message):
     GRAPH_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     INDEX_DIGEST_FIELD_NUMBER: _builtins.int
     INDEX_BYTES_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     MODEL_BYTES_FIELD_NUMBER: _builtins.int
-    RUN_ID_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     job: _builtins.str
@@ -835,14 +835,14 @@ class Task(_message.Message):
     graph_bytes: _builtins.int
     weights_digest: _builtins.str
     weights_bytes: _builtins.int
+    run_id: _builtins.str
+    """another one after a rollback: nothing that a device keeps from task to task outlives it"""
     index_digest: _builtins.str
     """of the index of the weights (fedepth.tensor_index); empty where there is none"""
     index_bytes: _builtins.int
     model_digest: _builtins.str
     """of a file that holds a ModelSpec, which all tasks of a job have in common"""
     model_bytes: _builtins.int
-    run_id: _builtins.str
-    """another one after a rollback: nothing that a device keeps from task to task outlives it"""
     @_builtins.property
     def model(self) -> Global___ModelSpec:
         """not sent: the device puts it in, from the file that is named below"""
@@ -866,11 +866,11 @@ class Task(_message.Message):
         graph_bytes: _builtins.int = ...,
         weights_digest: _builtins.str = ...,
         weights_bytes: _builtins.int = ...,
+        run_id: _builtins.str = ...,
         index_digest: _builtins.str = ...,
         index_bytes: _builtins.int = ...,
         model_digest: _builtins.str = ...,
         model_bytes: _builtins.int = ...,
-        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -3,8 +3,8 @@
 isort:skip_file
 The protocol between coordinator and devices. A device always calls; the coordinator never dials out, since
 devices sit behind NAT. Messages that carry core types have the same field names as their dataclasses in
-fedepth/ (plan.py, costs.py, budget.py, task.py), which document every field. Units are in the names. Fields are
-only ever added.
+fedepth/ (plan.py, costs.py, budget.py, task.py), which document every field. Units are in the names. The
+numbers of fields that were removed are reserved.
 
 RESOURCE_EXHAUSTED from any call means that the coordinator is busy, such as for want of disk space. Its text says why,
 and may end with "; come back in 20 s"; the device should keep what it has and not call again sooner.

@@ -212,7 +212,10 @@ def test_a_bundle_that_was_replaced_by_hand_is_taken_over(device: Callable[[floa
         (FACTS, ""),
         (Facts(FACTS.uri, "kitchen", NOW - 2, NOW - 1), "(kitchen) expired on 2027-01-15; for a new one"),
         (Facts(FACTS.uri, "kitchen", NOW + DAY_S, NOW + 2 * DAY_S), "the clock of this device says 2027-01-15"),
-        (Facts("urn:fedepth:device:2", "hall", 0, NOW + 1), "(hall) is for urn:fedepth:device:2, and its state folder"),
+        (
+            Facts("urn:fedepth:device:2", "hall", 0, NOW + 1),
+            "(hall) is for urn:fedepth:device:2, and its state",
+        ),
         # Not "enroll hall": two devices of one name would be revoked together.
         (
             Facts("urn:fedepth:device:2", "hall", 0, NOW + 1),
