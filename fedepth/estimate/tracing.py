@@ -98,16 +98,18 @@ def trace_costs(graph: Graph, name: str, batch: int) -> ModelCosts:
     """
     batches = (SMALL_BATCH, max(batch, SMALLEST_LARGE_BATCH))
     units: list[UnitCost] = []
-    exit_by_input: dict[tuple[_Input, bool], UnitCost] = {}  # an auxiliary head's form follows from its input
+    exit_by_input: dict[
+        tuple[_Input, int | None, bool], UnitCost
+    ] = {}  # an auxiliary head's form follows from its input
     unit_by_kind: dict[bytes, UnitCost] = {}
     with FakeTensorMode():
         model = _filled(graph)
         inputs = _inputs_inside(model)
         for index, (unit, (x, y), exits) in enumerate(zip(model.units, pairwise(inputs), graph.exits, strict=True)):
             exit_ = model.exit(index)
-            key = (y, exit_ is model.head)
+            key = (y, unit.channels, exit_ is model.head)
             if exits and key not in exit_by_input:
-                exit_by_input[key] = _exit_cost(model, exit_, y, batches)
+                exit_by_input[key] = _exit_cost(model, exit_, unit.channels, y, batches)
             kind = _kind(graph, unit.unit, x)
             if kind not in unit_by_kind:
                 unit_by_kind[kind] = _unit_cost(model, unit, x, y, batches)
@@ -133,7 +135,7 @@ def trace_block(graph: Graph, first: int, last: int, samples: int) -> StepTrace:
         model = _filled(graph)
         units = model.units[first : last + 1]
         exit_ = model.exit(last)
-        exit_step = _exit_step(exit_)
+        exit_step = _exit_step(exit_, units[-1].channels)
 
         def step(x: torch.Tensor) -> torch.Tensor:
             for unit in units:
@@ -225,19 +227,21 @@ def _unit_cost(model: Model, unit: RunnableUnit, x: _Input, y: _Input, batches: 
     )
 
 
-def _exit_cost(model: Model, exit_: RunnableUnit, y: _Input, batches: tuple[int, int]) -> UnitCost:
-    step = _exit_step(exit_)
+def _exit_cost(
+    model: Model, exit_: RunnableUnit, channels: int | None, y: _Input, batches: tuple[int, int]
+) -> UnitCost:
+    step = _exit_step(exit_, channels)
     traces = [_trace(step, (exit_,), y.make(samples, grad=True)) for samples in batches]
     # Of equal ones behind several units, one name stands for all.
     cost = _cost(exit_, step, y, 0, batches, traces)
     return replace(cost, name="auxiliary head") if exit_.unit in model.graph.auxiliary else cost
 
 
-def _exit_step(exit_: RunnableUnit) -> Step:
+def _exit_step(exit_: RunnableUnit, channels: int | None) -> Step:
     """The head behind a skip connection, or an auxiliary head, and the loss."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        logits = exit_(skip(x, exit_.unit.input_shape))
+        logits = exit_(skip(x, exit_.unit.input_shape, channels))
         return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64))
 
     return step

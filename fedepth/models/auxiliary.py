@@ -15,6 +15,7 @@ from msgspec import structs
 from torch import nn
 
 from fedepth.errors import ModelError
+from fedepth.models.channels import channels_of
 from fedepth.models.cut import uncut
 from fedepth.models.exits import tells_apart
 from fedepth.models.export import Exported, flat_programs, named_tensors, perturbed
@@ -68,24 +69,26 @@ def with_auxiliary(exported: Exported, classes: int, *, seed: int) -> Exported:
             'rename that module, or set [training] heads to "shared"'
         )
     torch.manual_seed(seed)
-    by_shape: dict[tuple[int, ...], Unit] = {}
+    by_form: dict[tuple[tuple[int, ...], int], Unit] = {}
     units: list[Unit] = []
     tensors: dict[str, torch.Tensor] = {}
-    for index, shape in enumerate(graph.output_shapes[:-1]):
-        channels = _channels(shape, graph.head_shape)
+    told = channels_of(graph.units)
+    for index, (known, shape) in enumerate(zip(told[:-1], graph.output_shapes[:-1], strict=True)):
+        channels = _channels(shape, graph.head_shape, known)
         module = AuxiliaryClassifier(shape, channels, classes)
-        if shape not in by_shape:
-            by_shape[shape] = _exported(module, shape, classes)
-        units.append(_renamed(by_shape[shape], f"{PREFIX}{index}"))
+        form = shape, channels
+        if form not in by_form:
+            by_form[form] = _exported(module, shape, classes)
+        units.append(_renamed(by_form[form], f"{PREFIX}{index}"))
         tensors.update((f"{PREFIX}{index}.{name}", tensor.detach()) for name, tensor in module.named_parameters())
     return _where_they_tell(exported, units, tensors)
 
 
-def _channels(shape: tuple[int, ...], head_shape: tuple[int, ...]) -> int:
+def _channels(shape: tuple[int, ...], head_shape: tuple[int, ...], known: int | None) -> int:
     """Which dimension of a unit's output holds its channels: as for a skip connection, where there is one."""
-    found = channel_dimension(shape, head_shape)
+    found = channel_dimension(shape, head_shape, known)
     if found is None:
-        found = channel_dimension(shape, (1,)) or 0
+        found = channel_dimension(shape, (1,), known) or 0
     # The mean of a single channel is 0 behind its norm: what a map of 1×1 with channels last looks like.
     return found if shape[found] > 1 else shape.index(max(shape))
 

@@ -27,13 +27,13 @@ def find_exits(model: Model, inputs: torch.Tensor) -> tuple[bool, ...]:
         x = inputs
         for unit in model.units:
             x = unit(x)
-            exits.append(_leads_to_head(model, x))
+            exits.append(_leads_to_head(model, x, unit.channels))
     return (*exits[:-1], True)
 
 
-def _leads_to_head(model: Model, x: torch.Tensor) -> bool:
+def _leads_to_head(model: Model, x: torch.Tensor, channels: int | None) -> bool:
     try:
-        return tells_apart(model.head(skip(x, model.graph.head_shape)))
+        return tells_apart(model.head(skip(x, model.graph.head_shape, channels)))
     except ModelError:
         return False
 

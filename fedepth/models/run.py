@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fedepth.errors import DataError, ModelError
+from fedepth.models.channels import channels_of
 from fedepth.models.graph import (
     Argument,
     DType,
@@ -65,6 +66,7 @@ class RunnableUnit:
         unit: what it runs.
         tensors: those that are loaded, by name; parameters, buffers and constants.
         training: which of its programs it runs.
+        channels: the dimension of its output that holds its channels, where the operators of its model tell.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -72,6 +74,7 @@ class RunnableUnit:
         self.unit = unit
         self.tensors: dict[str, torch.Tensor] = {}
         self.training = True
+        self.channels: int | None = None
         self._programs = {True: _compile(unit.training, unit.name), False: _compile(unit.evaluation, unit.name)}
 
     def __call__(self, x: torch.Tensor, written: Tensors | None = None) -> torch.Tensor:
@@ -119,6 +122,8 @@ class Model:
         """Raises ModelError if it asks for an operator that is not on the list."""
         self.graph = graph
         self.units = tuple(map(RunnableUnit, graph.units))
+        for unit, channels in zip(self.units, channels_of(graph.units), strict=True):
+            unit.channels = channels
         self.head = RunnableUnit(graph.head)
         self.auxiliary = tuple(None if unit is None else RunnableUnit(unit) for unit in graph.auxiliary)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedepth.errors import ModelError
 
 
-def skip(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def skip(x: torch.Tensor, shape: Sequence[int], known: int | None = None) -> torch.Tensor:
     """Maps a unit's output to the head's input (arXiv 2303.04887, section 4.1).
 
     The paper has feature maps whose channels only grow, and tokens of one width. The rest is ours:
@@ -24,6 +24,8 @@ def skip(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     Args:
         x: a unit's output.
         shape: the head's input without the batch.
+        known: which dimension of the output holds its channels, without the batch, where that is known
+            (fedepth.models.channels).
 
     Raises:
         ModelError: there is no such map: it would have to enlarge an image, or turn a map into tokens.
@@ -31,7 +33,7 @@ def skip(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     target = tuple(shape)
     if tuple(x.shape[1:]) == target:
         return x
-    channels = channel_dimension(tuple(x.shape[1:]), target)
+    channels = channel_dimension(tuple(x.shape[1:]), target, known)
     if channels is None:
         raise ModelError(
             f"no skip connection from an output of shape {tuple(x.shape[1:])} to a head that takes {target}: maps can "
@@ -44,17 +46,19 @@ def skip(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return _channels(_pool(x, extents), target[channels]).movedim(1, channels + 1)
 
 
-def channel_dimension(source: tuple[int, ...], target: tuple[int, ...]) -> int | None:
+def channel_dimension(source: tuple[int, ...], target: tuple[int, ...], known: int | None = None) -> int | None:
     """Which dimension of `source`, without the batch, holds its channels if it is to become `target`.
 
-    The first or the last: the one with which all other dimensions only shrink; of both, the one in which channels grow.
-    None if there is no such map.
+    The first or the last: the one with which all other dimensions only shrink; of both, the one that is `known`, or in
+    which channels grow. None if there is no such map.
     """
     if len(target) == 1:
         # Where nothing tells them apart: an image has fewer pixels to a side than tokens have numbers, and squares.
         if len(source) == 3 and source[0] == source[1] != source[2]:
             return 2
-        return 1 if len(source) == 2 else 0 if source else None
+        if len(source) == 2:
+            return 1 if known is None else known
+        return 0 if source else None
     if len(source) != len(target):
         return None
     fitting = [
@@ -62,6 +66,8 @@ def channel_dimension(source: tuple[int, ...], target: tuple[int, ...]) -> int |
         for channels in (0, len(source) - 1)
         if all(n >= m for at, (n, m) in enumerate(zip(source, target, strict=True)) if at != channels)
     ]
+    if len(source) == 2 and known in fitting:
+        return known
     growing = [channels for channels in fitting if source[channels] <= target[channels]]
     return next(iter(growing or fitting), None)
 

@@ -19,7 +19,7 @@ from fedepth.plan import Stage
 from fedepth.training import checkpoint
 from fedepth.training.cache import Inputs
 from fedepth.training.context import TrainingContext, load, read, to_device
-from fedepth.training.objective import Teachers, objective
+from fedepth.training.objective import Head, Teachers, objective
 from fedepth.training.optimizers import new_state, optimizer_step
 from fedepth.training.pressure import MicroBatch
 from fedepth.training.views import views
@@ -159,13 +159,12 @@ class BlockTraining:
 
     def _say(self, piece: torch.Tensor) -> torch.Tensor:
         """The logits of a micro-batch as the pass in training will have them, before which nothing changes."""
-        context = self._context
         with torch.no_grad():
             x = self._read(piece)
             for unit in (*self._units, *self._suffix):
                 x = unit(x, unit.copies_of_written() if unit.training else None)
             head = partial(self._exit, written=self._written or self._exit.copies_of_written())
-            return context.exit(x, head=head, head_shape=self._exit.unit.input_shape)
+            return self._logits(x, head)
 
     def _read(self, piece: torch.Tensor) -> torch.Tensor:
         # Anew for every pass: the first unit may change its input in place.
@@ -190,11 +189,10 @@ class BlockTraining:
         context = self._context
         targets = self._labels[piece].to(context.device)
         head = partial(self._exit, written=self._written)
-        logits_of = partial(context.exit, head=head, head_shape=self._exit.unit.input_shape)
         teachers = self._teachers(piece, others)
 
         def loss_of(output: torch.Tensor) -> torch.Tensor:
-            logits = logits_of(output)
+            logits = self._logits(output, head)
             if heard is not None:
                 heard.append(logits.detach())
             return objective(logits, targets=targets, batch=batch, teachers=teachers)
@@ -211,6 +209,10 @@ class BlockTraining:
         if loss.requires_grad:  # not where the model's author froze the whole block, and the head stays
             torch.autograd.backward(loss)
         return float(loss.detach())
+
+    def _logits(self, output: torch.Tensor, head: Head) -> torch.Tensor:
+        last = (*self._units, *self._suffix)[-1]
+        return self._context.exit(output, head=head, head_shape=self._exit.unit.input_shape, channels=last.channels)
 
     def _teachers(self, piece: torch.Tensor, others: Sequence[torch.Tensor]) -> list[Teachers]:
         """What the global model and other models say of the samples at `piece`."""

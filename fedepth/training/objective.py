@@ -18,8 +18,11 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 class Exit(Protocol):
     """From a block's output (n, *shape) to logits (n, classes)."""
 
-    def __call__(self, output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...]) -> torch.Tensor:
-        """`head`: from its input, of shape `head_shape` without the batch, to logits."""
+    def __call__(
+        self, output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...], channels: int | None = None
+    ) -> torch.Tensor:
+        """`head`: from its input, of shape `head_shape` without the batch, to logits; `channels`: the dimension of the
+        output that holds its channels, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,19 @@ def objective(
     return loss
 
 
-def shared_head(output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...]) -> torch.Tensor:
+def shared_head(
+    output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...], channels: int | None = None
+) -> torch.Tensor:
     """The skip connection, and behind it the head that all blocks share (arXiv 2303.04887, section 4.1)."""
-    return head(skip(output, head_shape))
+    return head(skip(output, head_shape, channels))
 
 
-def any_exit(output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...]) -> torch.Tensor:
+def any_exit(
+    output: torch.Tensor, *, head: Head, head_shape: tuple[int, ...], channels: int | None = None
+) -> torch.Tensor:
     """The shared head where there is a skip connection to it, else its logits of nothing, moved by the output's mean:
     for a warm-up, which may train any unit alone, and leaves nothing behind."""
     try:
-        return shared_head(output, head=head, head_shape=head_shape)
+        return shared_head(output, head=head, head_shape=head_shape, channels=channels)
     except ModelError:
         return head(output.new_zeros((len(output), *head_shape))) + output.flatten(1).mean(1, keepdim=True)

@@ -71,6 +71,13 @@ def test_the_last_port_leaves_none_to_enrol_at(tmp_path: Path) -> None:
         assert "job.toml" in run(*command, option).stderr  # goes on, and looks for the job
 
 
+@pytest.mark.parametrize("option", ["--no-enroll", "--insecure"])
+def test_a_port_at_which_nobody_could_enrol_is_refused(tmp_path: Path, option: str) -> None:
+    told = run("serve", "--config", str(tmp_path / "job.toml"), option, "--enroll-port", "8970")
+    assert told.returncode == 1
+    assert told.stderr.startswith(f"fedepth-coordinator: --enroll-port: with {option} nobody can enrol; leave one of")
+
+
 def test_status_of_nobody_says_where_it_looked() -> None:
     told = run("status", "--coordinator", "127.0.0.1:1", "--insecure")
     assert told.returncode == 1

@@ -68,6 +68,12 @@ def test_a_bundle_is_not_written_over(typed: Any) -> None:
     assert len(json.loads(typed("certs", "list", "--json"))) == 3  # nothing was issued for it
 
 
+def test_an_operator_has_no_device_id(typed: Any) -> None:
+    with pytest.raises(ConfigError, match="--id is for a device"):
+        typed("certs", "issue", "ann", "--operator", "--id", "00000000-0000-4000-8000-000000000001")
+    assert not Path("ann.pem").exists()
+
+
 def test_enroll_prints_what_the_device_types(typed: Any) -> None:
     Certificates(Path("certificates")).note_enrollment("127.0.0.1:4711")
     line = typed("enroll", "kitchen").splitlines()[-1]
