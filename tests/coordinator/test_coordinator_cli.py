@@ -73,7 +73,7 @@ def test_the_last_port_leaves_none_to_enrol_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--no-enroll", "--insecure"])
 def test_a_port_at_which_nobody_could_enrol_is_refused(tmp_path: Path, option: str) -> None:
-    told = run("serve", "--config", str(tmp_path / "job.toml"), option, "--enroll-port", "8970")
+    told = run("serve", "--config", "job.toml", "--state", str(tmp_path), option, "--enroll-port", "1")
     assert told.returncode == 1
     assert told.stderr.startswith(f"fedepth-coordinator: --enroll-port: with {option} nobody can enrol; leave one of")
 
