@@ -40,6 +40,7 @@ class Child:
     ) -> None:
         self.name = name
         self._process = process
+        self._killed = False
         self._listening = on_line and asyncio.create_task(_listen(process, on_line))
 
     @classmethod
@@ -75,7 +76,8 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None
+        """Whether it can be asked. One that was killed may take long to end, or for ever if it hangs in the kernel."""
+        return self._process.returncode is None and not self._killed
 
     async def send(self, message: Any) -> None:
         """Writes one JSON line.
@@ -151,6 +153,7 @@ class Child:
         await self._heard()
 
     def kill(self) -> None:
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 

@@ -150,9 +150,10 @@ def check_vocabulary(graph: Graph, spec: ModelSpec) -> None:
     """
     rows = largest_row(graph)
     if spec.text is not None and rows is not None and rows + 1 < spec.text.vocabulary:
+        smaller = "give a tokenizer with ids up" if spec.text.tokenizer else "set [text] vocabulary"
         raise ModelError(
             f"the model {spec.name} has a table with {rows + 1} rows for token ids, and the job's texts have ids below "
-            f"{spec.text.vocabulary}; set [text] vocabulary to {rows + 1}, or make the table as large"
+            f"{spec.text.vocabulary}; {smaller} to {rows + 1}, or make the table as large"
         )
 
 

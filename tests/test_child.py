@@ -96,6 +96,19 @@ def test_a_child_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, code: str
         asyncio.run(said_by(code))
 
 
+def test_a_child_that_was_killed_is_not_asked_again() -> None:
+    """Its end may take longer than it takes to ask another one in its place."""
+
+    async def scene() -> None:
+        running = await Child.start("child", [sys.executable, "-c", "input()"])
+        assert running.alive
+        running.kill()
+        assert not running.alive
+        await running.stop()
+
+    asyncio.run(scene())
+
+
 def test_a_step_may_take_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "HANG_S", 1.0)  # in which even a busy machine gives it a tick of the clock
     works = "import time\nwhile time.process_time() < 2: pass\nprint('{}', flush=True)\ninput()"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy import event
 
 from coordinator.store.migrations import check_revision, migrate
@@ -30,6 +31,7 @@ MIGRATION_S = 120.0  # how long the tables of a record may take to be made anew
 
 _NAME = "job.sqlite"
 _HEADER_BYTES = 100
+_log = structlog.get_logger()
 _MAGIC = b"SQLite format 3\0"
 _LOCK_KEY = 0x66656465  # of PostgreSQL's advisory lock; one database holds one job
 _WRITING_KEY = _LOCK_KEY + 1  # of another, which a transaction that may write has to its end
@@ -72,7 +74,7 @@ class Database:
         """
         if self.path is None:
             with self._bounded():
-                self._check_durable()
+                self._warn_unless_durable()
                 self._take_lock()
         else:
             _check_length(self.path)
@@ -241,12 +243,14 @@ class Database:
                 lock.close()
         self._take_lock()
 
-    def _check_durable(self) -> None:
+    def _warn_unless_durable(self) -> None:
+        """No more than a warning: some services sync nothing because their disks are elsewhere, and say so too."""
         with self._engine.connect() as connection:
             if connection.execute(sa.text("SHOW fsync")).scalar() != "on":
-                raise StateError(
-                    f"{self.label}: this PostgreSQL server runs with fsync = off, so that a power cut can cost updates "
-                    "of which devices were told that they are recorded; set fsync = on in its postgresql.conf"
+                _log.warning(
+                    "this PostgreSQL server runs with fsync = off: unless it is durable by other means, a power cut "
+                    "can cost updates of which devices were told that they are recorded",
+                    database=self.label,
                 )
 
     def _fence(self, connection: sa.Connection) -> None:

@@ -10,9 +10,11 @@ from coordinator.store.database import Database
 from coordinator.store.entries import RoundRecord
 from coordinator.store.files import Files, aside_name, export_name, weights_name
 from coordinator.store.tables import dropping, rounds, tasks
+from fedepth.errors import UnavailableError
 from fedepth.job_sections import RetentionSection
 
 _AT_ONCE = 500  # rows in one statement
+_MOST_TROUBLE = 8
 
 
 def staying(records: Sequence[RoundRecord], retention: RetentionSection) -> list[RoundRecord]:
@@ -69,18 +71,55 @@ def forget(connection: sa.Connection, ids: Iterable[int]) -> None:
 
 
 def finish_drops(database: Database, files: Files) -> None:
-    """Deletes the files that are recorded as going, now or after a crash."""
-    while rows := database.rows(sa.select(dropping).limit(_AT_ONCE)):
-        names = [row["name"] for row in rows]
-        files.remove_all(names)
-        database.write(dropping.delete().where(dropping.c.name.in_(names)))
+    """Deletes the files that are recorded as going, now or after a crash. One that cannot be deleted keeps none of the
+    others.
+
+    Raises:
+        UnavailableError: the first that could not be deleted; it stays recorded.
+    """
+    after, trouble = "", _Trouble()
+    while rows := database.rows(
+        sa.select(dropping).where(dropping.c.name > after).order_by(dropping.c.name).limit(_AT_ONCE)
+    ):
+        after = rows[-1]["name"]
+        gone = [row["name"] for row in rows if trouble.removed(files, [row["name"]])]
+        if gone:
+            database.write(dropping.delete().where(dropping.c.name.in_(gone)))
+    trouble.tell()
+
+
+class _Trouble:
+    """Files that could not be deleted; of more than a few the storage itself is to blame, and no more is tried."""
+
+    def __init__(self) -> None:
+        self._found: list[UnavailableError] = []
+
+    def removed(self, files: Files, names: Iterable[str]) -> bool:
+        if len(self._found) >= _MOST_TROUBLE:
+            return False
+        try:
+            files.remove_all(names)
+        except UnavailableError as error:
+            self._found.append(error)
+            return False
+        return True
+
+    def tell(self) -> None:
+        if self._found:
+            raise self._found[0]
 
 
 def drop_spools_before(database: Database, files: Files, round_number: int) -> None:
-    """Deletes the spools of tasks of rounds before this one. What is of no known task stays."""
+    """Deletes the spools of tasks of rounds before this one. What is of no known task stays.
+
+    Raises:
+        UnavailableError: the first that could not be deleted.
+    """
+    trouble = _Trouble()
     spools = files.spooled_tasks()
     wanted = sorted(spools)
     for start in range(0, len(wanted), _AT_ONCE):
         past = tasks.c.task_id.in_(wanted[start : start + _AT_ONCE]) & (tasks.c.round < round_number)
         for row in database.rows(sa.select(tasks.c.task_id).where(past)):
-            files.remove_all(spools[row["task_id"]])
+            trouble.removed(files, spools[row["task_id"]])
+    trouble.tell()

@@ -289,7 +289,11 @@ class RoundStore:
         latest = self.latest_round()
         if latest is None:
             return
-        self.drop_spools_before(latest.round + 1)  # before the record forgets whose they are
+        undeleted: UnavailableError | None = None
+        try:
+            self.drop_spools_before(latest.round + 1)
+        except UnavailableError as error:
+            undeleted = error
         with self._database.begin() as connection:
             found = connection.execute(sa.select(rounds).where(rounds.c.kept)).mappings().all()
             records = {row["id"]: round_from(row) for row in found}
@@ -298,9 +302,11 @@ class RoundStore:
             needed = {name for each in stay for name in names_of(each)}
             drop(connection, {name for each in going.values() for name in names_of(each)} - needed)
             forget(connection, going)
-            for table in (updates, tasks):
+            for table in (updates, tasks) if undeleted is None else ():  # which say whose the spools are
                 connection.execute(table.delete().where(table.c.round <= latest.round - retention.history))
         finish_drops(self._database, self.files)
+        if undeleted is not None:
+            raise undeleted
 
     def rollback(self, round_number: int) -> RoundRecord:
         """Makes an earlier round the last one. The coordinator then trains on from there.

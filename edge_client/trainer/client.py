@@ -91,7 +91,8 @@ class TrainerProcess:
             try:
                 message = await self._child.receive()
             except ChildError as error:
-                if self.alive:  # said before its end is waited for: what hangs in the kernel may not end when killed
+                if error.returncode is None:
+                    # Said before its end is waited for, which may never come of one that hangs in the kernel.
                     _log.warning("the trainer is ended", error=str(error))
                 raise
             try:

@@ -12,13 +12,17 @@ from fedepth.models.graph import Operation, Program, Unit, Value
 
 _SERIES = 2  # dimensions of an output without the batch
 _INPUT = 0  # the number of the value that a program is given
+_TURNED = -1  # not known, and exchanged with the other dimension since
+_TURNED_OVER = {None: _TURNED, _TURNED: None, 0: 1, 1: 0}
 # Operators on (B, C, T), by their names without the overload.
 _FIRST = {
     *("conv1d", "conv_transpose1d", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"),
     *("lp_pool1d", "batch_norm", "group_norm", "instance_norm", "channel_shuffle", "upsample_linear1d"),
 }
 # Operators on (B, T, D).
-_LAST = {"linear", "layer_norm", "rms_norm", "embedding", "scaled_dot_product_attention", "lstm", "gru"}
+_LAST = {"linear", "embedding", "scaled_dot_product_attention", "lstm", "gru"}
+# Of one dimension they are over features, which are last; of several they tell nothing.
+_NORMS_OF_FEATURES = {"layer_norm", "rms_norm"}
 # Operators that leave every dimension where it is, so that what comes before them tells.
 _KEEPING = {
     *("relu", "relu_", "gelu", "silu", "silu_", "mish", "elu", "elu_", "selu", "celu", "leaky_relu", "leaky_relu_"),
@@ -44,20 +48,36 @@ def channels_of(units: Sequence[Unit]) -> tuple[int | None, ...]:
 
 def _channels(program: Program, before: int | None) -> int | None:
     """The same of one program, whose input has its channels in the dimension `before`."""
-    # What is known of a value comes after what it is made of: a walk back would meet the same ones again and again.
     known: dict[int, int | None] = {_INPUT: before}
     for operation in program.operations:
         name = operation.name.partition(".")[0]
-        told: int | None = None
-        if name in _FIRST or name in _LAST:
-            told = int(name in _LAST)
-        elif name in _KEEPING or name in _TURNING:
-            given = (known.get(each.number) for each in operation.arguments if isinstance(each, Value))
-            told = next((each for each in given if each is not None), None)  # of a sum any part tells
-            if name in _TURNING and told is not None:
-                told = 1 - told if _turns(operation, _TURNING[name]) else None
+        given = {known.get(each.number) for each in operation.arguments if isinstance(each, Value)}
+        told = _agreed(given)
+        if name in _NORMS_OF_FEATURES and len(_normalized(operation)) == 1:
+            told = 1
+        elif name in _FIRST or name in _LAST:
+            # Over an axis that is known to be another, as the token mixing of a Mixer is, it changes nothing.
+            told = int(name in _LAST) if told is None else told
+        elif name in _TURNING and _turns(operation, _TURNING[name]):
+            told = _TURNED_OVER[told]
+        elif name not in _KEEPING and name not in _NORMS_OF_FEATURES:
+            told = None
         known.update(dict.fromkeys(operation.results, told))
-    return known.get(program.output)
+    found = known.get(program.output)
+    return None if found == _TURNED else found
+
+
+def _agreed(given: set[int | None]) -> int | None:
+    """What the parts of a sum tell: of one that is known it is so of all; of two that differ, of none."""
+    told = given - {None, _TURNED}
+    if len(told) == 1:
+        return told.pop()
+    return _TURNED if not told and _TURNED in given else None
+
+
+def _normalized(operation: Operation) -> tuple[object, ...]:
+    shape = operation.arguments[1] if len(operation.arguments) > 1 else ()
+    return shape if isinstance(shape, tuple) else ()
 
 
 def _turns(operation: Operation, dimensions: tuple[int, ...]) -> bool:

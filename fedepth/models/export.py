@@ -109,9 +109,8 @@ def export_model(module: nn.Module, name: str, input_shape: Sequence[int], input
     ids = largest_id(module, programs, tensors)
     model.train(False)
     found = _exits(model, module, name, example_inputs(input_shape, input_type, ids, 4))
-    inputs = example_inputs(input_shape, input_type, ids, 2)
-    if graph.smallest_micro_batch == 1 and not _trains_with_one(graph, kept, inputs, name):
-        graph = structs.replace(graph, smallest_micro_batch=2)
+    if graph.smallest_micro_batch == 1:
+        _refuse_own_statistics(graph, kept, example_inputs(input_shape, input_type, ids, 2), name)
     left_out = {step.module: step.line for program in programs for step in program.left_out}
     drawing = {step.module for program in programs for step in program.steps if step.random}
     if twice := sorted(each for each in left_out.keys() & drawing if each):
@@ -385,9 +384,9 @@ def _dtype(tensor: torch.Tensor, each: str, name: str) -> str:
     return found
 
 
-def _trains_with_one(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor, name: str) -> bool:
-    """Whether a batch of one has finite logits in training; of more, it has to. Statistics of a batch that a model
-    takes by itself are none of one sample."""
+def _refuse_own_statistics(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor, name: str) -> None:
+    """A model that takes the variance of its batch by itself has none of one sample, and a device may have no more at
+    once. Of BatchNorm this is known; of other operators only a trial tells."""
     finite = []
     for count in (1, 2):
         model = Model(graph)
@@ -395,12 +394,12 @@ def _trains_with_one(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: 
         model.train(True)
         with torch.no_grad():
             finite.append(bool(torch.isfinite(model(inputs[:count].clone())).all()))
-    if not finite[1]:
+    if finite == [False, True]:
         raise ModelError(
-            f"the logits of the model {name} are not finite in training, with fresh weights and random inputs of two "
-            "samples; does it divide by zero, or take the logarithm of something that is not positive?"
+            f"the logits of the model {name} are finite in training for a batch of two and not for one, as where it "
+            "takes the variance of its batch by itself; use nn.BatchNorm, or x.var(0, correction=0) and a small number "
+            "added to it"
         )
-    return finite[0]
 
 
 def _smallest_micro_batch(program: FlatProgram) -> int:

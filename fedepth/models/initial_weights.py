@@ -53,8 +53,7 @@ def load_initial_weights(
     if new_classifier and not head:
         raise ModelError(
             f"[tuning] new_classifier: which layer is the classifier cannot be told, since the last one that the model "
-            f"registers does not give a value for each of {classes} classes; assign it last in __init__(), or leave it "
-            "out of the file with the weights"
+            f"registers does not give a value for each of {classes} classes; assign it last in __init__()"
         )
     fitting: dict[str, torch.Tensor] = {}
     fresh, resized, wrong = [], [], []

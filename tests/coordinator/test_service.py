@@ -461,7 +461,7 @@ def rot(path: Path) -> None:
 @pytest.mark.parametrize("damage", [rot, Path.unlink])
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("weights", "they are the weights in force after round 0; restore this file"), ("graph", "makes it anew")],
+    [("weights", "they are the weights in force after round 0; restore this file"), ("graph", "which rebuilds it")],
 )
 def test_a_file_that_rots_while_it_is_served_ends_the_job_with_a_sentence(
     play: Play, what: str, said: str, damage: Damage

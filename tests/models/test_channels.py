@@ -59,8 +59,35 @@ class Turned(nn.Module):
         return logits
 
 
+class Mixer(nn.Module):
+    """Tokens (T, D), mixed over T and over D in turn (arXiv 2105.01601)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.tokens, self.features = nn.Linear(12, 12), nn.Linear(6, 6)
+        self.head, self.last = nn.Linear(72, 64), nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.features(self.norm(x))
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        logits: torch.Tensor = self.last(self.head(x.flatten(1)).relu())
+        return logits
+
+
+def normed() -> nn.Module:
+    """With a norm over channels and time together."""
+    return nn.Sequential(
+        *(nn.Conv1d(1, 8, 3, padding=1), nn.LayerNorm([8, 32]), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1)),
+        *(nn.LayerNorm([8, 32]), nn.ReLU(), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 5)),
+    )
+
+
 @pytest.mark.parametrize(
-    ("make", "shape", "channels"), [(convolutions, (1, 64), 0), (tokens, (8, 4), 1), (Turned, (3, 12), 0)]
+    ("make", "shape", "channels"),
+    [(convolutions, (1, 64), 0), (normed, (1, 32), 0), (tokens, (8, 4), 1), (Turned, (3, 12), 0), (Mixer, (12, 4), 1)],
 )
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_the_operators_of_a_unit_tell(make: Callable[[], nn.Module], shape: tuple[int, ...], channels: int) -> None:

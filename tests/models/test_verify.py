@@ -202,16 +202,17 @@ def own_statistics(net: Any, x: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def test_a_model_that_takes_the_variance_of_a_batch_is_never_given_one_sample() -> None:
+def test_a_model_that_takes_the_variance_of_its_batch_by_itself_is_refused() -> None:
+    """A device with little memory would train on one sample at once, and blame the learning rate."""
     torch.manual_seed(0)
-    exported = export_model(Reading(own_statistics), "custom", (6,), "F32", 10)
-    assert exported.graph.smallest_micro_batch == 2
-    verify(Reading(own_statistics), exported, "custom")
+    with pytest.raises(ModelError, match=r"finite in training for a batch of two and not for one, .*correction=0"):
+        export_model(Reading(own_statistics), "custom", (6,), "F32", 10)
 
 
-def test_logits_that_are_not_finite_are_refused_before_anybody_trains() -> None:
-    with pytest.raises(ModelError, match="logits of the model custom are not finite in training"):
-        export_model(Reading(lambda net, x: net.second(x).abs().neg().log()), "custom", (6,), "F32", 10)  # type: ignore[operator]
+def test_inputs_that_are_never_negative_are_no_reason_to_refuse_a_model() -> None:
+    """It is tried with random numbers, of which some are."""
+    torch.manual_seed(0)
+    assert proved(Reading(lambda net, x: net.second(x.log1p()))) < 1e-6  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])

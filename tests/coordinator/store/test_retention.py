@@ -16,7 +16,7 @@ from coordinator.store.entries import round_row
 from coordinator.store.records import RoundRecord
 from coordinator.store.retention import staying
 from coordinator.store.tables import dropping, rounds, tasks
-from fedepth.errors import StateError
+from fedepth.errors import StateError, UnavailableError
 from fedepth.job_sections import RetentionSection
 
 
@@ -181,6 +181,29 @@ def test_the_section_has_defaults_and_bounds() -> None:
     for wrong in ({"keep_last": 0}, {"keep_every": -1}, {"history": 0}, {"keep": 1}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, RetentionSection)
+
+
+def test_a_file_that_cannot_be_deleted_keeps_none_of_the_others(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = plain.open()
+    for number in range(6):
+        plain.add_round(store, number)
+    real = type(store.files.storage).remove
+
+    def remove(storage: Any, name: str) -> None:
+        if "round-0001" in name:
+            raise UnavailableError("it is forbidden")
+        real(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.files.storage), "remove", remove)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="it is forbidden"):
+                store.prune(RetentionSection(keep_last=1, keep_best=False))
+            assert [name.split("-")[1] for name in files(plain)] == ["0001", "0005"]
+        plain.add_round(store, 6)  # nor is a round held up
+    store.prune(RetentionSection(keep_last=1, keep_best=False))
+    assert [name.split("-")[1] for name in files(plain)] == ["0006"]
+    store.close()
 
 
 def test_letting_many_rounds_go_takes_few_statements(plain: Any) -> None:
