@@ -89,7 +89,7 @@ class Lab:
                 "0",
                 "--port-file",
                 str(port_file),
-                *self.certificates.serve_options(),
+                *(() if "--insecure" in options else self.certificates.serve_options()),
                 "--json-logs",
                 *options,
             ],
