@@ -30,7 +30,7 @@ class Course:
         self._wake = asyncio.Event()
         self._to_tidy, self._tidy_at = True, float("-inf")  # the second: not before
         self._suspects: set[str] = set()  # digests of files that could not be sent
-        self._trouble_told = float("-inf")
+        self._told: dict[str, float] = {}  # when trouble of each kind was told last
         self._pause_told = float("-inf")
         self._held_at = job.now()  # when the record was known to be ours
 
@@ -126,7 +126,7 @@ class Course:
         except (UnavailableError, OSError) as error:
             pruned = False
             self._tidy_at = job.now() + REMIND_S
-            self._tell(f"what the job no longer keeps cannot be deleted now, which is tried again: {error}")
+            self._tell("what the job no longer keeps cannot be deleted now, which is tried again", error)
         await job.weights.make_up()
         self._to_tidy = not pruned
 
@@ -138,10 +138,10 @@ class Course:
             job.events.send("paused", round=job.weights.record.round, reason=job.state.why)
 
     def tell_trouble(self, error: UnavailableError | OSError) -> None:
-        self._tell(f"the job cannot continue now, and tries again: {error}")
+        self._tell("the job cannot continue now, and tries again", error)
 
-    def _tell(self, trouble: str) -> None:
+    def _tell(self, trouble: str, error: UnavailableError | OSError) -> None:
         now = self._job.now()
-        if now - self._trouble_told >= REMIND_S:
-            self._trouble_told = now
-            self._job.events.send("log", message=trouble)
+        if now - self._told.get(trouble, float("-inf")) >= REMIND_S:
+            self._told[trouble] = now
+            self._job.events.send("log", message=f"{trouble}: {error}")

@@ -55,9 +55,11 @@ def _channels(program: Program, before: int | None) -> int | None:
         told = _agreed(given)
         if name in _NORMS_OF_FEATURES and len(_normalized(operation)) == 1:
             told = 1
-        elif name in _FIRST or name in _LAST:
+        elif name in _FIRST:
+            told = 0 if told in (None, _TURNED) else told
+        elif name in _LAST:
             # Over an axis that is known to be another, as the token mixing of a Mixer is, it changes nothing.
-            told = int(name in _LAST) if told is None else told
+            told = 1 if told is None else told
         elif name in _TURNING and _turns(operation, _TURNING[name]):
             told = _TURNED_OVER[told]
         elif name not in _KEEPING and name not in _NORMS_OF_FEATURES:

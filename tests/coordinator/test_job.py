@@ -137,9 +137,12 @@ def test_what_cannot_be_deleted_holds_up_nothing(
             await rig.reach(lambda number=number: rig.job.weights.record.round > number)
         await rig.reach(rig.job.finished.is_set)
         assert rig.job.store.summary().export_path
+        rig.job._course.tell_trouble(UnavailableError("the database is away"))  # is told beside it
 
     play(scene, rounds=4, retention={"keep_last": 1})
-    assert "what the job no longer keeps cannot be deleted now, which is tried again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what the job no longer keeps cannot be deleted now, which is tried again: the disk is full" in said
+    assert "the job cannot continue now, and tries again: the database is away" in said
 
 
 def test_free_pages_are_returned_with_every_round(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
